@@ -1,0 +1,59 @@
+# make demo · make test · make check · make bench · make install       (each makes .venv first, if it is missing or stale)
+#
+# PYTHON      the interpreter that .venv is made from (3.11 or newer)
+# TORCH_ARGS  extra arguments of the `pip install torch`, e.g. an --index-url with CPU wheels. The tests need CPU torch
+#             only, and its CUDA wheels are several gigabytes.
+PYTHON ?= python3
+TORCH_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test check format bench nightly clean
+
+help:
+	@sed -n 's/^# \(make demo.*\)/\1/p' Makefile
+
+install: $(INSTALLED)
+
+# The stamp is written last: an install that was cut short is taken up again.
+$(INSTALLED): pyproject.toml constraints.txt planner/__init__.py
+	@echo "installing into .venv: torch, ray and the rest take a few minutes"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install --quiet -c constraints.txt $(TORCH_ARGS) torch
+	$(PIP) install --quiet -c constraints.txt -e '.[execute,dev]'
+	@touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: install
+	$(BIN)/python -m pytest tests -m bench -s
+
+nightly: install
+	$(BIN)/python -m pytest tests -m nightly
+
+# First a plan for 16 GPUs that need not exist, then a small real job: planned, run and compared on this machine.
+demo: install
+	rm -rf demo runs/demo
+	$(BIN)/plan search --gpus 16 --out best.json
+	$(BIN)/plan task digits --out demo/task
+	$(BIN)/plan profile --cluster local --workload demo/task/workload.toml --out demo/profile.json
+	$(BIN)/plan search --cluster local --workload demo/task/workload.toml --profile demo/profile.json --out demo/local.json
+	$(BIN)/plan execute demo/local.json --name demo --steps 20
+	$(BIN)/plan compare demo/local.json runs/demo
+
+clean:
+	rm -rf .venv demo runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
