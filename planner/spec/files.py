@@ -1,0 +1,126 @@
+"""Reading and writing the files that outlive a run: strict on the way in, whole or not at all on the way out."""
+
+import contextlib
+import json
+import os
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any, ClassVar, NoReturn, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from planner.spec.errors import UserError
+
+
+class Spec(BaseModel):
+    """Base of everything parsed from a file: immutable, and an unknown key, NaN or infinity is an error."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
+    )
+
+
+class File(Spec):
+    """A file of its own. Its first key is `schema`: `splitplan/<kind>/<version>`."""
+
+    SCHEMA: ClassVar[str]
+    schema_: str = Field(default="", alias="schema")
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> Self:
+        if self.schema_ not in ("", self.SCHEMA):
+            raise ValueError(f"schema is {self.schema_!r}, but this version of splitplan reads {self.SCHEMA!r}")
+        return self
+
+    def to_json(self) -> str:
+        body = self.model_dump(mode="json", by_alias=True, exclude={"schema_"})
+        return json.dumps({"schema": self.SCHEMA, **body}, indent=1, allow_nan=False) + "\n"
+
+    def write(self, path: Path) -> None:
+        write_atomic(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Parse a JSON or TOML file (by its suffix). Raises UserError naming the file, the key and what to do."""
+        data = read_data(path)
+        schema = data.get("schema")
+        if schema is None:
+            raise UserError(f'{path}: no "schema" key; a file of this kind starts with "schema": "{cls.SCHEMA}"')
+        if schema != cls.SCHEMA:
+            raise UserError(
+                f"{path}: schema is {schema!r}, but {cls.SCHEMA!r} is needed here; name a file of that kind"
+            )
+        return cls.parse(data, path)
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], path: Path) -> Self:
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise UserError(f"{path}: {first_problem(error)}") from None
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first problem of a pydantic error in one line: `key.path: message`."""
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in problem["loc"]) or "file"
+    what = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        what = "unknown key; remove it or check its spelling"
+    more = error.error_count() - 1
+    return f"{where}: {what}" + (f" (and {more} more)" if more else "")
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON or TOML file. Raises UserError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); check the path") from None
+    try:
+        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, parse_constant=_not_a_number)
+    except (ValueError, RecursionError) as error:
+        kind = "TOML" if path.suffix == ".toml" else "JSON"
+        raise UserError(f"{path}: not valid {kind} ({error}); is the file cut off?") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a {type(data).__name__}, not a mapping of keys")
+    return data
+
+
+def _not_a_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write the file whole or not at all: a temporary file beside it, then one rename. Raises UserError."""
+    data = content.encode() if isinstance(content, str) else content
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def profiles_dir() -> Path:
+    """Where the shipped devices, workloads and profiles lie: inside the wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    shipped = package / "profiles"
+    return shipped if shipped.is_dir() else package.parent / "profiles"

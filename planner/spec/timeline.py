@@ -1,0 +1,83 @@
+"""What happened, or is expected to: spans of calls on pools. One type for simulated and for measured runs."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+from pydantic import NonNegativeInt
+
+from planner.spec.files import File
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Span:
+    """One call of one step. Times are seconds from the run's start on the controller's clock; `ready` is when its
+    last predecessor ended, `parts` are seconds of wake, transfer and compute within it."""
+
+    call: str
+    role: str
+    pools: tuple[str, ...]
+    step: int
+    chunk: int = 0
+    attempt: int = 0
+    issued: float
+    ready: float
+    start: float
+    end: float
+    weights_version: int | None = None
+    tokens: int = 0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+class Timeline(File):
+    """Spans in order of their issue. The first `warmup` steps do not count in the step time."""
+
+    SCHEMA: ClassVar[str] = "splitplan/timeline/1"
+
+    source: Literal["simulated", "measured"]
+    plan: str
+    steps: NonNegativeInt
+    warmup: NonNegativeInt
+    spans: tuple[Span, ...]
+
+    @property
+    def makespan(self) -> float:
+        return max((span.end for span in self.spans), default=0.0)
+
+
+def step_seconds(timeline: Timeline) -> float:
+    """Seconds of one step: (end of the last `update_actor` - end of the last warm-up one) / steps between.
+
+    The one definition, for predicted and for measured runs. With no step after the warm-up it is the makespan by the
+    number of steps."""
+    ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
+    last, first = max(ends, default=-1), timeline.warmup - 1
+    if first in ends and last > first:
+        return (ends[last] - ends[first]) / (last - first)
+    return timeline.makespan / max(1, len(ends))
+
+
+def mean_call_seconds(timeline: Timeline) -> dict[str, float]:
+    """Mean duration of each call after the warm-up (of all its spans if there are no later ones)."""
+    calls = dict.fromkeys(span.call for span in timeline.spans)
+    return {call: float(np.mean(_durations(timeline, call))) for call in calls}
+
+
+def _durations(timeline: Timeline, call: str) -> list[float]:
+    every = [span for span in timeline.spans if span.call == call]
+    return [span.seconds for span in every if span.step >= timeline.warmup] or [span.seconds for span in every]
+
+
+def busy_shares(timeline: Timeline) -> dict[str, float]:
+    """Share of the makespan after the warm-up in which each pool runs a call."""
+    ends = [s.end for s in timeline.spans if s.call == "update_actor" and s.step == timeline.warmup - 1]
+    begin, end = max(ends, default=0.0), timeline.makespan
+    busy: dict[str, float] = {}
+    for span in timeline.spans:
+        for pool in span.pools:
+            busy[pool] = busy.get(pool, 0.0) + max(0.0, min(span.end, end) - max(span.start, begin))
+    return {pool: seconds / (end - begin) if end > begin else 0.0 for pool, seconds in busy.items()}

@@ -1,0 +1,220 @@
+"""What is asked: the models, the batch, the lengths and the PPO settings of one training job."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from planner.spec.errors import UserError
+from planner.spec.files import File, Spec, read_data
+from planner.spec.lengths import Lengths
+
+MODEL_ROLES = ("actor", "critic", "reference", "reward")
+ROLES = ("actor", "rollout", "critic", "reference", "reward")
+
+
+class Shape(Spec):
+    """The shape of a decoder-only transformer with grouped-query attention and a gated MLP."""
+
+    hidden: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    kv_heads: PositiveInt
+    intermediate: PositiveInt
+    vocab: PositiveInt
+    head_dim: PositiveInt = 0  # 0: hidden / heads
+    tied_embeddings: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_head_dim(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not data.get("head_dim") and data.get("heads") and data.get("hidden"):
+            return {**data, "head_dim": data["hidden"] // data["heads"]}
+        return data
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> Self:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}")
+        return self
+
+    @property
+    def block_parameters(self) -> int:
+        """Parameters of one layer's matrices and norms."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate + 2 * self.hidden
+
+    @property
+    def embedding_parameters(self) -> int:
+        return self.vocab * self.hidden
+
+    def parameters(self, head: Literal["lm", "scalar"] = "lm") -> int:
+        """All parameters; a critic or a reward model has a scalar head instead of the vocabulary's."""
+        output = self.hidden if head == "scalar" else 0 if self.tied_embeddings else self.embedding_parameters
+        return self.layers * self.block_parameters + self.embedding_parameters + self.hidden + output
+
+
+class Model(Spec):
+    """A model: a Hugging Face directory (`path`), or random weights of a `shape`."""
+
+    shape: Shape
+    path: Path | None = None
+    random_weights: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) != self.random_weights:
+            raise ValueError("give either a path or random_weights = true")
+        return self
+
+
+class RewardFunction(Spec):
+    """A Python function on the host: `function = "file.py:name"`, called with prompts and responses as strings."""
+
+    function: str
+    seconds_per_sequence: NonNegativeFloat = 0.0
+    timeout_seconds: PositiveFloat = 60.0
+
+    @model_validator(mode="after")
+    def _file_and_name(self) -> Self:
+        if ":" not in self.function:
+            raise ValueError(f'{self.function!r} does not name a function; write "path/to/file.py:function"')
+        return self
+
+
+class Data(Spec):
+    """JSONL files of `{"prompt": str, "answer": str}`; `answer` is needed for evaluation only."""
+
+    train: Path
+    evaluation: Path | None = None
+    evaluate_every: NonNegativeInt = 0  # 0: never
+
+    @model_validator(mode="after")
+    def _evaluation_has_data(self) -> Self:
+        if self.evaluate_every and self.evaluation is None:
+            raise ValueError("evaluate_every is set but there is no evaluation file")
+        return self
+
+
+class Ppo(Spec):
+    """Settings of the algorithm; see executor/ppo.py for each formula and its source."""
+
+    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
+    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
+    kl_coef: NonNegativeFloat = 0.05
+    kl_kind: Literal["k1", "k2", "k3"] = "k1"
+    clip: PositiveFloat = 0.2
+    value_clip: PositiveFloat = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    importance_cap: PositiveFloat = 2.0
+    entropy_coef: NonNegativeFloat = 0.0
+    temperature: PositiveFloat = 1.0
+    missing_eos_penalty: NonNegativeFloat = 0.0
+    whiten: bool = True
+    grad_clip: PositiveFloat = 1.0
+    actor_lr: PositiveFloat = 1e-6
+    critic_lr: PositiveFloat = 5e-6
+    weight_decay: NonNegativeFloat = 0.0
+    epochs: PositiveInt = 1
+
+
+class Workload(File):
+    """One PPO job. Lengths are tokens, `batch` and `minibatch` are sequences (over all workers)."""
+
+    SCHEMA: ClassVar[str] = "splitplan/workload/1"
+
+    name: str
+    batch: PositiveInt
+    minibatch: PositiveInt
+    prompt: Lengths
+    response: Lengths
+    actor: Model
+    critic: Model | None = None
+    reference: Model | None = None
+    reward: Model | RewardFunction
+    ppo: Ppo = Ppo()
+    data: Data | None = None
+    proximal: Literal["recompute", "rollout"] = "recompute"
+    max_staleness: NonNegativeInt = 1
+    steps: PositiveInt = 100
+    seed: NonNegativeInt = 0
+    samples_per_prompt: PositiveInt = 1
+    advantage: Literal["gae", "group"] = "gae"
+    sync: Literal["boundary", "in_flight"] = "boundary"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch % self.minibatch:
+            raise ValueError(f"batch = {self.batch} is no multiple of minibatch = {self.minibatch}; change one of them")
+        for key, built in (("samples_per_prompt", 1), ("advantage", "gae"), ("sync", "boundary")):
+            if getattr(self, key) != built:
+                raise ValueError(f"{key} = {getattr(self, key)!r} is not supported yet; leave it at {built!r}")
+        return self
+
+    @property
+    def models(self) -> dict[str, Model]:
+        """The models by role, without the rollout (which has the actor's)."""
+        found = {role: getattr(self, role) for role in MODEL_ROLES}
+        return {role: model for role, model in found.items() if isinstance(model, Model)}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that need GPUs, in a fixed order."""
+        return tuple(role for role in ROLES if role == "rollout" or role in self.models)
+
+    def model_of(self, role: str) -> Model:
+        return self.models["actor" if role == "rollout" else role]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that can occur."""
+        return self.prompt.longest + self.response.longest
+
+
+def load_workload(path: Path) -> Workload:
+    """Read a workload from TOML or JSON. Relative paths start at the file's folder; a model that is given by path
+    alone gets its shape from its `config.json`. Raises UserError."""
+    data = read_data(path)
+    base = path.resolve().parent
+    for role in MODEL_ROLES:
+        model = data.get(role)
+        if not isinstance(model, dict):
+            continue
+        if isinstance(model.get("function"), str):
+            file, _, name = model["function"].rpartition(":")
+            model["function"] = f"{base / file}:{name}" if file else model["function"]
+        if isinstance(model.get("path"), str):
+            model["path"] = str(base / model["path"])
+            if "shape" not in model:
+                model["shape"] = shape_of(Path(model["path"]), f"{path}: {role}.path").model_dump()
+    files = data.get("data")
+    if isinstance(files, dict):
+        for key in ("train", "evaluation"):
+            if isinstance(files.get(key), str):
+                files[key] = str(base / files[key])
+    if data.get("schema") != Workload.SCHEMA:
+        raise UserError(f"{path}: schema is {data.get('schema')!r}, but {Workload.SCHEMA!r} is needed here")
+    return Workload.parse(data, path)
+
+
+def shape_of(directory: Path, named_by: str) -> Shape:
+    """The shape of a Hugging Face model directory, from its `config.json`. Raises UserError."""
+    config_file = directory / "config.json"
+    if not config_file.is_file():
+        raise UserError(f"{named_by}: no model directory at {directory} (config.json is missing); check the path")
+    config = read_data(config_file)
+    try:
+        return Shape(
+            hidden=config["hidden_size"],
+            layers=config["num_hidden_layers"],
+            heads=config["num_attention_heads"],
+            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            intermediate=config["intermediate_size"],
+            vocab=config["vocab_size"],
+            head_dim=config.get("head_dim") or 0,
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+        )
+    except (KeyError, ValueError) as error:
+        problem = json.dumps(str(error).splitlines()[0])
+        raise UserError(f"{config_file}: not a decoder-only transformer that splitplan knows ({problem})") from None
