@@ -111,10 +111,10 @@ def _source(
             f"program deadlocks: {call.name} of step {step} reads {read.data}, which {writer.name} of step {wanted} "
             f"writes only later; move {writer.name} before {call.name} or lower the offset of {call.name}"
         )
-    if read.lag and writer.name in newest and tasks[newest[writer.name]].step > wanted:
+    if read.data in flow.state and writer.name in newest and tasks[newest[writer.name]].step > wanted:
         raise UserError(
-            f"program is wrong: {call.name} of step {step} needs {read.data} as before that step, but {writer.name} of "
-            f"step {tasks[newest[writer.name]].step} is issued earlier; move {call.name} before {writer.name}"
+            f"program is wrong: {call.name} of step {step} needs {read.data} of step {wanted}, but {writer.name} of step "
+            f"{tasks[newest[writer.name]].step} is issued earlier and overwrites it; move {call.name} before it"
         )
     return at.get((writer.name, wanted))
 

@@ -51,6 +51,12 @@ class Dataflow:
         """The call that writes a datum; None for what comes from outside (prompts)."""
         return next((call for call in self.calls if data in call.writes), None)
 
+    @property
+    def state(self) -> frozenset[str]:
+        """Data that a later step overwrites (weights); all else is made anew each step."""
+        reads = [read for call in self.calls for read in call.reads]
+        return frozenset(read.data for read in reads if read.lag or read.latest)
+
     def graph(self) -> nx.MultiDiGraph:
         """Calls as nodes; an edge per datum from its writer to each reader, with `data`, `lag` and `latest`."""
         graph = nx.MultiDiGraph()

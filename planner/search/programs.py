@@ -1,0 +1,152 @@
+"""Every program that can be best for a sharing of pools: one round per step, offsets 0 to k, no waits.
+
+A wait only adds predecessors, so for a fixed program and durations that do not depend on overlap it never shortens a
+schedule; hence the programs searched have none. What order the calls have matters only between calls that share a
+pool; of all orders that induce the same event graph one is kept, and of all event graphs those that are undominated.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.predict.cycle import Cycles, cycles, event_edges
+from planner.spec.dataflow import Dataflow
+from planner.spec.errors import UserError
+from planner.spec.plan import Issue
+
+Sharing = tuple[tuple[str, tuple[str, ...]], ...]  # call -> names of the pools that it occupies
+
+
+class Program(NamedTuple):
+    """A program of staleness k and the cycles of its event graph over all calls of the flow."""
+
+    items: tuple[Issue, ...]
+    staleness: int
+    cycles: Cycles
+
+
+@lru_cache(maxsize=None)
+def programs(flow: Dataflow, sharing: Sharing, k: int) -> tuple[Program, ...]:
+    """The undominated programs of staleness k, the plainest first. Independent of costs."""
+    pools = dict(sharing)
+    calls = tuple(pools)
+    floor = bound_rates(flow, sharing, k)
+    found: dict[object, Program] = {}
+    for items in orders(flow, pools, k):
+        try:
+            edges = event_edges(flow, items, lambda call: pools[call.name])
+        except UserError:  # out of topological order: such a program would deadlock
+            continue
+        if edges in found:
+            continue
+        program = Program(items, k, cycles(calls, edges))
+        if dominates(floor, rates(program)):  # nothing can be faster, whatever the costs
+            return (program,)
+        found[edges] = program
+    return _undominated(list(found.values()))
+
+
+def rates(program: Program) -> NDArray[np.float64]:
+    """[cycles, calls]: seconds per step that a second of each call adds on each cycle."""
+    return program.cycles.counts / program.cycles.distance[:, None]
+
+
+def dominates(greater: NDArray[np.float64], less: NDArray[np.float64]) -> bool:
+    """Whether every row of `less` is at most some row of `greater`, so that its maximum is never above."""
+    return bool(all(((row <= greater + 1e-12).all(axis=1)).any() for row in less))
+
+
+def _undominated(found: list[Program]) -> tuple[Program, ...]:
+    kept: list[Program] = []
+    for program in found:
+        if any(dominates(rates(program), rates(other)) for other in kept):
+            continue
+        kept = [other for other in kept if not dominates(rates(other), rates(program))]
+        kept.append(program)
+    return tuple(kept)
+
+
+def bound_rates(flow: Dataflow, sharing: Sharing, k: int) -> NDArray[np.float64]:
+    """Rows [n, calls] that no program of staleness at most k can beat: period >= max(rows @ seconds).
+
+    The load of each pool; the data path generate -> what a pool has to infer (in turn) -> advantages -> update_actor ->
+    sync_weights, which spans k + 1 steps because generation uses weights k updates old; and the recurrence of each
+    trained role, which infers and updates with its own weights every step."""
+    pools = dict(sharing)
+    calls = tuple(pools)
+    rows = [{call for call in calls if pool in pools[call]} for pool in {p for ps in pools.values() for p in ps}]
+    scaled = [(row, 1.0) for row in rows]
+    needed = {flow.writer(read.data) for read in flow["advantages"].reads}
+    before = {call.name for call in needed if call is not None} - {"generate"}
+    path = {"generate", "advantages", "update_actor", "sync_weights"}
+    groups = [{call for call in before if pool in pools[call]} for pool in {p for c in before for p in pools[c]}]
+    groups += [{call} for call in before if not pools[call]] or [set()]
+    scaled += [(path | group, 1.0 / (k + 1)) for group in groups]
+    for infer, train in (("values", "update_critic"), ("old_logprobs", "update_actor")):
+        if infer in calls and train in calls:
+            scaled.append(({infer, "advantages", train}, 1.0))
+    return np.array(sorted({tuple(scale * (call in row) for call in calls) for row, scale in scaled}))
+
+
+def orders(flow: Dataflow, pools: dict[str, tuple[str, ...]], k: int) -> Iterator[tuple[Issue, ...]]:
+    """Programs that begin with generate at offset k and have sync_weights at offset 0 (every program can be rotated
+    and shifted to that), up to the exchange of neighbours that share neither a pool nor a datum."""
+    free = [call for call in pools if call not in ("generate", "sync_weights")]
+    for offsets in product(range(k + 1), repeat=len(free)):
+        offset = dict(zip(free, offsets, strict=True)) | {"generate": k, "sync_weights": 0}
+        before = _precedence(flow, offset)
+        if before is not None:
+            for order in _extensions(tuple(pools), before, pools):
+                yield tuple(Issue(call=call, offset=offset[call]) for call in order)
+
+
+def _precedence(flow: Dataflow, offset: dict[str, int]) -> dict[str, set[str]] | None:
+    """For each call those that must stand before it in the round; None if the offsets allow no order.
+
+    v of round i reads u of step i + offset(v) - lag, which round i - gap issues: gap 0 puts u before v, a negative gap
+    is impossible. A state that v reads must not be overwritten before, which bounds the next u from the other side."""
+    before: dict[str, set[str]] = {call: {"generate"} - {call} for call in offset}
+    for v in offset:
+        for read in flow[v].reads:
+            writer = flow.writer(read.data)
+            if writer is None or read.latest:
+                continue
+            u = writer.name
+            gap = offset[u] + read.lag - offset[v]
+            if gap < 0 or (gap == 0 and v == "generate"):
+                return None
+            if gap == 0:
+                before[v].add(u)
+            if read.data in flow.state:
+                slack = offset[v] - read.lag + 1 - offset[u]
+                if slack < 0:
+                    return None
+                if slack == 0 and u != v:
+                    before[u].add(v)
+    return before
+
+
+def _extensions(
+    calls: tuple[str, ...], before: dict[str, set[str]], pools: dict[str, tuple[str, ...]]
+) -> Iterator[tuple[str, ...]]:
+    """Linear extensions of `before`, skipping those with two exchangeable neighbours out of the order of `calls`."""
+    rank = {call: i for i, call in enumerate(calls)}
+
+    def exchangeable(a: str, b: str) -> bool:
+        return a not in before[b] and not set(pools[a]) & set(pools[b])
+
+    def extend(order: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        if len(order) == len(calls):
+            yield order
+        for call in calls:
+            if call in order or not before[call] <= set(order):
+                continue
+            if order and rank[call] < rank[order[-1]] and exchangeable(order[-1], call):
+                continue
+            yield from extend((*order, call))
+
+    return extend(())
