@@ -1,0 +1,46 @@
+"""A plan played by light processes that sleep: the real controller, Ray and loop, without GPUs and models."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from executor import pools
+from executor.worker import Outcome, Record, Worker, ask
+from planner.predict.schedule import Task
+from planner.spec.plan import Plan
+
+
+class Sleeper(Worker):
+    """A rank of a rehearsal."""
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+
+class Rehearsal:
+    """One sleeping process per GPU; every rank of a call's pools sleeps for `seconds(task)`. Host calls sleep on the
+    controller."""
+
+    def __init__(self, plan: Plan, seconds: Callable[[Task], float]) -> None:
+        self.seconds = seconds
+        names = [(name, f"{name}/{rank}") for name, pool in plan.pools.items() for rank in range(len(pool.gpus))]
+        handles = [(label, pools.start(Sleeper, label, None)) for _, label in names]
+        ranks = pools.connect(handles)
+        self.ranks = {
+            name: [r for r, (pool, _) in zip(ranks, names, strict=True) if pool == name] for name in plan.pools
+        }
+
+    def run(self, task: Task) -> tuple[list[Record], int]:
+        if not task.pools:
+            start = time.perf_counter()
+            time.sleep(self.seconds(task))
+            return [Record(start=start, end=time.perf_counter())], 0
+        ranks = [rank for pool in task.pools for rank in self.ranks[pool]]
+        outcome: Outcome = ask(ranks, "sleep", self.seconds(task))
+        return outcome.records, 0
+
+    def end_step(self, step: int) -> dict[str, Any]:
+        return {"step": step}
+
+    def close(self) -> None:
+        pools.stop([rank for ranks in self.ranks.values() for rank in ranks], {})

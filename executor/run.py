@@ -1,0 +1,193 @@
+"""Running a plan: the one loop, and what each call of a PPO step does."""
+
+import contextlib
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any, Protocol
+
+from executor import pools
+from executor.rehearse import Rehearsal
+from executor.rundir import RunDirectory, check_free, log
+from executor.session import ray_session
+from executor.worker import Record, WorkerError
+from planner.predict.schedule import Task, check, tasks_of
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.timeline import Span
+
+
+class Progress(Protocol):
+    """Told about everything as it happens, on the thread of the loop; must return at once."""
+
+    def on_start(self, task: Task) -> None: ...
+    def on_end(self, span: Span) -> None: ...
+    def on_step(self, metrics: dict[str, Any]) -> None: ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def on_start(self, task: Task) -> None: ...
+    def on_end(self, span: Span) -> None: ...
+    def on_step(self, metrics: dict[str, Any]) -> None: ...
+
+
+class _Recorded:
+    """Progress that also writes the metrics of each step, with its speed."""
+
+    def __init__(self, directory: RunDirectory, progress: Progress, spans: dict[int, Span]) -> None:
+        self._directory, self._progress, self._spans = directory, progress, spans
+        self._before = 0.0
+
+    def on_start(self, task: Task) -> None:
+        self._progress.on_start(task)
+
+    def on_end(self, span: Span) -> None:
+        self._progress.on_end(span)
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        end = max(s.end for s in self._spans.values() if s.step == metrics["step"] and s.call == "update_actor")
+        seconds, self._before = end - self._before, end
+        metrics = {**metrics, "seconds": seconds}
+        if "tokens" in metrics:
+            metrics["tokens_per_second"] = metrics["tokens"] / seconds
+        self._directory.write_metrics(metrics)
+        self._progress.on_step(metrics)
+
+
+class Backend(Protocol):
+    """What the loop drives: real processes (`Training`) or sleeping ones (`Rehearsal`)."""
+
+    def run(self, task: Task) -> tuple[list[Record], int]:
+        """Do a call and return its processes' records and its tokens. Runs in a thread of its own."""
+        ...
+
+    def end_step(self, step: int) -> dict[str, Any]:
+        """Every call of a step has ended: its metrics."""
+        ...
+
+    def close(self) -> None:
+        """End all processes at once."""
+        ...
+
+
+def loop(tasks: Sequence[Task], backend: Backend, spans: dict[int, Span], progress: Progress) -> None:
+    """Start each task as soon as all tasks in its `after` have ended, in order of issue; fill `spans` by index.
+
+    Calls run in threads, for they wait for other processes. Raises what a call raised, with the task named."""
+    graph = TopologicalSorter({task.index: task.after for task in tasks})
+    graph.prepare()
+    unfinished = Counter(task.step for task in tasks)
+    next_step = 0
+    running: dict[Future[tuple[list[Record], int]], Task] = {}
+    threads = ThreadPoolExecutor(max_workers=64)
+    began = time.perf_counter()
+    try:
+        while graph.is_active():
+            for index in sorted(graph.get_ready()):
+                running[threads.submit(backend.run, tasks[index])] = tasks[index]
+                progress.on_start(tasks[index])
+            while next_step in unfinished and not unfinished[next_step]:
+                progress.on_step(backend.end_step(next_step))
+                next_step += 1
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                task = running.pop(future)
+                records, tokens = _result(future, task)
+                spans[task.index] = _span(task, records, tokens, spans, began)
+                graph.done(task.index)
+                unfinished[task.step] -= 1
+                progress.on_end(spans[task.index])
+        while next_step in unfinished:
+            progress.on_step(backend.end_step(next_step))
+            next_step += 1
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _result(future: Future[tuple[list[Record], int]], task: Task) -> tuple[list[Record], int]:
+    try:
+        return future.result()
+    except WorkerError as error:
+        log.error("".join(traceback.format_exception(error)))
+        raise UserError(
+            f"{task.call.name} of step {task.step} on {', '.join(task.pools) or 'the host'}: {error}; "
+            "the traceback is in the run's log.txt"
+        ) from None
+
+
+def _span(task: Task, records: Sequence[Record], tokens: int, spans: dict[int, Span], began: float) -> Span:
+    """From the earliest process's start to the latest one's end; the parts are those of the process that had most."""
+    start = min(record.start for record in records) - began
+    end = max(record.end for record in records) - began
+    parts = {name: max(record.parts.get(name, 0.0) for record in records) for name in ("wake", "transfer")}
+    parts["compute"] = max(0.0, end - start - sum(parts.values()))
+    return Span(
+        call=task.call.name,
+        role=task.call.roles[0] if task.call.roles else "host",
+        pools=task.pools,
+        step=task.step,
+        chunk=task.chunk,
+        attempt=task.attempt,
+        issued=max((spans[index].end for index in task.waits), default=0.0),
+        ready=max((spans[index].end for index in task.after), default=0.0),
+        start=start,
+        end=end,
+        weights_version=task.weights_version,
+        tokens=tokens,
+        parts={name: seconds for name, seconds in parts.items() if seconds or name == "compute"},
+    )
+
+
+def execute(
+    plan: Plan,
+    *,
+    name: str,
+    runs: Path = Path("runs"),
+    steps: int | None = None,
+    rehearse: bool = False,
+    seconds: Callable[[Task], float] | None = None,
+    seed: int | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Run `steps` steps (default: the workload's) of a plan and return the run directory `runs/name`.
+
+    With `rehearse` every GPU is a process that sleeps for `seconds(task)`. Without `address` Ray is started on this
+    machine's loopback. Raises UserError, before anything is started where that can be known before."""
+    check(plan)
+    steps = steps or plan.workload.steps
+    if seed is not None:
+        plan = plan.model_copy(update={"workload": plan.workload.model_copy(update={"seed": seed})})
+    path = check_free(runs, name)
+    if not rehearse:
+        raise NotImplementedError
+    cpus = None if pools.resource_of(plan) == "GPU" and not rehearse else pools.needed(plan)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ray_session(cpus=cpus, address=address))
+        assert seconds is not None, "a rehearsal needs durations"
+        backend: Backend = Rehearsal(plan, seconds)
+        stack.callback(backend.close)
+        directory = RunDirectory(path, plan, tensorboard=not rehearse)
+        stack.callback(directory.close)
+        _run(plan, steps, backend, directory, progress or Silent())
+    return path
+
+
+def _run(plan: Plan, steps: int, backend: Backend, directory: RunDirectory, progress: Progress) -> None:
+    """The loop; whatever way it ends, the timeline holds what was done."""
+    spans: dict[int, Span] = {}
+    log.info("plan %s, %d steps, %d GPUs", plan.name, steps, pools.needed(plan))
+    try:
+        loop(tasks_of(plan, steps), backend, spans, _Recorded(directory, progress, spans))
+        log.info("done")
+    except BaseException as error:
+        log.error("ended by %s: %s", type(error).__name__, error)
+        raise
+    finally:
+        directory.write_timeline(plan, steps, [spans[index] for index in sorted(spans)])

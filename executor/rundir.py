@@ -1,0 +1,68 @@
+"""The directory of a run: plan, timeline, metrics, log, TensorBoard events, checkpoints."""
+
+import json
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from planner.spec.errors import UserError
+from planner.spec.files import write_atomic
+from planner.spec.plan import Plan
+from planner.spec.timeline import Span, Timeline
+
+log = logging.getLogger("splitplan")
+
+
+def check_free(runs: Path, name: str) -> Path:
+    """The run's directory, which must not exist yet. Raises UserError."""
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise UserError(f"{name!r} is no name for a run; --name is one plain directory name under {runs}")
+    path = runs / name
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another --name or remove it")
+    return path
+
+
+class RunDirectory:
+    """What a run writes, as it goes. Metrics are appended a line at a time, files are written whole or not at all."""
+
+    def __init__(self, path: Path, plan: Plan, *, tensorboard: bool) -> None:
+        try:
+            path.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --name or --runs") from None
+        self.path = path
+        plan.write(path / "plan.json")
+        self._handler = logging.FileHandler(path / "log.txt", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(self._handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self._events = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to load, and a rehearsal has no torch
+
+            self._events = SummaryWriter(str(path))
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        self._metrics.write(json.dumps(metrics, allow_nan=True) + "\n")
+        self._metrics.flush()
+        if self._events is not None:
+            for key, value in metrics.items():
+                if isinstance(value, int | float) and key != "step":
+                    self._events.add_scalar(key, value, metrics["step"])
+
+    def write_timeline(self, plan: Plan, steps: int, spans: Iterable[Span]) -> None:
+        """`steps` were asked for. The pipeline fills for `staleness` steps, and the first calls load libraries."""
+        warmup = min(plan.staleness + 1, max(0, steps - 1))
+        timeline = Timeline(source="measured", plan=plan.name, steps=steps, warmup=warmup, spans=tuple(spans))
+        write_atomic(self.path / "timeline.json", timeline.to_json())
+
+    def close(self) -> None:
+        self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+        log.removeHandler(self._handler)
+        self._handler.close()

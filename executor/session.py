@@ -1,0 +1,94 @@
+"""Ray, started quietly and taken down on every way out."""
+
+import contextlib
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from planner.spec.errors import UserError
+
+# Each process stands for one GPU or one core: more threads would only fight. Models come from local directories.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+@contextlib.contextmanager
+def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
+    """Ray for the duration of a `with`: a private one on this machine's loopback with `cpus` CPU slots (None: as many
+    as there are), or the cluster at `address`. A session that is already open is used and left open. SIGTERM ends it
+    like Ctrl-C. Raises UserError if there is no cluster at `address`."""
+    if ray.is_initialized():
+        yield
+        return
+    with _interrupt_on_sigterm():
+        if address is None:
+            with _private_directory() as directory:
+                try:
+                    _start_private(cpus, directory)
+                    yield
+                finally:
+                    ray.shutdown()
+        else:
+            try:
+                _connect(address)
+                yield
+            finally:
+                ray.shutdown()
+
+
+def _start_private(cpus: int | None, directory: Path) -> None:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # Ray turns 127.0.0.1 into the host's outward address unless it is told that there is this host only.
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+    for key, value in ENVIRONMENT.items():  # inherited by the processes, which a runtime_env would start anew
+        os.environ.setdefault(key, value)
+    ray.init(
+        address="local",
+        num_cpus=cpus,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(directory),
+        # By default as many processes start at a time as there are cores, which sixteen light ones find slow.
+        _system_config={"worker_maximum_startup_concurrency": 32},
+        **_quiet(),
+    )
+
+
+def _connect(address: str) -> None:
+    try:
+        ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **_quiet())
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"no Ray cluster at {address} ({reason}); start one with `ray start --head`") from None
+
+
+def _quiet() -> dict[str, Any]:
+    return {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+
+
+@contextlib.contextmanager
+def _private_directory() -> Iterator[Path]:
+    """A short path (sockets lie in it) that is gone afterwards."""
+    directory = Path(tempfile.mkdtemp(prefix="splitplan-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

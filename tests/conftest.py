@@ -1,0 +1,150 @@
+"""What several test modules share: small plans written by hand, and one Ray session."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from planner.spec.cluster import Cluster, Device, Node
+from planner.spec.plan import Plan
+from planner.spec.workload import Workload
+
+SHAPE = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64, "vocab": 48}
+
+
+def make_workload(**changes: Any) -> Workload:
+    """A tiny PPO job with all four models, random weights and no data."""
+    model = {"shape": SHAPE, "random_weights": True}
+    base = {
+        "name": "tiny",
+        "batch": 8,
+        "minibatch": 4,
+        "prompt": {"kind": "fixed", "tokens": 5},
+        "response": {"kind": "lognormal", "mean": 5, "sigma": 0.5, "max": 8},
+        "actor": model,
+        "critic": model,
+        "reference": model,
+        "reward": model,
+        "ppo": {"actor_lr": 1e-3, "critic_lr": 1e-3},
+        "steps": 3,
+        "seed": 7,
+    }
+    return Workload.model_validate({**base, **changes})
+
+
+def cpu_cluster(cores: int) -> Cluster:
+    device = Device(
+        kind="cpu", memory_bytes=2 * 10**9, flops=1e10, memory_bandwidth=1e10, link_bandwidth=1e9, host_bandwidth=1e10
+    )
+    return Cluster(
+        name="local",
+        nodes=(Node(gpus=cores, device="core", host_memory_bytes=4 * 10**9),),
+        devices={"core": device},
+    )
+
+
+SERIAL = [
+    "generate",
+    "score",
+    "ref_logprobs",
+    "old_logprobs",
+    "values",
+    "advantages",
+    "update_critic",
+    "update_actor",
+    "sync_weights",
+    "evaluate",
+]
+
+
+def program_of(
+    workload: Workload,
+    order: Sequence[str | tuple[str, ...]] = SERIAL,
+    offsets: dict[str, int] | None = None,
+    blocking: bool = False,
+) -> list[dict[str, Any]]:
+    """Issue the calls in this order, a tuple being a wait; calls that the workload lacks are left out."""
+    from planner.spec.dataflow import ppo
+
+    names = ppo(workload).names
+    items: list[dict[str, Any]] = []
+    for item in order:
+        if isinstance(item, tuple):
+            items.append({"wait": list(item)})
+        elif item in names:
+            items.append({"call": item, "offset": (offsets or {}).get(item, 0), "blocking": blocking})
+    return items
+
+
+def make_plan(
+    workload: Workload,
+    pools: dict[str, int],
+    roles: dict[str, str | Sequence[str]],
+    *,
+    order: Sequence[str | tuple[str, ...]] = SERIAL,
+    offsets: dict[str, int] | None = None,
+    blocking: bool = False,
+    staleness: int = 0,
+    layouts: dict[str, dict[str, Any]] | None = None,
+    cluster: Cluster | None = None,
+    name: str = "test",
+) -> Plan:
+    """A plan with `pools` {name: cores} on one node and `roles` {role: pool or pools}; each role uses its whole pool
+    unless `layouts` says otherwise."""
+    found: dict[str, Any] = {}
+    taken = 0
+    for pool, size in pools.items():
+        found[pool] = {"gpus": [(0, taken + i) for i in range(size)]}
+        taken += size
+    written: dict[str, Any] = {}
+    for role, where in roles.items():
+        homes = [where] if isinstance(where, str) else list(where)
+        size = sum(pools[home] for home in homes)
+        if role == "rollout":
+            layout = {
+                "engine": "transformers",
+                "tensor_parallel": 1,
+                "replicas": size,
+                "memory_fraction": 0.4,
+                "concurrency": 16,
+            }
+        else:
+            layout = {"engine": "fsdp", "shard": size, "micro_batch_tokens": 64, "recompute": False}
+        written[role] = {**layout, "pools": homes, **(layouts or {}).get(role, {})}
+    return Plan.model_validate(
+        {
+            "name": name,
+            "workload": workload,
+            "cluster": cluster or cpu_cluster(taken),
+            "pools": found,
+            "roles": written,
+            "program": program_of(workload, order, offsets, blocking),
+            "staleness": staleness,
+        }
+    )
+
+
+ROLES = ("actor", "rollout", "critic", "reference", "reward")
+
+
+def colocated(workload: Workload, cores: int = 2, **more: Any) -> Plan:
+    """All roles on all cores, one call at a time."""
+    roles = {role: "all" for role in ROLES if role in workload.roles}
+    return make_plan(workload, {"all": cores}, roles, blocking=True, name="colocated", **more)
+
+
+def split(workload: Workload, **more: Any) -> Plan:
+    """Actor, rollout and reference on one core, critic and reward on the other; the two updates side by side."""
+    home = {"actor": "a", "rollout": "a", "reference": "a", "critic": "b", "reward": "b"}
+    return make_plan(
+        workload, {"a": 1, "b": 1}, {r: home[r] for r in ROLES if r in workload.roles}, name="split", **more
+    )
+
+
+@pytest.fixture(scope="session")
+def ray_two() -> Iterator[None]:
+    """One private Ray for the tests that start processes."""
+    from executor.session import ray_session
+
+    with ray_session(cpus=16, address=None):
+        yield

@@ -1,0 +1,191 @@
+"""The loop with sleeping processes: the order of the schedule, real overlap, and nothing left behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+from conftest import colocated, cpu_cluster, make_plan, make_workload, split
+
+from executor.rehearse import Rehearsal
+from executor.run import Silent, execute, loop
+from executor.worker import Record
+from planner.predict.schedule import Task, tasks_of
+from planner.predict.simulate import simulate
+from planner.spec.errors import UserError
+from planner.spec.files import read_data
+from planner.spec.plan import Plan
+from planner.spec.timeline import Span, Timeline
+
+SECONDS = {
+    "generate": 0.10,
+    "score": 0.02,
+    "ref_logprobs": 0.03,
+    "old_logprobs": 0.03,
+    "values": 0.04,
+    "advantages": 0.01,
+    "update_critic": 0.10,
+    "update_actor": 0.12,
+    "sync_weights": 0.02,
+}
+
+
+def seconds(task: Task) -> float:
+    return SECONDS[task.call.name]
+
+
+def one_step_off() -> Plan:
+    """Rollout on its own core, generating for the next step while the others train."""
+    roles = {"rollout": "g", "actor": "t", "critic": "c", "reference": "t", "reward": "c"}
+    return make_plan(
+        make_workload(), {"g": 1, "t": 1, "c": 1}, roles, offsets={"generate": 1}, staleness=1, name="one-step-off"
+    )
+
+
+def rehearse(plan: Plan, steps: int) -> tuple[list[Task], list[Span]]:
+    tasks = tasks_of(plan, steps)
+    spans: dict[int, Span] = {}
+    backend = Rehearsal(plan, seconds)
+    try:
+        loop(tasks, backend, spans, Silent())
+    finally:
+        backend.close()
+    return tasks, [spans[task.index] for task in tasks]
+
+
+@pytest.mark.parametrize("make", [lambda: colocated(make_workload()), lambda: split(make_workload()), one_step_off])
+def test_precedence_and_the_order_on_each_pool_are_those_of_the_simulation(ray_two: None, make) -> None:
+    plan = make()
+    tasks, measured = rehearse(plan, 4)
+    simulated = simulate(tasks, seconds)
+    for task in tasks:
+        for before in task.after:
+            assert measured[before].end <= measured[task.index].start
+    for pool in plan.pools:
+        orders = [
+            [(s.call, s.step) for s in sorted(spans, key=lambda s: s.start) if pool in s.pools]
+            for spans in (measured, simulated)
+        ]
+        assert orders[0] == orders[1]
+
+
+def overlap(a: Span, b: Span) -> float:
+    """Common seconds as a share of the shorter span."""
+    return (min(a.end, b.end) - max(a.start, b.start)) / min(a.seconds, b.seconds)
+
+
+def test_the_two_updates_run_side_by_side(ray_two: None) -> None:
+    _, spans = rehearse(split(make_workload()), 3)
+    of = {(span.call, span.step): span for span in spans}
+    assert all(overlap(of["update_actor", step], of["update_critic", step]) >= 0.5 for step in range(3))
+
+
+def test_generation_of_the_next_step_runs_beside_the_updates(ray_two: None) -> None:
+    _, spans = rehearse(one_step_off(), 4)
+    of = {(span.call, span.step): span for span in spans}
+    assert all(overlap(of["generate", step + 1], of["update_actor", step]) > 0 for step in range(1, 3))
+
+
+def test_a_rehearsal_writes_a_run_directory(ray_two: None, tmp_path: Path) -> None:
+    plan = split(make_workload())
+    path = execute(plan, name="r", runs=tmp_path, steps=3, rehearse=True, seconds=seconds)
+    timeline = Timeline.read(path / "timeline.json")
+    assert timeline.source == "measured" and len(timeline.spans) == 27 and timeline.warmup == 1
+    assert all(span.seconds >= SECONDS[span.call] for span in timeline.spans)
+    assert read_data(path / "plan.json")["name"] == "split"
+    assert len((path / "metrics.jsonl").read_text().splitlines()) == 3
+    with pytest.raises(UserError, match="--name"):
+        execute(plan, name="r", runs=tmp_path, steps=3, rehearse=True, seconds=seconds)
+
+
+def test_sixteen_ranks_rehearse(ray_two: None, tmp_path: Path) -> None:
+    roles = {"actor": "a", "rollout": ["a", "b"], "reference": "a", "critic": "b", "reward": "b"}
+    plan = make_plan(make_workload(), {"a": 8, "b": 8}, roles, cluster=cpu_cluster(16))
+    path = execute(plan, name="r", runs=tmp_path, steps=2, rehearse=True, seconds=seconds)
+    assert len(Timeline.read(path / "timeline.json").spans) == 18
+
+
+class Broken:
+    """A backend whose third call fails."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def run(self, task: Task) -> tuple[list[Record], int]:
+        self.calls += 1
+        if self.calls == 3:
+            raise UserError("the reward function is wrong")
+        now = time.perf_counter()
+        return [Record(start=now, end=now)], 0
+
+    def end_step(self, step: int) -> dict[str, float]:
+        return {"step": step}
+
+    def close(self) -> None: ...
+
+
+def test_a_failed_call_ends_the_loop_and_what_was_done_is_kept() -> None:
+    spans: dict[int, Span] = {}
+    with pytest.raises(UserError, match="reward function"):
+        loop(tasks_of(colocated(make_workload()), 2), Broken(), spans, Silent())
+    assert [span.call for span in spans.values()] == ["generate", "score"]
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below one, from /proc."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its in parents.items() if its == parent]
+    return found[1:]
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+    script = """
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[2])
+        from conftest import make_workload, split
+        from executor.run import execute
+        plan = split(make_workload())
+        execute(plan, name="r", runs=Path(sys.argv[1]), steps=50, rehearse=True, seconds=lambda t: 1.0)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent)]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(command, start_new_session=True, cwd=root, stderr=subprocess.PIPE, text=True)
+    children: list[int] = []
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "r" / "log.txt").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        children = descendants(process.pid)
+        os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
+        process.communicate(timeout=60)
+        deadline = time.monotonic() + 10
+        while any(map(running, children)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(children) > 5 and not [pid for pid in children if running(pid)]
+        assert read_data(tmp_path / "r" / "timeline.json")["steps"] == 50
+    finally:
+        for pid in [process.pid, *children]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
