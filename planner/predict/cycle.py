@@ -23,12 +23,12 @@ def event_edges(
     flow: Dataflow, program: Sequence[Issue | Wait], pools_of: Callable[[Call], tuple[str, ...]]
 ) -> Edges:
     """The steady-state edges (u, v, d): v of step t starts after u of step t - d. Read off the unrolled program far
-    from both ends. Calls that run every n > 1 steps are left out. Raises UserError as `unroll` does."""
-    once = Dataflow(calls=tuple(call for call in flow.calls if call.every == 1))
-    items = [item for item in program if isinstance(item, Wait) or item.call in once.names]
+    from both ends. Monitors are left out. Raises UserError as `unroll` does."""
+    steady = flow.steady
+    items = [item for item in program if isinstance(item, Wait) or item.call in steady.names]
     depth = max(item.offset for item in items if isinstance(item, Issue))
     middle = 2 * depth + 2
-    tasks = unroll(once, items, pools_of, middle + depth + 2)
+    tasks = unroll(steady, items, pools_of, middle + depth + 2)
     nearest: dict[tuple[str, str], int] = {}
     for task in tasks:
         if task.step == middle:

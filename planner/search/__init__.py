@@ -1,0 +1,141 @@
+"""Which plan is best, and the proof: `find` is the whole search, `baseline` one of the splits that people use today."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from planner import __version__
+from planner.predict.cost import CostModel
+from planner.predict.forecast import predict
+from planner.predict.profile import Profile, check_profiles
+from planner.search.baselines import NAMES, best_of
+from planner.search.branch import Candidate, search
+from planner.search.options import Problem
+from planner.spec.cluster import Cluster
+from planner.spec.dataflow import ppo
+from planner.spec.errors import UserError
+from planner.spec.plan import Issue, Plan, Pool, Proof, Provenance
+from planner.spec.workload import Workload
+
+SPACE = "one round per step, offsets 0..{k}, all role partitions, rollout on any union, all pool sizes, listed layouts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a search found. A baseline that cannot be is there with the reason instead of a plan."""
+
+    best: Plan
+    runners_up: tuple[Plan, ...]
+    baselines: dict[str, Plan | str]
+    placements: int
+    seconds: float
+
+
+def find(
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    profiles: Sequence[Profile] = (),
+    profile_hashes: dict[str, str] | None = None,
+    max_staleness: int | None = None,
+    keep: int = 4,
+    command: str = "",
+) -> Result:
+    """The plan with the shortest mean step time, runners-up and the baselines. Raises UserError if nothing fits."""
+    start = time.perf_counter()
+    problem = _problem(workload, cluster, profiles, max_staleness)
+    found = search(problem, keep)
+    if not found.best:
+        raise UserError(
+            f"no plan fits: {workload.name} on {len(cluster.gpus)} GPUs exceeds their memory in every layout; "
+            "use more GPUs, smaller models or shorter sequences"
+        )
+    seconds = time.perf_counter() - start
+    proof = Proof(
+        status="optimal",
+        objective="mean",
+        scenarios=problem.model.scenarios,
+        space=SPACE.format(k=problem.max_staleness),
+    )
+    provenance = Provenance(
+        version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {}
+    )
+    plans = [assemble(c, "best" if i == 0 else f"runner-up-{i}", problem) for i, c in enumerate(found.best)]
+    plans = [_complete(plan, provenance, profiles, proof, found.bound, seconds) for plan in plans]
+    baselines: dict[str, Plan | str] = {}
+    for name in NAMES:
+        try:
+            plan = assemble(best_of(name, problem), name, problem)
+            baselines[name] = _complete(plan, provenance, profiles, None, found.bound, 0.0)
+        except UserError as error:
+            baselines[name] = str(error)
+    return Result(
+        best=plans[0],
+        runners_up=tuple(plans[1:]),
+        baselines=baselines,
+        placements=found.placements,
+        seconds=seconds,
+    )
+
+
+def baseline(
+    name: str,
+    workload: Workload,
+    cluster: Cluster,
+    *,
+    profiles: Sequence[Profile] = (),
+    profile_hashes: dict[str, str] | None = None,
+    command: str = "",
+) -> Plan:
+    """One of the named splits with its best layouts, as a plan that can be executed. Raises UserError."""
+    problem = _problem(workload, cluster, profiles, None)
+    plan = assemble(best_of(name, problem), name, problem)
+    provenance = Provenance(
+        version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {}
+    )
+    return _complete(plan, provenance, profiles, None, 0.0, 0.0)
+
+
+def _problem(
+    workload: Workload, cluster: Cluster, profiles: Sequence[Profile], max_staleness: int | None
+) -> Problem:
+    check_profiles(profiles, workload, cluster)
+    if max_staleness is not None:
+        workload = workload.model_copy(update={"max_staleness": max_staleness})
+    return Problem(
+        workload=workload,
+        cluster=cluster,
+        model=CostModel(workload, cluster, profiles),
+        flow=ppo(workload).steady,
+        max_staleness=workload.max_staleness,
+    )
+
+
+def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
+    """Write a candidate out as a plan. Pools are named by their roles."""
+    order = problem.workload.roles
+    names = {f"p{i}": "+".join(r for r in order if r in roles) for i, roles in enumerate(candidate.structure)}
+    roles = {role: layout for role, layout in candidate.trainers.items()} | {"rollout": candidate.rollout}
+    monitors = [Issue(call=call.name) for call in ppo(problem.workload).calls if call.monitor]
+    return Plan(
+        name=name,
+        workload=problem.workload,
+        cluster=problem.cluster,
+        pools={names[f"p{i}"]: Pool(gpus=gpus) for i, gpus in enumerate(candidate.pools)},
+        roles={
+            role: roles[role].model_copy(update={"pools": tuple(names[pool] for pool in roles[role].pools)})
+            for role in order
+        },
+        program=(*candidate.program.items, *monitors),
+        staleness=candidate.program.staleness,
+    )
+
+
+def _complete(
+    plan: Plan, provenance: Provenance, profiles: Sequence[Profile], proof: Proof | None, bound: float, seconds: float
+) -> Plan:
+    predicted = predict(plan, profiles, proof, bound).model_copy(update={"search_seconds": seconds})
+    return plan.model_copy(update={"predicted": predicted, "provenance": provenance})
+
+
+__all__ = ["NAMES", "Result", "baseline", "find"]

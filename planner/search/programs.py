@@ -5,17 +5,16 @@ schedule; hence the programs searched have none. What order the calls have matte
 pool; of all orders that induce the same event graph one is kept, and of all event graphs those that are undominated.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import product
+from itertools import permutations, product
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.cycle import Cycles, cycles, event_edges
+from planner.predict.cycle import Cycles, Edges, cycles, event_edges
 from planner.spec.dataflow import Dataflow
-from planner.spec.errors import UserError
 from planner.spec.plan import Issue
 
 Sharing = tuple[tuple[str, tuple[str, ...]], ...]  # call -> names of the pools that it occupies
@@ -30,21 +29,35 @@ class Program(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def programs(flow: Dataflow, sharing: Sharing, k: int) -> tuple[Program, ...]:
-    """The undominated programs of staleness k, the plainest first. Independent of costs."""
+def plain_programs(flow: Dataflow, sharing: Sharing, k: int) -> tuple[Program, ...]:
+    """A few natural programs of staleness k; one alone if nothing can beat it, whatever the costs."""
+    return _collect(flow, sharing, k, _natural_orders(flow, dict(sharing), k))
+
+
+@lru_cache(maxsize=None)
+def all_programs(flow: Dataflow, sharing: Sharing, k: int) -> tuple[Program, ...]:
+    """The undominated programs of staleness k. Independent of costs; takes seconds for a crowded sharing."""
+    return _collect(flow, sharing, k, orders(flow, dict(sharing), k))
+
+
+def _collect(
+    flow: Dataflow, sharing: Sharing, k: int, candidates: Iterable[tuple[Issue, ...]]
+) -> tuple[Program, ...]:
     pools = dict(sharing)
-    calls = tuple(pools)
+    occupied = sorted({pool for names in pools.values() for pool in names})
     floor = bound_rates(flow, sharing, k)
-    found: dict[object, Program] = {}
-    for items in orders(flow, pools, k):
-        try:
-            edges = event_edges(flow, items, lambda call: pools[call.name])
-        except UserError:  # out of topological order: such a program would deadlock
+    found: dict[Edges, Program] = {}
+    seen = set()
+    for items in candidates:
+        in_pools = tuple(tuple(i for i in items if pool in pools[i.call]) for pool in occupied)
+        if in_pools in seen:  # the order between pools is without effect
             continue
+        seen.add(in_pools)
+        edges = event_edges(flow, items, lambda call: pools[call.name])
         if edges in found:
             continue
-        program = Program(items, k, cycles(calls, edges))
-        if dominates(floor, rates(program)):  # nothing can be faster, whatever the costs
+        program = Program(items, k, cycles(tuple(pools), edges))
+        if dominates(floor, rates(program)):
             return (program,)
         found[edges] = program
     return _undominated(list(found.values()))
@@ -90,6 +103,25 @@ def bound_rates(flow: Dataflow, sharing: Sharing, k: int) -> NDArray[np.float64]
         if infer in calls and train in calls:
             scaled.append(({infer, "advantages", train}, 1.0))
     return np.array(sorted({tuple(scale * (call in row) for call in calls) for row, scale in scaled}))
+
+
+def _natural_orders(flow: Dataflow, pools: dict[str, tuple[str, ...]], k: int) -> Iterator[tuple[Issue, ...]]:
+    """Inference of one step as a block, before or after the updates of an earlier one; the critic's update before,
+    beside or after the actor's and the sync."""
+    infer = [call.name for call in flow.calls if call.kind == "infer" or call.name == "score"]
+    issues = {(call, offset): Issue(call=call, offset=offset) for call in pools for offset in range(k + 1)}
+    tail = [call for call in ("update_critic", "update_actor", "sync_weights") if call in pools]
+    for ahead, critic in product(range(k + 1), repeat=2):
+        offset = dict.fromkeys(infer, ahead) | {"generate": k, "advantages": ahead, "update_critic": critic}
+        offset |= {"update_actor": 0, "sync_weights": 0}
+        before = _precedence(flow, {call: offset[call] for call in pools})
+        if before is None:
+            continue
+        for first, last in product(permutations(infer), permutations(tail)):
+            preference = ("generate", *first, "advantages", *last)
+            order = next(_extensions(preference, before, {call: ("all",) for call in pools}), None)
+            if order is not None:
+                yield tuple(issues[call, offset[call]] for call in order)
 
 
 def orders(flow: Dataflow, pools: dict[str, tuple[str, ...]], k: int) -> Iterator[tuple[Issue, ...]]:

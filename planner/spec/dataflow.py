@@ -23,7 +23,8 @@ class Read:
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One operation of a step on the pools of its roles; a host call has no roles. With `every` = n it runs on the
-    steps n-1, 2n-1, ... only."""
+    steps n-1, 2n-1, ... only. A `monitor` call watches the training: no other call reads what it writes, and it does
+    not count in the steady state that a search optimises."""
 
     name: str
     roles: tuple[str, ...]
@@ -31,6 +32,7 @@ class Call:
     reads: tuple[Read, ...]
     writes: tuple[str, ...]
     every: int = 1
+    monitor: bool = False
 
     def runs_at(self, step: int) -> bool:
         return step % self.every == self.every - 1
@@ -50,6 +52,11 @@ class Dataflow:
     def writer(self, data: str) -> Call | None:
         """The call that writes a datum; None for what comes from outside (prompts)."""
         return next((call for call in self.calls if data in call.writes), None)
+
+    @property
+    def steady(self) -> "Dataflow":
+        """Without the monitors: the calls of every step."""
+        return Dataflow(calls=tuple(call for call in self.calls if not call.monitor))
 
     @property
     def state(self) -> frozenset[str]:
@@ -129,6 +136,14 @@ def ppo(workload: Workload) -> Dataflow:
         reads = (Read(data="rollout_weights"),)
         every = workload.data.evaluate_every
         calls.append(
-            Call(name="evaluate", roles=("rollout",), kind="generate", reads=reads, writes=("metrics",), every=every)
+            Call(
+                name="evaluate",
+                roles=("rollout",),
+                kind="generate",
+                reads=reads,
+                writes=("metrics",),
+                every=every,
+                monitor=True,
+            )
         )
     return Dataflow(calls=tuple(calls))
