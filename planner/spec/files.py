@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from planner.spec.errors import UserError
 
@@ -16,25 +16,33 @@ from planner.spec.errors import UserError
 class Spec(BaseModel):
     """Base of everything parsed from a file: immutable, and an unknown key, NaN or infinity is an error."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class File(Spec):
     """A file of its own. Its first key is `schema`: `splitplan/<kind>/<version>`."""
 
     SCHEMA: ClassVar[str]
-    schema_: str = Field(default="", alias="schema")
 
-    @model_validator(mode="after")
-    def _check_schema(self) -> Self:
-        if self.schema_ not in ("", self.SCHEMA):
-            raise ValueError(f"schema is {self.schema_!r}, but this version of splitplan reads {self.SCHEMA!r}")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _check_schema(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "schema" not in data:
+            return data
+        if data["schema"] != cls.SCHEMA:
+            raise ValueError(f"schema is {data['schema']!r}, but this version of splitplan reads {cls.SCHEMA!r}")
+        return {key: value for key, value in data.items() if key != "schema"}
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON Schema of the file, its `schema` key included."""
+        found = cls.model_json_schema()
+        found["properties"] = {"schema": {"const": cls.SCHEMA}, **found["properties"]}
+        found["required"] = ["schema", *found.get("required", [])]
+        return found
 
     def to_json(self) -> str:
-        body = self.model_dump(mode="json", by_alias=True, exclude={"schema_"})
+        body = self.model_dump(mode="json")
         return json.dumps({"schema": self.SCHEMA, **body}, indent=1, allow_nan=False) + "\n"
 
     def write(self, path: Path) -> None:

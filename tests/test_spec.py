@@ -1,0 +1,218 @@
+"""The files that outlive a run: round trips, and one clear line for each thing that can be wrong with them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_workload, split
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.predict.schedule import load_plan, tasks_of
+from planner.predict.simulate import simulate
+from planner.spec.cluster import Cluster, load_device, make_cluster
+from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir, write_atomic
+from planner.spec.lengths import Empirical, Fixed, Lognormal, sample
+from planner.spec.plan import Plan
+from planner.spec.timeline import Timeline
+from planner.spec.workload import Shape, Workload, load_workload
+
+
+def plan_json(**changes):
+    return {**json.loads(split(make_workload()).to_json()), **changes}
+
+
+def refused(tmp_path, data, text):
+    path = tmp_path / "plan.json"
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    with pytest.raises(UserError) as error:
+        load_plan(path)
+    assert text in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_plan_round_trip(tmp_path):
+    plan = split(make_workload())
+    plan.write(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+    assert json.loads((tmp_path / "plan.json").read_text())["schema"] == "splitplan/plan/1"
+
+
+def test_timeline_round_trip(tmp_path):
+    spans = simulate(tasks_of(split(make_workload()), 3), lambda task: 0.1 * (1 + task.index))
+    timeline = Timeline(source="simulated", plan="split", steps=3, warmup=1, spans=spans)
+    timeline.write(tmp_path / "t.json")
+    assert Timeline.read(tmp_path / "t.json") == timeline
+
+
+def test_workload_and_cluster_round_trip(tmp_path):
+    for value in (make_workload(), make_cluster(12)):
+        value.write(tmp_path / "x.json")
+        assert type(value).read(tmp_path / "x.json") == value
+
+
+@pytest.mark.parametrize("path", sorted((profiles_dir() / "workloads").glob("*.toml")), ids=lambda p: p.stem)
+def test_shipped_workloads_load(path):
+    assert load_workload(path).name == path.stem
+
+
+@pytest.mark.parametrize("cut", [1, 40, 400, 1500])
+def test_truncated_plan(tmp_path, cut):
+    refused(tmp_path, split(make_workload()).to_json()[:cut], "not valid JSON")
+
+
+def test_plan_of_another_kind_or_version(tmp_path):
+    refused(tmp_path, plan_json(schema="splitplan/plan/9"), "splitplan/plan/9")
+    refused(tmp_path, plan_json(schema="splitplan/timeline/1"), "splitplan/timeline/1")
+    data = plan_json()
+    del data["schema"]
+    refused(tmp_path, data, 'no "schema" key')
+
+
+def test_unknown_keys_are_named(tmp_path):
+    refused(tmp_path, plan_json(colour="red"), "colour: unknown key")
+    data = plan_json()
+    data["roles"]["actor"]["shards"] = 2
+    refused(tmp_path, data, "shards: unknown key")
+
+
+def test_roles_and_pools_that_do_not_exist(tmp_path):
+    data = plan_json()
+    data["roles"]["actor"]["pools"] = ["nowhere"]
+    refused(tmp_path, data, "there is no pool 'nowhere'")
+    data = plan_json()
+    data["roles"]["judge"] = data["roles"]["critic"]
+    refused(tmp_path, data, "no role 'judge'")
+    data = plan_json()
+    del data["roles"]["critic"]
+    refused(tmp_path, data, "critic is missing")
+
+
+def test_a_gpu_in_two_pools_or_outside_the_cluster(tmp_path):
+    data = plan_json()
+    data["pools"]["b"]["gpus"] = data["pools"]["a"]["gpus"]
+    refused(tmp_path, data, "GPU [0, 0] is in both 'a' and 'b'")
+    data = plan_json()
+    data["pools"]["b"]["gpus"] = [[3, 0]]
+    refused(tmp_path, data, "GPU [3, 0] is not in the cluster of 2 GPUs")
+
+
+def test_programs_that_cannot_be(tmp_path):
+    data = plan_json()
+    data["program"] = data["program"][1:]
+    refused(tmp_path, data, "generate is issued 0 times")
+    data = plan_json()
+    data["program"].append({"wait": ["nothing"]})
+    refused(tmp_path, data, "there is no call 'nothing'")
+    data = plan_json()
+    data["program"].append({"call": "generate", "wait": ["generate"]})
+    refused(tmp_path, data, "program item 9")
+    data = plan_json()
+    data["program"].reverse()
+    refused(tmp_path, data, "deadlocks")
+
+
+def test_layouts_that_do_not_fit_their_pool(tmp_path):
+    data = plan_json()
+    data["roles"]["actor"]["shard"] = 4
+    refused(tmp_path, data, "needs 4 GPUs; pool 'a' has 1")
+    data = plan_json()
+    data["roles"]["rollout"]["tensor_parallel"] = 2
+    refused(tmp_path, data, "1 engines of 2 GPUs do not fit")
+    data = plan_json()
+    data["roles"]["critic"]["tp"] = 2
+    refused(tmp_path, data, "tp = 2 is not supported yet")
+
+
+def test_numbers_that_are_none(tmp_path):
+    text = split(make_workload()).to_json()
+    refused(tmp_path, text.replace('"batch": 8', '"batch": NaN'), "NaN is no number")
+    refused(tmp_path, text.replace('"batch": 8', '"batch": -8'), "workload.batch")
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"batch": 10}, "batch = 10 is no multiple of minibatch = 4"),
+        ({"response": {"kind": "fixed", "tokens": -3}}, "greater than 0"),
+        ({"response": {"kind": "empirical", "values": [9, 8], "max": 4}}, "every value is above max = 4"),
+        ({"samples_per_prompt": 4}, "samples_per_prompt = 4 is not supported yet"),
+        ({"sync": "in_flight"}, "sync = 'in_flight' is not supported yet"),
+        ({"reward": {"function": "here.py"}}, "does not name a function"),
+    ],
+)
+def test_workloads_that_cannot_be(changes, text):
+    with pytest.raises(ValueError, match=text):
+        make_workload(**changes)
+
+
+def test_a_missing_model_directory_is_named(tmp_path):
+    workload = tmp_path / "w.toml"
+    workload.write_text('schema = "splitplan/workload/1"\nname = "x"\n[actor]\npath = "nowhere"\n')
+    with pytest.raises(UserError, match="no model directory at .*nowhere"):
+        load_workload(workload)
+
+
+def test_paths_start_at_the_workload_file(tmp_path):
+    data = json.loads(make_workload().to_json())
+    data["reward"] = {"function": "judge.py:score"}
+    data["data"] = {"train": "t.jsonl", "evaluation": "e.jsonl", "evaluate_every": 5}
+    (tmp_path / "w.json").write_text(json.dumps(data))
+    workload = load_workload(tmp_path / "w.json")
+    assert workload.data.train == tmp_path / "t.jsonl"
+    assert workload.reward.function == f"{tmp_path / 'judge.py'}:score"
+
+
+def test_no_cluster_without_gpus():
+    with pytest.raises(UserError, match="0 GPUs"):
+        make_cluster(0)
+    with pytest.raises(UserError, match="no device 'b900'"):
+        load_device("b900")
+
+
+def test_a_smaller_last_node():
+    cluster = make_cluster(12)
+    assert [node.gpus for node in cluster.nodes] == [8, 4]
+    assert cluster.gpus[-1] == (1, 3)
+    assert isinstance(cluster, Cluster)
+
+
+def test_parameters_of_a_known_model():
+    """Qwen2.5-7B has 7.62 billion parameters (its model card), 6.53 without the embeddings."""
+    shape = Shape(hidden=3584, layers=28, heads=28, kv_heads=4, intermediate=18944, vocab=152064)
+    assert shape.parameters() / 1e9 == pytest.approx(7.62, abs=0.01)
+    assert (shape.parameters() - 2 * shape.embedding_parameters) / 1e9 == pytest.approx(6.53, abs=0.01)
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_atomic(tmp_path / "file" / "below", "new")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match="cannot be written"):
+        write_atomic(tmp_path / "folder", "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+@given(st.floats(5, 500), st.floats(0.1, 1.5), st.integers(1, 1000), st.integers(0, 2**31))
+def test_lognormal_lengths_stay_in_range(mean, sigma, longest, seed):
+    drawn = sample(Lognormal(mean=mean, sigma=sigma, max=longest), 50, seed, 1)
+    assert drawn.min() >= 1 and drawn.max() <= longest
+    assert (drawn == sample(Lognormal(mean=mean, sigma=sigma, max=longest), 50, seed, 1)).all()
+
+
+def test_lengths_follow_their_distribution():
+    assert sample(Lognormal(mean=200, sigma=0.6, max=10**6), 200_000, 3).mean() == pytest.approx(200, rel=0.01)
+    assert set(sample(Empirical(values=(3, 5, 900), max=10), 500, 0)) == {3, 5, 10}
+    assert np.all(sample(Fixed(tokens=7), 4, 0) == 7)
+
+
+def test_plan_schema_is_json():
+    assert "program" in Plan.json_schema()["properties"]
+    assert "batch" in Workload.json_schema()["properties"]
+    assert isinstance(json.dumps(Timeline.json_schema()), str)
+    assert Path(profiles_dir() / "devices.toml").is_file()
