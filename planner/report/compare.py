@@ -1,0 +1,152 @@
+"""A predicted timeline beside a measured one: pure numbers, no drawing and no printing."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.predict.cycle import cycles, event_edges
+from planner.predict.schedule import tasks_of
+from planner.predict.simulate import simulate
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.timeline import Timeline, mean_call_seconds, step_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """Seconds of one call (mean after the warm-up) or of one step. `error` is predicted over measured, less 1."""
+
+    name: str
+    pools: tuple[str, ...] = ()
+    predicted: float
+    measured: float
+
+    @property
+    def error(self) -> float:
+        return _error(self.predicted, self.measured)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """`steps` has a row per step after the warm-up, from the end of one `update_actor` to the next. The re-simulated
+    step time is that of the same program with the measured durations; what the measured step takes beyond it is the
+    controller's."""
+
+    calls: tuple[Row, ...]
+    steps: tuple[Row, ...]
+    step: Row
+    resimulated_step_seconds: float
+    predicted_busy: dict[str, float]
+    measured_busy: dict[str, float]
+
+    @property
+    def controller_overhead(self) -> float:
+        """Measured step time over the re-simulated one, less 1."""
+        return _error(self.step.measured, self.resimulated_step_seconds)
+
+
+def compare(plan: Plan, predicted: Timeline, measured: Timeline) -> Comparison:
+    """Compare two timelines of one plan. Steps that the run did not finish are left out. Raises UserError."""
+    measured = whole_steps(plan, measured)
+    calls_predicted, calls_measured = mean_call_seconds(predicted), mean_call_seconds(measured)
+    pools = {span.call: span.pools for span in predicted.spans}
+    times_predicted, times_measured = steps_of(predicted), steps_of(measured)
+    return Comparison(
+        calls=tuple(
+            Row(name=call, pools=pools[call], predicted=seconds, measured=calls_measured[call])
+            for call, seconds in calls_predicted.items()
+            if call in calls_measured
+        ),
+        steps=tuple(
+            Row(name=str(step), predicted=times_predicted[step], measured=seconds)
+            for step, seconds in times_measured.items()
+            if step >= measured.warmup and step in times_predicted
+        ),
+        step=Row(name="step", predicted=step_seconds(predicted), measured=step_seconds(measured)),
+        resimulated_step_seconds=step_seconds(resimulate(plan, measured)),
+        predicted_busy=pool_busy(predicted),
+        measured_busy=pool_busy(measured),
+    )
+
+
+def resimulate(plan: Plan, measured: Timeline) -> Timeline:
+    """The plan's program simulated with the measured durations of whole steps: a run with a controller that costs
+    nothing. Raises UserError as `whole_steps` does."""
+    measured = whole_steps(plan, measured)
+    seconds: dict[tuple[str, int], float] = defaultdict(float)  # of all chunks and attempts
+    for span in measured.spans:
+        seconds[span.call, span.step] += span.seconds
+    spans = simulate(tasks_of(plan, measured.steps), lambda task: seconds[task.call.name, task.step])
+    return measured.model_copy(update={"source": "simulated", "spans": spans})
+
+
+def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
+    """The leading steps of which every call was run. Raises UserError if there is none after the warm-up, or if the
+    timeline is of another program."""
+    calls = {call.name for call in plan.dataflow.calls}
+    if unknown := {span.call for span in timeline.spans} - calls:
+        raise UserError(
+            f"the timeline has a call {min(unknown)!r} that plan {plan.name!r} does not have; give the plan of that run"
+        )
+    if other := {pool for span in timeline.spans for pool in span.pools} - plan.pools.keys():
+        raise UserError(
+            f"the timeline has a pool {min(other)!r} that plan {plan.name!r} does not have; give the plan of that run"
+        )
+    ran = {(span.call, span.step) for span in timeline.spans}
+    steps = 0
+    while steps < timeline.steps and all((c.name, steps) in ran for c in plan.dataflow.calls if c.runs_at(steps)):
+        steps += 1
+    if steps <= timeline.warmup:
+        raise UserError(
+            f"the run finished {steps} steps, of which {timeline.warmup} are warm-up; there is nothing to compare, "
+            "execute more steps"
+        )
+    spans = tuple(span for span in timeline.spans if span.step < steps)
+    return timeline.model_copy(update={"steps": steps, "spans": spans})
+
+
+def steps_of(timeline: Timeline) -> dict[int, float]:
+    """Seconds of each step, from the end of the `update_actor` before (the run's start for step 0) to that of its
+    own."""
+    ends = sorted((span.step, span.end) for span in timeline.spans if span.call == "update_actor")
+    before = [0.0, *(end for _, end in ends)]
+    return {step: end - start for (step, end), start in zip(ends, before, strict=False)}
+
+
+def pool_busy(timeline: Timeline) -> dict[str, float]:
+    """Share of a step in which each pool runs a call, from the steps after the warm-up. What a pipeline does not do
+    while it fills and drains does not count against it."""
+    steps = timeline.steps - timeline.warmup
+    counted = [span for span in timeline.spans if steps <= 0 or span.step >= timeline.warmup]
+    seconds = {pool: 0.0 for span in timeline.spans for pool in span.pools}
+    for span in counted:
+        for pool in span.pools:
+            seconds[pool] += span.seconds
+    period = step_seconds(timeline) * (steps if steps > 0 else max(1, timeline.steps))
+    return {pool: min(1.0, busy / period) if period else 0.0 for pool, busy in seconds.items()}
+
+
+def occupancy(plan: Plan, busy: Mapping[str, float]) -> float:
+    """Share of all GPU-seconds of the cluster, idle GPUs included, in which the GPU's pool runs a call."""
+    used = sum(len(pool.gpus) * busy.get(name, 0.0) for name, pool in plan.pools.items())
+    return used / len(plan.cluster.gpus)
+
+
+def critical_seconds(plan: Plan, call_seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds per step of each call on the cycle that binds the plan's steady state at these durations, longest first;
+    their sum is its period. A cycle over several steps counts each call by its share."""
+    edges = event_edges(plan.dataflow, plan.program, plan.pools_of)
+    calls = tuple(call.name for call in plan.dataflow.calls if call.every == 1)
+    seconds = np.array([call_seconds.get(call, 0.0) for call in calls])
+    found = cycles(calls, edges)
+    critical = found.critical(seconds)
+    total = sum(call_seconds.get(call, 0.0) for call in critical)
+    share = float(found.periods(seconds)) / total if total else 0.0
+    ordered = sorted(critical, key=lambda call: -call_seconds.get(call, 0.0))
+    return {call: share * call_seconds.get(call, 0.0) for call in ordered}
+
+
+def _error(value: float, reference: float) -> float:
+    return value / reference - 1 if reference else 0.0

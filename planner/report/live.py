@@ -1,0 +1,81 @@
+"""Progress of a run as it happens: step, reward, tokens per second, and which pool is doing what."""
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from planner.predict.schedule import Task
+from planner.report.tables import roles_of, seconds
+from planner.spec.plan import Plan
+from planner.spec.timeline import Span
+
+REFRESHES_PER_SECOND = 2  # drawing competes with the run where cores stand in for GPUs
+SHOWN = (("reward", "reward"), ("exact_match", "exact match"), ("tokens_per_second", "tokens/s"))
+
+
+class LiveProgress:
+    """A table that is redrawn in place on a terminal; a line per step where there is none. Use it in a `with`."""
+
+    def __init__(self, plan: Plan, steps: int, console: Console) -> None:
+        self.plan, self.steps, self.console = plan, steps, console
+        self.done = 0
+        self.metrics: dict[str, Any] = {}
+        self._doing: dict[str, tuple[str, float]] = {}
+        self._began = time.monotonic()
+        self._live = Live(get_renderable=self._table, console=console, refresh_per_second=REFRESHES_PER_SECOND)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def on_start(self, task: Task) -> None:
+        for pool in task.pools:
+            self._doing[pool] = (f"{task.call.name} {task.step}", time.monotonic())
+
+    def on_end(self, span: Span) -> None:
+        for pool in span.pools:
+            self._doing.pop(pool, None)
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        self.done = metrics["step"] + 1
+        self.metrics |= metrics
+        if not self.console.is_terminal:
+            self.console.print(self._headline(), soft_wrap=True)
+
+    def _headline(self) -> str:
+        parts = [f"step {self.done}/{self.steps}"]
+        parts += [f"{title} {_number(self.metrics[key])}" for key, title in SHOWN if key in self.metrics]
+        if "seconds" in self.metrics:
+            parts.append(f"{seconds(self.metrics['seconds'])} s")
+        return "  ·  ".join(parts)
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        table.add_row(Text(self.plan.name, style="bold"), Text(self._headline() if self.done else "starting"))
+        table.add_row("", ProgressBar(total=self.steps, completed=self.done, width=60))
+        now = time.monotonic()
+        for pool, place in self.plan.pools.items():
+            call, since = self._doing.get(pool, ("–", now))
+            label = f"{escape(roles_of(self.plan, pool))} ({len(place.gpus)})"
+            table.add_row(label, f"{call}  {now - since:.0f} s" if call != "–" else "[dim]idle[/dim]")
+        table.add_row("", f"[dim]{now - self._began:.0f} s since the start[/dim]")
+        return table
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3f}"

@@ -1,0 +1,224 @@
+"""What the commands print: tables and sentences about plans, memory and comparisons."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from planner.report.compare import Comparison, Row, critical_seconds, occupancy
+from planner.spec.plan import Plan, RolloutRole, TrainerRole
+
+SOURCES = ("measured", "interpolated", "extrapolated", "roofline")
+
+
+def plans_table(best: Plan, baselines: Mapping[str, Plan | str], runners_up: Sequence[Plan] = ()) -> Table:
+    """The winner, the baselines and the runners-up: what each one is predicted to do, and the speed-up over the two
+    reference baselines. A baseline that does not fit has its reason in place of the figures."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("plan", no_wrap=True)
+    for title in ("step s", "p95 s", "tokens/s", "GPUs busy", "vs split", "vs colocated", "stale"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("pools", ratio=1)
+    references = {name: baselines.get(name) for name in ("split", "colocated")}
+    table.add_row(*_plan_cells("best", best, references), style="bold")
+    table.add_section()
+    for name, plan in baselines.items():
+        if isinstance(plan, Plan):
+            table.add_row(*_plan_cells(name, plan, references))
+        else:
+            table.add_row(name, *["–"] * 7, escape(f"does not fit: {plan}"), style="dim")
+    if runners_up:
+        table.add_section()
+        for number, plan in enumerate(runners_up, start=2):
+            table.add_row(*_plan_cells(f"number {number}", plan, references))
+    return table
+
+
+def _plan_cells(name: str, plan: Plan, references: Mapping[str, Plan | str | None]) -> list[str]:
+    expected = plan.predicted
+    assert expected is not None, "a plan that was searched has its prediction"
+    pools = " | ".join(f"{escape(roles_of(plan, pool))} {len(plan.pools[pool].gpus)}" for pool in plan.pools)
+    return [
+        name,
+        seconds(expected.step_seconds),
+        seconds(expected.step_seconds_p95),
+        f"{expected.tokens_per_second:,.0f}",
+        f"{occupancy(plan, expected.busy):.0%}",
+        *(speed_up(plan, reference) for reference in references.values()),
+        str(plan.staleness),
+        pools,
+    ]
+
+
+def speed_up(plan: Plan, reference: Plan | str | None) -> str:
+    """How many times faster a plan is than a reference; a dash if the reference does not fit."""
+    if not isinstance(reference, Plan) or reference.predicted is None or plan.predicted is None:
+        return "–"
+    return f"{reference.predicted.step_seconds / plan.predicted.step_seconds:.2f}×"
+
+
+def pools_table(plan: Plan) -> Table:
+    """Per pool its GPUs, busy share and the memory of its fullest GPU; below it the layout of each of its roles."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("pool and roles", no_wrap=True)
+    for title in ("GPUs", "busy", "memory GB"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("layout", ratio=1)
+    for name, pool in plan.pools.items():
+        busy = plan.predicted.busy.get(name, 0.0) if plan.predicted else 0.0
+        used = plan.predicted.memory_bytes.get(name, 0) if plan.predicted else 0
+        memory = f"{gigabytes(used)} of {gigabytes(plan.device_of(name).memory_bytes)}"
+        table.add_row(escape(name), str(len(pool.gpus)), f"{busy:.0%}", memory, _where(plan, name), style="bold")
+        for role, layout in plan.roles.items():
+            if name in layout.pools:
+                table.add_row(f"  {role}", "", "", "", layout_text(layout))
+    unused = len(plan.cluster.gpus) - plan.gpus_of(tuple(plan.pools))
+    if unused:
+        table.add_row("(unused)", str(unused), "0%", "", "", style="dim")
+    return table
+
+
+def _where(plan: Plan, pool: str) -> str:
+    """The nodes of a pool and its GPUs there."""
+    on: dict[int, list[int]] = {}
+    for node, index in plan.pools[pool].gpus:
+        on.setdefault(node, []).append(index)
+    return "; ".join(f"node {node}: {_ranges(sorted(indices))}" for node, indices in sorted(on.items()))
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def layout_text(layout: TrainerRole | RolloutRole) -> str:
+    """A role's layout in a few words."""
+    if isinstance(layout, RolloutRole):
+        text = f"{layout.engine}, {layout.replicas} × tensor-parallel {layout.tensor_parallel}, "
+        text += f"{layout.concurrency} sequences at once, {layout.memory_fraction:.0%} of memory"
+        return text + (", sleeps while idle" if layout.offload else "")
+    text = f"FSDP {layout.shard}" + (f" × {layout.replicas} replicas" if layout.replicas > 1 else "")
+    text += f", micro-batch {layout.micro_batch_tokens:,} tokens"
+    text += ", recomputes" if layout.recompute else ""
+    return text + (f", offloads {layout.offload}" if layout.offload != "none" else "")
+
+
+def bottleneck(plan: Plan) -> str:
+    """One sentence on what bounds the step: the calls of the cycle that binds, and whether one pool holds them all."""
+    assert plan.predicted is not None
+    calls = {call: s for call, s in critical_seconds(plan, plan.predicted.call_seconds).items() if s > 0}
+    total = sum(calls.values())
+    large = [f"{call} {share:.0%}" for call, s in calls.items() if (share := s / total) >= 0.02] if total else []
+    parts = ", ".join(large) + (", the rest little" if len(large) < len(calls) else "")
+    pools = [set(plan.pools_of(plan.dataflow[call])) for call in calls]
+    shared = set.intersection(*pools) if pools else set()
+    if shared:
+        pool = next(name for name in plan.pools if name in shared)
+        where = f"{roles_of(plan, pool)} ({len(plan.pools[pool].gpus)} GPUs)"
+        return f"Bottleneck: the GPUs of {where} never wait; their time goes to {parts}."
+    return f"Bottleneck: a chain of calls that wait for each other: {parts}; no pool is the limit on its own."
+
+
+def figures(plan: Plan) -> list[str]:
+    """Sentences on the lower bound and on where the costs come from."""
+    expected = plan.predicted
+    assert expected is not None
+    proof = {
+        "optimal": f"proven optimal in its space ({expected.proof.space})"
+        if expected.proof.space
+        else "proven optimal",
+        "gap": "not proven optimal",
+        "time_limit": "not proven optimal in the time given",
+        "none": "not searched",
+    }[expected.proof.status]
+    bound = f"Lower bound {seconds(expected.lower_bound_seconds)} s, gap {expected.gap:.1%}; {proof}."
+    known = {source: expected.sources[source] for source in SOURCES if expected.sources.get(source)}
+    known |= {source: share for source, share in expected.sources.items() if share and source not in known}
+    shares = ", ".join(f"{share:.0%} {source}" for source, share in known.items())
+    return [bound, *([f"Costs by busy time: {shares}."] if shares else [])]
+
+
+def calls_table(plan: Plan, call_seconds: Mapping[str, float]) -> Table:
+    """Mean seconds of each call, and the pools that it occupies."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("call", no_wrap=True)
+    table.add_column("seconds", justify="right", no_wrap=True)
+    table.add_column("pools")
+    for call, value in call_seconds.items():
+        table.add_row(call, seconds(value), ", ".join(map(escape, plan.pools_of(plan.dataflow[call]))) or "host")
+    return table
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Predicted beside measured: per call, per pool and per step."""
+    calls = _errors_table("call", "on", comparison.calls, lambda row: ", ".join(map(escape, row.pools)) or "host")
+    steps = _errors_table("step", "", comparison.steps, None)
+    steps.add_section()
+    steps.add_row("mean", *_error_cells(comparison.step), style="bold")
+    pools = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    pools.add_column("pool", no_wrap=True)
+    pools.add_column("predicted busy", justify="right")
+    pools.add_column("measured busy", justify="right")
+    for pool, share in comparison.predicted_busy.items():
+        pools.add_row(escape(pool), f"{share:.0%}", f"{comparison.measured_busy.get(pool, 0.0):.0%}")
+    return [calls, pools, steps]
+
+
+def verdict(comparison: Comparison) -> list[str]:
+    """Sentences on the two numbers that matter: the error of the step time, and the controller's overhead."""
+    step = comparison.step
+    return [
+        f"Step time: predicted {seconds(step.predicted)} s, measured {seconds(step.measured)} s, "
+        f"error {step.error:+.1%}.",
+        f"Controller overhead: {comparison.controller_overhead:+.1%} over the same program re-simulated with the "
+        f"measured durations ({seconds(comparison.resimulated_step_seconds)} s).",
+    ]
+
+
+def _errors_table(title: str, where: str, rows: Sequence[Row], place: Callable[[Row], str] | None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(title, no_wrap=True)
+    for column in ("predicted s", "measured s", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    if place:
+        table.add_column(where)
+    for row in rows:
+        table.add_row(row.name, *_error_cells(row), *([place(row)] if place else []))
+    return table
+
+
+def _error_cells(row: Row) -> tuple[str, str, str]:
+    return seconds(row.predicted), seconds(row.measured), f"{row.error:+.1%}"
+
+
+def memory_table(rows: Mapping[str, tuple[int, int]]) -> Table:
+    """Per pool the bytes that its fullest GPU holds at its peak, and those that it may: `{pool: (peak, allowed)}`."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("pool", no_wrap=True)
+    for title in ("peak GB", "allowed GB", "free"):
+        table.add_column(title, justify="right")
+    for pool, (peak, allowed) in rows.items():
+        table.add_row(escape(pool), gigabytes(peak), gigabytes(allowed), f"{1 - peak / allowed:.0%}")
+    return table
+
+
+def roles_of(plan: Plan, pool: str) -> str:
+    return "+".join(role for role, layout in plan.roles.items() if pool in layout.pools) or pool
+
+
+def seconds(value: float) -> str:
+    """Three significant digits, and never a bare exponent."""
+    if value >= 99.95:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"
+
+
+def gigabytes(value: int) -> str:
+    return f"{value / 1e9:.1f}" if value < 99.95e9 else f"{value / 1e9:.0f}"
