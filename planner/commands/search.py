@@ -1,0 +1,86 @@
+"""`plan search` and `plan baseline`."""
+
+from pathlib import Path
+from typing import Any
+
+from planner.commands.inputs import Inputs, check_target, make_console, read_inputs
+from planner.predict.forecast import forecast
+from planner.report.tables import bottleneck, figures, plans_table, pools_table, seconds
+from planner.search import baseline as find_baseline
+from planner.search import find
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+
+PICTURE_STEPS = 8  # simulated; the picture shows a few of them after the warm-up
+
+
+def search(*, max_staleness: int | None, keep: int, out: Path, no_picture: bool, command: str, **options: Any) -> None:
+    check_target(out, ".json")
+    if max_staleness is not None and max_staleness < 0:
+        raise UserError(f"--max-staleness {max_staleness}: must be at least 0")
+    if keep < 0:
+        raise UserError(f"--keep {keep}: must be at least 0")
+    inputs = read_inputs(**options)
+    with make_console(stderr=True).status("searching"):
+        result = find(
+            inputs.workload,
+            inputs.cluster,
+            profiles=inputs.profiles,
+            profile_hashes=inputs.provenance,
+            max_staleness=max_staleness,
+            keep=keep,
+            command=command,
+        )
+    best = _named(result.best, out)
+    written = _write(best, out, inputs, picture=not no_picture)
+    console = make_console()
+    console.print(f"[bold]{inputs.workload.name}[/bold] on {len(inputs.cluster.gpus)} GPUs ({inputs.cluster.name})")
+    console.print(plans_table(best, result.baselines, result.runners_up))
+    console.print(pools_table(best))
+    for sentence in (bottleneck(best), *figures(best)):
+        console.print(sentence, soft_wrap=True)
+    console.print(f"Considered {result.placements:,} placements in {seconds(result.seconds)} s. Wrote {written}.",
+                  soft_wrap=True)  # fmt: skip
+
+
+def baseline(*, name: str, out: Path, command: str, **options: Any) -> None:
+    check_target(out, ".json")
+    inputs = read_inputs(**options)
+    plan = find_baseline(
+        name,
+        inputs.workload,
+        inputs.cluster,
+        profiles=inputs.profiles,
+        profile_hashes=inputs.provenance,
+        command=command,
+    )
+    plan = _named(plan, out)
+    written = _write(plan, out, inputs, picture=False)
+    console = make_console()
+    console.print(pools_table(plan))
+    if plan.predicted is not None:
+        console.print(
+            f"{name}: {seconds(plan.predicted.step_seconds)} s per step, "
+            f"{plan.predicted.tokens_per_second:,.0f} tokens/s. {bottleneck(plan)}",
+            soft_wrap=True,
+        )
+    console.print(f"Wrote {written}.", soft_wrap=True)
+
+
+def _named(plan: Plan, out: Path) -> Plan:
+    """The plan under the name of its file, by which runs and pictures call it."""
+    return plan.model_copy(update={"name": out.stem})
+
+
+def _write(plan: Plan, out: Path, inputs: Inputs, *, picture: bool) -> str:
+    """Write the plan, and beside it its picture if wanted; what was written, in words."""
+    if not picture:
+        plan.write(out)
+        return str(out)
+    from planner.report.gantt import draw  # matplotlib is slow to load
+
+    drawing = out.with_suffix(".png")
+    check_target(drawing)
+    plan.write(out)
+    draw([forecast(plan, PICTURE_STEPS, inputs.profiles)], plan, drawing)
+    return f"{out} and {drawing}"
