@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.predict.cost import Place
-from planner.predict.memory import rollout_memory
+from planner.predict.memory import batch_bytes, rollout_memory
 from planner.search.bound import Bounds, sharing_of
 from planner.search.options import Problem
 from planner.search.programs import Program, all_programs, bound_rates, plain_programs
@@ -134,9 +134,13 @@ def _layouts(
         for i, roles in enumerate(structure):
             held = tuple(role for role in problem.workload.roles if role in roles and role != "rollout")
             options.append((held, problem.options(held, places[i], engine if i in generating else None)))
-        if not all(found.layouts for _, found in options):
+        picks = [
+            pick
+            for pick in product(*(range(len(found.layouts)) for _, found in options))
+            if _hosts_hold(problem, gpus, [found.host[n] for n, (_, found) in zip(pick, options, strict=True)])
+        ]
+        if not picks:
             continue
-        picks = list(product(*(range(len(found.layouts)) for _, found in options)))
         seconds = np.zeros((len(problem.calls), len(picks), problem.model.scenarios))
         trainers: list[dict[str, TrainerRole]] = [{} for _ in picks]
         for i, (held, found) in enumerate(options):
@@ -155,3 +159,13 @@ def _layouts(
                 chosen["actor"], places[actor], rollout, rollout_places, same_node=same_node, shared=actor in generating
             ).seconds
         yield rollout, trainers, seconds
+
+
+def _hosts_hold(problem: Problem, gpus: tuple[tuple[Gpu, ...], ...], pinned: Sequence[float]) -> bool:
+    """Whether every node's host memory holds what its pools offload [bytes per GPU] and the batches in flight."""
+    held = dict.fromkeys(range(len(problem.cluster.nodes)), 0.0)
+    held[0] = batch_bytes(problem.workload, problem.max_staleness)
+    for pool, size in zip(gpus, pinned, strict=True):
+        for node, _ in pool:
+            held[node] += size
+    return all(size <= problem.cluster.nodes[node].host_memory_bytes for node, size in held.items())

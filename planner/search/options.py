@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from planner.predict.cost import CostModel, Place
 from planner.predict.cycle import undominated
 from planner.predict.layouts import rollout_layouts, trainer_layouts
-from planner.predict.memory import RoleMemory, pool_peak, rollout_memory, trainer_memory
-from planner.spec.cluster import Cluster, Device
+from planner.predict.memory import RoleMemory, pool_peak, trainer_memory
+from planner.spec.cluster import Cluster
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import RolloutRole, TrainerRole
 from planner.spec.workload import Workload
@@ -28,11 +28,13 @@ class Choice(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Joint layouts of a pool's trained and inference roles that fit: `seconds[n, calls, S]` of each."""
+    """Joint layouts of a pool's trained and inference roles that fit: `seconds[n, calls, S]` and pinned host bytes per
+    GPU [n] of each."""
 
     calls: tuple[str, ...]
     layouts: tuple[tuple[TrainerRole, ...], ...]
     seconds: NDArray[np.float64]
+    host: NDArray[np.float64]
 
 
 @dataclass(kw_only=True)
@@ -63,7 +65,7 @@ class Problem:
         if key not in self._choices:
             found = [self._choice(role, layout, place) for layout in self._layouts(role, place)]
             groups = [choice.group for choice in found]
-            memory = np.array([(choice.memory.idle, choice.memory.running) for choice in found], dtype=float)
+            memory = np.array([_bytes(choice.memory) for choice in found], dtype=float)
             kept = _front(memory, np.stack([choice.seconds for choice in found]), groups)
             self._choices[key] = tuple(found[i] for i in kept)
         return self._choices[key]
@@ -93,32 +95,33 @@ class Problem:
         return self._options[key]
 
     def _joint(self, roles: tuple[str, ...], place: Place, rollout: RoleMemory | None) -> Options:
-        """Roles are added one by one. `memory` [n, 2] is what stays resident and the largest surplus of a running role
-        so far; what exceeds the GPU already is dropped, and so is what another combination dominates."""
+        """Roles are added one by one. `memory` [n, 3] is what stays resident, the largest surplus of a running role and
+        the pinned host bytes so far; what exceeds the GPU already is dropped, and so is what another combination dominates."""
         allowed = place.device.memory_bytes - pool_peak((), bool(roles), rollout is not None, place.device)
-        memory = np.array([_resident_and_surplus(rollout) if rollout else (0, 0)], dtype=float)
+        memory = np.array([_bytes(rollout) if rollout else (0, 0, 0)], dtype=float)
         seconds = np.zeros((1, 0, self.model.scenarios))
         picked: list[tuple[Choice, ...]] = [()]
         for role in roles:
             choices = self.choices(role, place)
-            added = np.array([_resident_and_surplus(choice.memory) for choice in choices], dtype=float)
+            added = np.array([_bytes(choice.memory) for choice in choices], dtype=float)
             drawn = np.stack([choice.seconds for choice in choices])
             old, new = (grid.ravel() for grid in np.mgrid[: len(picked), : len(choices)])
-            memory = np.stack([memory[old, 0] + added[new, 0], np.maximum(memory[old, 1], added[new, 1])], axis=1)
-            fits = memory.sum(axis=1) <= allowed
+            memory = np.where([True, False, True], memory[old] + added[new], np.maximum(memory[old], added[new]))
+            fits = memory[:, 0] + memory[:, 1] <= allowed
             memory, old, new = memory[fits], old[fits], new[fits]
             seconds = np.concatenate([seconds[old], drawn[new]], axis=1)
             picked = [(*picked[o], choices[n]) for o, n in zip(old, new, strict=True)]
             kept = _front(memory, seconds, [_group(choices) for choices in picked])
             memory, seconds, picked = memory[kept], seconds[kept], [picked[i] for i in kept]
-        kept = _front(np.zeros((len(picked), 0)), seconds, [_group(choices) for choices in picked])
+        kept = _front(memory[:, 2:], seconds, [_group(choices) for choices in picked])  # what fits is alike
         calls = tuple(call for role in roles for call in self.calls_of(role))
         layouts = tuple(tuple(choice.layout for choice in picked[i]) for i in kept)
-        return Options(calls, layouts, seconds[kept])
+        return Options(calls, layouts, seconds[kept], memory[kept, 2])
 
 
-def _resident_and_surplus(memory: RoleMemory) -> tuple[int, int]:
-    return memory.idle, memory.running - memory.idle
+def _bytes(memory: RoleMemory) -> tuple[int, int, int]:
+    """Resident bytes, the surplus while the role runs, and pinned host bytes."""
+    return memory.idle, memory.running - memory.idle, memory.host
 
 
 def _group(picked: tuple[Choice, ...]) -> tuple[object, ...]:

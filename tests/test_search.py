@@ -1,0 +1,317 @@
+"""The search against brute force, and its programs against programs drawn at random."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from conftest import ROLES, make_plan, make_workload, program_of
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import planner.predict.layouts as layouts
+from planner.predict.cost import CostModel
+from planner.predict.cycle import cycles, event_edges
+from planner.predict.forecast import forecast, predict
+from planner.predict.layouts import rollout_layouts, trainer_layouts
+from planner.predict.memory import check_memory
+from planner.predict.schedule import check, staleness, unroll
+from planner.predict.simulate import simulate
+from planner.search import NAMES, baseline, find
+from planner.search.bound import sharing_of
+from planner.search.programs import all_programs, bound_rates, plain_programs
+from planner.search.space import pack, parts_of, sizes, structures
+from planner.spec.cluster import Cluster, Device, Node, make_cluster
+from planner.spec.dataflow import ppo
+from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir
+from planner.spec.plan import Issue, Plan, Pool
+from planner.spec.timeline import Timeline, step_seconds
+from planner.spec.workload import load_workload
+
+
+def test_structures_are_all_partitions_with_the_rollout_on_any_union():
+    """Of b pools of the other roles (Stirling numbers 1, 7, 6, 1) the rollout takes any of 2^b - 1 unions, or a pool of
+    its own with any of 2^b."""
+    found = structures(ROLES)
+    assert len(set(found)) == len(found) == sum(n * (2**b - 1 + 2**b) for b, n in ((1, 1), (2, 7), (3, 6), (4, 1)))
+    for structure in found:
+        others = [role for pool in structure for role in pool if role != "rollout"]
+        assert sorted(others) == ["actor", "critic", "reference", "reward"]
+        assert any("rollout" in pool for pool in structure)
+
+
+def test_sizes_are_all_compositions():
+    assert [tuple(row) for row in sizes(4, 2)] == [(1, 3), (2, 2), (3, 1)]
+    assert len(sizes(16, 5)) == 1365
+    assert len(sizes(2, 3)) == 0
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_pack_gives_every_gpu_once(counts):
+    cluster = make_cluster(sum(counts), gpus_per_node=4)
+    packed = pack(counts, cluster)
+    assert [len(pool) for pool in packed] == counts
+    assert sorted(gpu for pool in packed for gpu in pool) == sorted(cluster.gpus)
+
+
+def test_pack_keeps_pools_on_as_few_nodes_as_there_is_room_for():
+    assert [parts_of(pool) for pool in pack((8, 4, 4), make_cluster(16))] == [(8,), (4,), (4,)]
+    assert [parts_of(pool) for pool in pack((4, 12), make_cluster(16))] == [(4,), (8, 4)]
+
+
+SHARINGS = sorted({len(s): s for s in structures(ROLES)}.values(), key=len)
+
+
+@st.composite
+def random_programs(draw):
+    """A structure, a program that runs on it, its staleness, and durations."""
+    structure = draw(st.sampled_from(structures(ROLES)))
+    flow = ppo(make_workload()).steady
+    order = draw(st.permutations(flow.names))
+    offsets = {name: draw(st.integers(0, 1)) for name in order}
+    items = tuple(Issue(call=name, offset=offsets[name]) for name in order)
+    seconds = np.array([draw(st.integers(1, 40)) / 4 for _ in flow.names])
+    return structure, flow, items, seconds
+
+
+def test_any_order_that_runs_is_matched_by_a_listed_program():
+    """Of 4,000 random orders and offsets, those that run at all are never faster than the best listed program."""
+    rng = np.random.default_rng(0)
+    flow = ppo(make_workload()).steady
+    names, ran = flow.names, 0
+    few = [s for s in structures(ROLES) if len(s) == 2][::5]
+    for _ in range(1500):
+        sharing = tuple(
+            (call.name, tuple(f"p{i}" for i, roles in enumerate(few[rng.integers(len(few))]) if roles & {*call.roles}))
+            for call in flow.calls
+        )
+        sharing = _sharing(flow, few[rng.integers(len(few))])
+        pools = dict(sharing)
+        order = _random_order(rng, names)
+        try:
+            tasks = unroll(flow, order, lambda call, pools=pools: pools[call.name], 8)
+        except UserError:
+            continue
+        k = staleness(tasks)
+        if k > 1:
+            continue
+        ran += 1
+        seconds = rng.integers(1, 40, len(names)) / 4
+        edges = event_edges(flow, order, lambda call, pools=pools: pools[call.name])
+        period = cycles(names, edges).periods(seconds)
+        listed = [program for each in range(k + 1) for program in all_programs(flow, sharing, each)]
+        assert min(program.cycles.periods(seconds) for program in listed) <= period * (1 + 1e-12)
+        assert period >= (bound_rates(flow, sharing, k) @ seconds).max() * (1 - 1e-12)
+    assert ran > 100
+
+
+def _sharing(flow, structure):
+    return tuple(
+        (call.name, tuple(f"p{i}" for i, roles in enumerate(structure) if roles & {*call.roles})) for call in flow.calls
+    )
+
+
+def _random_order(rng, names):
+    """A random program that is likely to run: mostly the dataflow's order, with some neighbours exchanged and a random
+    part of the calls one step ahead."""
+    order = list(names)
+    for _ in range(rng.integers(0, 12)):
+        i = rng.integers(len(order) - 1)
+        order[i], order[i + 1] = order[i + 1], order[i]
+    ahead = rng.integers(0, 2)
+    offset = {name: 0 for name in names}
+    if ahead:
+        offset["generate"] = 1
+        for name in ("score", "ref_logprobs", "old_logprobs", "values"):
+            offset[name] = int(rng.integers(0, 2))
+    return tuple(Issue(call=name, offset=offset[name]) for name in order)
+
+
+def test_plain_programs_are_among_all():
+    flow = ppo(make_workload()).steady
+    rng = np.random.default_rng(1)
+    for structure in structures(ROLES)[10:170:40]:
+        sharing = _sharing(flow, structure)
+        seconds = rng.uniform(1, 9, len(flow.names))
+        for k in (0, 1):
+            best = min(program.cycles.periods(seconds) for program in all_programs(flow, sharing, k))
+            plain = min(program.cycles.periods(seconds) for program in plain_programs(flow, sharing, k))
+            assert best <= plain * (1 + 1e-12)
+
+
+def tiny_cluster(gpus, memory=80e9, flops=300e12):
+    device = Device(
+        memory_bytes=int(memory),
+        flops=flops,
+        memory_bandwidth=2e12,
+        link_bandwidth=100e9,
+        host_bandwidth=20e9,
+        overhead_seconds=0.02,
+        context_bytes=10**9,
+    )
+    return Cluster(name="tiny", nodes=(Node(gpus=gpus, device="g", host_memory_bytes=10**12),), devices={"g": device})
+
+
+def small_workload(**changes):
+    """A 1B actor and critic, no reference, a rule as reward: few enough calls for brute force."""
+    shape = {"hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "intermediate": 8192, "vocab": 128256}
+    model = {"shape": shape, "random_weights": True}
+    base = {
+        "name": "small",
+        "batch": 64,
+        "minibatch": 16,
+        "prompt": {"kind": "fixed", "tokens": 256},
+        "response": {"kind": "fixed", "tokens": 512},
+        "actor": model,
+        "critic": model,
+        "reference": None,
+        "reward": {"function": "r.py:f"},
+        "ppo": {},
+    }
+    return make_workload(**{**base, **changes})
+
+
+def brute_force(workload, cluster):
+    """The shortest simulated step over every structure, pool size, layout and program, one plan at a time."""
+    best = np.inf
+    flow = ppo(workload).steady
+    model = CostModel(workload, cluster)
+    device = cluster.device_of((0, 0))
+    for structure in structures(workload.roles):
+        names = tuple("+".join(sorted(roles)) + str(i) for i, roles in enumerate(structure))
+        for counts in sizes(len(cluster.gpus), len(structure)):
+            gpus = pack(counts, cluster)
+            pools = {name: Pool(gpus=pool) for name, pool in zip(names, gpus, strict=True)}
+            home = {role: i for i, roles in enumerate(structure) for role in roles if role != "rollout"}
+            generating = [i for i, roles in enumerate(structure) if "rollout" in roles]
+            rollouts = rollout_layouts(
+                workload, tuple(parts_of(gpus[i]) for i in generating), tuple(names[i] for i in generating), device
+            )
+            trainers = [
+                list(trainer_layouts(workload, role, int(counts[i]), names[i], device)) for role, i in home.items()
+            ]
+            for rollout, *chosen in product(rollouts, *trainers):
+                roles = dict(zip(home, chosen, strict=True)) | {"rollout": rollout}
+                base = Plan(
+                    name="x",
+                    workload=workload,
+                    cluster=cluster,
+                    pools=pools,
+                    roles=roles,
+                    program=tuple(Issue(call=name) for name in flow.names),
+                    staleness=0,
+                )
+                try:
+                    check_memory(base)
+                except UserError:
+                    continue
+                seconds = {call.name: model.call(call, base).seconds for call in flow.calls}
+                for k in range(workload.max_staleness + 1):
+                    for program in all_programs(flow, _sharing(flow, structure), k):
+                        tasks = unroll(flow, program.items, base.pools_of, 26)
+                        spans = simulate(tasks, lambda task, s=seconds: float(s[task.call.name][0]))
+                        timeline = Timeline(source="simulated", plan="x", steps=26, warmup=14, spans=spans)
+                        best = min(best, step_seconds(timeline))
+    return best
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes"),
+    [
+        (1, {"memory": 60e9}),
+        (2, {}),
+        (2, {"memory": 40e9}),
+        (3, {"flops": 100e12}),
+    ],
+)
+def test_search_equals_brute_force(monkeypatch, gpus, changes):
+    monkeypatch.setattr(layouts, "MICRO_BATCH_TOKENS", (8192,))
+    monkeypatch.setattr(layouts, "CONCURRENCY", (32,))
+    monkeypatch.setattr(layouts, "TENSOR_PARALLEL", (1, 2))
+    workload, cluster = small_workload(), tiny_cluster(gpus, **changes)
+    found = find(workload, cluster).best
+    assert found.predicted.step_seconds == pytest.approx(brute_force(workload, cluster), rel=1e-9)
+
+
+def default():
+    return load_workload(profiles_dir() / "workloads" / "7b.toml"), make_cluster(16)
+
+
+@pytest.fixture(scope="module")
+def result():
+    return find(*default())
+
+
+def test_the_default_plan_is_sound(result):
+    plan = result.best
+    check(plan)
+    check_memory(plan)
+    assert plan.predicted.proof.status == "optimal"
+    assert plan.predicted.gap == pytest.approx(0, abs=1e-9)
+    assert all(not hasattr(item, "wait") for item in plan.program)
+    again = Plan.model_validate(plan.model_dump())
+    assert again == plan
+
+
+def test_the_plan_predicts_what_its_simulation_shows(result):
+    fixed = result.best.workload.model_copy(update={"response": make_workload(response={"kind": "fixed", "tokens": 900}).response})
+    plan = find(fixed, result.best.cluster).best
+    assert step_seconds(forecast(plan, 30)) == pytest.approx(plan.predicted.step_seconds, rel=1e-6)
+    assert step_seconds(forecast(result.best, 33)) == pytest.approx(result.best.predicted.step_seconds, rel=0.05)
+
+
+def test_no_baseline_or_runner_up_beats_the_winner(result):
+    assert set(result.baselines) == set(NAMES)
+    others = [plan for plan in (*result.baselines.values(), *result.runners_up) if isinstance(plan, Plan)]
+    assert len(others) >= 6
+    for plan in others:
+        check(plan)
+        check_memory(plan)
+        assert plan.predicted.step_seconds >= result.best.predicted.step_seconds * (1 - 1e-9)
+    times = [plan.predicted.step_seconds for plan in result.runners_up]
+    assert times == sorted(times)
+
+
+def test_split_is_the_tutorials(result):
+    plan = result.baselines["split"]
+    assert {name: {node for node, _ in pool.gpus} for name, pool in plan.pools.items()} == {
+        "actor+rollout+reference": {0},
+        "critic+reward": {1},
+    }
+    waits = [set(item.wait) for item in plan.program if hasattr(item, "wait")]
+    assert waits == [{"update_critic", "update_actor"}]
+
+
+def test_on_policy_only_where_no_staleness_is_allowed():
+    workload, cluster = default()
+    strict = find(workload, cluster, max_staleness=0)
+    assert strict.best.staleness == 0
+    assert "trains on sequences 1 update old" in strict.baselines["one-step-off"]
+    assert strict.best.predicted.step_seconds >= find(workload, cluster).best.predicted.step_seconds
+
+
+def test_search_is_deterministic():
+    first, second = (find(*default()).best for _ in range(2))
+    assert first.model_copy(update={"predicted": None}) == second.model_copy(update={"predicted": None})
+    assert predict(first) == predict(second)
+
+
+def test_a_baseline_can_be_written_as_a_plan():
+    plan = baseline("standalone", *default())
+    check(plan)
+    assert sorted(plan.pools) == sorted(ROLES)
+    with pytest.raises(UserError, match="no baseline 'best'"):
+        baseline("best", *default())
+
+
+def test_too_little_memory_is_an_error():
+    with pytest.raises(UserError, match="no plan fits"):
+        find(default()[0], make_cluster(1))
+
+
+def test_workloads_with_fewer_roles():
+    for changes in ({"reference": None}, {"critic": None, "reference": None}, {"proximal": "rollout"}):
+        workload = small_workload(**changes)
+        plan = find(workload, tiny_cluster(4)).best
+        check(plan)
+        assert set(plan.roles) == set(workload.roles)
