@@ -1,0 +1,264 @@
+"""Bytes per GPU and per host of each role of a plan.
+
+Sizes. N parameters of a model, s its shard size, T tokens of a micro-batch. On a GPU weights compute in bf16 (2 bytes)
+and a trained model keeps a master copy in fp32 (4); on a CPU everything is fp32. Trained, per GPU: master weights 4N/s,
+Adam's two moments 8N/s, and while an update runs gradients 4N/s. A frozen model (reference, reward) keeps its compute
+copy only, 2N/s.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from planner.predict.profile import head_of
+from planner.spec.cluster import Device
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan, RolloutRole, TrainerRole
+from planner.spec.workload import Shape, Workload
+
+TRAINED = ("actor", "critic")
+LOGIT_CHUNK_TOKENS = 4096  # log-probs are taken so many tokens at a time: the full logits never exist
+COMMUNICATION_BYTES = 1_000_000_000  # per process on a GPU: NCCL's buffers, a packed buffer for weights
+ENGINE_WORKSPACE_BYTES = (
+    4_000_000_000  # of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations
+)
+ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps
+SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleMemory:
+    """Bytes of one role on one GPU: `idle` while another role of its pool runs, `running` (at its peak), and `host`,
+    the pinned copies per GPU of what it offloads. `detail` splits `running` by kind."""
+
+    idle: int
+    running: int
+    host: int
+    detail: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolMemory:
+    """Bytes of a pool's fullest GPU and what there is; `detail`: role -> kind -> bytes while that role runs, and
+    `idle` what it keeps while others do."""
+
+    peak: int
+    allowed: int
+    detail: dict[str, dict[str, int]]
+
+
+def process_bytes(device: Device) -> int:
+    """What each process takes on a GPU before it holds a model: its context and its communication buffers."""
+    return device.context_bytes + (COMMUNICATION_BYTES if device.kind == "cuda" else 0)
+
+
+def compute_bytes(device: Device) -> int:
+    """Bytes of one number in a forward pass."""
+    return 4 if device.kind == "cpu" else 2
+
+
+def activation_bytes(shape: Shape, device: Device) -> tuple[int, int]:
+    """Bytes that one token leaves for the backward pass in one block: (everything, with recomputation its input only).
+
+    After Korthikanti et al. 2022 (arXiv:2205.05198, equation 1), counted anew for grouped-query attention, a gated MLP,
+    RMS norms computed in fp32, rotary embeddings, no dropout, and flash attention, which keeps a log-sum-exp per head
+    instead of the square of scores: inputs of both norms and their fp32 copies and outputs; queries, keys and values,
+    before and after rotation; the attention's output; gate, up, the activated gate and their product."""
+    width, query, key = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    numbers = 4 * width + 2 * query + 2 * key + key + query + 4 * shape.intermediate
+    single = 2 * width + shape.heads  # fp32 whatever the compute type
+    size = compute_bytes(device)
+    return size * numbers + 4 * single, size * width
+
+
+def trainer_memory(workload: Workload, role: str, layout: TrainerRole, device: Device) -> RoleMemory:
+    """Of an actor, critic, reference or reward model on one GPU of its pool, the process not counted."""
+    shape, head, size = workload.models[role].shape, head_of(role), compute_bytes(device)
+    trained = role in TRAINED
+    parameters = shape.parameters(head)
+    weights = (4 if trained else size) * parameters // layout.shard
+    moments = 8 * parameters // layout.shard if trained else 0
+    offloaded = offloaded_bytes(workload, role, layout, device, train=True)
+    detail = {
+        "weights": weights,
+        "optimizer": moments,
+        "gradients": 4 * parameters // layout.shard if trained else 0,
+        "gathered": _gathered_bytes(shape, head, layout, size, trained),
+        "activations": _activations(workload, shape, layout, device, trained),
+        "logits": _logits(workload, shape, layout, size, trained) if head == "lm" else 0,
+    }
+    return RoleMemory(idle=weights + moments - offloaded, running=sum(detail.values()), host=offloaded, detail=detail)
+
+
+def offloaded_bytes(workload: Workload, role: str, layout: TrainerRole, device: Device, *, train: bool) -> int:
+    """Bytes per GPU that a call moves to the device before it starts, and back after it: an update needs the optimizer
+    and the weights, an inference the weights only."""
+    parameters = workload.models[role].shape.parameters(head_of(role))
+    trained = role in TRAINED
+    weights = (4 if trained else compute_bytes(device)) * parameters // layout.shard if layout.offload == "all" else 0
+    moments = 8 * parameters // layout.shard if trained and train and layout.offload != "none" else 0
+    return weights + moments
+
+
+def _micro_batch_tokens(workload: Workload, layout: TrainerRole, trained: bool) -> int:
+    """A sequence is never cut, and a rank has no more than its share of a minibatch."""
+    share = -(-(workload.minibatch if trained else workload.batch) // layout.gpus)
+    return min(max(layout.micro_batch_tokens, workload.longest), share * workload.longest)
+
+
+def _activations(workload: Workload, shape: Shape, layout: TrainerRole, device: Device, trained: bool) -> int:
+    """A forward pass alone holds one block's; an update one block's and what the others have kept."""
+    full, kept = activation_bytes(shape, device)
+    if trained:
+        full += (kept if layout.recompute else full) * (shape.layers - (0 if layout.recompute else 1))
+    return full * _micro_batch_tokens(workload, layout, trained)
+
+
+def _logits(workload: Workload, shape: Shape, layout: TrainerRole, size: int, trained: bool) -> int:
+    """Logits of a chunk and their fp32 copy; an update holds the gradients of both too."""
+    tokens = min(_micro_batch_tokens(workload, layout, trained), LOGIT_CHUNK_TOKENS)
+    return tokens * shape.vocab * (size + 4) * (2 if trained else 1)
+
+
+def _gathered_bytes(shape: Shape, head: str, layout: TrainerRole, size: int, trained: bool) -> int:
+    """What FSDP2 has unsharded at once: the block that computes and the next, embedding and head throughout; in an
+    update also the gradients of one such group, before they are reduced in fp32."""
+    ends = shape.embedding_parameters * (1 if head == "scalar" or shape.tied_embeddings else 2)
+    if layout.shard == 1 and size == 4:
+        return 0  # nothing to gather and nothing to cast
+    gradients = (size + 4) * max(shape.block_parameters, ends) if trained else 0
+    return size * (2 * shape.block_parameters + ends) + gradients
+
+
+# --- rollout ---
+
+
+def kv_bytes_per_token(shape: Shape, tensor_parallel: int, device: Device) -> int:
+    """Per GPU of an engine; heads of keys and values are split over its GPUs, and copied where they are too few."""
+    return 2 * shape.layers * -(-shape.kv_heads // tensor_parallel) * shape.head_dim * compute_bytes(device)
+
+
+def engine_weight_bytes(workload: Workload, tensor_parallel: int, device: Device) -> int:
+    return compute_bytes(device) * workload.actor.shape.parameters() // tensor_parallel
+
+
+def _engine_detail(workload: Workload, tensor_parallel: int, concurrency: int, device: Device) -> dict[str, int]:
+    per_token = kv_bytes_per_token(workload.actor.shape, tensor_parallel, device)
+    return {
+        "weights": engine_weight_bytes(workload, tensor_parallel, device),
+        "kv_cache": min(concurrency, workload.batch) * workload.longest * per_token,
+        "workspace": ENGINE_WORKSPACE_BYTES if device.kind == "cuda" else 0,
+    }
+
+
+def rollout_fraction(workload: Workload, tensor_parallel: int, concurrency: int, device: Device) -> float:
+    """The `memory_fraction` that holds an engine's weights, its workspace and process, and the KV cache of
+    `concurrency` longest sequences, so that none is ever preempted; rounded up to a hundredth. Above 1 it does not
+    fit."""
+    needed = sum(_engine_detail(workload, tensor_parallel, concurrency, device).values()) + process_bytes(device)
+    return math.ceil(100 * needed / device.memory_bytes) / 100
+
+
+def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> RoleMemory:
+    """Of one engine on one of its GPUs, its process not counted. vLLM reserves all of its fraction from the start; the
+    transformers engine allocates what it needs while it runs."""
+    detail = _engine_detail(workload, layout.tensor_parallel, layout.concurrency, device)
+    weights = detail["weights"]
+    if layout.engine == "vllm":
+        reserved = int(layout.memory_fraction * device.memory_bytes) - process_bytes(device)
+        detail["reserve"] = max(0, reserved - sum(detail.values()))
+        kept = sum(detail.values()) if not layout.offload else ENGINE_ASLEEP_BYTES
+    else:
+        kept = 0 if layout.offload else weights
+    return RoleMemory(idle=kept, running=sum(detail.values()), host=weights if layout.offload else 0, detail=detail)
+
+
+# --- pools and hosts ---
+
+
+def pool_peak(members: Sequence[RoleMemory], trainer: bool, engine: bool, device: Device) -> int:
+    """Bytes of a pool's fullest GPU: its processes (one `trainer` for all roles, one `engine`), what
+    every role keeps, and the largest surplus of a running one."""
+    contexts = process_bytes(device) * (trainer + engine)
+    surplus = max((member.running - member.idle for member in members), default=0)
+    return contexts + sum(member.idle for member in members) + max(0, surplus)
+
+
+def role_memory(plan: Plan, role: str) -> RoleMemory:
+    layout = plan.roles[role]
+    device = plan.device_of(layout.pools[0])
+    if isinstance(layout, RolloutRole):
+        return rollout_memory(plan.workload, layout, device)
+    return trainer_memory(plan.workload, role, layout, device)
+
+
+def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
+    """Of each pool of a plan."""
+    roles = {role: role_memory(plan, role) for role in plan.roles}
+    found = {}
+    for pool in plan.pools:
+        members = {role: roles[role] for role in roles if pool in plan.roles[role].pools}
+        device, engine = plan.device_of(pool), "rollout" in members
+        peak = pool_peak(list(members.values()), len(members) > engine, engine, device)
+        detail = {role: {**memory.detail, "idle": memory.idle} for role, memory in members.items()}
+        found[pool] = PoolMemory(peak=peak, allowed=device.memory_bytes, detail=detail)
+    return found
+
+
+def host_bytes(plan: Plan) -> dict[int, int]:
+    """Per node: pinned copies of what is offloaded; on the first node also the batches in flight, staleness + 1."""
+    batches = plan.workload.batch * plan.workload.longest * SAMPLE_BYTES_PER_TOKEN * (plan.staleness + 1)
+    used = {node: batches if node == 0 else 0 for node in range(len(plan.cluster.nodes))}
+    for name, layout in plan.roles.items():
+        pinned = role_memory(plan, name).host
+        for pool in layout.pools:
+            for node, _ in plan.pools[pool].gpus:
+                used[node] += pinned
+    return used
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise UserError with the numbers for a plan that does not fit its GPUs or its hosts."""
+    for pool, memory in plan_memory(plan).items():
+        if memory.peak > memory.allowed:
+            raise UserError(_too_much(plan, pool, memory))
+    layout, device = plan.rollout, plan.device_of(plan.rollout.pools[0])
+    needed = rollout_fraction(plan.workload, layout.tensor_parallel, layout.concurrency, device)
+    if layout.engine == "vllm" and layout.memory_fraction < needed:
+        raise UserError(
+            f"rollout needs a memory_fraction of {needed:.2f} for {layout.concurrency} longest sequences at "
+            f"tensor_parallel {layout.tensor_parallel}, but has {layout.memory_fraction:.2f}; raise it, lower "
+            "concurrency or raise tensor_parallel"
+        )
+    for node, used in host_bytes(plan).items():
+        there = plan.cluster.nodes[node].host_memory_bytes
+        if used > there:
+            raise UserError(
+                f"node {node} needs {_gb(used)} of host memory for what is offloaded and the batches in flight, but "
+                f"{_gb(there)} are there; offload less or lower max_staleness"
+            )
+
+
+def _too_much(plan: Plan, pool: str, memory: PoolMemory) -> str:
+    """One line that names the role that needs most on an overfull pool."""
+    roles = {role: role_memory(plan, role) for role in memory.detail}
+    worst = max(roles, key=lambda role: roles[role].running)
+    layout, device = plan.roles[worst], plan.device_of(pool)
+    alone = pool_peak([roles[worst]], worst != "rollout", worst == "rollout", device)
+    if isinstance(layout, RolloutRole):
+        at, use = f"tensor_parallel {layout.tensor_parallel}", "a lower concurrency, tensor_parallel"
+        use += f" {2 * layout.tensor_parallel} or offload"
+    else:
+        at = f"shard {layout.shard}"
+        use = f"shard {2 * layout.shard}, a smaller micro_batch_tokens or offload"
+    if alone > memory.allowed:
+        return f"{worst} needs {_gb(alone)} per GPU at {at}, but {_gb(memory.allowed)} are there; use {use}"
+    kept = ", ".join(f"{role} keeps {_gb(found.idle)}" for role, found in roles.items() if role != worst)
+    return (
+        f"pool {pool!r} needs {_gb(memory.peak)} per GPU while {worst} runs at {at} ({kept}), but "
+        f"{_gb(memory.allowed)} are there; use {use}, or offload the other roles"
+    )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.0f} GB" if count >= 10e9 else f"{count / 1e9:.2g} GB"

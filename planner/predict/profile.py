@@ -1,0 +1,106 @@
+"""Measured seconds of calls, as a file."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from planner.spec.cluster import Cluster
+from planner.spec.errors import UserError
+from planner.spec.files import File, Spec
+from planner.spec.plan import Offload
+from planner.spec.workload import Shape, Workload
+
+Head = Literal["lm", "scalar"]
+
+
+def head_of(role: str) -> Head:
+    """A critic and a reward model have a scalar head instead of the vocabulary's."""
+    return "scalar" if role in ("critic", "reward") else "lm"
+
+
+class Point(Spec):
+    """One call, measured alone: the median `seconds` of `repeats`, their spread (half the interquartile range), and
+    the layout and the tokens that it was measured with.
+
+    `prompt_tokens` and `response_tokens` are totals over the call's `sequences`; `response_lengths` gives each
+    sequence's response in the order of the batch where they differ. `seconds` of a `wake` and of an `offload` belong
+    to these moves alone; those of the other calls are without them. Of a `transfer`, `gpus` and `shard` are the
+    actor's, `engines` and `tensor_parallel` the rollout's. A `host` call has its name as role."""
+
+    call: Literal["generate", "infer", "train", "transfer", "wake", "offload", "host"]
+    role: str
+    gpus: PositiveInt = 1
+    nodes: PositiveInt = 1
+    shard: PositiveInt = 1
+    micro_batch_tokens: PositiveInt | None = None
+    recompute: bool = False
+    offload_layout: Offload = "none"
+    tensor_parallel: PositiveInt = 1
+    engines: PositiveInt = 1
+    concurrency: PositiveInt | None = None
+    shared: bool = False  # of a transfer: between processes on the same GPUs
+    sequences: NonNegativeInt = 0
+    minibatch: PositiveInt | None = None
+    prompt_tokens: NonNegativeInt = 0
+    response_tokens: NonNegativeInt = 0
+    response_lengths: tuple[PositiveInt, ...] = ()
+    seconds: PositiveFloat
+    spread: NonNegativeFloat = 0.0
+    repeats: PositiveInt = 1
+    peak_bytes: NonNegativeInt = 0
+    model: Shape | None = None  # where it is not the profile's
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if self.call in ("generate", "infer", "train", "host") and not self.sequences:
+            raise ValueError(f"a point of {self.call} needs the number of its sequences")
+        if self.gpus % self.shard:
+            raise ValueError(f"shard = {self.shard} does not divide gpus = {self.gpus}")
+        lengths = self.response_lengths
+        if lengths and (len(lengths) != self.sequences or sum(lengths) != self.response_tokens):
+            raise ValueError("response_lengths must be one per sequence and add up to response_tokens")
+        return self
+
+
+class Profile(File):
+    """Points of one device (its name in the cluster) and one model shape."""
+
+    SCHEMA: ClassVar[str] = "splitplan/profile/1"
+
+    device: str
+    model: Shape
+    versions: dict[str, str] = Field(default_factory=dict)
+    date: str = ""
+    command: str = ""
+    points: tuple[Point, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the content, whatever the file's whitespace."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def shape_of(self, point: Point) -> Shape:
+        return point.model or self.model
+
+
+def load_profiles(paths: Iterable[Path]) -> tuple[Profile, ...]:
+    """Raises UserError."""
+    return tuple(Profile.read(path) for path in paths)
+
+
+def check_profiles(profiles: Sequence[Profile], workload: Workload, cluster: Cluster) -> None:
+    """Raise UserError for a profile of another device, or one that says nothing about any role of the workload."""
+    shapes = [model.shape for model in workload.models.values()]
+    for number, profile in enumerate(profiles, 1):
+        name = f"profile {number} ({profile.device}, hidden {profile.model.hidden}, {profile.model.layers} layers)"
+        if profile.device not in cluster.devices:
+            has = ", ".join(cluster.devices)
+            raise UserError(f"{name} is for another device: the cluster has {has}; measure there with `plan profile`")
+        if not any(profile.shape_of(point) in shapes for point in profile.points if point.call != "host"):
+            raise UserError(
+                f"{name} is for another model: no role of workload {workload.name!r} has that shape; leave it out or "
+                "measure this workload with `plan profile`"
+            )
