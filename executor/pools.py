@@ -5,11 +5,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
+from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from executor.session import ENVIRONMENT
-from executor.worker import Rank, Worker, measure_offset
+from executor.worker import Rank, Worker, ask, measure_offset
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 
@@ -97,12 +98,10 @@ def _strategy(seat: Seat) -> PlacementGroupSchedulingStrategy:
     )
 
 
-def start(
-    worker: Callable[..., Worker], name: str, seats: Sequence[Seat] | None, *args: Any
-) -> "ray.actor.ActorHandle":
+def start(worker: Callable[..., Worker], seats: Sequence[Seat] | None, *args: Any) -> ActorHandle:
     """Start a process of class `worker` at the first of its seats, with all of their devices visible; anywhere
-    without seats."""
-    options: dict[str, Any] = {"num_cpus": 0, "max_concurrency": 1}
+    without seats. Does not wait for it."""
+    options: dict[str, Any] = {"num_cpus": 0}
     if seats:
         options["scheduling_strategy"] = _strategy(seats[0])
         devices = [device for seat in seats for device in seat.devices]
@@ -112,10 +111,10 @@ def start(
     return ray.remote(worker).options(**options).remote(*args)
 
 
-def connect(named: Sequence[tuple[str, "ray.actor.ActorHandle"]]) -> list[Rank]:
-    """Wait until the processes answer, and measure their clocks."""
-    ray.get([handle.now.remote() for _, handle in named])
-    return [Rank(name=name, handle=handle, offset=measure_offset(handle)) for name, handle in named]
+def connect(ranks: Sequence[Rank]) -> list[Rank]:
+    """Wait until the processes answer, and measure their clocks. Raises WorkerError."""
+    ask(ranks, "now")
+    return [replace(rank, offset=measure_offset(rank.handle)) for rank in ranks]
 
 
 def stop(ranks: Sequence[Rank], seats: dict[str, list[Seat]]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from executor import pools
-from executor.worker import Outcome, Record, Worker, ask
+from executor.worker import Rank, Record, Worker, ask
 from planner.predict.schedule import Task
 from planner.spec.plan import Plan
 
@@ -23,12 +23,14 @@ class Rehearsal:
 
     def __init__(self, plan: Plan, seconds: Callable[[Task], float]) -> None:
         self.seconds = seconds
-        names = [(name, f"{name}/{rank}") for name, pool in plan.pools.items() for rank in range(len(pool.gpus))]
-        handles = [(label, pools.start(Sleeper, label, None)) for _, label in names]
-        ranks = pools.connect(handles)
-        self.ranks = {
-            name: [r for r, (pool, _) in zip(ranks, names, strict=True) if pool == name] for name in plan.pools
+        ranks = {
+            name: [
+                Rank(name=f"rank {rank} of pool {name}", handle=pools.start(Sleeper, None))
+                for rank in range(len(pool.gpus))
+            ]
+            for name, pool in plan.pools.items()
         }
+        self.ranks = {name: pools.connect(its) for name, its in ranks.items()}
 
     def run(self, task: Task) -> tuple[list[Record], int]:
         if not task.pools:
@@ -36,7 +38,7 @@ class Rehearsal:
             time.sleep(self.seconds(task))
             return [Record(start=start, end=time.perf_counter())], 0
         ranks = [rank for pool in task.pools for rank in self.ranks[pool]]
-        outcome: Outcome = ask(ranks, "sleep", self.seconds(task))
+        outcome = ask(ranks, "sleep", self.seconds(task))
         return outcome.records, 0
 
     def end_step(self, step: int) -> dict[str, Any]:

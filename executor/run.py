@@ -165,17 +165,25 @@ def execute(
     if seed is not None:
         plan = plan.model_copy(update={"workload": plan.workload.model_copy(update={"seed": seed})})
     path = check_free(runs, name)
-    if not rehearse:
-        raise NotImplementedError
-    cpus = None if pools.resource_of(plan) == "GPU" and not rehearse else pools.needed(plan)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(ray_session(cpus=cpus, address=address))
-        assert seconds is not None, "a rehearsal needs durations"
-        backend: Backend = Rehearsal(plan, seconds)
+        backend: Backend
+        if rehearse:
+            assert seconds is not None, "a rehearsal needs durations"
+            stack.enter_context(ray_session(cpus=pools.needed(plan), address=address))
+            backend = Rehearsal(plan, seconds)
+        else:
+            from executor import preflight, step  # torch and transformers, which a rehearsal does without
+
+            prompts = preflight.check(plan, local=address is None)
+            on_cores = pools.resource_of(plan) == "CPU"
+            stack.enter_context(ray_session(cpus=pools.needed(plan) if on_cores else None, address=address))
+            backend = step.Training(plan, prompts)
         stack.callback(backend.close)
         directory = RunDirectory(path, plan, tensorboard=not rehearse)
         stack.callback(directory.close)
         _run(plan, steps, backend, directory, progress or Silent())
+        if not rehearse:
+            backend.export(path / "checkpoints" / "final")
     return path
 
 

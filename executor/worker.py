@@ -51,10 +51,11 @@ class Worker:
         yield
         self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - start
 
-    def fetch(self, ref: ray.ObjectRef) -> Any:
-        """What a reference stands for, its way here counted as transfer."""
+    def fetch(self, refs: list[ray.ObjectRef]) -> list[Any]:
+        """What references stand for, their way here counted as transfer. They come in a list because Ray would fetch
+        bare ones before the method starts."""
         with self.part("transfer"):
-            return ray.get(ref)
+            return ray.get(refs)
 
 
 class WorkerError(Exception):

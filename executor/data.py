@@ -1,0 +1,306 @@
+"""Prompts in, batches of sequences out, and how a batch is spread over ranks and micro-batches. Plain numpy: what is
+here runs on the controller and travels through Ray's object store."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.spec.errors import UserError
+from planner.spec.lengths import sample
+from planner.spec.workload import Workload
+
+Ints = NDArray[np.int32]
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A sequence to generate. `key` (seed, step, prompt, sample) fixes its randomness. With `exact` it does not end
+    at an end-of-sequence token but has exactly `max_tokens`; whoever spreads requests must not look at that."""
+
+    prompt: Ints
+    key: tuple[int, ...]
+    max_tokens: int
+    exact: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """The prompts of one batch, with what a reward function and an evaluation want to know of them."""
+
+    requests: list[Request]
+    texts: list[str]
+    answers: list[str | None]
+
+
+class PromptSource(Protocol):
+    """Where the prompts of a step come from, and how responses read."""
+
+    def step(self, step: int) -> Prompts: ...
+    def evaluation(self) -> Prompts: ...
+    def decode(self, responses: Sequence[Ints]) -> list[str]: ...
+
+
+# --- a dataset ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    prompt: str
+    answer: str | None
+    where: str  # file:line
+
+
+def read_lines(path: Path, *, need_answer: bool = False) -> list[Line]:
+    """The lines of a JSONL file of `{"prompt": str, "answer": str}`. Raises UserError naming file and line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: the dataset cannot be read ({reason}); check the path") from None
+    lines = [_line(f"{path}:{number}", line, need_answer) for number, line in enumerate(text.splitlines(), start=1)]
+    if not lines:
+        raise UserError(f"{path}: the dataset is empty; it needs lines of {_EXAMPLE}")
+    return lines
+
+
+_EXAMPLE = '{"prompt": "...", "answer": "..."}'
+
+
+def _line(where: str, text: str, need_answer: bool) -> Line:
+    if not text.strip():
+        raise UserError(f"{where}: empty line; remove it or write {_EXAMPLE}")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); a line is {_EXAMPLE}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"]:
+        raise UserError(f'{where}: needs a "prompt" that is a non-empty string, like {_EXAMPLE}')
+    answer = data.get("answer")
+    if not isinstance(answer, str) and (answer is not None or need_answer):
+        raise UserError(f'{where}: needs an "answer" that is a string, like {_EXAMPLE}')
+    return Line(prompt=data["prompt"], answer=answer, where=where)
+
+
+class Dataset:
+    """Prompts from the workload's files: each once per epoch, in an order that the seed and the epoch fix."""
+
+    def __init__(self, workload: Workload, tokenizer: Any) -> None:
+        assert workload.data is not None
+        self._workload, self._tokenizer = workload, tokenizer
+        self._train = self._encode(read_lines(workload.data.train))
+        file = workload.data.evaluation
+        self._evaluation = self._encode(read_lines(file, need_answer=True)) if file else []
+
+    def _encode(self, lines: list[Line]) -> list[tuple[Line, Ints]]:
+        longest = self._workload.prompt.longest
+        ids = self._tokenizer([line.prompt for line in lines], return_attention_mask=False)["input_ids"]
+        for line, tokens in zip(lines, ids, strict=True):
+            if not 0 < len(tokens) <= longest:
+                raise UserError(
+                    f"{line.where}: the prompt has {len(tokens)} tokens, and the workload allows 1 to {longest}; "
+                    "shorten it or raise the prompt length"
+                )
+        return [(line, np.asarray(tokens, dtype=np.int32)) for line, tokens in zip(lines, ids, strict=True)]
+
+    def step(self, step: int) -> Prompts:
+        batch, seed = self._workload.batch, self._workload.seed
+        position = np.arange(step * batch, (step + 1) * batch)
+        epochs, places = np.divmod(position, len(self._train))
+        orders = {epoch: _permutation(len(self._train), seed, 0, epoch) for epoch in set(epochs.tolist())}
+        chosen = [self._train[orders[e][p]] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
+        return self._prompts(chosen, (seed, step))
+
+    def evaluation(self) -> Prompts:
+        return self._prompts(self._evaluation, (self._workload.seed,))
+
+    def _prompts(self, chosen: list[tuple[Line, Ints]], key: tuple[int, ...]) -> Prompts:
+        longest = self._workload.response.longest
+        requests = [
+            Request(prompt=tokens, key=(*key, index, 0), max_tokens=longest) for index, (_, tokens) in enumerate(chosen)
+        ]
+        lines = [line for line, _ in chosen]
+        return Prompts(requests=requests, texts=[x.prompt for x in lines], answers=[x.answer for x in lines])
+
+    def decode(self, responses: Sequence[Ints]) -> list[str]:
+        texts: list[str] = self._tokenizer.batch_decode(
+            [list(map(int, r)) for r in responses], skip_special_tokens=True
+        )
+        return texts
+
+
+class Synthetic:
+    """Random tokens of the workload's lengths, for workloads without data: what benchmarks run on."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+
+    def step(self, step: int) -> Prompts:
+        workload = self._workload
+        prompts = sample(workload.prompt, workload.batch, workload.seed, step, 0)
+        responses = sample(workload.response, workload.batch, workload.seed, step, 1)
+        rng = np.random.default_rng((workload.seed, step, 2))
+        requests = [
+            Request(
+                prompt=rng.integers(workload.actor.shape.vocab, size=int(prompt), dtype=np.int32),
+                key=(workload.seed, step, index, 0),
+                max_tokens=int(response),
+                exact=True,
+            )
+            for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        texts = self.decode([request.prompt for request in requests])
+        return Prompts(requests=requests, texts=texts, answers=[None] * len(requests))
+
+    def evaluation(self) -> Prompts:
+        return Prompts(requests=[], texts=[], answers=[])
+
+    def decode(self, responses: Sequence[Ints]) -> list[str]:
+        return [" ".join(map(str, response)) for response in responses]
+
+
+def _permutation(count: int, *key: int) -> Rows:
+    return np.random.default_rng(key).permutation(count)
+
+
+# --- a batch of sequences ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """What an engine made of its requests, end to end: `lengths [n]`, `tokens` and `log_probs [sum of lengths]`."""
+
+    lengths: Ints
+    tokens: Ints
+    log_probs: NDArray[np.float32]
+    weights_version: int
+
+    def split(self) -> list[tuple[Ints, NDArray[np.float32]]]:
+        """Tokens and log-probs of each response."""
+        ends = np.cumsum(self.lengths)
+        return [
+            (self.tokens[end - length : end], self.log_probs[end - length : end])
+            for end, length in zip(ends, self.lengths, strict=True)
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """A batch: right-padded `tokens [B, T]` (prompt, then response), lengths `[B]`, the log-probs `[B, R]`
+    under which the response tokens were sampled (R is the longest response), and the versions `[B]` of the weights
+    that sampled them."""
+
+    tokens: Ints
+    prompt_lengths: Ints
+    response_lengths: Ints
+    log_probs: NDArray[np.float32]
+    weights_versions: Ints
+
+    @property
+    def width(self) -> int:
+        return self.log_probs.shape[1]
+
+    @property
+    def lengths(self) -> Ints:
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def mask(self) -> NDArray[np.bool_]:
+        """[B, R], true on real response tokens."""
+        return np.arange(self.width) < self.response_lengths[:, None]
+
+    def responses(self) -> list[Ints]:
+        rows = zip(self.tokens, self.prompt_lengths, self.response_lengths, strict=True)
+        return [tokens[p : p + r] for tokens, p, r in rows]
+
+
+def collate(requests: Sequence[Request], shares: Sequence[Rows], made: Sequence[Generated]) -> Sequences:
+    """One batch in the order of the requests; `shares[i]` are the rows that engine i was given."""
+    responses: list[Any] = [None] * len(requests)
+    versions = np.zeros(len(requests), dtype=np.int32)
+    for rows, generated in zip(shares, made, strict=True):
+        versions[rows] = generated.weights_version
+        for row, response in zip(rows, generated.split(), strict=True):
+            responses[row] = response
+    prompt_lengths = np.array([len(r.prompt) for r in requests], dtype=np.int32)
+    response_lengths = np.array([len(tokens) for tokens, _ in responses], dtype=np.int32)
+    tokens = np.zeros((len(requests), int((prompt_lengths + response_lengths).max())), dtype=np.int32)
+    log_probs = np.zeros((len(requests), max(1, int(response_lengths.max()))), dtype=np.float32)
+    for row, (request, (response, its_log_probs)) in enumerate(zip(requests, responses, strict=True)):
+        begin = len(request.prompt)
+        tokens[row, :begin] = request.prompt
+        tokens[row, begin : begin + len(response)] = response
+        log_probs[row, : len(response)] = its_log_probs
+    return Sequences(
+        tokens=tokens,
+        prompt_lengths=prompt_lengths,
+        response_lengths=response_lengths,
+        log_probs=log_probs,
+        weights_versions=versions,
+    )
+
+
+# --- spreading ---
+
+
+def assign(requests: Sequence[Request], engines: int, budget: int) -> list[Rows]:
+    """Each request to the engine with the fewest outstanding tokens, in order; rows per engine.
+
+    A request counts with its prompt and a `budget` of response tokens, the same for all: nobody may know how long a
+    response will be."""
+    outstanding = np.zeros(engines, dtype=np.int64)
+    rows: list[list[int]] = [[] for _ in range(engines)]
+    for row, request in enumerate(requests):
+        engine = int(outstanding.argmin())
+        rows[engine].append(row)
+        outstanding[engine] += len(request.prompt) + budget
+    return [np.array(share, dtype=np.int64) for share in rows]
+
+
+def minibatches(count: int, size: int, *key: int) -> list[Rows]:
+    """The rows of a batch in minibatches of `size`, by a permutation that the key (seed, step, epoch) fixes: formed
+    before anything is spread over ranks, so that placement does not change the mathematics."""
+    return np.split(_permutation(count, *key), count // size)
+
+
+def spread(rows: Rows, lengths: Ints, ranks: int, micro_batch_tokens: int) -> list[list[Rows]]:
+    """Rows over ranks, balanced by tokens, and within each rank into micro-batches of at most `micro_batch_tokens`
+    tokens with their padding (or a single sequence). Every rank gets the same number of micro-batches, some perhaps
+    empty: their collectives must match."""
+    longest_first = rows[np.argsort(-lengths[rows], kind="stable")]
+    load = np.zeros(ranks, dtype=np.int64)
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for row in longest_first:
+        rank = int(load.argmin())
+        shares[rank].append(int(row))
+        load[rank] += lengths[row]
+    micro = [_micro_batches(share, lengths, micro_batch_tokens) for share in shares]
+    most = max(map(len, micro))
+    return [parts + [np.array([], dtype=np.int64)] * (most - len(parts)) for parts in micro]
+
+
+def _micro_batches(share: list[int], lengths: Ints, tokens: int) -> list[Rows]:
+    """Greedy, longest first: padding is to the first sequence of each."""
+    parts: list[list[int]] = []
+    for row in share:
+        if not parts or (len(parts[-1]) + 1) * lengths[parts[-1][0]] > tokens:
+            parts.append([])
+        parts[-1].append(row)
+    return [np.array(part, dtype=np.int64) for part in parts]
+
+
+def join(shares: Sequence[list[Rows]], outputs: Sequence[list[NDArray[np.float32]]], shape: tuple[int, ...]) -> Any:
+    """The ranks' outputs per micro-batch, each `[rows, columns]` or `[rows]`, in one array of `shape`."""
+    whole = np.zeros(shape, dtype=np.float32)
+    for micro_batches, results in zip(shares, outputs, strict=True):
+        for rows, result in zip(micro_batches, results, strict=True):
+            if result.ndim == 1:
+                whole[rows] = result[: len(rows)]
+            else:
+                whole[rows, : result.shape[1]] = result[: len(rows)]
+    return whole

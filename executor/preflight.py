@@ -1,0 +1,120 @@
+"""Everything about a run that can be known before a process is started. Raises UserError, one line each."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+from executor import pools, reward
+from executor.data import Dataset, PromptSource, Synthetic
+from planner.spec.errors import UserError
+from planner.spec.files import read_data
+from planner.spec.plan import Plan
+from planner.spec.workload import Model, RewardFunction, Workload
+
+ARCHITECTURES = {"actor": "ForCausalLM", "reference": "ForCausalLM", "reward": "ForSequenceClassification"}
+
+
+def check(plan: Plan, *, local: bool) -> PromptSource:
+    """Check a plan for this machine (unless it runs on a cluster) and what its workload names; the prompts."""
+    if local:
+        check_machine(plan)
+    check_engine(plan)
+    check_models(plan.workload)
+    if isinstance(plan.workload.reward, RewardFunction):
+        reward.load(plan.workload.reward)
+    return load_prompts(plan.workload)
+
+
+def check_machine(plan: Plan) -> None:
+    """Whether this machine has what the plan runs on (a cluster is asked by `pools.reserve`)."""
+    wanted = pools.needed(plan)
+    kinds = sorted({plan.cluster.nodes[node].device for pool in plan.pools.values() for node, _ in pool.gpus})
+    if pools.resource_of(plan) == "CPU":
+        if (os.cpu_count() or 1) < wanted:
+            raise UserError(
+                f"plan {plan.name!r} needs {wanted} cores and this machine has {os.cpu_count()}; "
+                "search a plan for fewer GPUs, or use --rehearse"
+            )
+        return
+    import torch
+
+    has = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if has < wanted:
+        raise UserError(
+            f"plan {plan.name!r} needs {wanted} GPUs of kind {' and '.join(kinds)} and this machine has {has}; run it "
+            "where they are (--address for a Ray cluster), or play it here with --rehearse"
+        )
+
+
+def check_engine(plan: Plan) -> None:
+    rollout = plan.rollout
+    if rollout.engine == "vllm":
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError(
+                "the rollout's engine is vllm, which is not installed; "
+                "pip install 'splitplan[vllm]', or plan with engine transformers, or use --rehearse"
+            )
+        raise UserError(
+            "the rollout's engine is vllm, which this version cannot run yet; plan with engine transformers"
+        )
+    if rollout.tensor_parallel != 1:
+        raise UserError(
+            f"roles.rollout: engine transformers runs on 1 GPU, not {rollout.tensor_parallel}; set tensor_parallel to 1"
+        )
+
+
+def check_models(workload: Workload) -> None:
+    for role, model in workload.models.items():
+        if model.path is not None:
+            _check_directory(role, model, model.path)
+        if model.shape.vocab != workload.actor.shape.vocab:
+            raise UserError(
+                f"{role}: its vocabulary has {model.shape.vocab} tokens and the actor's {workload.actor.shape.vocab}; "
+                "all models of a workload share one tokenizer"
+            )
+
+
+def _check_directory(role: str, model: Model, path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise UserError(f"{role}: no model directory at {path} (config.json is missing); check the path")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{role}: {path} has no *.safetensors; save the model with safe_serialization=True")
+    config = read_data(path / "config.json")
+    if "auto_map" in config:
+        raise UserError(
+            f"{role}: {path} wants code of its own (auto_map), which is never run; use a built-in model type"
+        )
+    names = config.get("architectures") or []
+    if role in ARCHITECTURES and not any(str(name).endswith(ARCHITECTURES[role]) for name in names):
+        raise UserError(
+            f"{role}: {path} holds {', '.join(map(str, names)) or 'no known architecture'}, "
+            f"but a {role} is a model {ARCHITECTURES[role]}; name another directory"
+        )
+    for key, ours in (("hidden_size", model.shape.hidden), ("num_hidden_layers", model.shape.layers)):
+        if config.get(key) != ours:
+            raise UserError(
+                f"{role}: {path}/config.json says {key} = {config.get(key)}, the plan was made for {ours}; "
+                "search a new plan for this model"
+            )
+
+
+def load_prompts(workload: Workload) -> PromptSource:
+    """The dataset, tokenized and checked; random tokens for a workload without data."""
+    if workload.data is None:
+        return Synthetic(workload)
+    if workload.actor.path is None:
+        raise UserError("data needs a tokenizer, and an actor of random weights has none; give actor.path or drop data")
+    return Dataset(workload, _tokenizer(workload.actor.path))
+
+
+def _tokenizer(path: Path) -> Any:
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise UserError(f"actor: {path} holds no tokenizer (tokenizer.json); save the tokenizer beside the model")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"actor: the tokenizer in {path} cannot be loaded ({reason}); save it anew") from None

@@ -1,0 +1,77 @@
+"""A reward function of the user's: `file.py:name`, called with prompts, responses and answers."""
+
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from executor.worker import Worker
+from planner.spec.errors import UserError
+from planner.spec.workload import RewardFunction
+
+Function = Callable[[list[str], list[str], list[str | None]], Sequence[float]]
+
+
+def load(reward: RewardFunction) -> Function:
+    """Import the function from the file that the user named. Raises UserError."""
+    file, _, name = reward.function.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"reward function {reward.function!r}: there is no file {path}; check the path")
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"reward function {reward.function!r}: {path} is no Python file; name one that ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"reward function {reward.function!r} cannot be imported: {_one_line(error)}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"reward function {reward.function!r}: {path} has no function {name!r}; check its name")
+    return function
+
+
+def score(
+    reward: RewardFunction, function: Function, prompts: list[str], responses: list[str], answers: list[Any]
+) -> list[float]:
+    """The function's rewards, one finite number per response. Raises UserError if it fails or returns anything else."""
+    called = f"reward function {reward.function!r}"
+    try:
+        rewards = list(function(prompts, responses, answers))
+    except Exception as error:
+        raise UserError(f"{called} failed: {_one_line(error)}; it takes (prompts, responses, answers)") from None
+    if len(rewards) != len(responses):
+        raise UserError(f"{called} returned {len(rewards)} rewards for {len(responses)} responses; one each is needed")
+    for row, value in enumerate(rewards):
+        if not (isinstance(value, Real) or hasattr(value, "item")) or not math.isfinite(_number(value)):
+            shown = repr(value)[:60]
+            raise UserError(f"{called} returned {shown} for prompt {prompts[row][:60]!r}; it must be a finite number")
+    return [_number(value) for value in rewards]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+class RewardWorker(Worker):
+    """The process that runs the function, so that neither its time nor its end is the controller's."""
+
+    def __init__(self, reward: RewardFunction) -> None:
+        super().__init__()
+        self.reward = reward
+
+    def load(self) -> None:
+        self.function = load(self.reward)
+
+    def score(self, prompts: list[str], responses: list[str], answers: list[Any]) -> list[float]:
+        return score(self.reward, self.function, prompts, responses, answers)

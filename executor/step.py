@@ -1,0 +1,209 @@
+"""One PPO step: what each call does, seen from the controller. Their order is the plan's, kept by the loop in `run.py`;
+the mathematics is in `ppo.py`; what happens on the GPUs is in `trainer.py` and `rollout.py`."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from executor import ppo
+from executor.data import Prompts, PromptSource, Sequences, assign, collate, join, minibatches, spread
+from executor.processes import Processes
+from executor.trainer import COLUMNS, Minibatch
+from executor.worker import Outcome, Record, ask
+from planner.predict.schedule import Task
+from planner.spec.plan import Plan
+
+Done = tuple[list[Record], int]  # the records of a call's processes, and its tokens
+
+
+@dataclass(kw_only=True)
+class StepData:
+    """What the calls of a step have made so far."""
+
+    prompts: Prompts
+    sequences: Sequences
+    batch: ray.ObjectRef  # the sequences in Ray's object store
+    scores: NDArray[np.float32] | None = None  # [B]
+    columns: COLUMNS = field(default_factory=dict)  # [B, R] by the name of the datum
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Training:
+    """A plan's processes and the data of the steps under way. Each call is a method of its name; it waits for its
+    processes and returns their records and its tokens."""
+
+    def __init__(self, plan: Plan, prompts: PromptSource) -> None:
+        self.plan, self.workload, self.settings, self.prompts = plan, plan.workload, plan.workload.ppo, prompts
+        self.steps: dict[int, StepData] = {}
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self.processes = Processes(plan)
+
+    def run(self, task: Task) -> Done:
+        call = getattr(self, task.call.name)
+        done: Done = call(task)
+        return done
+
+    # --- the calls ---
+
+    def generate(self, task: Task) -> Done:
+        prompts = self.prompts.step(task.step)
+        sequences, outcome = self._generate(task, prompts, self.settings.temperature)
+        self.steps[task.step] = StepData(prompts=prompts, sequences=sequences, batch=ray.put(sequences))
+        return outcome.records, int(sequences.response_lengths.sum())
+
+    def score(self, task: Task) -> Done:
+        step = self.steps[task.step]
+        if task.pools:
+            step.scores, done = self._infer(task, "reward")
+            return done
+        responses = self.prompts.decode(step.sequences.responses())
+        outcome = ask(self.processes.judge, "score", step.prompts.texts, responses, step.prompts.answers)
+        step.scores = np.array(outcome.results[0], dtype=np.float32)
+        return outcome.records, int(step.sequences.lengths.sum())
+
+    def ref_logprobs(self, task: Task) -> Done:
+        self.steps[task.step].columns["ref_log_probs"], done = self._infer(task, "reference")
+        return done
+
+    def old_logprobs(self, task: Task) -> Done:
+        self.steps[task.step].columns["proximal_log_probs"], done = self._infer(task, "actor")
+        return done
+
+    def values(self, task: Task) -> Done:
+        self.steps[task.step].columns["values"], done = self._infer(task, "critic")
+        return done
+
+    def advantages(self, task: Task) -> Done:
+        start = time.perf_counter()
+        step, settings = self.steps[task.step], self.settings
+        step.columns["log_probs"] = step.sequences.log_probs
+        step.columns.setdefault("proximal_log_probs", step.sequences.log_probs)
+        columns = {name: torch.tensor(column) for name, column in step.columns.items()}
+        mask = torch.tensor(step.sequences.mask)
+        assert step.scores is not None
+        advantages, returns, metrics = ppo.advantages(
+            scores=torch.tensor(step.scores),
+            log_probs=columns["proximal_log_probs"],
+            mask=mask,
+            ended=torch.tensor(self._ended(step)),
+            ref_log_probs=columns.get("ref_log_probs"),
+            values=columns.get("values"),
+            gamma=settings.gamma,
+            lam=settings.lam,
+            kl_coef=settings.kl_coef,
+            kl_kind=settings.kl_kind,
+            missing_eos_penalty=settings.missing_eos_penalty,
+            whiten_advantages=settings.whiten,
+        )
+        step.columns |= {"advantages": advantages.numpy(), "returns": returns.numpy()}
+        step.metrics |= metrics
+        tokens = int(step.sequences.response_lengths.sum())
+        return [Record(start=start, end=time.perf_counter())], tokens
+
+    def update_critic(self, task: Task) -> Done:
+        return self._train(task, "critic", ("values", "returns"))
+
+    def update_actor(self, task: Task) -> Done:
+        columns = ["advantages", "proximal_log_probs", "log_probs"]
+        if self.settings.kl_kind != "k1" and self.workload.reference:
+            columns.append("ref_log_probs")  # the KL penalty is part of the loss
+        return self._train(task, "actor", tuple(columns))
+
+    def sync_weights(self, task: Task) -> Done:
+        gathered = ask(self.processes.of("actor"), "gather", "actor", task.weights_version)
+        weights = gathered.results[0]  # a reference, from rank 0
+        installed = ask(self.processes.engines, "install", [weights], task.weights_version)
+        return gathered.records + installed.records, 0
+
+    def evaluate(self, task: Task) -> Done:
+        """Greedy responses to the held-out prompts: the share that equals the answer."""
+        prompts = self.prompts.evaluation()
+        sequences, outcome = self._generate(task, prompts, None)
+        responses = self.prompts.decode(sequences.responses())
+        right = [
+            given.strip() == (wanted or "").strip() for given, wanted in zip(responses, prompts.answers, strict=True)
+        ]
+        self.evaluations[task.step] = {"exact_match": float(np.mean(right))}
+        return outcome.records, int(sequences.response_lengths.sum())
+
+    # --- what they share ---
+
+    def _generate(self, task: Task, prompts: Prompts, temperature: float | None) -> tuple[Sequences, Outcome]:
+        shares = assign(prompts.requests, len(self.processes.engines), self.workload.response.longest)
+        each = [([prompts.requests[row] for row in rows], temperature) for rows in shares]
+        outcome = ask(self.processes.engines, "generate", each=each)
+        sequences = collate(prompts.requests, shares, outcome.results)
+        used = set(sequences.weights_versions.tolist())
+        assert used == {task.weights_version}, f"sampled with weights {used}, the plan says {task.weights_version}"
+        return sequences, outcome
+
+    def _infer(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:
+        step, layout, ranks = self.steps[task.step], self.plan.trainers[role], self.processes.of(role)
+        lengths = step.sequences.lengths
+        shares = spread(np.arange(len(lengths)), lengths, len(ranks), layout.micro_batch_tokens)
+        outcome = ask(ranks, "infer", role, task.weights_version, [step.batch], each=[(share,) for share in shares])
+        shape = lengths.shape if role == "reward" else step.sequences.mask.shape
+        return join(shares, outcome.results, shape), (outcome.records, int(lengths.sum()))
+
+    def _train(self, task: Task, role: str, columns: tuple[str, ...]) -> Done:
+        """Epochs of minibatches, each formed over the whole batch and then spread over the ranks."""
+        step, layout, ranks = self.steps[task.step], self.plan.trainers[role], self.processes.of(role)
+        lengths, seed = step.sequences.lengths, self.workload.seed
+        each: list[list[Minibatch]] = [[] for _ in ranks]
+        for epoch in range(self.settings.epochs):
+            for rows in minibatches(len(lengths), self.workload.minibatch, seed, task.step, epoch):
+                tokens = int(step.sequences.response_lengths[rows].sum())
+                shares = spread(rows, lengths, len(ranks), layout.micro_batch_tokens)
+                for rank, share in enumerate(shares):
+                    each[rank].append(Minibatch(micro_batches=share, tokens=tokens))
+        needed = ray.put({name: step.columns[name] for name in columns})
+        args = (role, task.weights_version, [step.batch, needed])
+        outcome = ask(ranks, "train", *args, each=[(share,) for share in each])
+        step.metrics |= _train_metrics(role, outcome.results)
+        return outcome.records, int(lengths.sum()) * self.settings.epochs
+
+    def _ended(self, step: StepData) -> NDArray[np.bool_]:
+        """[B]: whether the response is complete, not cut off."""
+        exact = np.array([request.exact for request in step.prompts.requests])
+        last = np.array([response[-1] if len(response) else -1 for response in step.sequences.responses()])
+        return exact | np.isin(last, self.processes.eos)
+
+    # --- between the calls ---
+
+    def end_step(self, number: int) -> dict[str, Any]:
+        """Drop a step's data, of which only the metrics stay."""
+        step = self.steps.pop(number)
+        versions = step.sequences.weights_versions
+        return {
+            "step": number,
+            **step.metrics,
+            **self.evaluations.pop(number, {}),
+            "staleness": float(number - versions.mean()),
+            "weights_version": int(versions.max()),
+            "tokens": int(step.sequences.lengths.sum()),
+        }
+
+    def export(self, directory: Path) -> None:
+        """Actor and critic as Hugging Face directories under `directory`."""
+        for role in ("actor", "critic"):
+            if role in self.plan.trainers:
+                ask(self.processes.of(role), "export", role, directory / role)
+
+    def close(self) -> None:
+        self.processes.close()
+
+
+def _train_metrics(role: str, ranks: list[list[dict[str, float]]]) -> dict[str, float]:
+    """Means over minibatches of what the ranks summed; the gradient norm is the same on every rank."""
+    means: list[dict[str, float]] = []
+    for parts in zip(*ranks, strict=True):
+        sums = {name: sum(part[name] for part in parts) for name in parts[0] if name != "grad_norm"}
+        means.append({"grad_norm": parts[0]["grad_norm"], **ppo.mean_stats(sums)})
+    names = [name for name in means[0] if name != "tokens"]
+    return {f"{role}/{name}": float(np.mean([mean[name] for mean in means])) for name in names}

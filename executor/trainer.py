@@ -1,0 +1,302 @@
+"""The trainer process: one per GPU, host to all training and inference roles of its pool (FSDP2)."""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from executor import models, ppo, weights
+from executor.data import Rows, Sequences
+from executor.worker import Worker
+from planner.spec.plan import Plan, TrainerRole
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+COLUMNS = dict[str, NDArray[np.float32]]  # further columns [B, R] of a batch, by datum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Minibatch:
+    """One optimizer step as a rank sees it: its micro-batches, and the response tokens over all ranks."""
+
+    micro_batches: list[Rows]
+    tokens: int
+
+
+@dataclass(kw_only=True)
+class Hosted:
+    """A role on this rank."""
+
+    layout: TrainerRole
+    module: nn.Module
+    optimizer: torch.optim.Optimizer | None
+    version: int = 0  # updates in its weights
+
+
+class Trainer(Worker):
+    """A rank of a pool's torch.distributed group. A role runs on the first `shard * replicas` ranks."""
+
+    def __init__(self, plan: Plan, pool: str, rank: int) -> None:
+        super().__init__()
+        self.plan, self.pool, self.rank = plan, pool, rank
+        self.on_cpu = plan.device_of(pool).kind == "cpu"
+        self.device = torch.device("cpu") if self.on_cpu else torch.device("cuda", 0)
+        if self.on_cpu:
+            torch.set_num_threads(1)
+        self.roles: dict[str, Hosted] = {}
+
+    def synchronize(self) -> None:
+        if not self.on_cpu:
+            torch.cuda.synchronize()
+
+    # --- set-up ---
+
+    def listen(self) -> tuple[str, int]:
+        """On rank 0: open the rendezvous at a free port; host and port."""
+        host = ray.util.get_node_ip_address()
+        self.store = dist.TCPStore(
+            host, 0, len(self.plan.pools[self.pool].gpus), is_master=True, wait_for_workers=False
+        )
+        return host, self.store.port
+
+    def join(self, host: str, port: int) -> None:
+        """Form the pool's group."""
+        size = len(self.plan.pools[self.pool].gpus)
+        store = self.store if self.rank == 0 else dist.TCPStore(host, port, size, is_master=False)
+        if host == "127.0.0.1":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        backend = "gloo" if self.on_cpu else "nccl"
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+
+    def load(self) -> None:
+        """Load and shard the pool's models."""
+        for role, layout in self.plan.trainers.items():
+            if layout.pools == (self.pool,):
+                mesh = _mesh(layout, self.device.type)  # a collective over the whole pool, idle ranks too
+                if self.rank < layout.gpus:
+                    self.roles[role] = self._host(role, layout, mesh)
+
+    def _host(self, role: str, layout: TrainerRole, mesh: DeviceMesh) -> Hosted:
+        trained = role in models.TRAINED
+        workload = self.plan.workload
+        dtype = torch.float32 if self.on_cpu or trained else torch.bfloat16
+        model = models.load(role, workload.models[role], workload.seed, dtype)
+        module = models.WRAPPERS[role](model).requires_grad_(trained)
+        if trained and layout.recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy = MixedPrecisionPolicy()
+        if not self.on_cpu:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in models.blocks(model):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+        optimizer = None
+        if trained:
+            lr = workload.ppo.actor_lr if role == "actor" else workload.ppo.critic_lr
+            optimizer = torch.optim.AdamW(
+                module.parameters(), lr=lr, weight_decay=workload.ppo.weight_decay, foreach=True
+            )
+        return Hosted(layout=layout, module=module, optimizer=optimizer)
+
+    # --- calls ---
+
+    @torch.no_grad()
+    def infer(
+        self, role: str, version: int | None, refs: list[ray.ObjectRef], micro_batches: list[Rows]
+    ) -> list[NDArray[np.float32]]:
+        """Log-probs, values `[rows, columns]` or scores `[rows]` of each micro-batch, by weights of this version (None:
+        of a role that does not train)."""
+        (sequences,) = self.fetch(refs)
+        with self._awake(role, version) as hosted:
+            hosted.module.eval()
+            outputs = []
+            for rows in micro_batches:
+                inputs = self._inputs(sequences, rows)
+                output = hosted.module(**inputs.model)
+                if role in ("actor", "reference"):
+                    output = ppo.response_log_probs(
+                        output, inputs.targets, self.plan.workload.ppo.temperature, inputs.mask
+                    )
+                outputs.append(output.float().cpu().numpy())
+            return outputs
+
+    def train(
+        self, role: str, version: int, refs: list[ray.ObjectRef], minibatches: list[Minibatch]
+    ) -> list[dict[str, float]]:
+        """An optimizer step per minibatch, which makes the weights of this version out of the one before; this rank's
+        sums of the loss statistics, and the gradient norm."""
+        sequences, further = self.fetch(refs)
+        with self._awake(role, version - 1) as hosted:
+            hosted.module.train()
+            stats = [self._step(role, hosted, sequences, further, minibatch) for minibatch in minibatches]
+            hosted.version = version
+            return stats
+
+    def _step(
+        self, role: str, hosted: Hosted, sequences: Sequences, further: COLUMNS, minibatch: Minibatch
+    ) -> dict[str, float]:
+        assert hosted.optimizer is not None
+        sums: dict[str, Tensor] = {}
+        for rows in minibatch.micro_batches:
+            inputs = self._inputs(sequences, rows)
+            columns = {name: self._tensor(x[inputs.rows, : inputs.width]) for name, x in further.items()}
+            output = hosted.module(**inputs.model)
+            loss_of = self._policy_loss if role == "actor" else self._value_loss
+            loss, stats = loss_of(output, inputs, columns, minibatch.tokens)
+            (loss * hosted.layout.gpus).backward()  # FSDP averages over the ranks; the normalizer wants their sum
+            for name, value in stats.items():
+                sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
+        norm = nn.utils.clip_grad_norm_(hosted.module.parameters(), self.plan.workload.ppo.grad_clip)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        hosted.optimizer.step()
+        hosted.optimizer.zero_grad()
+        return {"grad_norm": float(norm), **{name: float(value) for name, value in sums.items()}}
+
+    def _policy_loss(
+        self, logits: Tensor, inputs: "Inputs", columns: Mapping[str, Tensor], tokens: int
+    ) -> tuple[Tensor, ppo.Stats]:
+        settings = self.plan.workload.ppo
+        log_probs = ppo.response_log_probs(logits, inputs.targets, settings.temperature, inputs.mask)
+        loss, stats = ppo.policy_loss(
+            log_probs=log_probs,
+            proximal_log_probs=columns["proximal_log_probs"],
+            behaviour_log_probs=columns["log_probs"],
+            advantages=columns["advantages"],
+            mask=inputs.mask,
+            clip=settings.clip,
+            importance_cap=settings.importance_cap,
+            normalizer=tokens,
+            dual_clip=settings.dual_clip,
+        )
+        if settings.kl_kind != "k1" and "ref_log_probs" in columns:
+            kl, kl_stats = ppo.kl_loss(
+                log_probs=log_probs,
+                ref_log_probs=columns["ref_log_probs"],
+                mask=inputs.mask,
+                kind=settings.kl_kind,
+                coef=settings.kl_coef,
+                normalizer=tokens,
+            )
+            loss, stats = loss + kl, stats | kl_stats
+        if settings.entropy_coef:
+            entropy = ppo.response_entropy(logits, settings.temperature, inputs.mask)
+            bonus, entropy_stats = ppo.entropy_loss(
+                entropy=entropy, mask=inputs.mask, coef=settings.entropy_coef, normalizer=tokens
+            )
+            loss, stats = loss + bonus, stats | entropy_stats
+        return loss, stats
+
+    def _value_loss(
+        self, values: Tensor, inputs: "Inputs", columns: Mapping[str, Tensor], tokens: int
+    ) -> tuple[Tensor, ppo.Stats]:
+        return ppo.value_loss(
+            values=values,
+            old_values=columns["values"],
+            returns=columns["returns"],
+            mask=inputs.mask,
+            clip=self.plan.workload.ppo.value_clip,
+            normalizer=tokens,
+        )
+
+    def gather(self, role: str, version: int) -> ray.ObjectRef | None:
+        """The role's weights of this version in the object store, from rank 0."""
+        with self._awake(role, version) as hosted:
+            arrays = weights.gather(hosted.module.model, keep=self.rank == 0)
+        return None if arrays is None else ray.put(arrays)
+
+    def export(self, role: str, directory: Path) -> None:
+        """Write the role as a Hugging Face directory, from rank 0."""
+        with self._awake(role, None) as hosted:
+            model = hosted.module.model
+            state = {name: tensor.cpu() for name, tensor in weights.whole(model)}
+            if self.rank == 0:
+                models.export(model, state, directory)
+
+    # --- batches ---
+
+    def _inputs(self, sequences: Sequences, rows: Rows) -> "Inputs":
+        """A micro-batch on the device, cut to its longest sequence. An empty one becomes row 0 with no response: a
+        forward pass for the collectives that counts for nothing."""
+        empty = len(rows) == 0
+        rows = np.zeros(1, dtype=np.int64) if empty else rows
+        prompts = sequences.prompt_lengths[rows]
+        responses = np.zeros_like(prompts) if empty else sequences.response_lengths[rows]
+        width = max(1, int(responses.max()))
+        tokens = self._tensor(sequences.tokens[rows, : int((prompts + responses).max())]).long()
+        prompt_lengths, response_lengths = self._tensor(prompts), self._tensor(responses)
+        return Inputs(
+            rows=rows,
+            width=width,
+            mask=ppo.response_mask(response_lengths, width),
+            targets=ppo.response_tokens(tokens, prompt_lengths, width),
+            model={
+                "tokens": tokens,
+                "prompt_lengths": prompt_lengths,
+                "response_lengths": response_lengths,
+                "width": width,
+            },
+        )
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.tensor(array, device=self.device)  # a copy: Ray's arrays are read-only
+
+    # --- offloading ---
+
+    @contextlib.contextmanager
+    def _awake(self, role: str, version: int | None) -> Iterator[Hosted]:
+        """The role on its device, its weights of this version; what its layout offloads while idle comes and goes
+        here."""
+        hosted = self.roles[role]
+        assert version in (None, hosted.version), f"{role} has weights {hosted.version}, the plan says {version}"
+        if hosted.layout.offload == "none":
+            yield hosted
+            return
+        with self.part("wake"):
+            self._move(hosted, self.device)
+        yield hosted
+        with self.part("wake"):
+            self._move(hosted, torch.device("cpu"))
+
+    def _move(self, hosted: Hosted, device: torch.device) -> None:
+        if self.on_cpu:
+            return
+        if hosted.layout.offload == "all":
+            hosted.module.to(device)
+        if hosted.optimizer is not None:
+            for state in hosted.optimizer.state.values():
+                for name, value in state.items():
+                    if isinstance(value, Tensor) and value.dim():
+                        state[name] = value.to(device)
+        self.synchronize()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """A micro-batch of b sequences: its `rows [b]` in the batch, `mask` and `targets [b, width]`, the model's input."""
+
+    rows: Rows
+    width: int
+    mask: Tensor
+    targets: Tensor
+    model: dict[str, Any]
+
+
+def _mesh(layout: TrainerRole, device: str) -> DeviceMesh:
+    """Replicas of shards; neighbouring ranks, which the pool keeps on one node, share a shard group."""
+    ranks = torch.arange(layout.gpus)
+    if layout.replicas == 1:
+        return DeviceMesh(device, ranks, mesh_dim_names=("shard",))
+    shape = ranks.view(layout.replicas, layout.shard)
+    return DeviceMesh(device, shape, mesh_dim_names=("replicate", "shard"))
