@@ -205,9 +205,14 @@ def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
     return found
 
 
+def batch_bytes(workload: Workload, staleness: int) -> int:
+    """The batches in flight on the controller's host: staleness + 1 of longest sequences."""
+    return workload.batch * workload.longest * SAMPLE_BYTES_PER_TOKEN * (staleness + 1)
+
+
 def host_bytes(plan: Plan) -> dict[int, int]:
     """Per node: pinned copies of what is offloaded; on the first node also the batches in flight, staleness + 1."""
-    batches = plan.workload.batch * plan.workload.longest * SAMPLE_BYTES_PER_TOKEN * (plan.staleness + 1)
+    batches = batch_bytes(plan.workload, plan.staleness)
     used = {node: batches if node == 0 else 0 for node in range(len(plan.cluster.nodes))}
     for name, layout in plan.roles.items():
         pinned = role_memory(plan, name).host
