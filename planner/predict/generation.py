@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.memory import compute_bytes, kv_bytes_per_token
+from planner.predict.roofline import LINK_LATENCY_SECONDS
 from planner.spec.cluster import Device
 from planner.spec.workload import Shape
 
@@ -33,7 +34,6 @@ Seconds = NDArray[np.float64]
 # roofline explains 2.6; the split into a fixed and a growing part is a guess that profiles replace.
 STEP_SECONDS = {"cuda": 2e-3, "cpu": 4e-3}
 SEQUENCE_SECONDS = {"cuda": 1.2e-5, "cpu": 1e-4}
-LINK_LATENCY_SECONDS = 8e-6  # of one small all-reduce between the GPUs of an engine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from planner.predict.profile import head_of
 from planner.spec.cluster import Device
 from planner.spec.errors import UserError
-from planner.spec.plan import Plan, RolloutRole, TrainerRole
+from planner.spec.plan import Offload, Plan, RolloutRole, TrainerRole
 from planner.spec.workload import Shape, Workload
 
 TRAINED = ("actor", "critic")
@@ -78,7 +78,7 @@ def trainer_memory(workload: Workload, role: str, layout: TrainerRole, device: D
     parameters = shape.parameters(head)
     weights = (4 if trained else size) * parameters // layout.shard
     moments = 8 * parameters // layout.shard if trained else 0
-    offloaded = offloaded_bytes(workload, role, layout, device, train=True)
+    offloaded = offloaded_bytes(shape, role, layout.shard, layout.offload, device, train=True)
     detail = {
         "weights": weights,
         "optimizer": moments,
@@ -90,13 +90,12 @@ def trainer_memory(workload: Workload, role: str, layout: TrainerRole, device: D
     return RoleMemory(idle=weights + moments - offloaded, running=sum(detail.values()), host=offloaded, detail=detail)
 
 
-def offloaded_bytes(workload: Workload, role: str, layout: TrainerRole, device: Device, *, train: bool) -> int:
+def offloaded_bytes(shape: Shape, role: str, shard: int, offload: Offload, device: Device, *, train: bool) -> int:
     """Bytes per GPU that a call moves to the device before it starts, and back after it: an update needs the optimizer
     and the weights, an inference the weights only."""
-    parameters = workload.models[role].shape.parameters(head_of(role))
-    trained = role in TRAINED
-    weights = (4 if trained else compute_bytes(device)) * parameters // layout.shard if layout.offload == "all" else 0
-    moments = 8 * parameters // layout.shard if trained and train and layout.offload != "none" else 0
+    parameters, trained = shape.parameters(head_of(role)), role in TRAINED
+    weights = (4 if trained else compute_bytes(device)) * parameters // shard if offload == "all" else 0
+    moments = 8 * parameters // shard if trained and train and offload != "none" else 0
     return weights + moments
 
 
@@ -138,14 +137,14 @@ def kv_bytes_per_token(shape: Shape, tensor_parallel: int, device: Device) -> in
     return 2 * shape.layers * -(-shape.kv_heads // tensor_parallel) * shape.head_dim * compute_bytes(device)
 
 
-def engine_weight_bytes(workload: Workload, tensor_parallel: int, device: Device) -> int:
-    return compute_bytes(device) * workload.actor.shape.parameters() // tensor_parallel
+def engine_weight_bytes(shape: Shape, tensor_parallel: int, device: Device) -> int:
+    return compute_bytes(device) * shape.parameters() // tensor_parallel
 
 
 def _engine_detail(workload: Workload, tensor_parallel: int, concurrency: int, device: Device) -> dict[str, int]:
     per_token = kv_bytes_per_token(workload.actor.shape, tensor_parallel, device)
     return {
-        "weights": engine_weight_bytes(workload, tensor_parallel, device),
+        "weights": engine_weight_bytes(workload.actor.shape, tensor_parallel, device),
         "kv_cache": min(concurrency, workload.batch) * workload.longest * per_token,
         "workspace": ENGINE_WORKSPACE_BYTES if device.kind == "cuda" else 0,
     }

@@ -37,13 +37,14 @@ class Point(Spec):
     shard: PositiveInt = 1
     micro_batch_tokens: PositiveInt | None = None
     recompute: bool = False
-    offload_layout: Offload = "none"
+    offload: Offload = "none"  # what a wake or an offload moves
     tensor_parallel: PositiveInt = 1
     engines: PositiveInt = 1
     concurrency: PositiveInt | None = None
     shared: bool = False  # of a transfer: between processes on the same GPUs
     sequences: NonNegativeInt = 0
     minibatch: PositiveInt | None = None
+    epochs: PositiveInt = 1
     prompt_tokens: NonNegativeInt = 0
     response_tokens: NonNegativeInt = 0
     response_lengths: tuple[PositiveInt, ...] = ()
