@@ -106,7 +106,7 @@ class Trainer(Worker):
         if trained:
             lr = workload.ppo.actor_lr if role == "actor" else workload.ppo.critic_lr
             optimizer = torch.optim.AdamW(
-                module.parameters(), lr=lr, weight_decay=workload.ppo.weight_decay, foreach=True
+                module.parameters(), lr=lr, weight_decay=workload.ppo.weight_decay, fused=True
             )
         return Hosted(layout=layout, module=module, optimizer=optimizer)
 
