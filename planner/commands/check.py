@@ -37,4 +37,4 @@ def check(plan: Path) -> None:
 
 
 def schema(kind: str) -> None:
-    print(json.dumps(KINDS[kind].model_json_schema(by_alias=True), indent=1))
+    print(json.dumps(KINDS[kind].json_schema(), indent=1))

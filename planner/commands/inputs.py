@@ -82,7 +82,7 @@ def profiles_of(plan: Plan, path: Path, given: Sequence[Path], console: Console)
             console.print(
                 f"The profile {name} that {path} was searched with is gone or has changed; its costs come from the "
                 "roofline model instead. Name it with --profile.",
-                style="yellow", markup=False, highlight=False,
+                style="yellow", markup=False, soft_wrap=True,
             )  # fmt: skip
         else:
             found.append(profile)

@@ -138,7 +138,7 @@ def critical_seconds(plan: Plan, call_seconds: Mapping[str, float]) -> dict[str,
     """Seconds per step of each call on the cycle that binds the plan's steady state at these durations, longest first;
     their sum is its period. A cycle over several steps counts each call by its share."""
     edges = event_edges(plan.dataflow, plan.program, plan.pools_of)
-    calls = tuple(call.name for call in plan.dataflow.calls if call.every == 1)
+    calls = plan.dataflow.steady.names
     seconds = np.array([call_seconds.get(call, 0.0) for call in calls])
     found = cycles(calls, edges)
     critical = found.critical(seconds)

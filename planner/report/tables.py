@@ -17,9 +17,9 @@ def plans_table(best: Plan, baselines: Mapping[str, Plan | str], runners_up: Seq
     reference baselines. A baseline that does not fit has its reason in place of the figures."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("plan", no_wrap=True)
-    for title in ("step s", "p95 s", "tokens/s", "GPUs busy", "vs split", "vs colocated", "stale"):
+    for title in ("step s", "p95 s", "tokens/s", "busy", "vs split", "vs colocated", "stale"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("pools", ratio=1)
+    table.add_column("GPUs of each pool: its roles", ratio=1)
     references = {name: baselines.get(name) for name in ("split", "colocated")}
     table.add_row(*_plan_cells("best", best, references), style="bold")
     table.add_section()
@@ -30,15 +30,14 @@ def plans_table(best: Plan, baselines: Mapping[str, Plan | str], runners_up: Seq
             table.add_row(name, *["–"] * 7, escape(f"does not fit: {plan}"), style="dim")
     if runners_up:
         table.add_section()
-        for number, plan in enumerate(runners_up, start=2):
-            table.add_row(*_plan_cells(f"number {number}", plan, references))
+        for plan in runners_up:
+            table.add_row(*_plan_cells(escape(plan.name), plan, references))
     return table
 
 
 def _plan_cells(name: str, plan: Plan, references: Mapping[str, Plan | str | None]) -> list[str]:
     expected = plan.predicted
     assert expected is not None, "a plan that was searched has its prediction"
-    pools = " | ".join(f"{escape(roles_of(plan, pool))} {len(plan.pools[pool].gpus)}" for pool in plan.pools)
     return [
         name,
         seconds(expected.step_seconds),
@@ -47,8 +46,15 @@ def _plan_cells(name: str, plan: Plan, references: Mapping[str, Plan | str | Non
         f"{occupancy(plan, expected.busy):.0%}",
         *(speed_up(plan, reference) for reference in references.values()),
         str(plan.staleness),
-        pools,
+        " | ".join(_pool_text(plan, pool) for pool in plan.pools),
     ]
+
+
+def _pool_text(plan: Plan, pool: str) -> str:
+    """A pool's GPUs and roles, with spaces where a table may fold it."""
+    roles = [role for role, layout in plan.roles.items() if pool in layout.pools]
+    everything = len(roles) == len(plan.roles) > 1
+    return f"{len(plan.pools[pool].gpus)}: {'all roles' if everything else ' '.join(roles) or 'nothing'}"
 
 
 def speed_up(plan: Plan, reference: Plan | str | None) -> str:
@@ -113,17 +119,18 @@ def layout_text(layout: TrainerRole | RolloutRole) -> str:
 def bottleneck(plan: Plan) -> str:
     """One sentence on what bounds the step: the calls of the cycle that binds, and whether one pool holds them all."""
     assert plan.predicted is not None
-    calls = {call: s for call, s in critical_seconds(plan, plan.predicted.call_seconds).items() if s > 0}
+    calls = critical_seconds(plan, plan.predicted.call_seconds)
     total = sum(calls.values())
-    large = [f"{call} {share:.0%}" for call, s in calls.items() if (share := s / total) >= 0.02] if total else []
-    parts = ", ".join(large) + (", the rest little" if len(large) < len(calls) else "")
-    pools = [set(plan.pools_of(plan.dataflow[call])) for call in calls]
-    shared = set.intersection(*pools) if pools else set()
-    if shared:
-        pool = next(name for name in plan.pools if name in shared)
-        where = f"{roles_of(plan, pool)} ({len(plan.pools[pool].gpus)} GPUs)"
-        return f"Bottleneck: the GPUs of {where} never wait; their time goes to {parts}."
-    return f"Bottleneck: a chain of calls that wait for each other: {parts}; no pool is the limit on its own."
+    shares = [f"{call} {seconds / total:.0%}" for call, seconds in calls.items() if seconds >= 0.02 * total > 0]
+    parts = ", ".join(shares) + (", the rest little" if len(shares) < len(calls) else "")
+    occupied = [set(pools) for call in calls if (pools := plan.pools_of(plan.dataflow[call]))]
+    shared = set.intersection(*occupied) if occupied else set()
+    for pool in plan.pools:
+        if pool in shared:
+            return (
+                f"Bottleneck: the GPUs of {roles_of(plan, pool)} ({len(plan.pools[pool].gpus)}) always work: {parts}."
+            )
+    return f"Bottleneck: no pool on its own, but calls that wait for each other: {parts}."
 
 
 def figures(plan: Plan) -> list[str]:
@@ -139,9 +146,8 @@ def figures(plan: Plan) -> list[str]:
         "none": "not searched",
     }[expected.proof.status]
     bound = f"Lower bound {seconds(expected.lower_bound_seconds)} s, gap {expected.gap:.1%}; {proof}."
-    known = {source: expected.sources[source] for source in SOURCES if expected.sources.get(source)}
-    known |= {source: share for source, share in expected.sources.items() if share and source not in known}
-    shares = ", ".join(f"{share:.0%} {source}" for source, share in known.items())
+    known = (*SOURCES, *sorted(expected.sources.keys() - set(SOURCES)))
+    shares = ", ".join(f"{share:.0%} {s}" for s in known if (share := expected.sources.get(s, 0.0)) >= 0.005)
     return [bound, *([f"Costs by busy time: {shares}."] if shares else [])]
 
 

@@ -1,0 +1,376 @@
+"""The command line: what it writes, and that every mistake is one line on stderr, exit code 2 and nothing written."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+from conftest import SHAPE, colocated, make_workload, split
+
+from planner.cli import KINDS, Commands, main
+from planner.commands.local import local_cluster, physical_cores
+from planner.predict.profile import Point, Profile
+from planner.predict.schedule import load_plan
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.timeline import Timeline
+
+MODEL = """
+[{role}]
+random_weights = true
+[{role}.shape]
+hidden = 32
+layers = 2
+heads = 4
+kv_heads = 2
+intermediate = 64
+vocab = 48
+"""
+HEAD = """
+schema = "splitplan/workload/1"
+name = "tiny"
+batch = 8
+minibatch = 4
+prompt = { kind = "fixed", tokens = 5 }
+response = { kind = "lognormal", mean = 5, sigma = 0.5, max = 8 }
+steps = 3
+"""
+WORKLOAD = HEAD + "".join(MODEL.format(role=role) for role in ("actor", "critic", "reference", "reward"))
+
+
+def plan(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def one_line(result: Result) -> str:
+    """The message of a command that refused, checked to be one line and no traceback."""
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("plan: ")
+    return line
+
+
+def files(directory: Path) -> set[str]:
+    return {str(path.relative_to(directory)) for path in directory.rglob("*")}
+
+
+@pytest.fixture
+def workload(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(WORKLOAD)
+    return path
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    """A plan for two cores of this machine or another."""
+    split(make_workload()).write(tmp_path / "split.json")
+    return tmp_path / "split.json"
+
+
+# --- the group ---
+
+
+def test_help_lists_the_commands_in_the_order_of_use() -> None:
+    result = plan("--help")
+    assert result.exit_code == 0
+    lines = [line.split()[0] for line in result.stdout.partition("Commands:")[2].splitlines() if line]
+    assert lines == ["search", "baseline", "check", "simulate", "execute", "compare", "profile", "task", "schema"]
+    assert all(plan(name, "--help").exit_code == 0 for name in lines)
+
+
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["search", "--gpu"], ["search", "--gpus", "many"], ["check"]])
+def test_a_wrong_command_line_is_one_line(arguments: list[str]) -> None:
+    assert "--help" in one_line(plan(*arguments))
+
+
+def test_ctrl_c_ends_with_one_line_and_130() -> None:
+    @click.group(cls=Commands)
+    def group() -> None: ...
+
+    @group.command()
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    result = CliRunner().invoke(group, ["stop"])
+    assert result.exit_code == 130
+    assert result.stderr.strip() == "plan: interrupted"
+
+
+def test_a_message_of_many_lines_becomes_one() -> None:
+    @click.group(cls=Commands)
+    def group() -> None: ...
+
+    @group.command()
+    def fail() -> None:
+        raise UserError("first\nsecond")
+
+    assert one_line(CliRunner().invoke(group, ["fail"])) == "plan: first second"
+
+
+def test_the_process_itself_ends_with_2_and_no_traceback(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "planner.cli", "check", "missing.json"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "plan: missing.json: no such file; check the path\n"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_schema_prints_json_that_names_the_kind(kind: str) -> None:
+    found = json.loads(plan("schema", kind).stdout)
+    assert found["properties"]["schema"]["const"].startswith(f"splitplan/{kind}/")
+
+
+# --- plans ---
+
+
+def change(**keys: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: data.update(keys)
+
+
+def change_role(role: str, **keys: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda data: data["roles"][role].update(keys)
+
+
+def deadlock(data: dict[str, Any]) -> None:
+    data["program"].reverse()
+
+
+def too_stale(data: dict[str, Any]) -> None:
+    data["program"][0]["offset"] = 2
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (change(colour="red"), "colour: unknown key"),
+        (change(schema="splitplan/plan/9"), "schema is 'splitplan/plan/9', but 'splitplan/plan/1' is needed"),
+        (lambda data: data["roles"].update(judge=data["roles"]["critic"]), "the workload has no role 'judge'"),
+        (lambda data: data["roles"].pop("critic"), "critic is missing"),
+        (change_role("critic", pools=["attic"]), "there is no pool 'attic'"),
+        (lambda data: data["pools"]["b"].update(gpus=[[0, 0]]), "GPU [0, 0] is in both 'a' and 'b'"),
+        (lambda data: data["pools"]["b"].update(gpus=[[3, 0]]), "GPU [3, 0] is not in the cluster"),
+        (change_role("actor", shard=4), "needs 4 GPUs"),
+        (deadlock, "deadlocks"),
+        (too_stale, "the workload allows 1"),
+        (change(staleness=1), "staleness says 1, but its program has 0"),
+        (lambda data: data["workload"]["response"].update(max=10**7), "per GPU"),
+    ],
+)
+def test_a_wrong_plan_is_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], Any], says: str) -> None:
+    data = json.loads(split(make_workload()).to_json())
+    edit(data)
+    (tmp_path / "wrong.json").write_text(json.dumps(data))
+    line = one_line(plan("check", tmp_path / "wrong.json"))
+    assert says in line and "wrong.json" in line
+
+
+def test_a_truncated_plan_is_refused_by_every_command_and_nothing_is_written(tmp_path: Path, written: Path) -> None:
+    cut = tmp_path / "cut.json"
+    cut.write_text(written.read_text()[:500])
+    before = files(tmp_path)
+    for arguments in (
+        ["check", cut],
+        ["simulate", cut, "--gantt", tmp_path / "a.png", "--trace", tmp_path / "a.json"],
+        ["execute", cut, "--rehearse", "--runs", tmp_path / "runs"],
+        ["compare", cut, tmp_path],
+    ):
+        assert "not valid JSON" in one_line(plan(*arguments))
+    assert files(tmp_path) == before
+
+
+def test_check_shows_the_memory_of_each_pool(written: Path) -> None:
+    result = plan("check", written)
+    assert result.exit_code == 0, result.output
+    assert "peak GB" in result.stdout and "is sound" in result.stdout
+
+
+# --- search ---
+
+
+def test_search_writes_a_plan_and_its_picture_and_prints_the_table(tmp_path: Path, workload: Path) -> None:
+    out = tmp_path / "found" / "two.json"
+    result = plan("search", "--gpus", "2", "--workload", workload, "--out", out, "--keep", "2")
+    assert result.exit_code == 0, result.output
+    found = load_plan(out)
+    assert found.name == "two" and found.predicted is not None and found.provenance is not None
+    assert (tmp_path / "found" / "two.png").read_bytes().startswith(b"\x89PNG")
+    for words in ("vs split", "vs colocated", "Bottleneck: ", "Lower bound", "roofline", "placements in", "two.png"):
+        assert words in result.stdout
+    rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
+    assert {"best", "colocated", "split", "split-parallel", "standalone", "one-step-off", "runner-up-1"} <= set(rows)
+    assert "does not fit: " in result.stdout  # five pools on two GPUs
+
+
+def test_search_without_a_picture(tmp_path: Path, workload: Path) -> None:
+    result = plan("search", "--gpus", "1", "--workload", workload, "--out", tmp_path / "one.json", "--no-picture")
+    assert result.exit_code == 0, result.output
+    assert files(tmp_path) == {"tiny.toml", "one.json"}
+
+
+def test_every_baseline_can_be_written_as_a_plan(tmp_path: Path, workload: Path) -> None:
+    from planner.search import NAMES
+
+    for name in NAMES:
+        assert name in " ".join(plan("baseline", "--help").stdout.split())
+        result = plan("baseline", name, "--gpus", "8", "--workload", workload, "--out", tmp_path / f"{name}.json")
+        assert result.exit_code == 0, result.output
+        assert load_plan(tmp_path / f"{name}.json").provenance is not None
+    message = one_line(plan("baseline", "vanilla", "--gpus", "8", "--workload", workload, "--out", tmp_path / "x.json"))
+    assert all(name in message for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "--gpus N, --cluster FILE or --cluster local"),
+        (["--gpus", "0"], "must be at least 1"),
+        (["--gpus", "2", "--device", "h900"], "no device 'h900' is shipped"),
+        (["--gpus", "2", "--cluster", "cluster.toml"], "leave out --gpus"),
+        (["--cluster", "cluster.toml"], "cluster.toml: no such file"),
+        (["--cluster", "local", "--gpus", "100000"], "physical cores"),
+        (["--gpus", "2", "--workload", "8b"], "no workload '8b' is shipped"),
+        (["--gpus", "2", "--profile", "gone.json"], "gone.json: no such file"),
+        (["--gpus", "2", "--max-staleness", "-1"], "must be at least 0"),
+    ],
+)
+def test_wrong_inputs_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert says in one_line(plan("search", *arguments))
+    assert files(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ("batch = 8", "batch = 9", "batch = 9 is no multiple of minibatch = 4"),
+        ("tokens = 5", "tokens = -5", "greater than 0"),
+        ("steps = 3", "stepz = 3", "stepz: unknown key"),
+        ("workload/1", "workload/7", "splitplan/workload/1"),
+        (MODEL.format(role="actor"), '[actor]\npath = "gone"\n', "no model directory at"),
+        ("name =", "name", "not valid TOML"),
+    ],
+)
+def test_a_wrong_workload_is_refused(tmp_path: Path, before: str, after: str, says: str) -> None:
+    (tmp_path / "wrong.toml").write_text(WORKLOAD.replace(before, after, 1))
+    arguments = ["--gpus", "2", "--workload", tmp_path / "wrong.toml", "--out", tmp_path / "out.json"]
+    line = one_line(plan("search", *arguments))
+    assert says in line and "wrong.toml" in line
+    assert files(tmp_path) == {"wrong.toml"}
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, workload: Path) -> None:
+    for out, says in (
+        (tmp_path, "ends in .json"),
+        (workload / "best.json", "is no directory"),
+        (tmp_path / "best.toml", "ends in .json"),
+    ):
+        assert says in one_line(plan("search", "--gpus", "1", "--workload", workload, "--out", out))
+    (tmp_path / "best.json").mkdir()
+    assert "is a directory" in one_line(
+        plan("search", "--gpus", "1", "--workload", workload, "--out", tmp_path / "best.json")
+    )
+    assert files(tmp_path) == {"tiny.toml", "best.json"}
+
+
+# --- simulate and compare ---
+
+
+def test_simulate_writes_what_is_asked(tmp_path: Path, written: Path) -> None:
+    targets = {f"--{kind}": tmp_path / name for kind, name in
+               (("gantt", "sim.png"), ("trace", "t.json"), ("timeline", "out.json"))}  # fmt: skip
+    result = plan("simulate", written, "--steps", "5", *(part for pair in targets.items() for part in pair))
+    assert result.exit_code == 0, result.output
+    timeline = Timeline.read(targets["--timeline"])
+    assert (timeline.source, timeline.steps) == ("simulated", 5)
+    assert json.loads(targets["--trace"].read_text())["traceEvents"]
+    assert targets["--gantt"].read_bytes().startswith(b"\x89PNG")
+    assert "s per step" in result.stdout
+    assert "at least 1" in one_line(plan("simulate", written, "--steps", "0"))
+    assert ".png or .svg or .pdf" in one_line(plan("simulate", written, "--gantt", tmp_path / "sim.jpg"))
+
+
+def make_run(directory: Path, written: Path, steps: int = 5) -> Path:
+    """A run directory whose measured timeline is exactly what was predicted."""
+    plan("simulate", written, "--steps", str(steps), "--timeline", directory / "timeline.json")
+    timeline = Timeline.read(directory / "timeline.json")
+    timeline.model_copy(update={"source": "measured"}).write(directory / "timeline.json")
+    load_plan(written).write(directory / "plan.json")
+    return directory
+
+
+def test_compare_shows_no_error_where_there_is_none(tmp_path: Path, written: Path) -> None:
+    run = make_run(tmp_path / "run", written)
+    result = plan("compare", written, run)
+    assert result.exit_code == 0, result.output
+    assert "error +0.0%" in result.stdout and "Controller overhead: +0.0%" in result.stdout
+    assert (run / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compare_refuses_what_is_no_run_of_the_plan(tmp_path: Path, written: Path) -> None:
+    assert "no such run directory" in one_line(plan("compare", written, tmp_path / "gone"))
+    assert "timeline.json: no such file" in one_line(plan("compare", written, tmp_path))
+    run = make_run(tmp_path / "run", written)
+    colocated(make_workload()).write(tmp_path / "other.json")
+    assert "was run by another plan" in one_line(plan("compare", tmp_path / "other.json", run))
+    (run / "timeline.json").write_text('{"schema": "splitplan/timeline/1", "steps": -1}')
+    assert "timeline.json: " in one_line(plan("compare", written, run))
+    assert not (run / "compare.png").exists()
+
+
+def test_the_profile_of_a_plan_is_found_again_or_missed_aloud(tmp_path: Path, workload: Path) -> None:
+    point = Point(call="host", role="advantages", sequences=8, seconds=60.0)
+    train = Point(call="train", role="actor", sequences=8, prompt_tokens=40, response_tokens=40, seconds=70.0,
+                  micro_batch_tokens=64, minibatch=4)  # fmt: skip
+    profile = Profile(device="h200", model=SHAPE, points=(point, train))
+    profile.write(tmp_path / "slow.json")
+    out = tmp_path / "one.json"
+    options = ["--gpus", "1", "--workload", workload, "--out", out]
+    result = plan("baseline", "colocated", *options, "--profile", tmp_path / "slow.json")
+    assert result.exit_code == 0, result.output
+    found = load_plan(out)
+    assert found.provenance is not None and found.provenance.profiles == {str(tmp_path / "slow.json"): profile.sha256}
+
+    with_profile = plan("simulate", out)
+    assert with_profile.exit_code == 0 and with_profile.stderr == ""
+    (tmp_path / "slow.json").unlink()
+    without = plan("simulate", out)
+    assert without.exit_code == 0 and without.stdout != with_profile.stdout
+    assert len(without.stderr.splitlines()) == 1 and "is gone or has changed" in without.stderr
+
+
+# --- this machine ---
+
+
+def test_this_machine_is_a_cluster_of_its_cores() -> None:
+    cluster = local_cluster()
+    assert len(cluster.gpus) == physical_cores() <= (os.cpu_count() or 1)
+    (node,), (device,) = cluster.nodes, cluster.devices.values()
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < node.gpus * device.memory_bytes + node.host_memory_bytes <= 1.01 * total
+    assert local_cluster(1).devices["cpu"].memory_bytes >= device.memory_bytes
+    with pytest.raises(UserError, match="choose 1 to"):
+        local_cluster(physical_cores() + 1)
+
+
+def test_a_plan_for_this_machine(tmp_path: Path, workload: Path) -> None:
+    out = tmp_path / "local.json"
+    result = plan("search", "--cluster", "local", "--gpus", "1", "--workload", workload, "--out", out, "--no-picture")
+    assert result.exit_code == 0, result.output
+    assert Plan.read(out).rollout.engine == "transformers"
