@@ -63,7 +63,7 @@ class Corrections:
         self, call: str, shape: Shape, role: str, device: Device, size: NDArray[np.float64], layout: Layout
     ) -> tuple[NDArray[np.float64], Source]:
         """Ratios like `size` (logarithms), and their source. 1 and `roofline` without any like point."""
-        found = self._points.get(_key(call, shape, role, device))
+        found = self._points.get(_key(call, shape, role, device)) if self._points else None
         if not found:
             return np.ones_like(size), "roofline"
         nearest = min((abs(np.log(_split(m.point) / layout.split)), _split(m.point)) for m in found)[1]

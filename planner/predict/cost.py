@@ -84,15 +84,19 @@ class CostModel:
         return self._trainer("train", role, layout, place)
 
     def _trainer(self, call: str, role: str, layout: TrainerRole, place: Place) -> Estimate:
-        split = layout.shard, layout.replicas, layout.micro_batch_tokens, layout.recompute, layout.offload
-        return self._once((call, role, split, place), lambda: self._trainer_estimate(call, role, layout, place))
+        train, shard, device = call == "train", layout.shard, place.device
+        split = shard, layout.replicas, layout.micro_batch_tokens, train and layout.recompute
+        alone = self._once((call, role, split, place), lambda: self._trainer_alone(call, role, layout, place))
+        shape = self.workload.models[role].shape
+        moved = offloaded_bytes(shape, role, shard, layout.offload, device, train=train)
+        return _with_moves(alone, self._moves(role, shard, device, moved))
 
-    def _trainer_estimate(self, call: str, role: str, layout: TrainerRole, place: Place) -> Estimate:
-        workload, shape, head, device = self.workload, self.workload.models[role].shape, head_of(role), place.device
-        train = call == "train"
+    def _trainer_alone(self, call: str, role: str, layout: TrainerRole, place: Place) -> Estimate:
+        """Without the moves of what is offloaded."""
+        workload, shape, head = self.workload, self.workload.models[role].shape, head_of(role)
         preferred: dict[str, object] = {"micro_batch_tokens": layout.micro_batch_tokens}
         exact: dict[str, object] = {"gpus": layout.gpus, "sequences": workload.batch}
-        if train:
+        if call == "train":
             epochs, work = workload.ppo.epochs, self._work(workload.minibatch, layout.gpus)
             cost = train_cost(shape, head, layout, place, self.cluster, work, epochs)
             preferred = {"recompute": layout.recompute, **preferred}
@@ -101,9 +105,7 @@ class CostModel:
             cost = infer_cost(shape, head, layout, place, self.cluster, self._work(workload.batch, layout.gpus))
         size = np.log(self.tokens / layout.gpus)
         like = Layout(split=layout.shard, preferred=preferred, exact=exact)
-        ratio, source = self._corrections.ratio(call, shape, role, device, size, like)
-        moved = offloaded_bytes(shape, role, layout.shard, layout.offload, device, train=train)
-        return self._estimate(cost, ratio, source, self._moves(role, layout.shard, device, moved))
+        return _estimate(cost, *self._corrections.ratio(call, shape, role, place.device, size, like))
 
     def _work(self, minibatch: int, ranks: int) -> Work:
         key = minibatch, ranks
@@ -113,23 +115,25 @@ class CostModel:
 
     def generate(self, layout: RolloutRole, places: Sequence[Place]) -> Estimate:
         """The batch on the engines of all places (one per pool of the rollout)."""
-        engines = tuple(self._engines(layout, places))
-        key = "generate", layout.tensor_parallel, layout.concurrency, layout.offload, engines
-        return self._once(key, lambda: self._generate_estimate(layout, engines))
+        engines, tensor_parallel = tuple(self._engines(layout, places)), layout.tensor_parallel
+        key = "generate", tensor_parallel, layout.concurrency, engines
+        alone = self._once(key, lambda: self._generate_alone(tensor_parallel, layout.concurrency, engines))
+        shape, device = self.workload.actor.shape, engines[0]
+        moved = engine_weight_bytes(shape, tensor_parallel, device) if layout.offload else 0
+        return _with_moves(alone, self._moves("rollout", tensor_parallel, device, moved))
 
-    def _generate_estimate(self, layout: RolloutRole, engines: tuple[Device, ...]) -> Estimate:
-        shape, device, count, batch = self.workload.actor.shape, engines[0], len(engines), self.workload.batch
-        seconds = self._generation(layout.tensor_parallel, layout.concurrency, engines) + device.overhead_seconds
-        size = np.full(self.scenarios, np.log(batch / count))
+    def _generate_alone(self, tensor_parallel: int, concurrency: int, engines: tuple[Device, ...]) -> Estimate:
+        """Without waking the engines and putting them to sleep."""
+        count, batch, device = len(engines), self.workload.batch, engines[0]
+        seconds = self._generation(tensor_parallel, concurrency, engines) + device.overhead_seconds
         like = Layout(
-            split=layout.tensor_parallel,
-            preferred={"concurrency": layout.concurrency},
+            split=tensor_parallel,
+            preferred={"concurrency": concurrency},
             exact={"engines": count, "sequences": batch},
         )
-        ratio, source = self._corrections.ratio("generate", shape, "rollout", device, size, like)
-        moved = engine_weight_bytes(shape, layout.tensor_parallel, device) if layout.offload else 0
-        moves = self._moves("rollout", layout.tensor_parallel, device, moved)
-        return self._estimate(Cost(compute=seconds, transfer=np.zeros_like(seconds)), ratio, source, moves)
+        size = np.full(self.scenarios, np.log(batch / count))
+        ratio = self._corrections.ratio("generate", self.workload.actor.shape, "rollout", device, size, like)
+        return _estimate(Cost(compute=seconds, transfer=np.zeros_like(seconds)), *ratio)
 
     def _engines(self, layout: RolloutRole, places: Sequence[Place]) -> list[Device]:
         """The device of each engine."""
@@ -166,33 +170,34 @@ class CostModel:
     ) -> Estimate:
         """Weights from the actor to all engines; `shared`: the actor's pool is one of the rollout's; `same_node`: all
         of these pools lie on one node."""
-        split = actor.shard, actor.replicas, actor.offload, rollout.tensor_parallel, rollout.replicas, rollout.offload
+        split = actor.shard, actor.replicas, rollout.tensor_parallel, rollout.replicas
         separate = len(rollout_places) > shared
-        key = "sync", split, actor_place, same_node, shared, separate
-        return self._once(key, lambda: self._sync_estimate(actor, actor_place, rollout, same_node, shared, separate))
+        alone = self._once(
+            ("sync", split, actor_place, same_node, shared, separate),
+            lambda: self._sync_alone(actor, actor_place, rollout, same_node, shared, separate),
+        )
+        shape, device, tensor_parallel = self.workload.actor.shape, actor_place.device, rollout.tensor_parallel
+        weights = offloaded_bytes(shape, "actor", actor.shard, actor.offload, device, train=False)
+        engine = engine_weight_bytes(shape, tensor_parallel, device) if rollout.offload else 0
+        woken = _with_moves(alone, self._moves("actor", actor.shard, device, weights))
+        return _with_moves(woken, self._moves("rollout", tensor_parallel, device, engine))
 
-    def _sync_estimate(
+    def _sync_alone(
         self, actor: TrainerRole, place: Place, rollout: RolloutRole, same_node: bool, shared: bool, separate: bool
     ) -> Estimate:
-        shape, device, cluster = self.workload.actor.shape, place.device, self.cluster
-        tensor_parallel = rollout.tensor_parallel
+        """Without waking the actor and the engines."""
+        shape, tensor_parallel = self.workload.actor.shape, rollout.tensor_parallel
         seconds = sync_cost(
-            shape, actor, place, cluster, tensor_parallel, same_node=same_node, shared=shared, separate=separate
+            shape, actor, place, self.cluster, tensor_parallel, same_node=same_node, shared=shared, separate=separate
         )
         like = Layout(
             split=actor.shard,
             preferred={"shared": not separate, "tensor_parallel": tensor_parallel},
             exact={"gpus": actor.gpus, "engines": rollout.replicas},
         )
-        size = np.log(np.array([actor.gpus + rollout.replicas * tensor_parallel], dtype=float))
-        ratio, source = self._corrections.ratio("transfer", shape, "actor", device, size, like)
-        weights = offloaded_bytes(shape, "actor", actor.shard, actor.offload, device, train=False)
-        engine = engine_weight_bytes(shape, tensor_parallel, device) if rollout.offload else 0
-        actor_moves = self._moves("actor", actor.shard, device, weights)
-        engine_moves = self._moves("rollout", tensor_parallel, device, engine)
-        moves = {name: actor_moves[name] + engine_moves[name] for name in actor_moves}
-        cost = Cost(compute=np.zeros(self.scenarios), transfer=np.full(self.scenarios, seconds))
-        return self._estimate(cost, np.broadcast_to(ratio, self.scenarios), source, moves)
+        size = np.full(self.scenarios, np.log(actor.gpus + rollout.replicas * tensor_parallel))
+        ratio = self._corrections.ratio("transfer", shape, "actor", place.device, size, like)
+        return _estimate(Cost(compute=np.zeros(self.scenarios), transfer=np.full(self.scenarios, seconds)), *ratio)
 
     def host(self, name: str) -> Estimate:
         """A call on the controller: a reward function, or the advantages."""
@@ -209,24 +214,33 @@ class CostModel:
             source = "host"
             if name == "score" and isinstance(reward, RewardFunction):
                 seconds = seconds + reward.seconds_per_sequence * workload.batch
-        return self._estimate(Cost(compute=seconds, transfer=np.zeros_like(seconds)), ratio, source, {})
+        return _estimate(Cost(compute=seconds, transfer=np.zeros_like(seconds)), ratio, source)
 
     def _moves(self, role: str, split: int, device: Device, count: int) -> dict[str, float]:
         """Seconds of bringing `count` bytes per GPU to the device and back."""
         if not count:
-            return {"wake": 0.0, "offload": 0.0}
+            return {}
         shape, size, like = self.workload.model_of(role).shape, np.zeros(1), Layout(split=split)
         ratios = {name: self._corrections.ratio(name, shape, role, device, size, like) for name in ("wake", "offload")}
         return {name: float(ratio[0]) * count / device.host_bandwidth for name, (ratio, _) in ratios.items()}
-
-    def _estimate(self, cost: Cost, ratio: Seconds, source: Source, moves: dict[str, float]) -> Estimate:
-        parts = {"compute": cost.compute * ratio, "transfer": cost.transfer * ratio}
-        parts |= {name: np.full(self.scenarios, seconds) for name, seconds in moves.items()}
-        parts = {name: parts[name] for name in ("wake", "compute", "transfer", "offload") if name in parts}
-        parts = {name: seconds for name, seconds in parts.items() if seconds.any()}
-        return Estimate(seconds=np.sum(list(parts.values()), axis=0), parts=parts, source=source)
 
     def _once(self, key: Hashable, make: Callable[[], Estimate]) -> Estimate:
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+
+def _estimate(cost: Cost, ratio: Seconds, source: Source) -> Estimate:
+    parts = {"compute": cost.compute * ratio, "transfer": cost.transfer * ratio}
+    seconds = parts["compute"] + parts["transfer"]
+    return Estimate(seconds=seconds, parts={name: part for name, part in parts.items() if part.any()}, source=source)
+
+
+def _with_moves(estimate: Estimate, moves: dict[str, float]) -> Estimate:
+    """With the seconds of `wake` and `offload` added."""
+    if not moves:
+        return estimate
+    parts = dict(estimate.parts)
+    for name, seconds in moves.items():
+        parts[name] = parts.get(name, 0.0) + np.full_like(estimate.seconds, seconds)
+    return Estimate(seconds=estimate.seconds + sum(moves.values()), parts=parts, source=estimate.source)

@@ -244,24 +244,36 @@ def check_memory(plan: Plan) -> None:
 
 
 def _too_much(plan: Plan, pool: str, memory: PoolMemory) -> str:
-    """One line that names the role that needs most on an overfull pool."""
+    """One line that names the role that needs most on an overfull pool, and what it could do."""
     roles = {role: role_memory(plan, role) for role in memory.detail}
     worst = max(roles, key=lambda role: roles[role].running)
     layout, device = plan.roles[worst], plan.device_of(pool)
-    alone = pool_peak([roles[worst]], worst != "rollout", worst == "rollout", device)
     if isinstance(layout, RolloutRole):
-        at, use = f"tensor_parallel {layout.tensor_parallel}", "a lower concurrency, tensor_parallel"
-        use += f" {2 * layout.tensor_parallel} or offload"
+        at = f"tensor_parallel {layout.tensor_parallel}"
+        use = ["a smaller memory_fraction and concurrency", "a larger tensor_parallel"]
     else:
         at = f"shard {layout.shard}"
-        use = f"shard {2 * layout.shard}, a smaller micro_batch_tokens or offload"
+        fits = _fitting_shard(plan, worst, layout, pool)
+        use = [f"shard {fits}"] * (fits is not None) + ["a smaller micro_batch_tokens"]
+        use += ["recompute"] * (worst in TRAINED and not layout.recompute)
+    alone = pool_peak([roles[worst]], worst != "rollout", worst == "rollout", device)
+    there = f"but {_gb(memory.allowed)} are there"
     if alone > memory.allowed:
-        return f"{worst} needs {_gb(alone)} per GPU at {at}, but {_gb(memory.allowed)} are there; use {use}"
+        return f"{worst} needs {_gb(alone)} per GPU at {at}, {there}; use {', '.join(use)} or offload"
     kept = ", ".join(f"{role} keeps {_gb(found.idle)}" for role, found in roles.items() if role != worst)
-    return (
-        f"pool {pool!r} needs {_gb(memory.peak)} per GPU while {worst} runs at {at} ({kept}), but "
-        f"{_gb(memory.allowed)} are there; use {use}, or offload the other roles"
-    )
+    needs = f"pool {pool!r} needs {_gb(memory.peak)} per GPU while {worst} runs at {at} ({kept})"
+    return f"{needs}, {there}; offload the other roles, or use {', '.join(use)}"
+
+
+def _fitting_shard(plan: Plan, role: str, layout: TrainerRole, pool: str) -> int | None:
+    """The smallest larger shard size, doubling within the pool, at which a role would fit beside nothing else."""
+    device, shard = plan.device_of(pool), 2 * layout.shard
+    while shard <= len(plan.pools[pool].gpus):
+        wider = layout.model_copy(update={"shard": shard, "replicas": 1})
+        if pool_peak([trainer_memory(plan.workload, role, wider, device)], True, False, device) <= device.memory_bytes:
+            return shard
+        shard *= 2
+    return None
 
 
 def _gb(count: int) -> str:

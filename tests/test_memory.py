@@ -1,0 +1,218 @@
+import pytest
+
+from planner.predict.memory import (
+    COMMUNICATION_BYTES,
+    ENGINE_ASLEEP_BYTES,
+    ENGINE_WORKSPACE_BYTES,
+    LOGIT_CHUNK_TOKENS,
+    RoleMemory,
+    activation_bytes,
+    check_memory,
+    host_bytes,
+    plan_memory,
+    pool_peak,
+    rollout_fraction,
+    rollout_memory,
+    trainer_memory,
+)
+from planner.spec.cluster import load_device, make_cluster
+from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir
+from planner.spec.lengths import Fixed
+from planner.spec.plan import Issue, Plan, Pool, RolloutRole, TrainerRole
+from planner.spec.workload import Model, Shape, Workload, load_workload
+
+SHAPE = Shape(hidden=8, layers=3, heads=4, kv_heads=2, intermediate=20, vocab=50)
+BLOCK = 8 * 2 * (2 * 4 + 2 * 2) + 3 * 8 * 20 + 2 * 8  # 688
+LM = 3 * BLOCK + 400 + 8 + 400
+SCALAR = 3 * BLOCK + 400 + 8 + 8
+H200 = load_device("h200")
+CPU = H200.model_copy(update={"kind": "cpu", "context_bytes": 0})
+MODEL = Model(shape=SHAPE, random_weights=True)
+SMALL = Workload(
+    name="small",
+    batch=64,
+    minibatch=16,
+    prompt=Fixed(tokens=10),
+    response=Fixed(tokens=30),
+    actor=MODEL,
+    critic=MODEL,
+    reference=MODEL,
+    reward=MODEL,
+)
+SEVEN_B = load_workload(profiles_dir() / "workloads" / "7b.toml")
+
+
+def trainer(**changes: object) -> TrainerRole:
+    return TrainerRole.model_validate(
+        {"pools": ("a",), "shard": 2, "micro_batch_tokens": 80, "engine": "fsdp", **changes}
+    )
+
+
+def engine(**changes: object) -> RolloutRole:
+    return RolloutRole.model_validate(
+        {"engine": "vllm", "pools": ("a",), "tensor_parallel": 1, "replicas": 2, "memory_fraction": 0.5,
+         "concurrency": 8, **changes}
+    )  # fmt: skip
+
+
+def test_parameters_by_hand() -> None:
+    assert SHAPE.parameters() == LM
+    assert SHAPE.parameters("scalar") == SCALAR
+
+
+def test_activations_by_hand() -> None:
+    # norms: 2 inputs and 2 outputs; q, rotated q, attention output; k, rotated k, v; gate, up, silu, product
+    numbers = 4 * 8 + 3 * 8 + 3 * 4 + 4 * 20
+    assert activation_bytes(SHAPE, H200) == (2 * numbers + 4 * (2 * 8 + 4), 2 * 8)
+    assert activation_bytes(SHAPE, CPU) == (4 * numbers + 4 * (2 * 8 + 4), 4 * 8)
+
+
+def test_trained_role_by_hand() -> None:
+    full, kept = activation_bytes(SHAPE, H200)
+    memory = trainer_memory(SMALL, "actor", trainer(recompute=False), H200)
+    assert memory.detail == {
+        "weights": 4 * LM // 2,
+        "optimizer": 8 * LM // 2,
+        "gradients": 4 * LM // 2,
+        "gathered": 2 * (2 * BLOCK + 800) + 6 * 800,
+        "activations": 3 * full * 80,
+        "logits": 2 * 80 * 50 * 6,
+    }
+    assert memory.running == sum(memory.detail.values())
+    assert memory.idle == 4 * LM // 2 + 8 * LM // 2
+    recomputing = trainer_memory(SMALL, "actor", trainer(recompute=True), H200)
+    assert recomputing.detail["activations"] == (full + 3 * kept) * 80
+
+
+def test_frozen_role_by_hand() -> None:
+    full, _ = activation_bytes(SHAPE, H200)
+    memory = trainer_memory(SMALL, "reward", trainer(), H200)
+    assert memory.idle == 2 * SCALAR // 2
+    assert memory.detail["optimizer"] == memory.detail["gradients"] == memory.detail["logits"] == 0
+    assert memory.detail["activations"] == full * 80
+    assert trainer_memory(SMALL, "reward", trainer(), CPU).idle == 4 * SCALAR // 2
+
+
+def test_micro_batch_holds_a_longest_sequence_and_no_more_than_a_ranks_share() -> None:
+    full, _ = activation_bytes(SHAPE, H200)
+
+    def tokens(**changes: object) -> int:
+        return trainer_memory(SMALL, "reference", trainer(**changes), H200).detail["activations"] // full
+
+    assert tokens(micro_batch_tokens=1) == 40
+    assert tokens(micro_batch_tokens=100) == 100
+    assert tokens(micro_batch_tokens=10**6, shard=4) == 64 // 4 * 40
+
+
+def test_logits_never_exceed_a_chunk() -> None:
+    big = trainer_memory(SEVEN_B, "actor", trainer(micro_batch_tokens=32768), H200)
+    assert big.detail["logits"] == 2 * LOGIT_CHUNK_TOKENS * 152064 * 6
+
+
+@pytest.mark.parametrize(
+    ("offload", "idle", "host"),
+    [("none", 12 * LM // 2, 0), ("optimizer", 4 * LM // 2, 8 * LM // 2), ("all", 0, 12 * LM // 2)],
+)
+def test_offload_moves_bytes_from_idle_to_the_host(offload: str, idle: int, host: int) -> None:
+    memory = trainer_memory(SMALL, "actor", trainer(offload=offload), H200)
+    assert (memory.idle, memory.host) == (idle, host)
+    assert memory.running == trainer_memory(SMALL, "actor", trainer(), H200).running
+
+
+def test_engine_by_hand() -> None:
+    weights, kv = 2 * LM, 8 * 40 * (2 * 3 * 2 * 2 * 2)
+    process = H200.context_bytes + COMMUNICATION_BYTES
+    memory = rollout_memory(SMALL, engine(), H200)
+    assert memory.detail["weights"] == weights
+    assert memory.detail["kv_cache"] == kv
+    assert memory.running == memory.idle == int(0.5 * H200.memory_bytes) - process  # reserved from the start
+    asleep = rollout_memory(SMALL, engine(offload=True), H200)
+    assert (asleep.idle, asleep.host, asleep.running) == (ENGINE_ASLEEP_BYTES, weights, memory.running)
+    fraction = rollout_fraction(SMALL, 1, 8, H200)
+    needed = weights + kv + ENGINE_WORKSPACE_BYTES + process
+    assert needed <= fraction * H200.memory_bytes < needed + 0.01 * H200.memory_bytes
+
+
+def test_engine_of_transformers_reserves_nothing() -> None:
+    memory = rollout_memory(SMALL, engine(engine="transformers"), CPU)
+    assert memory.idle == 4 * LM
+    assert memory.running == 4 * LM + 8 * 40 * (2 * 3 * 2 * 2 * 4)
+
+
+def test_more_concurrency_needs_more_and_more_gpus_need_less() -> None:
+    by_concurrency = [rollout_fraction(SEVEN_B, 1, c, H200) for c in (32, 64, 128, 256, 512)]
+    assert by_concurrency == sorted(by_concurrency)
+    assert by_concurrency[0] < by_concurrency[-1]
+    by_split = [rollout_fraction(SEVEN_B, tp, 128, H200) for tp in (1, 2, 4)]
+    assert by_split == sorted(by_split, reverse=True)
+    # more GPUs than heads of keys and values: those are copied, only the weights get less
+    assert (
+        rollout_memory(SEVEN_B, engine(tensor_parallel=8), H200).detail["kv_cache"]
+        == (rollout_memory(SEVEN_B, engine(tensor_parallel=4), H200).detail["kv_cache"])
+    )
+
+
+def test_pool_peak_adds_what_stays_and_the_largest_surplus() -> None:
+    members = [RoleMemory(idle=5, running=20, host=0), RoleMemory(idle=7, running=9, host=0)]
+    process = H200.context_bytes + COMMUNICATION_BYTES
+    assert pool_peak(members, True, True, H200) == 2 * process + 12 + 15
+    assert pool_peak((), True, False, H200) == process
+
+
+def plan(workload: Workload = SEVEN_B, **layouts: TrainerRole | RolloutRole) -> Plan:
+    """Everything on the GPUs of one node; `layouts` replace the defaults."""
+    trainers = {role: trainer(shard=8, micro_batch_tokens=8192, offload="all") for role in workload.models}
+    roles: dict[str, object] = {
+        **trainers,
+        "rollout": engine(replicas=8, concurrency=64, memory_fraction=0.35, offload=True),
+        **layouts,
+    }
+    names = ("generate", "score", "ref_logprobs", "old_logprobs", "values", "advantages", "update_critic",
+             "update_actor", "sync_weights")  # fmt: skip
+    return Plan(
+        name="test",
+        workload=workload,
+        cluster=make_cluster(8),
+        pools={"a": Pool(gpus=tuple((0, i) for i in range(8)))},
+        roles=roles,  # type: ignore[arg-type]
+        program=tuple(Issue(call=name) for name in names),
+        staleness=0,
+    )
+
+
+def test_a_plan_that_fits_passes() -> None:
+    check_memory(plan())
+    memory = plan_memory(plan())["a"]
+    assert memory.peak <= memory.allowed == H200.memory_bytes
+    assert memory.detail["actor"]["idle"] == 0
+    assert memory.detail["actor"]["gradients"] == 4 * SEVEN_B.actor.shape.parameters() // 8
+
+
+def test_a_role_that_does_not_fit_is_named_with_numbers() -> None:
+    with pytest.raises(UserError) as error:
+        check_memory(plan(critic=trainer(shard=1, micro_batch_tokens=8192, recompute=False, offload="all")))
+    assert "critic needs 1" in str(error.value)
+    assert "GB per GPU at shard 1, but 141 GB are there; use shard 2, a smaller micro_batch_tokens" in str(error.value)
+
+
+def test_roles_that_do_not_fit_together_are_named() -> None:
+    kept = {role: trainer(shard=2, micro_batch_tokens=8192, recompute=False) for role in ("actor", "critic")}
+    with pytest.raises(UserError, match=r"pool 'a' needs \d+ GB per GPU while actor runs at shard 2 .*critic keeps 42"):
+        check_memory(plan(**kept))
+
+
+def test_memory_fraction_must_cover_the_cache() -> None:
+    with pytest.raises(UserError, match=r"memory_fraction of 0\.\d+ for 256 longest sequences"):
+        check_memory(plan(rollout=engine(replicas=8, concurrency=256, memory_fraction=0.3, offload=True)))
+
+
+def test_host_memory_counts_pinned_copies_and_batches() -> None:
+    n = SEVEN_B.actor.shape.parameters()
+    pinned = host_bytes(plan())[0]
+    assert pinned > 12 * n + 12 * n * 0.9  # actor and critic, over all GPUs
+    small = plan()
+    node = small.cluster.nodes[0].model_copy(update={"host_memory_bytes": 10**11})
+    cluster = small.cluster.model_copy(update={"nodes": (node,)})
+    with pytest.raises(UserError, match=r"node 0 needs \d+ GB of host memory .* 100 GB are there"):
+        check_memory(small.model_copy(update={"cluster": cluster}))

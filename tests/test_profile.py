@@ -1,0 +1,174 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from planner.predict.cost import CostModel, Place
+from planner.predict.profile import Point, Profile, check_profiles, load_profiles
+from planner.spec.cluster import make_cluster
+from planner.spec.errors import UserError
+from planner.spec.lengths import Fixed, Lognormal, sample
+from planner.spec.plan import RolloutRole, TrainerRole
+from planner.spec.workload import Model, Shape, Workload
+
+SHAPE = Shape(hidden=512, layers=8, heads=8, kv_heads=2, intermediate=1536, vocab=32000)
+MODEL = Model(shape=SHAPE, random_weights=True)
+WORKLOAD = Workload(
+    name="small",
+    batch=64,
+    minibatch=16,
+    prompt=Fixed(tokens=100),
+    response=Fixed(tokens=200),
+    actor=MODEL,
+    critic=MODEL,
+    reference=MODEL,
+    reward=MODEL,
+)
+VARIED = WORKLOAD.model_copy(update={"response": Lognormal(mean=200, sigma=0.6, max=600)})
+CLUSTER = make_cluster(4)
+PLACE = Place(parts=(4,), device=CLUSTER.devices["h200"])
+
+
+def layout(**changes: Any) -> TrainerRole:
+    return TrainerRole(**{"pools": ("a",), "shard": 4, "micro_batch_tokens": 4096, "recompute": False, **changes})
+
+
+def point(call: str, role: str = "actor", **changes: Any) -> Point:
+    """Of the whole batch of WORKLOAD on 4 GPUs."""
+    base: dict[str, Any] = {
+        "call": call, "role": role, "gpus": 4, "shard": 4, "micro_batch_tokens": 4096, "sequences": 64,
+        "prompt_tokens": 6400, "response_tokens": 12800, "seconds": 1.25,
+    }  # fmt: skip
+    if call == "train":
+        base["minibatch"] = 16
+    return Point(**{**base, **changes})
+
+
+def profile(*points: Point, **changes: Any) -> Profile:
+    return Profile(**{"device": "h200", "model": SHAPE, "points": points, **changes})
+
+
+def model(*points: Point, workload: Workload = WORKLOAD) -> CostModel:
+    return CostModel(workload, CLUSTER, [profile(*points)])
+
+
+@pytest.mark.parametrize("call", ["infer", "train"])
+def test_an_exact_match_gives_the_measured_seconds(call: str) -> None:
+    estimate = getattr(model(point(call)), call)("actor", layout(), PLACE)
+    assert estimate.source == "measured"
+    assert estimate.seconds == pytest.approx([1.25], rel=1e-12)
+
+
+def test_exact_matches_of_generate_sync_and_host() -> None:
+    rollout = RolloutRole(
+        engine="vllm", pools=("a",), tensor_parallel=2, replicas=2, memory_fraction=0.5, concurrency=16
+    )
+    measured = model(
+        point("generate", "rollout", tensor_parallel=2, engines=2, concurrency=16, seconds=3.5),
+        point("transfer", tensor_parallel=2, engines=2, shared=True, seconds=0.25),
+        Point(call="host", role="advantages", sequences=64, prompt_tokens=6400, response_tokens=12800, seconds=0.5),
+    )
+    assert measured.generate(rollout, [PLACE]).seconds == pytest.approx([3.5], rel=1e-12)
+    synced = measured.sync(layout(), PLACE, rollout, [PLACE], same_node=True, shared=True)
+    assert (synced.source, synced.seconds) == ("measured", pytest.approx([0.25], rel=1e-12))
+    assert measured.host("advantages").seconds == pytest.approx([0.5], rel=1e-12)
+    assert measured.host("score").source == "host"
+
+
+def test_a_measured_batch_of_varied_lengths_is_met_exactly() -> None:
+    lengths = tuple(sample(VARIED.response, 64, VARIED.seed, 0, 1).tolist())
+    like = {"response_tokens": sum(lengths), "response_lengths": lengths}
+    rollout = RolloutRole(
+        engine="vllm", pools=("a",), tensor_parallel=1, replicas=4, memory_fraction=0.5, concurrency=16
+    )
+    measured = model(
+        point("generate", "rollout", engines=4, concurrency=16, seconds=2.0, **like),
+        point("train", seconds=4.0, **like),
+        workload=VARIED,
+    )
+    generated = measured.generate(rollout, [PLACE])
+    assert generated.source == "measured"
+    assert generated.seconds[0] == pytest.approx(2.0)  # scenario 0 has the very lengths that were measured
+    assert generated.seconds.std() > 0.01
+    assert measured.train("actor", layout(), PLACE).seconds[0] == pytest.approx(4.0)
+
+
+def test_between_points_interpolated_beyond_them_extrapolated() -> None:
+    plain = CostModel(WORKLOAD, CLUSTER)
+    roofline = plain.infer("actor", layout(), PLACE)
+    assert roofline.source == "roofline"
+    half = point("infer", sequences=32, prompt_tokens=3200, response_tokens=6400, seconds=1.0)
+    twice = point("infer", sequences=128, prompt_tokens=12800, response_tokens=25600, seconds=1.0)
+    between = model(half, twice).infer("actor", layout(), PLACE)
+    ratios = []
+    for measured, sequences in ((half, 32), (twice, 128)):
+        other = CostModel(WORKLOAD.model_copy(update={"batch": sequences}), CLUSTER)
+        ratios.append(measured.seconds / other.infer("actor", layout(), PLACE).seconds[0])
+    assert between.source == "interpolated"
+    assert between.seconds[0] == pytest.approx(roofline.seconds[0] * np.mean(ratios))  # the middle of the logarithms
+    beyond = model(half).infer("actor", layout(), PLACE)
+    assert beyond.source == "extrapolated"
+    assert beyond.seconds[0] == pytest.approx(roofline.seconds[0] * ratios[0])
+
+
+def test_another_shard_size_is_extrapolated_from_the_nearest() -> None:
+    sharded = [point("infer", shard=shard, seconds=seconds) for shard, seconds in ((1, 9.0), (2, 2.0))]
+    estimate = model(*sharded).infer("actor", layout(shard=4), PLACE)
+    nearest = model(*sharded).infer("actor", layout(shard=2, replicas=2), PLACE)
+    assert (estimate.source, nearest.source) == ("extrapolated", "measured")
+    assert estimate.seconds[0] == pytest.approx(2.0, rel=0.1)
+
+
+def test_heads_shapes_and_recomputation_are_kept_apart() -> None:
+    measured = model(point("infer", "critic"), point("train", recompute=True))
+    assert measured.infer("reward", layout(), PLACE).source == "measured"  # the critic's shape and head
+    assert measured.infer("reference", layout(), PLACE).source == "roofline"
+    assert measured.train("actor", layout(recompute=True), PLACE).source == "measured"
+    assert measured.train("actor", layout(recompute=False), PLACE).source != "measured"
+
+
+def test_moves_are_measured_too() -> None:
+    woken = point("wake", offload="all", seconds=0.75)
+    sleepy = model(woken).train("actor", layout(offload="all"), PLACE)
+    assert sleepy.parts["wake"] == pytest.approx([0.75])
+    assert sleepy.parts["offload"] != pytest.approx([0.75])
+
+
+def test_a_profile_of_another_device_or_model_is_refused() -> None:
+    check_profiles([profile(point("infer"))], WORKLOAD, CLUSTER)
+    with pytest.raises(UserError, match="another device: the cluster has h200"):
+        check_profiles([profile(point("infer"), device="h100")], WORKLOAD, CLUSTER)
+    other = SHAPE.model_copy(update={"layers": 4})
+    with pytest.raises(UserError, match="another model: no role of workload 'small'"):
+        check_profiles([profile(point("infer"), model=other)], WORKLOAD, CLUSTER)
+    check_profiles([profile(point("infer", model=SHAPE), model=other)], WORKLOAD, CLUSTER)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ('"seconds": NaN', "not valid JSON"),
+        ('"seconds": -1.0', "greater than 0"),
+        ('"seconds": 1.0, "response_lengths": [1, 2]', "response_lengths must be one per sequence"),
+        ('"seconds": 1.0, "gpus": 3', "does not divide"),
+        ('"seconds": 1.0, "tokens": 3', "unknown key"),
+    ],
+)
+def test_a_bad_point_is_refused_by_file_and_key(tmp_path: Path, text: str, problem: str) -> None:
+    path = tmp_path / "profile.json"
+    whole = profile(point("infer")).to_json()
+    path.write_text(
+        whole.replace('"seconds": 1.25', text).replace('"gpus": 4,', "" if '"gpus"' in text else '"gpus": 4,')
+    )
+    with pytest.raises(UserError, match=problem) as error:
+        load_profiles([path])
+    assert str(path) in str(error.value)
+
+
+def test_a_profile_survives_a_round_trip_with_its_hash(tmp_path: Path) -> None:
+    path, written = tmp_path / "profile.json", profile(point("infer"), point("train"), versions={"torch": "2.11"})
+    written.write(path)
+    (read,) = load_profiles([path])
+    assert read.points == written.points
+    assert read.sha256 == written.sha256 != profile(point("infer")).sha256
