@@ -73,26 +73,28 @@ def test_inference_on_one_gpu_by_hand() -> None:
 
 
 def test_update_by_hand() -> None:
-    """Two minibatches on 2 replicas of 2 shards; compute hides the shards' communication."""
+    """Two minibatches on 2 replicas of 2 shards."""
     model = CostModel(SMALL, CLUSTER)
     parameters = SHAPE.parameters()
     compute = 2 * (3 * forward(20, 200) / 1000 + 32 * parameters / 2 / 100)
     replicas = 2 * 2 * (4 * parameters / 2 * 1 / 2 / 10 + 3 * 8e-6)
-    slow = {"micro_batch_tokens": 1000, "shard": 2, "replicas": 2}
-    estimate = model.train("actor", layout(**slow), place(4))
-    hidden = 8 * parameters * 1 / 2 / 10 + 3 * 3 * 8e-6 - 3 * forward(20, 200) / 1000
+    estimate = model.train("actor", layout(shard=2, replicas=2), place(4))
+    ends = (2 * (808 + BLOCK) + 4 * 808) * 1 / 2 / 10  # embedding, last norm and head; the first block
+    shown = ends + max(0.0, 8 * parameters * 1 / 2 / 10 + 3 * 3 * 8e-6 - ends - 3 * forward(20, 200) / 1000)
     assert estimate.parts["compute"] == pytest.approx([compute])
-    assert estimate.parts["transfer"] == pytest.approx([2 * max(0.0, hidden) + replicas])
-    recomputing = model.train("actor", layout(**slow, recompute=True), place(4))
+    assert estimate.parts["transfer"] == pytest.approx([2 * shown + replicas])
+    recomputing = model.train("actor", layout(shard=2, replicas=2, recompute=True), place(4))
     assert recomputing.parts["compute"] - estimate.parts["compute"] == pytest.approx([2 * forward(20, 200) / 1000])
 
 
 def test_communication_beyond_compute_shows_per_micro_batch() -> None:
-    model, scale = CostModel(SMALL, CLUSTER), forward(40, 400) / 1000
+    model, scale = CostModel(SMALL, CLUSTER), forward(40, 400) / 1000  # hides it all for one micro-batch only
     gathered = 2 * SHAPE.parameters() * 3 / 4 / 10 + 3 * 8e-6
+    ends = 2 * (808 + BLOCK) * 3 / 4 / 10
     for tokens, micro_batches in ((40, 1), (20, 2), (10, 4)):
         estimate = model.infer("actor", layout(shard=4, micro_batch_tokens=tokens), place(4))
-        assert estimate.seconds == pytest.approx([max(scale, micro_batches * gathered)])
+        between = max(scale, micro_batches * (gathered - ends))
+        assert estimate.seconds == pytest.approx([micro_batches * ends + between])
 
 
 def test_across_nodes_the_network_carries_the_shards() -> None:
