@@ -108,8 +108,8 @@ def _one_wave(prompts: Tokens, responses: Tokens, engines: Sequence[Speed], conc
     """Every sequence starts at once. With an engine's sequences in the order of their lengths, the number of active
     ones is constant between two lengths; a sequence's contexts add up to p r + r (r - 1) / 2."""
     count, width = len(engines), min(concurrency, responses.shape[1])
-    active = np.arange(width, 0, -1)
-    matrices = np.array([[speed.matrices(n) for n in active.tolist()] for speed in engines])
+    falling = {speed: [speed.matrices(active) for active in range(width, 0, -1)] for speed in set(engines)}
+    matrices = np.array([falling[speed] for speed in engines])
     attention = np.array([speed.attention for speed in engines])
     token = np.array([speed.prefill_token for speed in engines])
     square = np.array([speed.prefill_square for speed in engines])
