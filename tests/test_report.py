@@ -181,9 +181,10 @@ def test_every_call_has_a_colour_of_its_own() -> None:
 
 def test_the_picture_shows_bars_in_proportion_to_their_time() -> None:
     plan = one_step_off()
-    image = pixels(gantt.render([timeline_of(plan)], plan))
+    timeline = timeline_of(plan)
+    image = pixels(gantt.render([timeline], plan))
     update_actor, update_critic = (share_of(image, gantt.COLORS[call]) for call in ("update_actor", "update_critic"))
-    heights = {lane.name: lane.height for lane in gantt.lanes_of(timeline_of(plan), plan)}
+    heights = {lane.name: lane.height for lane in gantt.lanes_of(timeline, plan, gantt.window_of(timeline, 3))}
     wanted = SECONDS["update_actor"] * heights["t"] / (SECONDS["update_critic"] * heights["c"])
     assert update_actor / update_critic == pytest.approx(wanted, rel=0.2)
     assert share_of(image, gantt.COLORS["generate"]) > update_actor
@@ -206,6 +207,7 @@ def test_the_window_holds_steady_steps_and_short_runs_whole() -> None:
     window = gantt.window_of(timeline, 3)
     assert sorted(window.ends) == [1, 2, 3, 4]
     assert window.end - window.begin == pytest.approx(3 * step_seconds(timeline))
+    assert gantt.busy_in(timeline, window) == pytest.approx(pool_busy(timeline))
     assert gantt.window_of(timeline_of(plan, 1), 3).begin == 0.0
     assert gantt.render([timeline_of(plan, 1)], plan).startswith(b"\x89PNG")
 

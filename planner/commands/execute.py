@@ -21,6 +21,7 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline, step_seconds
 
+REHEARSED_STEPS = 3  # a rehearsal takes as long as the real run would
 NEEDED = ("ray", "torch", "transformers", "safetensors")
 
 
@@ -45,6 +46,7 @@ def execute(
     checked = load_plan(plan)
     seconds = None
     if rehearse:
+        steps = steps or REHEARSED_STEPS
         seconds = task_seconds(checked, profiles_of(checked, plan, profiles, make_console(stderr=True)))
     from executor.run import execute  # ray and torch are slow to load
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.textpath import TextPath
 
-from planner.report.compare import occupancy, pool_busy
+from planner.report.compare import occupancy
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
@@ -83,7 +83,7 @@ def render(timelines: Sequence[Timeline], plan: Plan, file_format: str = "png", 
     """The bytes of the picture that `draw` writes."""
     assert 1 <= len(timelines) <= 2
     windows = [window_of(timeline, steps) for timeline in timelines]
-    lanes = [lanes_of(timeline, plan) for timeline in timelines]
+    lanes = [lanes_of(timeline, plan, window) for timeline, window in zip(timelines, windows, strict=True)]
     figure, axes = _panels([sum(lane.height for lane in group) for group in lanes])
     figure.suptitle(_title(plan), x=0.012, y=1 - 0.16 / figure.get_figheight(), ha="left", va="top", fontweight="bold")
     for axis, timeline, window, group in zip(axes, timelines, windows, lanes, strict=True):
@@ -112,9 +112,18 @@ def window_of(timeline: Timeline, steps: int) -> Window:
     return Window(begin=ends[first], end=ends[last], ends=shown)
 
 
-def lanes_of(timeline: Timeline, plan: Plan) -> list[Lane]:
+def busy_in(timeline: Timeline, window: Window) -> dict[str, float]:
+    """Share of the window in which each pool runs a call: what the picture shows."""
+    seconds = {pool: 0.0 for span in timeline.spans for pool in span.pools}
+    for span in _visible(timeline, window):
+        for pool in span.pools:
+            seconds[pool] += min(span.end, window.end) - max(span.start, window.begin)
+    return {pool: busy / (window.end - window.begin) for pool, busy in seconds.items()}
+
+
+def lanes_of(timeline: Timeline, plan: Plan, window: Window) -> list[Lane]:
     """The lanes from top to bottom: the pools in the plan's order, then the host if it does something."""
-    busy = pool_busy(timeline)
+    busy = busy_in(timeline, window)
     largest = max(len(pool.gpus) for pool in plan.pools.values())
     wanted = [
         (name, _lane_label(plan, name, busy.get(name, 0.0)), max(SMALLEST, (len(pool.gpus) / largest) ** 0.5))
@@ -166,7 +175,7 @@ def _visible(timeline: Timeline, window: Window) -> list[Span]:
 
 
 def _draw_panel(axis: Axes, timeline: Timeline, plan: Plan, window: Window, lanes: list[Lane]) -> None:
-    period, busy = step_seconds(timeline), pool_busy(timeline)
+    period, busy = step_seconds(timeline), busy_in(timeline, window)
     word = "predicted" if timeline.source == "simulated" else "measured"
     text = f"{word}: {_seconds(period)} s per step, {occupancy(plan, busy):.0%} of all GPU time busy"
     axis.set_title(text, loc="left", fontsize=FONT + 1, pad=17)
