@@ -128,6 +128,12 @@ def test_heads_shapes_and_recomputation_are_kept_apart() -> None:
     assert measured.train("actor", layout(recompute=False), PLACE).source != "measured"
 
 
+def test_a_roles_own_points_come_first() -> None:
+    measured = model(point("infer", "actor", seconds=1.0), point("infer", "reference", seconds=2.0))
+    assert measured.infer("actor", layout(), PLACE).seconds == pytest.approx([1.0])
+    assert measured.infer("reference", layout(), PLACE).seconds == pytest.approx([2.0])
+
+
 def test_moves_are_measured_too() -> None:
     woken = point("wake", offload="all", seconds=0.75)
     sleepy = model(woken).train("actor", layout(offload="all"), PLACE)

@@ -22,6 +22,8 @@ from planner.spec.workload import Shape
 
 Source = Literal["measured", "interpolated", "extrapolated", "roofline", "host"]
 
+HOST_SECONDS = 5e-3  # of a call on the controller
+HOST_SECONDS_PER_TOKEN = 5e-8  # collecting, GAE and handing out again; profiles replace both
 SAME_SIZE = 0.02  # sizes whose logarithms differ by less are the same
 
 
@@ -68,6 +70,7 @@ class Corrections:
             return np.ones_like(size), "roofline"
         nearest = min((abs(np.log(_split(m.point) / layout.split)), _split(m.point)) for m in found)[1]
         alike = [m for m in found if _split(m.point) == nearest]
+        alike = [m for m in alike if m.point.role == role] or alike  # another role of that shape and head will do
         for name, value in layout.preferred.items():
             alike = [m for m in alike if getattr(m.point, name) == value] or alike
         centre = float(size.mean())
@@ -155,10 +158,6 @@ def _evenly(total: int, count: int) -> NDArray[np.int64]:
     return np.diff(np.arange(count + 1) * total // count)
 
 
-HOST_SECONDS = 5e-3  # of a call on the controller
-HOST_SECONDS_PER_TOKEN = 5e-8  # collecting, GAE and handing out again; profiles replace both
-
-
 def host_seconds(tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """Of a call on the controller over so many tokens."""
-    return HOST_SECONDS + HOST_SECONDS_PER_TOKEN * tokens
+    return np.asarray(HOST_SECONDS + HOST_SECONDS_PER_TOKEN * tokens, dtype=np.float64)
