@@ -1,6 +1,6 @@
 """The models of the roles: a transformer from a Hugging Face directory or of random weights, and what is read off it.
 
-Batches are right-padded, so under a causal mask padding reaches no real token and no attention mask is needed.
+Weights may compute in bf16, but what is read off (log-probs, values, scores) is fp32.
 """
 
 from pathlib import Path
@@ -17,7 +17,8 @@ from transformers import (
     Qwen2Config,
 )
 
-from executor.ppo import before_response
+from executor import lm_head
+from executor.packing import Packed, hidden_states, use_packed_attention
 from planner.spec.workload import Model, Shape
 
 CLASSES: dict[str, Any] = {
@@ -30,55 +31,69 @@ TRAINED = ("actor", "critic")
 
 
 class Policy(nn.Module):
-    """Actor and reference: logits `[B, R, V]` for the response tokens."""
+    """Actor and reference: log-probs `[n, W]` of the response tokens at the sampler's temperature; with `entropy` also
+    the entropies there, `[2, n, W]`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, temperature: float) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.temperature = model, temperature
 
-    def forward(self, tokens: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
-        hidden = before_response(_hidden(self.model, tokens), prompt_lengths, width)
-        return self.model.get_output_embeddings()(hidden)
+    def forward(self, batch: Packed, entropy: bool = False) -> Tensor:
+        head = self.model.get_output_embeddings()
+        assert head.bias is None, "a head with a bias is not supported"
+        hidden = hidden_states(self.model, batch)[batch.before]
+        log_probs = batch.columns(lm_head.log_probs(hidden, head.weight, batch.targets, self.temperature))
+        if not entropy:
+            return log_probs
+        return torch.stack([log_probs, batch.columns(lm_head.entropies(hidden, head.weight, self.temperature))])
 
 
 class Value(nn.Module):
-    """The critic: values `[B, R]` of the states before the response tokens."""
+    """The critic: values `[n, W]` of the states before the response tokens."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
-        hidden = before_response(_hidden(self.model, tokens), prompt_lengths, width)
-        return self.model.score(hidden).squeeze(-1)
+    def forward(self, batch: Packed) -> Tensor:
+        return batch.columns(_scalar(self.model.score, hidden_states(self.model, batch)[batch.before]))
 
 
 class Score(nn.Module):
-    """The reward model: scores `[B]`, read at the last token."""
+    """The reward model: scores `[n]`, read at the last token."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, width: int) -> Tensor:
-        last = prompt_lengths + response_lengths - 1
-        hidden = _hidden(self.model, tokens)[torch.arange(len(tokens), device=tokens.device), last]
-        return self.model.score(hidden).squeeze(-1)
+    def forward(self, batch: Packed) -> Tensor:
+        return _scalar(self.model.score, hidden_states(self.model, batch)[batch.starts[1:] - 1])
 
 
-def _hidden(model: PreTrainedModel, tokens: Tensor) -> Tensor:
-    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+def _scalar(head: nn.Linear, hidden: Tensor) -> Tensor:
+    """`[S, H]` -> fp32 `[S]`."""
+    bias = None if head.bias is None else head.bias.float()
+    return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
 
-WRAPPERS: dict[str, type[nn.Module]] = {"actor": Policy, "reference": Policy, "critic": Value, "reward": Score}
+def wrap(role: str, model: PreTrainedModel, temperature: float) -> nn.Module:
+    """The model as its role uses it, on micro-batches without padding."""
+    use_packed_attention(model)
+    if role == "critic":
+        return Value(model)
+    return Score(model) if role == "reward" else Policy(model, temperature)
 
 
-def load(role: str, model: Model, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """A role's model on the CPU, the same on every rank. Dropout is off: PPO compares log-probs between passes."""
+def load(role: str, model: Model, seed: int, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
+    """A role's model, the same on every rank: weights from a path on the CPU, random ones on `device`. Dropout is off:
+    PPO compares log-probs between passes."""
     labels = {} if CLASSES[role] is AutoModelForCausalLM else {"num_labels": 1}
     if model.path is None:
         torch.manual_seed(seed + 1000 * (role == "critic") + 2000 * (role == "reward"))  # the reference is the actor
-        loaded = CLASSES[role].from_config(config_of(model.shape, **labels), dtype=dtype)
+        with device or torch.device("cpu"):
+            loaded = CLASSES[role].from_config(config_of(model.shape, **labels), dtype=torch.float32)
+        for parameter in loaded.parameters():  # not .to(dtype), which would round the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
     else:
         config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False, **labels)
         loaded = CLASSES[role].from_pretrained(
@@ -130,6 +145,15 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     """The transformer's layers: what FSDP shards one by one."""
     lists = [module for module in model.base_model.children() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len)
+
+
+def compile_blocks(model: PreTrainedModel) -> None:
+    """Fuse what lies between the matrix products. Attention, MLP and norms are compiled one by one, inside of what
+    FSDP and recomputation wrap, for any number of tokens."""
+    torch._dynamo.config.recompile_limit = 64  # roles, modes and devices share the code of a block
+    for block in blocks(model):
+        for part in block.children():
+            part.forward = torch.compile(part.forward, dynamic=True)
 
 
 def eos_tokens(model: PreTrainedModel) -> list[int]:

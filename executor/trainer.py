@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from executor import models, ppo, weights
 from executor.data import Rows, Sequences
+from executor.packing import Packed, pack
 from executor.worker import Worker
 from planner.spec.plan import Plan, TrainerRole
 
@@ -48,8 +48,10 @@ class Hosted:
 class Trainer(Worker):
     """A rank of a pool's torch.distributed group. A role runs on the first `shard * replicas` ranks."""
 
-    def __init__(self, plan: Plan, pool: str, rank: int) -> None:
-        super().__init__()
+    def configure(self, plan: Plan, pool: str, rank: int) -> None:
+        """Become this rank of a plan's pool; whatever came before is dropped."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
         self.plan, self.pool, self.rank = plan, pool, rank
         self.on_cpu = plan.device_of(pool).kind == "cpu"
         self.device = torch.device("cpu") if self.on_cpu else torch.device("cuda", 0)
@@ -58,7 +60,7 @@ class Trainer(Worker):
         self.roles: dict[str, Hosted] = {}
 
     def synchronize(self) -> None:
-        if not self.on_cpu:
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
     # --- set-up ---
@@ -92,13 +94,16 @@ class Trainer(Worker):
         trained = role in models.TRAINED
         workload = self.plan.workload
         dtype = torch.float32 if self.on_cpu or trained else torch.bfloat16
-        model = models.load(role, workload.models[role], workload.seed, dtype)
-        module = models.WRAPPERS[role](model).requires_grad_(trained)
+        model = models.load(role, workload.models[role], workload.seed, dtype, self.device)
+        module = models.wrap(role, model, workload.ppo.temperature).requires_grad_(trained)
         if trained and layout.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy = MixedPrecisionPolicy()
         if not self.on_cpu:
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            models.compile_blocks(model)
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
         for block in models.blocks(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -122,15 +127,8 @@ class Trainer(Worker):
         with self._awake(role, version) as hosted:
             hosted.module.eval()
             outputs = []
-            for rows in micro_batches:
-                inputs = self._inputs(sequences, rows)
-                output = hosted.module(**inputs.model)
-                if role in ("actor", "reference"):
-                    output = ppo.response_log_probs(
-                        output, inputs.targets, self.plan.workload.ppo.temperature, inputs.mask
-                    )
-                outputs.append(output.float().cpu().numpy())
-            return outputs
+            outputs = [hosted.module(pack(sequences, rows, self.device)) for rows in micro_batches]
+            return [output.cpu().numpy() for output in outputs]
 
     def train(
         self, role: str, version: int, refs: list[ray.ObjectRef], minibatches: list[Minibatch]
@@ -149,12 +147,13 @@ class Trainer(Worker):
     ) -> dict[str, float]:
         assert hosted.optimizer is not None
         sums: dict[str, Tensor] = {}
-        for rows in minibatch.micro_batches:
-            inputs = self._inputs(sequences, rows)
-            columns = {name: self._tensor(x[inputs.rows, : inputs.width]) for name, x in further.items()}
-            output = hosted.module(**inputs.model)
+        for number, rows in enumerate(minibatch.micro_batches, start=1):
+            if hosted.layout.replicas > 1:  # they need to agree once, at the end
+                hosted.module.set_requires_all_reduce(number == len(minibatch.micro_batches))
+            batch = pack(sequences, rows, self.device)
+            columns = {name: self._columns(x, rows, batch) for name, x in further.items()}
             loss_of = self._policy_loss if role == "actor" else self._value_loss
-            loss, stats = loss_of(output, inputs, columns, minibatch.tokens)
+            loss, stats = loss_of(hosted.module, batch, columns, minibatch.tokens)
             (loss * hosted.layout.gpus).backward()  # FSDP averages over the ranks; the normalizer wants their sum
             for name, value in stats.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
@@ -165,16 +164,17 @@ class Trainer(Worker):
         return {"grad_norm": float(norm), **{name: float(value) for name, value in sums.items()}}
 
     def _policy_loss(
-        self, logits: Tensor, inputs: "Inputs", columns: Mapping[str, Tensor], tokens: int
+        self, module: nn.Module, batch: Packed, columns: Mapping[str, Tensor], tokens: int
     ) -> tuple[Tensor, ppo.Stats]:
         settings = self.plan.workload.ppo
-        log_probs = ppo.response_log_probs(logits, inputs.targets, settings.temperature, inputs.mask)
+        output = module(batch, entropy=settings.entropy_coef > 0)
+        log_probs, entropy = output if settings.entropy_coef else (output, None)
         loss, stats = ppo.policy_loss(
             log_probs=log_probs,
             proximal_log_probs=columns["proximal_log_probs"],
             behaviour_log_probs=columns["log_probs"],
             advantages=columns["advantages"],
-            mask=inputs.mask,
+            mask=batch.mask,
             clip=settings.clip,
             importance_cap=settings.importance_cap,
             normalizer=tokens,
@@ -184,28 +184,27 @@ class Trainer(Worker):
             kl, kl_stats = ppo.kl_loss(
                 log_probs=log_probs,
                 ref_log_probs=columns["ref_log_probs"],
-                mask=inputs.mask,
+                mask=batch.mask,
                 kind=settings.kl_kind,
                 coef=settings.kl_coef,
                 normalizer=tokens,
             )
             loss, stats = loss + kl, stats | kl_stats
-        if settings.entropy_coef:
-            entropy = ppo.response_entropy(logits, settings.temperature, inputs.mask)
+        if entropy is not None:
             bonus, entropy_stats = ppo.entropy_loss(
-                entropy=entropy, mask=inputs.mask, coef=settings.entropy_coef, normalizer=tokens
+                entropy=entropy, mask=batch.mask, coef=settings.entropy_coef, normalizer=tokens
             )
             loss, stats = loss + bonus, stats | entropy_stats
         return loss, stats
 
     def _value_loss(
-        self, values: Tensor, inputs: "Inputs", columns: Mapping[str, Tensor], tokens: int
+        self, module: nn.Module, batch: Packed, columns: Mapping[str, Tensor], tokens: int
     ) -> tuple[Tensor, ppo.Stats]:
         return ppo.value_loss(
-            values=values,
+            values=module(batch),
             old_values=columns["values"],
             returns=columns["returns"],
-            mask=inputs.mask,
+            mask=batch.mask,
             clip=self.plan.workload.ppo.value_clip,
             normalizer=tokens,
         )
@@ -224,33 +223,11 @@ class Trainer(Worker):
             if self.rank == 0:
                 models.export(model, state, directory)
 
-    # --- batches ---
-
-    def _inputs(self, sequences: Sequences, rows: Rows) -> "Inputs":
-        """A micro-batch on the device, cut to its longest sequence. An empty one becomes row 0 with no response: a
-        forward pass for the collectives that counts for nothing."""
-        empty = len(rows) == 0
-        rows = np.zeros(1, dtype=np.int64) if empty else rows
-        prompts = sequences.prompt_lengths[rows]
-        responses = np.zeros_like(prompts) if empty else sequences.response_lengths[rows]
-        width = max(1, int(responses.max()))
-        tokens = self._tensor(sequences.tokens[rows, : int((prompts + responses).max())]).long()
-        prompt_lengths, response_lengths = self._tensor(prompts), self._tensor(responses)
-        return Inputs(
-            rows=rows,
-            width=width,
-            mask=ppo.response_mask(response_lengths, width),
-            targets=ppo.response_tokens(tokens, prompt_lengths, width),
-            model={
-                "tokens": tokens,
-                "prompt_lengths": prompt_lengths,
-                "response_lengths": response_lengths,
-                "width": width,
-            },
-        )
-
-    def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.tensor(array, device=self.device)  # a copy: Ray's arrays are read-only
+    def _columns(self, column: NDArray[np.float32], rows: Rows, batch: Packed) -> Tensor:
+        """The micro-batch's part of a column `[B, R]`: `[n, W]`; any row's for an empty one, whose mask is false."""
+        n, width = batch.mask.shape
+        part = column[rows, :width] if len(rows) else column[:n, :width]
+        return torch.tensor(part, device=self.device)  # a copy: Ray's arrays are read-only
 
     # --- offloading ---
 
@@ -280,17 +257,6 @@ class Trainer(Worker):
                     if isinstance(value, Tensor) and value.dim():
                         state[name] = value.to(device)
         self.synchronize()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """A micro-batch of b sequences: its `rows [b]` in the batch, `mask` and `targets [b, width]`, the model's input."""
-
-    rows: Rows
-    width: int
-    mask: Tensor
-    targets: Tensor
-    model: dict[str, Any]
 
 
 def _mesh(layout: TrainerRole, device: str) -> DeviceMesh:
