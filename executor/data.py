@@ -18,22 +18,67 @@ Ints = NDArray[np.int32]
 Rows = NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """A sequence to generate. `key` (seed, step, prompt, sample) fixes its randomness. With `exact` it does not end
-    at an end-of-sequence token but has exactly `max_tokens`; whoever spreads requests must not look at that."""
+@dataclass(frozen=True, kw_only=True)
+class Requests:
+    """Sequences to generate, as arrays: prompts end to end in `tokens` with their `lengths [n]`; `keys [n, k]` (seed,
+    step, prompt, sample) fix the randomness of each; a response has at most `max_tokens [n]`. Where `exact [n]`, it
+    ends there and nowhere else, whatever its tokens; whoever spreads requests must not look at that."""
 
-    prompt: Ints
-    key: tuple[int, ...]
-    max_tokens: int
-    exact: bool = False
+    tokens: Ints
+    lengths: Ints
+    keys: NDArray[np.int64]
+    max_tokens: Ints
+    exact: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def take(self, rows: Rows) -> "Requests":
+        columns = self.keys[rows], self.max_tokens[rows], self.exact[rows]
+        prompts = self.prompts()
+        chosen = [prompts[row] for row in rows]
+        return _requests(chosen, *columns)
+
+    def prompts(self) -> list[Ints]:
+        return _split(self.tokens, self.lengths)
+
+
+def _requests(
+    prompts: Sequence[Ints], keys: NDArray[np.int64], max_tokens: NDArray[Any], exact: NDArray[np.bool_]
+) -> Requests:
+    return Requests(
+        tokens=np.concatenate([np.zeros(0, dtype=np.int32), *prompts]),
+        lengths=np.array([len(prompt) for prompt in prompts], dtype=np.int32),
+        keys=keys,
+        max_tokens=max_tokens.astype(np.int32),
+        exact=exact,
+    )
+
+
+def _keys(count: int, *key: int) -> NDArray[np.int64]:
+    """(..., prompt, sample) for each of `count` prompts."""
+    return np.array([(*key, prompt, 0) for prompt in range(count)], dtype=np.int64)
+
+
+def _split(flat: NDArray[Any], lengths: Ints) -> list[NDArray[Any]]:
+    ends = np.cumsum(lengths).tolist()
+    return [flat[end - length : end] for end, length in zip(ends, lengths.tolist(), strict=True)]
+
+
+def pad(flat: NDArray[Any], lengths: Ints, width: int, begin: Ints | int = 0) -> NDArray[Any]:
+    """Rows of different `lengths [n]`, end to end, as `[n, width]` with zeros; row i begins at column `begin[i]`."""
+    columns = np.arange(width)
+    begin = np.broadcast_to(begin, lengths.shape)[:, None]
+    padded = np.zeros((len(lengths), width), dtype=flat.dtype)
+    padded[(columns >= begin) & (columns < begin + lengths[:, None])] = flat
+    return padded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
     """The prompts of one batch, with what a reward function and an evaluation want to know of them."""
 
-    requests: list[Request]
+    requests: Requests
     texts: list[str]
     answers: list[str | None]
 
@@ -120,10 +165,10 @@ class Dataset:
         return self._prompts(self._evaluation, (self._workload.seed,))
 
     def _prompts(self, chosen: list[tuple[Line, Ints]], key: tuple[int, ...]) -> Prompts:
-        longest = self._workload.response.longest
-        requests = [
-            Request(prompt=tokens, key=(*key, index, 0), max_tokens=longest) for index, (_, tokens) in enumerate(chosen)
-        ]
+        count = len(chosen)
+        longest = np.full(count, self._workload.response.longest)
+        tokens = [tokens for _, tokens in chosen]
+        requests = _requests(tokens, _keys(count, *key), longest, np.zeros(count, dtype=bool))
         lines = [line for line, _ in chosen]
         return Prompts(requests=requests, texts=[x.prompt for x in lines], answers=[x.answer for x in lines])
 
@@ -145,20 +190,13 @@ class Synthetic:
         prompts = sample(workload.prompt, workload.batch, workload.seed, step, 0)
         responses = sample(workload.response, workload.batch, workload.seed, step, 1)
         rng = np.random.default_rng((workload.seed, step, 2))
-        requests = [
-            Request(
-                prompt=rng.integers(workload.actor.shape.vocab, size=int(prompt), dtype=np.int32),
-                key=(workload.seed, step, index, 0),
-                max_tokens=int(response),
-                exact=True,
-            )
-            for index, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        ]
-        texts = self.decode([request.prompt for request in requests])
-        return Prompts(requests=requests, texts=texts, answers=[None] * len(requests))
+        tokens = [rng.integers(workload.actor.shape.vocab, size=n, dtype=np.int32) for n in prompts.tolist()]
+        keys = _keys(workload.batch, workload.seed, step)
+        requests = _requests(tokens, keys, responses, np.ones(workload.batch, dtype=bool))
+        return Prompts(requests=requests, texts=self.decode(tokens), answers=[None] * len(tokens))
 
     def evaluation(self) -> Prompts:
-        return Prompts(requests=[], texts=[], answers=[])
+        raise AssertionError("a workload without data has nothing to evaluate on")
 
     def decode(self, responses: Sequence[Ints]) -> list[str]:
         return [" ".join(map(str, response)) for response in responses]
@@ -179,14 +217,6 @@ class Generated:
     tokens: Ints
     log_probs: NDArray[np.float32]
     weights_version: int
-
-    def split(self) -> list[tuple[Ints, NDArray[np.float32]]]:
-        """Tokens and log-probs of each response."""
-        ends = np.cumsum(self.lengths)
-        return [
-            (self.tokens[end - length : end], self.log_probs[end - length : end])
-            for end, length in zip(ends, self.lengths, strict=True)
-        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,27 +249,24 @@ class Sequences:
         return [tokens[p : p + r] for tokens, p, r in rows]
 
 
-def collate(requests: Sequence[Request], shares: Sequence[Rows], made: Sequence[Generated]) -> Sequences:
+def collate(requests: Requests, shares: Sequence[Rows], made: Sequence[Generated]) -> Sequences:
     """One batch in the order of the requests; `shares[i]` are the rows that engine i was given."""
-    responses: list[Any] = [None] * len(requests)
-    versions = np.zeros(len(requests), dtype=np.int32)
+    count = len(requests)
+    lengths, versions = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
     for rows, generated in zip(shares, made, strict=True):
-        versions[rows] = generated.weights_version
-        for row, response in zip(rows, generated.split(), strict=True):
-            responses[row] = response
-    prompt_lengths = np.array([len(r.prompt) for r in requests], dtype=np.int32)
-    response_lengths = np.array([len(tokens) for tokens, _ in responses], dtype=np.int32)
-    tokens = np.zeros((len(requests), int((prompt_lengths + response_lengths).max())), dtype=np.int32)
-    log_probs = np.zeros((len(requests), max(1, int(response_lengths.max()))), dtype=np.float32)
-    for row, (request, (response, its_log_probs)) in enumerate(zip(requests, responses, strict=True)):
-        begin = len(request.prompt)
-        tokens[row, :begin] = request.prompt
-        tokens[row, begin : begin + len(response)] = response
-        log_probs[row, : len(response)] = its_log_probs
+        lengths[rows], versions[rows] = generated.lengths, generated.weights_version
+    width = max(1, int(lengths.max()))
+    responses, log_probs = np.zeros((count, width), dtype=np.int32), np.zeros((count, width), dtype=np.float32)
+    for rows, generated in zip(shares, made, strict=True):
+        responses[rows] = pad(generated.tokens, generated.lengths, width)
+        log_probs[rows] = pad(generated.log_probs, generated.lengths, width)
+    longest = int((requests.lengths + lengths).max())
+    tokens = pad(requests.tokens, requests.lengths, longest)
+    tokens += pad(responses[np.arange(width) < lengths[:, None]], lengths, longest, begin=requests.lengths)
     return Sequences(
         tokens=tokens,
-        prompt_lengths=prompt_lengths,
-        response_lengths=response_lengths,
+        prompt_lengths=requests.lengths,
+        response_lengths=lengths,
         log_probs=log_probs,
         weights_versions=versions,
     )
@@ -248,17 +275,17 @@ def collate(requests: Sequence[Request], shares: Sequence[Rows], made: Sequence[
 # --- spreading ---
 
 
-def assign(requests: Sequence[Request], engines: int, budget: int) -> list[Rows]:
+def assign(prompt_lengths: Ints, engines: int, budget: int) -> list[Rows]:
     """Each request to the engine with the fewest outstanding tokens, in order; rows per engine.
 
     A request counts with its prompt and a `budget` of response tokens, the same for all: nobody may know how long a
     response will be."""
-    outstanding = np.zeros(engines, dtype=np.int64)
+    outstanding = [0] * engines
     rows: list[list[int]] = [[] for _ in range(engines)]
-    for row, request in enumerate(requests):
-        engine = int(outstanding.argmin())
+    for row, length in enumerate(prompt_lengths.tolist()):
+        engine = outstanding.index(min(outstanding))
         rows[engine].append(row)
-        outstanding[engine] += len(request.prompt) + budget
+        outstanding[engine] += length + budget
     return [np.array(share, dtype=np.int64) for share in rows]
 
 
@@ -273,23 +300,25 @@ def spread(rows: Rows, lengths: Ints, ranks: int, micro_batch_tokens: int) -> li
     tokens with their padding (or a single sequence). Every rank gets the same number of micro-batches, some perhaps
     empty: their collectives must match."""
     longest_first = rows[np.argsort(-lengths[rows], kind="stable")]
-    load = np.zeros(ranks, dtype=np.int64)
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    for row in longest_first:
-        rank = int(load.argmin())
-        shares[rank].append(int(row))
-        load[rank] += lengths[row]
-    micro = [_micro_batches(share, lengths, micro_batch_tokens) for share in shares]
+    load = [0] * ranks
+    shares: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    for row, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
+        rank = load.index(min(load))
+        shares[rank].append((row, length))
+        load[rank] += length
+    micro = [_micro_batches(share, micro_batch_tokens) for share in shares]
     most = max(map(len, micro))
     return [parts + [np.array([], dtype=np.int64)] * (most - len(parts)) for parts in micro]
 
 
-def _micro_batches(share: list[int], lengths: Ints, tokens: int) -> list[Rows]:
-    """Greedy, longest first: padding is to the first sequence of each."""
+def _micro_batches(share: list[tuple[int, int]], tokens: int) -> list[Rows]:
+    """Of (row, length), longest first: greedy, with padding to the first sequence of each."""
     parts: list[list[int]] = []
-    for row in share:
-        if not parts or (len(parts[-1]) + 1) * lengths[parts[-1][0]] > tokens:
+    widest = 0
+    for row, length in share:
+        if not parts or (len(parts[-1]) + 1) * widest > tokens:
             parts.append([])
+            widest = length
         parts[-1].append(row)
     return [np.array(part, dtype=np.int64) for part in parts]
 

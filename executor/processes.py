@@ -1,23 +1,26 @@
 """The processes of a real run: trainers and engines on the GPUs of a plan, and the reward function's."""
 
-from typing import Any
+from dataclasses import replace
 
 from executor import pools
 from executor.reward import RewardWorker
 from executor.rollout import EngineWorker
 from executor.trainer import Trainer
 from executor.worker import Rank, ask
-from planner.spec.plan import Plan
+from planner.spec.plan import Gpu, Plan
 from planner.spec.workload import RewardFunction
 
 
 class Processes:
     """Started and ready when constructed: one trainer per GPU of a pool that trains or infers, one engine per
-    tensor-parallel group of the rollout's pools, and one process for a reward function."""
+    tensor-parallel group of the rollout's pools, and one process for a reward function.
 
-    def __init__(self, plan: Plan) -> None:
+    A fleet that is given stays open at the end."""
+
+    def __init__(self, plan: Plan, fleet: pools.Fleet | None = None) -> None:
         self.plan = plan
-        self.seats = pools.reserve(plan)
+        self._own = fleet is None
+        self.fleet = fleet or fleet_for([plan])
         self.trainers: dict[str, list[Rank]] = {}
         self.engines: list[Rank] = []
         self.judge: list[Rank] = []
@@ -35,43 +38,47 @@ class Processes:
 
     def _start(self) -> None:
         """All at once, for most of their start is loading libraries."""
-        plan, reward = self.plan, self.plan.workload.reward
-        started: list[tuple[list[Rank], str, Any]] = []
-        for pool in dict.fromkeys(layout.pools[0] for layout in plan.trainers.values()):
-            self.trainers[pool] = []
-            for rank, seat in enumerate(self.seats[pool]):
-                handle = pools.start(Trainer, [seat], plan, pool, rank)
-                started.append((self.trainers[pool], f"trainer {rank} of pool {pool}", handle))
-        for number, (pool, seats) in enumerate(self._engine_seats()):
-            handle = pools.start(EngineWorker, seats, plan, pool)
-            started.append((self.engines, f"engine {number} in pool {pool}", handle))
-        if isinstance(reward, RewardFunction):
-            started.append((self.judge, "the reward function's process", pools.start(RewardWorker, None, reward)))
-        for home, name, handle in started:
-            home.append(Rank(name=name, handle=handle))
+        for pool in dict.fromkeys(layout.pools[0] for layout in self.plan.trainers.values()):
+            ranks = [self.fleet.process(Trainer, (gpu,)) for gpu in self.plan.pools[pool].gpus]
+            self.trainers[pool] = [replace(r, name=f"trainer {i} of pool {pool}") for i, r in enumerate(ranks)]
+        for number, (pool, gpus) in enumerate(self._engine_gpus()):
+            engine = self.fleet.process(EngineWorker, gpus)
+            self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
+        if isinstance(self.plan.workload.reward, RewardFunction):
+            self.judge.append(replace(self.fleet.process(RewardWorker, ()), name="the reward function's process"))
 
-    def _engine_seats(self) -> list[tuple[str, list[pools.Seat]]]:
-        """Pool and seats of each engine: neighbouring GPUs, pool by pool."""
-        size = self.plan.rollout.tensor_parallel
+    def _engine_gpus(self) -> list[tuple[str, tuple[Gpu, ...]]]:
+        """Pool and GPUs of each engine: neighbouring ones, pool by pool."""
+        plan, size = self.plan, self.plan.rollout.tensor_parallel
         groups = [
-            (pool, self.seats[pool][begin : begin + size])
-            for pool in self.plan.rollout.pools
-            for begin in range(0, self.plan.engines_of(pool) * size, size)
+            (pool, plan.pools[pool].gpus[begin : begin + size])
+            for pool in plan.rollout.pools
+            for begin in range(0, plan.engines_of(pool) * size, size)
         ]
-        return groups[: self.plan.rollout.replicas]
+        return groups[: plan.rollout.replicas]
 
     def _set_up(self) -> None:
         """Clocks, then the groups, then the models."""
+        plan = self.plan
         for home in (*self.trainers.values(), self.engines, self.judge):
             home[:] = pools.connect(home)
-        addresses = {pool: ask(ranks[:1], "listen").results[0] for pool, ranks in self.trainers.items()}
-        ranks = [rank for ranks in self.trainers.values() for rank in ranks]
-        ask(ranks, "join", each=[addresses[pool] for pool, ranks in self.trainers.items() for _ in ranks])
-        ask(ranks, "load")
-        self.eos: list[int] = ask(self.engines, "start").results[0]
-        ask(self.judge, "load")
+        trainers = [(pool, rank, i) for pool, ranks in self.trainers.items() for i, rank in enumerate(ranks)]
+        everyone = [rank for _, rank, _ in trainers]
+        ask(everyone, "configure", plan, each=[(pool, i) for pool, _, i in trainers])
+        address = {pool: ask(ranks[:1], "listen").results[0] for pool, ranks in self.trainers.items()}
+        ask(everyone, "join", each=[address[pool] for pool, _, _ in trainers])
+        ask(everyone, "load")
+        engines = ask(self.engines, "start", plan, each=[(pool,) for pool, _ in self._engine_gpus()])
+        self.eos: list[int] = engines.results[0]
+        ask(self.judge, "load", plan.workload.reward)
 
     def close(self) -> None:
         """End all of them at once, whatever they are doing."""
-        everyone = [rank for home in (*self.trainers.values(), self.engines, self.judge) for rank in home]
-        pools.stop(everyone, self.seats)
+        if self._own:
+            self.fleet.close()
+
+
+def fleet_for(plans: list[Plan]) -> pools.Fleet:
+    """A fleet on the GPUs of all of these plans. Raises UserError."""
+    gpus = dict.fromkeys(gpu for plan in plans for pool in plan.pools.values() for gpu in pool.gpus)
+    return pools.Fleet(tuple(gpus), pools.resource_of(plans[0]))

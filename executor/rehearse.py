@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from executor import pools
-from executor.worker import Rank, Record, Worker, ask
+from executor.worker import Record, Worker, ask
 from planner.predict.schedule import Task
 from planner.spec.plan import Plan
 
@@ -23,14 +23,8 @@ class Rehearsal:
 
     def __init__(self, plan: Plan, seconds: Callable[[Task], float]) -> None:
         self.seconds = seconds
-        ranks = {
-            name: [
-                Rank(name=f"rank {rank} of pool {name}", handle=pools.start(Sleeper, None))
-                for rank in range(len(pool.gpus))
-            ]
-            for name, pool in plan.pools.items()
-        }
-        self.ranks = {name: pools.connect(its) for name, its in ranks.items()}
+        started = {name: [pools.start(Sleeper) for _ in pool.gpus] for name, pool in plan.pools.items()}
+        self.ranks = {name: pools.connect(ranks) for name, ranks in started.items()}
 
     def run(self, task: Task) -> tuple[list[Record], int]:
         if not task.pools:
@@ -45,4 +39,4 @@ class Rehearsal:
         return {"step": step}
 
     def close(self) -> None:
-        pools.stop([rank for ranks in self.ranks.values() for rank in ranks], {})
+        pools.stop([rank for ranks in self.ranks.values() for rank in ranks])

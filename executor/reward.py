@@ -66,12 +66,8 @@ def _one_line(error: Exception) -> str:
 class RewardWorker(Worker):
     """The process that runs the function, so that neither its time nor its end is the controller's."""
 
-    def __init__(self, reward: RewardFunction) -> None:
-        super().__init__()
-        self.reward = reward
-
-    def load(self) -> None:
-        self.function = load(self.reward)
+    def load(self, reward: RewardFunction) -> None:
+        self.reward, self.function = reward, load(reward)
 
     def score(self, prompts: list[str], responses: list[str], answers: list[Any]) -> list[float]:
         return score(self.reward, self.function, prompts, responses, answers)

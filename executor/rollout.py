@@ -1,7 +1,7 @@
 """Generation: the seam behind which engines are alike, and the engine that runs on transformers."""
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import ray
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from executor import models, weights
-from executor.data import Generated, Request
+from executor.data import Generated, Ints, Requests, pad
 from executor.worker import Worker
 from planner.spec.plan import Plan
 
@@ -19,8 +19,8 @@ from planner.spec.plan import Plan
 class Engine(Protocol):
     """Generates with one version of the weights at a time. Without a temperature it takes the likeliest token."""
 
-    def generate(self, requests: Sequence[Request], temperature: float | None) -> list[tuple[list[int], list[float]]]:
-        """Tokens and their log-probs, of each request in order."""
+    def generate(self, requests: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        """Lengths `[n]` of the responses, and their tokens and log-probs end to end."""
         ...
 
     def load(self, arrays: weights.Arrays) -> None: ...
@@ -31,39 +31,30 @@ class Engine(Protocol):
 class EngineWorker(Worker):
     """The process of an engine. It knows the version of its weights and marks what it generates with it."""
 
-    def __init__(self, plan: Plan, pool: str) -> None:
-        super().__init__()
-        self.plan = plan
-        self.on_cpu = plan.device_of(pool).kind == "cpu"
-        if self.on_cpu:
-            torch.set_num_threads(1)
-        self.version = 0
-        self.engine: Engine
-
     def synchronize(self) -> None:
-        if not self.on_cpu:
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
-    def start(self) -> list[int]:
-        """Load the actor's initial weights; the tokens that end a response."""
-        workload = self.plan.workload
-        device = torch.device("cpu" if self.on_cpu else "cuda")
-        model = models.load("actor", workload.actor, workload.seed, torch.float32 if self.on_cpu else torch.bfloat16)
+    def start(self, plan: Plan, pool: str) -> list[int]:
+        """Become an engine of a plan, with the actor's initial weights; the tokens that end a response."""
+        self.offload = plan.rollout.offload
+        self.version = 0
+        on_cpu = plan.device_of(pool).kind == "cpu"
+        if on_cpu:
+            torch.set_num_threads(1)
+        workload = plan.workload
+        model = models.load("actor", workload.actor, workload.seed, torch.float32 if on_cpu else torch.bfloat16)
         eos = models.eos_tokens(model)
-        self.engine = TransformersEngine(model.to(device), eos, self.plan.rollout.concurrency)
+        model = model.to(torch.device("cpu" if on_cpu else "cuda"))
+        self.engine: Engine = TransformersEngine(model, eos, plan.rollout.concurrency)
         self._sleep()
         return eos
 
-    def generate(self, requests: Sequence[Request], temperature: float | None) -> Generated:
+    def generate(self, requests: Requests, temperature: float | None) -> Generated:
         self._wake()
-        made = self.engine.generate(requests, temperature)
+        lengths, tokens, log_probs = self.engine.generate(requests, temperature)
         self._sleep()
-        return Generated(
-            lengths=np.array([len(tokens) for tokens, _ in made], dtype=np.int32),
-            tokens=np.array([token for tokens, _ in made for token in tokens], dtype=np.int32),
-            log_probs=np.array([value for _, values in made for value in values], dtype=np.float32),
-            weights_version=self.version,
-        )
+        return Generated(lengths=lengths, tokens=tokens, log_probs=log_probs, weights_version=self.version)
 
     def install(self, gathered: Sequence[ray.ObjectRef], version: int) -> None:
         """Take over weights from the object store as the given version."""
@@ -73,12 +64,12 @@ class EngineWorker(Worker):
         self.version = version
 
     def _wake(self) -> None:
-        if self.plan.rollout.offload:
+        if self.offload:
             with self.part("wake"):
                 self.engine.wake()
 
     def _sleep(self) -> None:
-        if self.plan.rollout.offload:
+        if self.offload:
             with self.part("wake"):
                 self.engine.sleep()
 
@@ -106,28 +97,30 @@ class TransformersEngine:
         if self.device.type != "cpu":
             self.model.to(self.device)
 
-    def generate(self, requests: Sequence[Request], temperature: float | None) -> list[tuple[list[int], list[float]]]:
-        made: list[tuple[list[int], list[float]]] = []
+    def generate(self, requests: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        waves = []
         for begin in range(0, len(requests), self.concurrency):
-            made += self._wave(requests[begin : begin + self.concurrency], temperature)
-        return made
+            rows = np.arange(begin, min(begin + self.concurrency, len(requests)))
+            waves.append(self._wave(requests.take(rows), temperature))
+        empty = np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.int32), np.zeros(0, dtype=np.float32)
+        lengths, tokens, log_probs = (np.concatenate(parts) for parts in zip(empty, *waves, strict=True))
+        return lengths, tokens, log_probs
 
     @torch.inference_mode()
-    def _wave(self, requests: Sequence[Request], temperature: float | None) -> list[tuple[list[int], list[float]]]:
+    def _wave(self, requests: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """Decode some sequences together until the last one ends; the ended ones leave the batch now and then."""
         tokens, mask = self._left_padded(requests)
-        budget = torch.tensor([request.max_tokens for request in requests], device=self.device)
-        exact = torch.tensor([request.exact for request in requests], device=self.device)
-        uniform = torch.tensor(_uniform(requests), device=self.device) if temperature else None
-        longest = int(budget.max())
-        out_tokens = torch.zeros((len(requests), longest), dtype=torch.long, device=self.device)
-        out_log_probs = torch.zeros((len(requests), longest), device=self.device)
-        lengths = torch.zeros(len(requests), dtype=torch.long, device=self.device)
+        count, longest = len(requests), int(requests.max_tokens.max())
+        budget, exact = self._tensor(requests.max_tokens), self._tensor(requests.exact)
+        uniform = self._tensor(_uniform(requests.keys, longest)) if temperature else None
+        out_tokens = torch.zeros((count, longest), dtype=torch.long, device=self.device)
+        out_log_probs = torch.zeros((count, longest), device=self.device)
+        lengths = torch.zeros(count, dtype=torch.long, device=self.device)
 
         cache = DynamicCache(config=self.model.config)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        rows = torch.arange(len(requests), device=self.device)  # of the sequences in the batch
-        alive = torch.ones(len(requests), dtype=torch.bool, device=self.device)  # of the batch: still decoding
+        rows = torch.arange(count, device=self.device)  # of the sequences in the batch
+        alive = torch.ones(count, dtype=torch.bool, device=self.device)  # of the batch: still decoding
         for position in range(longest):
             logits = self.model(
                 input_ids=tokens,
@@ -152,30 +145,27 @@ class TransformersEngine:
             if 2 * left <= len(rows):
                 keep = alive.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                tokens, positions, mask, rows, alive = (
-                    tokens[keep],
-                    positions[keep],
-                    mask[keep],
-                    rows[keep],
-                    alive[keep],
-                )
-        ends = lengths.tolist()
-        return [(out_tokens[row, :end].tolist(), out_log_probs[row, :end].tolist()) for row, end in enumerate(ends)]
+                tokens, positions, mask = tokens[keep], positions[keep], mask[keep]
+                rows, alive = rows[keep], alive[keep]
+        real = torch.arange(longest, device=self.device) < lengths[:, None]
+        found = lengths.int(), out_tokens[real].int(), out_log_probs[real]
+        ours, theirs, log_probs = (tensor.cpu().numpy() for tensor in found)
+        return ours, theirs, log_probs
 
-    def _left_padded(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        longest = max(len(request.prompt) for request in requests)
-        tokens = np.zeros((len(requests), longest), dtype=np.int64)
-        mask = np.zeros_like(tokens)
-        for row, request in enumerate(requests):
-            tokens[row, longest - len(request.prompt) :] = request.prompt
-            mask[row, longest - len(request.prompt) :] = 1
-        return torch.tensor(tokens, device=self.device), torch.tensor(mask, device=self.device)
+    def _left_padded(self, requests: Requests) -> tuple[Tensor, Tensor]:
+        """Tokens and attention mask `[n, longest prompt]`."""
+        longest = int(requests.lengths.max())
+        begin = longest - requests.lengths
+        tokens = pad(requests.tokens, requests.lengths, longest, begin)
+        return self._tensor(tokens).long(), self._tensor(np.arange(longest) >= begin[:, None]).long()
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.tensor(array, device=self.device)
 
 
-def _uniform(requests: Sequence[Request]) -> NDArray[np.float64]:
-    """`[requests, positions]` in [0, 1), each row fixed by the key of its request."""
-    longest = max(request.max_tokens for request in requests)
-    return np.stack([np.random.default_rng(request.key).random(longest) for request in requests])
+def _uniform(keys: NDArray[np.int64], positions: int) -> NDArray[np.float64]:
+    """`[n, positions]` in [0, 1), each row fixed by its key."""
+    return np.stack([np.random.default_rng(key).random(positions) for key in keys.tolist()])
 
 
 def _invert(log_p: Tensor, uniform: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from executor import ppo
 from executor.data import Prompts, PromptSource, Sequences, assign, collate, join, minibatches, spread
+from executor.pools import Fleet
 from executor.processes import Processes
 from executor.trainer import COLUMNS, Minibatch
 from executor.worker import Outcome, Record, ask
@@ -38,11 +39,11 @@ class Training:
     """A plan's processes and the data of the steps under way. Each call is a method of its name; it waits for its
     processes and returns their records and its tokens."""
 
-    def __init__(self, plan: Plan, prompts: PromptSource) -> None:
+    def __init__(self, plan: Plan, prompts: PromptSource, fleet: Fleet | None = None) -> None:
         self.plan, self.workload, self.settings, self.prompts = plan, plan.workload, plan.workload.ppo, prompts
         self.steps: dict[int, StepData] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
-        self.processes = Processes(plan)
+        self.processes = Processes(plan, fleet)
 
     def run(self, task: Task) -> Done:
         call = getattr(self, task.call.name)
@@ -135,10 +136,11 @@ class Training:
     # --- what they share ---
 
     def _generate(self, task: Task, prompts: Prompts, temperature: float | None) -> tuple[Sequences, Outcome]:
-        shares = assign(prompts.requests, len(self.processes.engines), self.workload.response.longest)
-        each = [([prompts.requests[row] for row in rows], temperature) for rows in shares]
-        outcome = ask(self.processes.engines, "generate", each=each)
-        sequences = collate(prompts.requests, shares, outcome.results)
+        requests, engines = prompts.requests, self.processes.engines
+        shares = assign(requests.lengths, len(engines), self.workload.response.longest)
+        each = [(requests.take(rows), temperature) for rows in shares]
+        outcome = ask(engines, "generate", each=each)
+        sequences = collate(requests, shares, outcome.results)
         used = set(sequences.weights_versions.tolist())
         assert used == {task.weights_version}, f"sampled with weights {used}, the plan says {task.weights_version}"
         return sequences, outcome
@@ -170,9 +172,9 @@ class Training:
 
     def _ended(self, step: StepData) -> NDArray[np.bool_]:
         """[B]: whether the response is complete, not cut off."""
-        exact = np.array([request.exact for request in step.prompts.requests])
-        last = np.array([response[-1] if len(response) else -1 for response in step.sequences.responses()])
-        return exact | np.isin(last, self.processes.eos)
+        sequences = step.sequences
+        last = sequences.tokens[np.arange(len(sequences.lengths)), sequences.lengths - 1]
+        return step.prompts.requests.exact | np.isin(last, self.processes.eos)
 
     # --- between the calls ---
 
