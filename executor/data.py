@@ -1,6 +1,7 @@
 """Prompts in, batches of sequences out, and how a batch is spread over ranks and micro-batches. Plain numpy: what is
 here runs on the controller and travels through Ray's object store."""
 
+import heapq
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,13 +38,13 @@ class Requests:
         columns = self.keys[rows], self.max_tokens[rows], self.exact[rows]
         prompts = self.prompts()
         chosen = [prompts[row] for row in rows]
-        return _requests(chosen, *columns)
+        return make_requests(chosen, *columns)
 
     def prompts(self) -> list[Ints]:
         return _split(self.tokens, self.lengths)
 
 
-def _requests(
+def make_requests(
     prompts: Sequence[Ints], keys: NDArray[np.int64], max_tokens: NDArray[Any], exact: NDArray[np.bool_]
 ) -> Requests:
     return Requests(
@@ -168,7 +169,7 @@ class Dataset:
         count = len(chosen)
         longest = np.full(count, self._workload.response.longest)
         tokens = [tokens for _, tokens in chosen]
-        requests = _requests(tokens, _keys(count, *key), longest, np.zeros(count, dtype=bool))
+        requests = make_requests(tokens, _keys(count, *key), longest, np.zeros(count, dtype=bool))
         lines = [line for line, _ in chosen]
         return Prompts(requests=requests, texts=[x.prompt for x in lines], answers=[x.answer for x in lines])
 
@@ -192,7 +193,7 @@ class Synthetic:
         rng = np.random.default_rng((workload.seed, step, 2))
         tokens = [rng.integers(workload.actor.shape.vocab, size=n, dtype=np.int32) for n in prompts.tolist()]
         keys = _keys(workload.batch, workload.seed, step)
-        requests = _requests(tokens, keys, responses, np.ones(workload.batch, dtype=bool))
+        requests = make_requests(tokens, keys, responses, np.ones(workload.batch, dtype=bool))
         return Prompts(requests=requests, texts=self.decode(tokens), answers=[None] * len(tokens))
 
     def evaluation(self) -> Prompts:
@@ -296,31 +297,28 @@ def minibatches(count: int, size: int, *key: int) -> list[Rows]:
 
 
 def spread(rows: Rows, lengths: Ints, ranks: int, micro_batch_tokens: int) -> list[list[Rows]]:
-    """Rows over ranks, balanced by tokens, and within each rank into micro-batches of at most `micro_batch_tokens`
-    tokens with their padding (or a single sequence). Every rank gets the same number of micro-batches, some perhaps
-    empty: their collectives must match."""
+    """Rows over ranks, and within each rank into micro-batches of at most `micro_batch_tokens` tokens (or a single
+    sequence), both balanced by tokens. Every rank gets the same number of micro-batches, some perhaps empty: their
+    collectives must match."""
+    shares = _balance(rows, lengths, ranks)
+    parts = max(1, -(-max(int(lengths[share].sum()) for share in shares) // micro_batch_tokens))
+    while True:
+        micro = [_balance(share, lengths, parts) for share in shares]
+        if all(len(part) < 2 or lengths[part].sum() <= micro_batch_tokens for share in micro for part in share):
+            return micro
+        parts += 1
+
+
+def _balance(rows: Rows, lengths: Ints, parts: int) -> list[Rows]:
+    """Longest first, each to the part with the fewest tokens."""
     longest_first = rows[np.argsort(-lengths[rows], kind="stable")]
-    load = [0] * ranks
-    shares: list[list[tuple[int, int]]] = [[] for _ in range(ranks)]
+    load = [(0, part) for part in range(parts)]
+    found: list[list[int]] = [[] for _ in range(parts)]
     for row, length in zip(longest_first.tolist(), lengths[longest_first].tolist(), strict=True):
-        rank = load.index(min(load))
-        shares[rank].append((row, length))
-        load[rank] += length
-    micro = [_micro_batches(share, micro_batch_tokens) for share in shares]
-    most = max(map(len, micro))
-    return [parts + [np.array([], dtype=np.int64)] * (most - len(parts)) for parts in micro]
-
-
-def _micro_batches(share: list[tuple[int, int]], tokens: int) -> list[Rows]:
-    """Of (row, length), longest first: greedy, with padding to the first sequence of each."""
-    parts: list[list[int]] = []
-    widest = 0
-    for row, length in share:
-        if not parts or (len(parts[-1]) + 1) * widest > tokens:
-            parts.append([])
-            widest = length
-        parts[-1].append(row)
-    return [np.array(part, dtype=np.int64) for part in parts]
+        tokens, part = load[0]
+        found[part].append(row)
+        heapq.heapreplace(load, (tokens + length, part))
+    return [np.array(part, dtype=np.int64) for part in found]
 
 
 def join(shares: Sequence[list[Rows]], outputs: Sequence[list[NDArray[np.float32]]], shape: tuple[int, ...]) -> Any:

@@ -159,8 +159,12 @@ def compile_blocks(model: PreTrainedModel) -> None:
 def eos_tokens(model: PreTrainedModel) -> list[int]:
     """The tokens that end a response; none for random weights."""
     found = getattr(model.generation_config, "eos_token_id", None)
-    found = model.config.eos_token_id if found is None else found
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    return listed(model.config.eos_token_id if found is None else found)
+
+
+def listed(tokens: int | list[int] | None) -> list[int]:
+    """Token ids as Hugging Face configurations hold them: one, several or none."""
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
 
 
 def export(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:

@@ -55,9 +55,9 @@ def check_engine(plan: Plan) -> None:
                 "the rollout's engine is vllm, which is not installed; "
                 "pip install 'splitplan[vllm]', or plan with engine transformers, or use --rehearse"
             )
-        raise UserError(
-            "the rollout's engine is vllm, which this version cannot run yet; plan with engine transformers"
-        )
+        if plan.device_of(rollout.pools[0]).kind == "cpu":
+            raise UserError("the rollout's engine is vllm, which needs GPUs; plan with engine transformers")
+        return
     if rollout.tensor_parallel != 1:
         raise UserError(
             f"roles.rollout: engine transformers runs on 1 GPU, not {rollout.tensor_parallel}; set tensor_parallel to 1"

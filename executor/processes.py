@@ -5,7 +5,9 @@ from dataclasses import replace
 from executor import pools
 from executor.reward import RewardWorker
 from executor.rollout import EngineWorker
+from executor.sync import WeightSync, channels
 from executor.trainer import Trainer
+from executor.vllm_engine import VllmWorker
 from executor.worker import Rank, ask
 from planner.spec.plan import Gpu, Plan
 from planner.spec.workload import RewardFunction
@@ -41,8 +43,9 @@ class Processes:
         for pool in dict.fromkeys(layout.pools[0] for layout in self.plan.trainers.values()):
             ranks = [self.fleet.process(Trainer, (gpu,)) for gpu in self.plan.pools[pool].gpus]
             self.trainers[pool] = [replace(r, name=f"trainer {i} of pool {pool}") for i, r in enumerate(ranks)]
+        worker = VllmWorker if self.plan.rollout.engine == "vllm" else EngineWorker
         for number, (pool, gpus) in enumerate(self._engine_gpus()):
-            engine = self.fleet.process(EngineWorker, gpus)
+            engine = self.fleet.process(worker, gpus)
             self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
         if isinstance(self.plan.workload.reward, RewardFunction):
             self.judge.append(replace(self.fleet.process(RewardWorker, ()), name="the reward function's process"))
@@ -67,9 +70,17 @@ class Processes:
         ask(everyone, "configure", plan, each=[(pool, i) for pool, _, i in trainers])
         address = {pool: ask(ranks[:1], "listen").results[0] for pool, ranks in self.trainers.items()}
         ask(everyone, "join", each=[address[pool] for pool, _, _ in trainers])
-        ask(everyone, "load")
-        engines = ask(self.engines, "start", plan, each=[(pool,) for pool, _ in self._engine_gpus()])
-        self.eos: list[int] = engines.results[0]
+        vllm = plan.rollout.engine == "vllm"
+        ask(
+            [*everyone, *self.engines] if vllm else everyone, "load"
+        )  # of vLLM, which measures free memory, the library
+        pools_of, gpus_of = zip(*self._engine_gpus(), strict=True)
+        ways = channels(plan, gpus_of)
+        each = [(pool, way) if vllm else (pool,) for pool, way in zip(pools_of, ways, strict=True)]
+        self.eos: list[int] = ask(self.engines, "start", plan, each=each).results[0]
+        self.sync = WeightSync(plan, self.of("actor"), self.engines, ways) if vllm else None
+        if self.sync is not None:
+            self.sync(0)
         ask(self.judge, "load", plan.workload.reward)
 
     def close(self) -> None:

@@ -1,11 +1,13 @@
 """The trainer process: one per GPU, host to all training and inference roles of its pool (FSDP2)."""
 
+import collections
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -14,12 +16,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from executor import models, ppo, weights
+from executor import models, ppo, vllm_engine, weights
 from executor.data import Rows, Sequences
+from executor.offload import Parking
 from executor.packing import Packed, pack
+from executor.weights import Described
 from executor.worker import Worker
 from planner.spec.plan import Plan, TrainerRole
 
@@ -43,6 +47,8 @@ class Hosted:
     module: nn.Module
     optimizer: torch.optim.Optimizer | None
     version: int = 0  # updates in its weights
+    weights: Parking = field(default_factory=Parking)
+    moments: Parking = field(default_factory=Parking)
 
 
 class Trainer(Worker):
@@ -113,7 +119,9 @@ class Trainer(Worker):
             optimizer = torch.optim.AdamW(
                 module.parameters(), lr=lr, weight_decay=workload.ppo.weight_decay, fused=True
             )
-        return Hosted(layout=layout, module=module, optimizer=optimizer)
+        hosted = Hosted(layout=layout, module=module, optimizer=optimizer)
+        self._rest(hosted, moments=False)
+        return hosted
 
     # --- calls ---
 
@@ -126,7 +134,6 @@ class Trainer(Worker):
         (sequences,) = self.fetch(refs)
         with self._awake(role, version) as hosted:
             hosted.module.eval()
-            outputs = []
             outputs = [hosted.module(pack(sequences, rows, self.device)) for rows in micro_batches]
             return [output.cpu().numpy() for output in outputs]
 
@@ -136,7 +143,7 @@ class Trainer(Worker):
         """An optimizer step per minibatch, which makes the weights of this version out of the one before; this rank's
         sums of the loss statistics, and the gradient norm."""
         sequences, further = self.fetch(refs)
-        with self._awake(role, version - 1) as hosted:
+        with self._awake(role, version - 1, train=True) as hosted:
             hosted.module.train()
             stats = [self._step(role, hosted, sequences, further, minibatch) for minibatch in minibatches]
             hosted.version = version
@@ -215,6 +222,44 @@ class Trainer(Worker):
             arrays = weights.gather(hosted.module.model, keep=self.rank == 0)
         return None if arrays is None else ray.put(arrays)
 
+    # --- the actor's weights to engines on GPUs; see `sync.py` ---
+
+    def describe_weights(self) -> list[Described]:
+        return weights.describe(self.roles["actor"].module)
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Where to form a group: this host and a free port of it."""
+        return ray.util.get_node_ip_address(), vllm_engine.free_port()
+
+    def join_group(self, host: str, port: int, world: int, _: int) -> None:
+        """Form the NCCL group with the GPUs of the engines elsewhere. Returns when all have joined."""
+        self.group = vllm_engine.connect_sender(host, port, world)
+
+    def broadcast_weights(self, version: int, _: list[Described]) -> None:
+        """Send the weights of this version to that group, from the rank that is in it."""
+        with self._awake("actor", version) as hosted:
+            gathered = weights.compute_weights(hosted.module)
+            if self.rank == 0:
+                vllm_engine.send(self.group, gathered)
+            else:
+                collections.deque(gathered, maxlen=0)
+
+    def open_window(self, chunks: list[list[Described]]) -> dict[str, Any]:
+        """Make a buffer from which the engine on this GPU reads weights; its handle."""
+        self.window = weights.Window(chunks)
+        return self.window.handles
+
+    def begin_weights(self, version: int) -> None:
+        """Before the first of the chunks that make up the weights of this version."""
+        self.sending = contextlib.ExitStack()
+        self.hosted = self.sending.enter_context(self._awake("actor", version))
+
+    def fill_window(self, chunk: list[Described]) -> None:
+        self.window.fill(self.hosted.module, chunk)
+
+    def end_weights(self) -> None:
+        self.sending.close()
+
     def export(self, role: str, directory: Path) -> None:
         """Write the role as a Hugging Face directory, from rank 0."""
         with self._awake(role, None) as hosted:
@@ -232,31 +277,40 @@ class Trainer(Worker):
     # --- offloading ---
 
     @contextlib.contextmanager
-    def _awake(self, role: str, version: int | None) -> Iterator[Hosted]:
-        """The role on its device, its weights of this version; what its layout offloads while idle comes and goes
-        here."""
+    def _awake(self, role: str, version: int | None, train: bool = False) -> Iterator[Hosted]:
+        """The role on its device, its weights of this version, ready to `train` or not; what its layout offloads while
+        idle comes and goes here. An engine that sleeps on the same GPU finds all that is free when it wakes."""
         hosted = self.roles[role]
         assert version in (None, hosted.version), f"{role} has weights {hosted.version}, the plan says {version}"
-        if hosted.layout.offload == "none":
-            yield hosted
-            return
-        with self.part("wake"):
-            self._move(hosted, self.device)
+        if hosted.layout.offload != "none" and not self.on_cpu:
+            with self.part("wake"):
+                hosted.weights.fetch()
+                if train:
+                    hosted.moments.fetch()
         yield hosted
-        with self.part("wake"):
-            self._move(hosted, torch.device("cpu"))
+        self._rest(hosted, train)
 
-    def _move(self, hosted: Hosted, device: torch.device) -> None:
+    def _rest(self, hosted: Hosted, moments: bool) -> None:
         if self.on_cpu:
             return
-        if hosted.layout.offload == "all":
-            hosted.module.to(device)
-        if hosted.optimizer is not None:
-            for state in hosted.optimizer.state.values():
-                for name, value in state.items():
-                    if isinstance(value, Tensor) and value.dim():
-                        state[name] = value.to(device)
-        self.synchronize()
+        if hosted.layout.offload != "none":
+            with self.part("wake"):
+                if hosted.layout.offload == "all":
+                    reshard(hosted.module)
+                    hosted.weights.park(hosted.module.parameters())
+                if hosted.optimizer is not None and moments:
+                    states = hosted.optimizer.state.values()
+                    hosted.moments.park(x for state in states for x in state.values() if x.dim())
+        if self.plan.rollout.offload and self.pool in self.plan.rollout.pools:
+            self.synchronize()
+            torch.cuda.empty_cache()
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what FSDP keeps gathered after a forward pass."""
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def _mesh(layout: TrainerRole, device: str) -> DeviceMesh:

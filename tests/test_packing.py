@@ -10,6 +10,7 @@ from transformers import Qwen2ForCausalLM
 
 from executor import lm_head, models, ppo
 from executor.data import Sequences
+from executor.offload import Parking
 from executor.packing import Packed, hidden_states, pack, packed_attention, use_packed_attention
 from planner.spec.workload import Shape
 
@@ -134,3 +135,15 @@ def test_log_probs_in_bfloat16_are_close_to_those_in_float32() -> None:
     (exact, exact_gradient), (rough, rough_gradient) = both(torch.float32), both(torch.bfloat16)
     assert rough.dtype == torch.float32 and (rough - exact).abs().max() < 0.05
     assert (rough_gradient.float() - exact_gradient).norm() < 0.02 * exact_gradient.norm()
+
+
+def test_parked_tensors_come_back() -> None:
+    tensors = [torch.rand(5), torch.rand(3, 2)]
+    tensors.append(tensors[0][1:3])  # a view of another one
+    before = [tensor.clone() for tensor in tensors]
+    parking = Parking()
+    for _ in range(2):
+        parking.park(tensors)
+        assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
+        parking.fetch()
+        assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))

@@ -1,0 +1,56 @@
+"""`sync_weights`: the actor's weights to every vLLM engine, by the way that reaches it."""
+
+from collections.abc import Sequence
+
+from executor.vllm_engine import Channel
+from executor.weights import Described, in_chunks
+from executor.worker import Rank, Record, ask
+from planner.spec.plan import Gpu, Plan
+
+
+def channels(plan: Plan, engines: Sequence[tuple[Gpu, ...]]) -> list[Channel]:
+    """How each engine, given its GPUs, gets its weights: from the actor's ranks on the same GPUs through CUDA IPC, else
+    from the actor's first rank over NCCL, which cannot join two processes of one GPU."""
+    layout = plan.trainers["actor"]
+    actor = set(plan.pools[layout.pools[0]].gpus[: layout.gpus])
+    return ["ipc" if actor.issuperset(gpus) else "nccl" for gpus in engines]
+
+
+class WeightSync:
+    """The ways from the actor's ranks to the engines, opened once. A rollout that spans the actor's pool and another
+    one gets its weights in two turns, because each way needs the shards gathered."""
+
+    def __init__(self, plan: Plan, actors: list[Rank], engines: list[Rank], ways: Sequence[Channel]) -> None:
+        self.actors = actors
+        self.weights: list[Described] = ask(actors[:1], "describe_weights").results[0]
+        self.chunks = in_chunks(self.weights)
+        self.beside = [engine for engine, way in zip(engines, ways, strict=True) if way == "ipc"]
+        self.elsewhere = [engine for engine, way in zip(engines, ways, strict=True) if way == "nccl"]
+        if self.elsewhere:
+            self._form_group(plan.rollout.tensor_parallel)
+        if self.beside:
+            windows = ask(actors, "open_window", self.chunks).results
+            self.handles = {gpu: handle for window in windows for gpu, handle in window.items()}
+
+    def _form_group(self, tensor_parallel: int) -> None:
+        """The sender is rank 0; each engine has as many ranks as GPUs."""
+        host, port = ask(self.actors[:1], "rendezvous").results[0]
+        world = 1 + tensor_parallel * len(self.elsewhere)
+        first = [0, *range(1, world, tensor_parallel)]
+        members = [self.actors[0], *self.elsewhere]
+        ask(members, "join_group", host, port, world, each=[(rank,) for rank in first])
+
+    def __call__(self, version: int) -> list[Record]:
+        """Install the actor's weights of this version in all engines."""
+        records: list[Record] = []
+        if self.elsewhere:
+            members = [*self.actors, *self.elsewhere]
+            records += ask(members, "broadcast_weights", version, self.weights).records
+        if self.beside:
+            members = [*self.actors, *self.beside]
+            records += ask(members, "begin_weights", version).records
+            for chunk in self.chunks:
+                records += ask(self.actors, "fill_window", chunk).records
+                records += ask(self.beside, "read_window", chunk, self.handles).records
+            records += ask(members, "end_weights").records
+        return records

@@ -1,0 +1,246 @@
+"""All that knows vLLM: generation with it, and both ends of its weight transfer.
+
+vLLM's engine runs inside of the worker's process, so it ends when that does; with tensor parallelism its further
+processes watch for that. Weights come by NCCL from a trainer on another GPU, or by CUDA IPC from the one that shares
+the GPU.
+"""
+
+import gc
+import itertools
+import os
+import socket
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig
+
+from executor import models
+from executor.data import Ints, Requests
+from executor.rollout import EngineWorker
+from executor.weights import Described
+from planner.spec.plan import Plan
+from planner.spec.workload import Model
+
+Channel = Literal["ipc", "nccl"]
+PACKED_BYTES = 512 * 2**20  # of one broadcast; vLLM keeps two of them on each side
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine dies with the process it is in
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it returns no processed log-probs
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # NVLink multicast is not everywhere allowed
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+class VllmEngine:
+    """vLLM with one version of the weights at a time; none to begin with, so the first thing is a transfer.
+
+    While asleep it holds neither KV cache nor weights, if `drop_weights`, for then a transfer comes before it generates
+    again; else a copy of them in host memory."""
+
+    def __init__(self, plan: Plan, channel: Channel, *, drop_weights: bool = True) -> None:
+        os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+        from vllm import LLM
+        from vllm.config import WeightTransferConfig
+
+        rollout, workload = plan.rollout, plan.workload
+        self.eos = eos_tokens(workload.actor)
+        self._drop_weights, self._awake = drop_weights, {"weights", "kv_cache"}
+        with tempfile.TemporaryDirectory() as directory:
+            _write_config(workload.actor, Path(directory))
+            self.llm = LLM(
+                model=directory,
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype="bfloat16",
+                tensor_parallel_size=rollout.tensor_parallel,
+                distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
+                gpu_memory_utilization=rollout.memory_fraction,
+                max_model_len=workload.longest,
+                max_num_seqs=rollout.concurrency,
+                max_cudagraph_capture_size=max(8, rollout.concurrency),
+                logprobs_mode="processed_logprobs",
+                enable_sleep_mode=rollout.offload,
+                weight_transfer_config=WeightTransferConfig(backend=channel),
+            )
+        gc.freeze()  # what the engine consists of stays; collecting must not look at it at every step
+
+    def generate(self, requests: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        prompts: Any = [{"prompt_token_ids": prompt.tolist()} for prompt in requests.prompts()]
+        params = self._sampling(requests, temperature)
+        outputs = [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
+        lengths = np.array([len(output.token_ids) for output in outputs], dtype=np.int32)
+        total = int(lengths.sum())
+        tokens = np.fromiter(itertools.chain.from_iterable(o.token_ids for o in outputs), np.int32, total)
+        flat = itertools.chain.from_iterable(o.logprobs.logprobs for o in outputs)  # one per token
+        return lengths, tokens, np.fromiter(flat, np.float32, total)
+
+    def _sampling(self, requests: Requests, temperature: float | None) -> list[Any]:
+        from vllm import SamplingParams
+
+        rows = zip(requests.keys, requests.max_tokens.tolist(), requests.exact.tolist(), strict=True)
+        return [
+            SamplingParams(
+                temperature=temperature or 0.0,
+                seed=int(np.random.SeedSequence(key.tolist()).generate_state(1, np.uint64)[0] >> 1),
+                max_tokens=max_tokens,
+                ignore_eos=True,
+                stop_token_ids=None if exact else self.eos,
+                logprobs=0,  # of the token itself, and of no other
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for key, max_tokens, exact in rows
+        ]
+
+    # --- memory ---
+
+    def sleep(self) -> None:
+        self.llm.sleep(level=2 if self._drop_weights else 1)
+        self._awake = set()
+
+    def wake(self, *parts: str) -> None:
+        """Bring back what sleeps of these parts (weights, kv_cache); of all without any."""
+        missing = [part for part in parts or ("weights", "kv_cache") if part not in self._awake]
+        if missing:
+            self.llm.wake_up(missing)
+            self._awake.update(missing)
+
+    # --- weights ---
+
+    def connect(self, host: str, port: int, rank: int, world: int) -> None:
+        """Join the sender's NCCL group with this engine's GPUs as ranks from `rank` on. Returns when all have."""
+        info = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": world}
+        self.llm.init_weight_transfer_engine({"init_info": info})
+
+    def begin(self) -> None:
+        """New weights will come, all of them, until `end`."""
+        self.llm.start_weight_update()
+
+    def receive(self, weights: Sequence[Described]) -> None:
+        """All weights, from the NCCL group's sender."""
+        info = {**_names(weights), "packed": True, "packed_buffer_size_bytes": PACKED_BYTES}
+        self.llm.update_weights({"update_info": info})
+
+    def read(self, weights: Sequence[Described], handles: dict[str, Any]) -> None:
+        """Some weights, end to end in a buffer on each of the engine's GPUs; its CUDA IPC handle by GPU."""
+        sizes = [weight.bytes for weight in weights]
+        info = {**_names(weights), "packed": True, "tensor_sizes": sizes, "ipc_handles": handles}
+        self.llm.update_weights({"update_info": info})
+
+    def end(self) -> None:
+        self.llm.finish_weight_update()
+        self.llm.reset_prefix_cache()
+
+
+class VllmWorker(EngineWorker):
+    """The process of a vLLM engine, on all of its GPUs."""
+
+    engine: VllmEngine
+
+    def synchronize(self) -> None:
+        """vLLM returns when it has done."""
+
+    def load(self) -> None:
+        """Load the library, which takes long and needs no GPU."""
+        os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+        import vllm  # noqa: F401
+
+    def start(self, plan: Plan, pool: str, channel: Channel = "nccl") -> list[int]:
+        """Become an engine of a plan, without weights yet; the tokens that end a response."""
+        self.offload, self.version = plan.rollout.offload, -1
+        self.engine = VllmEngine(plan, channel, drop_weights="evaluate" not in plan.dataflow.names)
+        self._sleep()
+        return self.engine.eos
+
+    def join_group(self, host: str, port: int, world: int, rank: int) -> None:
+        self.engine.connect(host, port, rank, world)
+
+    def broadcast_weights(self, version: int, weights: Sequence[Described]) -> None:
+        """Take over what the group's sender broadcasts."""
+        self.begin_weights(version)
+        with self.part("transfer"):
+            self.engine.receive(weights)
+        self.end_weights()
+
+    def begin_weights(self, version: int) -> None:
+        """Before the first of the chunks that make up the weights of this version."""
+        if self.offload:
+            with self.part("wake"):
+                self.engine.wake("weights")
+        self.engine.begin()
+        self.coming = version
+
+    def read_window(self, chunk: Sequence[Described], handles: dict[str, Any]) -> None:
+        with self.part("transfer"):
+            self.engine.read(chunk, handles)
+
+    def end_weights(self) -> None:
+        self.engine.end()
+        self.version = self.coming
+
+
+# --- the sender's end ---
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def connect_sender(host: str, port: int, world: int) -> Any:
+    """The NCCL group of a sender (rank 0) and the GPUs of its receivers. Returns when all have joined."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    info = {"master_address": host, "master_port": port, "world_size": world}
+    return NCCLWeightTransferEngine.trainer_init(info)
+
+
+def send(group: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Broadcast weights, which must be ready when they are yielded: they are packed on other streams."""
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    settings = {"group": group, "packed": True, "packed_buffer_size_bytes": PACKED_BYTES}
+    NCCLWeightTransferEngine.trainer_send_weights(weights, settings)
+
+
+# --- the model ---
+
+
+def eos_tokens(model: Model) -> list[int]:
+    """The tokens that end a response; none for random weights."""
+    if model.path is None:
+        return []
+    if (model.path / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(model.path, local_files_only=True).eos_token_id
+        if found is not None:
+            return models.listed(found)
+    return models.listed(AutoConfig.from_pretrained(model.path, local_files_only=True).eos_token_id)
+
+
+def _write_config(model: Model, directory: Path) -> None:
+    """All that vLLM needs to know of a model before it has weights."""
+    if model.path is not None:
+        config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
+    else:
+        config = models.config_of(model.shape)
+        config.architectures = ["Qwen2ForCausalLM"]
+    config.dtype = torch.bfloat16
+    config.save_pretrained(directory)
+
+
+def _names(weights: Sequence[Described]) -> dict[str, Any]:
+    return {
+        "names": [weight.name for weight in weights],
+        "dtype_names": ["bfloat16"] * len(weights),
+        "shapes": [list(weight.shape) for weight in weights],
+    }
