@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -61,11 +62,23 @@ def _start_private(cpus: int | None, directory: Path) -> None:
 
 
 def _connect(address: str) -> None:
+    if address != "auto":
+        _check_listens(address)  # Ray would try for minutes
     try:
         ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **_quiet())
     except (ConnectionError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"no Ray cluster at {address} ({reason}); start one with `ray start --head`") from None
+        raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); {_START}") from None
+
+
+_START = "start one with `ray start --head` and give its host:port"
+
+
+def _check_listens(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"no Ray cluster at {address} ({error}); {_START}") from None
 
 
 def _quiet() -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What several test modules share: small plans written by hand, and one Ray session."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,6 +140,36 @@ def split(workload: Workload, **more: Any) -> Plan:
     return make_plan(
         workload, {"a": 1, "b": 1}, {r: home[r] for r in ROLES if r in workload.roles}, name="split", **more
     )
+
+
+WORDS = ["<pad>", "<eos>", *(str(number) for number in range(SHAPE["vocab"] - 2))]
+
+
+@pytest.fixture(scope="session")
+def model_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Hugging Face directories of a tiny actor (with a tokenizer of numbers) and a tiny reward model."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    from executor import models
+    from planner.spec.workload import Model
+
+    found = {}
+    for role in ("actor", "reward"):
+        model = models.load(role, Model(shape=SHAPE, random_weights=True), 1, torch.float32)
+        model.config.eos_token_id = 1
+        if role == "actor":
+            model.generation_config.eos_token_id = 1
+        found[role] = tmp_path_factory.mktemp(role)
+        model.save_pretrained(found[role])
+    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer.save_pretrained(found["actor"])
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,165 @@
+"""Prompts, batches and how they are spread; every mistake in a dataset is named by file and line."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_workload
+from hypothesis import given
+from hypothesis import strategies as st
+
+from executor.data import (
+    Dataset,
+    Generated,
+    Synthetic,
+    assign,
+    collate,
+    join,
+    minibatches,
+    read_lines,
+    spread,
+)
+from planner.spec.errors import UserError
+
+GOOD = '{"prompt": "1 2", "answer": "2"}'
+
+
+class Words:
+    """A tokenizer: a word is a number."""
+
+    def __call__(self, texts: list[str], return_attention_mask: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+
+    def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return [" ".join(map(str, row)) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("bad", "what"),
+    [
+        ("", "empty line"),
+        ("{", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[1]", "prompt"),
+        ('{"prompt": ""}', "prompt"),
+        ('{"prompt": 3}', "prompt"),
+        ('{"prompt": "1", "answer": 2}', "answer"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, bad: str, what: str) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_text(f"{GOOD}\n{bad}\n{GOOD}\n")
+    with pytest.raises(UserError, match=what) as error:
+        read_lines(file)
+    assert f"{file}:2: " in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_dataset_that_is_empty_or_missing_or_lacks_answers(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    with pytest.raises(UserError, match="No such file"):
+        read_lines(file)
+    file.write_text("")
+    with pytest.raises(UserError, match="empty"):
+        read_lines(file)
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_lines(file)
+    file.write_text('{"prompt": "1"}\n')
+    assert read_lines(file)[0].answer is None
+    with pytest.raises(UserError, match=r":1: .*answer"):
+        read_lines(file, need_answer=True)
+
+
+def dataset(tmp_path: Path, prompts: list[str], **changes: Any) -> Dataset:
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
+    return Dataset(make_workload(data={"train": file}, **changes), Words())
+
+
+def test_a_prompt_that_is_too_long_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"train.jsonl:2: the prompt has 6 tokens"):
+        dataset(tmp_path, ["1 2 3 4 5", "1 2 3 4 5 6"])
+
+
+def test_each_prompt_comes_once_per_epoch_in_an_order_that_the_seed_fixes(tmp_path: Path) -> None:
+    prompts = [str(number) for number in range(12)]
+    source = dataset(tmp_path, prompts, batch=8)
+    drawn = [text for step in range(3) for text in source.step(step).texts]
+    assert sorted(drawn[:12]) == sorted(drawn[12:]) == sorted(prompts)
+    assert drawn[:12] != drawn[12:] and drawn != prompts * 2
+    assert [text for step in range(3) for text in dataset(tmp_path, prompts, batch=8).step(step).texts] == drawn
+    assert dataset(tmp_path, prompts, batch=8, seed=8).step(0).texts != drawn[:8]
+    assert source.step(1).requests.keys.tolist() == [[7, 1, row, 0] for row in range(8)]
+
+
+def test_random_prompts_have_the_lengths_of_the_workload() -> None:
+    requests = Synthetic(make_workload(batch=64)).step(2).requests
+    assert set(requests.lengths) == {5} and requests.exact.all()
+    assert 1 <= requests.max_tokens.min() < requests.max_tokens.max() <= 8
+    again = Synthetic(make_workload(batch=64)).step(2).requests
+    assert np.array_equal(requests.tokens, again.tokens) and np.array_equal(requests.max_tokens, again.max_tokens)
+
+
+def test_responses_come_back_in_the_order_of_their_requests() -> None:
+    requests = Synthetic(make_workload(batch=4)).step(0).requests
+    shares = [np.array([0, 2]), np.array([1, 3])]
+    made = [
+        Generated(
+            lengths=np.array(lengths, dtype=np.int32),
+            tokens=np.array(tokens, dtype=np.int32),
+            log_probs=-np.array(tokens, dtype=np.float32),
+            weights_version=version,
+        )
+        for lengths, tokens, version in (([2, 1], [10, 11, 30], 3), ([3, 0], [20, 21, 22], 4))
+    ]
+    batch = collate(requests, shares, made)
+    assert [row.tolist() for row in batch.responses()] == [[10, 11], [20, 21, 22], [30], []]
+    assert batch.log_probs.tolist() == [[-10, -11, 0], [-20, -21, -22], [-30, 0, 0], [0, 0, 0]]
+    assert batch.weights_versions.tolist() == [3, 4, 3, 4]
+    assert batch.mask.sum(1).tolist() == batch.response_lengths.tolist() == [2, 3, 1, 0]
+    prompts = [tokens[:5].tolist() for tokens in batch.tokens]
+    assert prompts == [prompt.tolist() for prompt in requests.prompts()]
+
+
+def test_requests_go_to_the_engine_with_the_fewest_outstanding_tokens() -> None:
+    lengths = np.array([50, 1, 1, 1, 1, 1], dtype=np.int32)
+    assert [rows.tolist() for rows in assign(lengths, 2, budget=10)] == [[0], [1, 2, 3, 4, 5]]
+    assert [rows.tolist() for rows in assign(lengths[1:], 2, budget=10)] == [[0, 2, 4], [1, 3]]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    ranks=st.integers(1, 5),
+    tokens=st.integers(10, 200),
+)
+def test_a_spread_has_every_row_once_within_the_tokens_and_equal_counts(
+    lengths: list[int], ranks: int, tokens: int
+) -> None:
+    sizes = np.array(lengths, dtype=np.int32)
+    rows = np.arange(len(lengths))
+    shares = spread(rows, sizes, ranks, tokens)
+    assert sorted(np.concatenate([part for share in shares for part in share]).tolist()) == rows.tolist()
+    assert len({len(share) for share in shares}) == 1
+    for share in shares:
+        for part in share:
+            assert len(part) <= 1 or len(part) * sizes[part].max() <= tokens
+    load = [sum(int(sizes[part].sum()) for part in share) for share in shares]
+    assert max(load) - min(load) <= max(lengths)
+
+
+def test_outputs_are_joined_where_they_belong() -> None:
+    shares = [[np.array([2]), np.array([0])], [np.array([1]), np.array([], dtype=np.int64)]]
+    outputs = [
+        [np.array([[1, 2]], dtype=np.float32), np.array([[3]], dtype=np.float32)],
+        [np.array([[4, 5, 6]], dtype=np.float32), np.array([[9]], dtype=np.float32)],
+    ]
+    assert join(shares, outputs, (3, 3)).tolist() == [[3, 0, 0], [4, 5, 6], [1, 2, 0]]
+
+
+def test_minibatches_are_a_partition_that_their_key_fixes() -> None:
+    parts = minibatches(12, 4, 7, 1, 0)
+    assert [len(part) for part in parts] == [4, 4, 4]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(12))
+    assert np.array_equal(parts, minibatches(12, 4, 7, 1, 0))
+    assert not np.array_equal(parts, minibatches(12, 4, 7, 2, 0))

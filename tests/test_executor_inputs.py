@@ -1,0 +1,144 @@
+"""Bad input to a run: one clear line, before anything is started, and nothing half-written."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import SHAPE, colocated, cpu_cluster, make_plan, make_workload, split
+
+from executor import preflight, reward, session
+from executor.pools import Fleet
+from executor.run import execute
+from planner.spec.cluster import make_cluster
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.workload import RewardFunction, Workload
+
+GOOD = "def f(prompts, responses, answers):\n    return [float(len(r)) for r in responses]\n"
+
+
+def write_reward(tmp_path: Path, code: str) -> RewardFunction:
+    (tmp_path / "reward.py").write_text(code)
+    return RewardFunction(function=f"{tmp_path}/reward.py:f")
+
+
+def refuse(workload: Workload) -> str:
+    with pytest.raises(UserError) as error:
+        preflight.check(colocated(workload, cores=1), local=True)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def with_path(path: Path, role: str = "actor") -> Workload:
+    return make_workload(**{role: {"shape": SHAPE, "path": path}})
+
+
+def test_a_reward_function_that_cannot_be_imported(tmp_path: Path) -> None:
+    missing = RewardFunction(function=f"{tmp_path}/none.py:f")
+    assert "no file" in refuse(make_workload(reward=missing))
+    (tmp_path / "reward.txt").write_text(GOOD)
+    assert "no Python file" in refuse(make_workload(reward=RewardFunction(function=f"{tmp_path}/reward.txt:f")))
+    assert "SyntaxError" in refuse(make_workload(reward=write_reward(tmp_path, "def f(:")))
+    assert "ZeroDivisionError" in refuse(make_workload(reward=write_reward(tmp_path, "1 / 0")))
+    assert "no function 'f'" in refuse(make_workload(reward=write_reward(tmp_path, "g = 1")))
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [
+        ("[1.0]", "1 rewards for 2 responses"),
+        ("[1.0, float('nan')]", "nan for prompt 'b'"),
+        ("[1.0, 'high']", "'high'"),
+        ("[1.0, [2.0]]", "finite number"),
+        ("3", "TypeError"),
+        ("responses[5]", "IndexError"),
+    ],
+)
+def test_a_reward_function_that_returns_the_wrong_thing(tmp_path: Path, body: str, what: str) -> None:
+    asked = write_reward(tmp_path, f"def f(prompts, responses, answers):\n    return {body}\n")
+    with pytest.raises(UserError, match="reward function") as error:
+        reward.score(asked, reward.load(asked), ["a", "b"], ["x", "yy"], [None, None])
+    assert what in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_good_reward_function_may_return_what_behaves_like_numbers(tmp_path: Path) -> None:
+    asked = write_reward(tmp_path, "import numpy\ndef f(p, r, a):\n    return numpy.arange(len(r))\n")
+    assert reward.score(asked, reward.load(asked), ["a", "b"], ["x", "yy"], [None, None]) == [0.0, 1.0]
+
+
+def test_model_directories_are_checked(tmp_path: Path, model_directories: dict[str, Path]) -> None:
+    actor = model_directories["actor"]
+    assert "config.json is missing" in refuse(with_path(tmp_path))
+    broken = tmp_path / "actor"
+    shutil.copytree(actor, broken)
+    (broken / "model.safetensors").unlink()
+    assert "no *.safetensors" in refuse(with_path(broken))
+    assert "ForCausalLM" in refuse(with_path(model_directories["reward"]))
+    assert "ForSequenceClassification" in refuse(with_path(actor, "reward"))
+    other = make_workload(actor={"shape": {**SHAPE, "layers": 3}, "path": actor})
+    assert "num_hidden_layers = 2" in refuse(other)
+    wide = {"shape": {**SHAPE, "vocab": 49}, "random_weights": True}
+    assert "vocabulary has 49" in refuse(make_workload(critic=wide))
+    shutil.copytree(actor, tmp_path / "custom")
+    config = json.loads((actor / "config.json").read_text())
+    (tmp_path / "custom/config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "m.py"}}))
+    assert "auto_map" in refuse(with_path(tmp_path / "custom"))
+
+
+def test_data_needs_a_tokenizer(tmp_path: Path, model_directories: dict[str, Path]) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1 2"}\n')
+    data: dict[str, Any] = {"train": tmp_path / "train.jsonl"}
+    assert "needs a tokenizer" in refuse(make_workload(data=data))
+    bare = tmp_path / "actor"
+    shutil.copytree(model_directories["actor"], bare)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).unlink()
+    model = {"shape": SHAPE, "path": bare}
+    assert "holds no tokenizer" in refuse(make_workload(actor=model, data=data))
+    (bare / "tokenizer.json").write_text("{")
+    assert "cannot be loaded" in refuse(make_workload(actor=model, data=data))
+
+
+def on_gpus() -> Plan:
+    roles = {"actor": "a", "rollout": "a", "reference": "a", "critic": "b", "reward": "b"}
+    cluster = make_cluster(16)
+    return make_plan(make_workload(), {"a": 4, "b": 4}, roles, cluster=cluster)
+
+
+def test_a_machine_without_the_gpus_is_told_about_rehearse(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs 8 GPUs of kind h200 and this machine has 0.*--rehearse"):
+        execute(on_gpus(), name="r", runs=tmp_path)
+    with pytest.raises(UserError, match=r"needs 64 cores.*--rehearse"):
+        execute(colocated(make_workload(), cores=64), name="r", runs=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_cannot_run_here_is_named() -> None:
+    vllm = colocated(make_workload(), cores=1, layouts={"rollout": {"engine": "vllm"}})
+    with pytest.raises(UserError, match="vllm"):
+        preflight.check_engine(vllm)
+    wide = colocated(make_workload(), layouts={"rollout": {"tensor_parallel": 2, "replicas": 1}})
+    with pytest.raises(UserError, match="tensor_parallel to 1"):
+        preflight.check_engine(wide)
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp"])
+def test_a_run_has_a_plain_name(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match="--name"):
+        execute(split(make_workload()), name=name, runs=tmp_path, rehearse=True, seconds=lambda task: 0.0)
+
+
+def test_more_gpus_than_ray_has(ray_two: None) -> None:
+    gpus = cpu_cluster(100).gpus
+    with pytest.raises(UserError, match=r"100 CPUs are needed and Ray has 16"):
+        Fleet(gpus, "CPU")
+    with pytest.raises(UserError, match=r"Ray's matching node has 0"):
+        Fleet(((0, 0), (1, 0)), "CPU")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "127.0.0.1:99999999"])
+def test_no_ray_at_the_address(address: str) -> None:
+    with pytest.raises(UserError, match="no Ray cluster at"):
+        session._connect(address)

@@ -1,0 +1,97 @@
+"""The transformers engine: it samples what the model says, whatever batch a sequence is in."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE
+
+from executor import models, weights
+from executor.data import Requests, make_requests
+from executor.rollout import TransformersEngine, _invert
+from planner.spec.workload import Model
+
+EOS = 5
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return models.load("actor", Model(shape=SHAPE, random_weights=True), 3, torch.float32)
+
+
+def requests(prompts: list[list[int]], max_tokens: int = 12, exact: bool = False, seed: int = 0) -> Requests:
+    keys = np.array([(seed, 0, row, 0) for row in range(len(prompts))])
+    arrays = [np.array(prompt, dtype=np.int32) for prompt in prompts]
+    return make_requests(arrays, keys, np.full(len(prompts), max_tokens), np.full(len(prompts), exact))
+
+
+PROMPTS = [[1, 2, 3], [4], [6, 7, 8, 9, 10], [11, 12]] * 3
+
+
+def responses(engine: TransformersEngine, asked: Requests, temperature: float | None) -> list[list[int]]:
+    lengths, tokens, _ = engine.generate(asked, temperature)
+    ends = np.cumsum(lengths)
+    return [tokens[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]
+
+
+def test_a_sequence_does_not_depend_on_the_batch_it_is_in(model: torch.nn.Module) -> None:
+    asked = requests(PROMPTS)
+    together = responses(TransformersEngine(model, [EOS], 64), asked, 1.0)
+    assert together == responses(TransformersEngine(model, [EOS], 5), asked, 1.0)
+    reverse = np.arange(len(PROMPTS))[::-1].copy()
+    assert together[::-1] == responses(TransformersEngine(model, [EOS], 64), asked.take(reverse), 1.0)
+    assert together != responses(TransformersEngine(model, [EOS], 64), requests(PROMPTS, seed=1), 1.0)
+
+
+def test_responses_end_at_end_of_sequence_or_at_the_limit(model: torch.nn.Module) -> None:
+    found = responses(TransformersEngine(model, [EOS, 17], 64), requests(PROMPTS * 8, max_tokens=20), 2.0)
+    ended = [response for response in found if response[-1] in (EOS, 17)]
+    assert ended and len(ended) < len(found)
+    assert all(not {EOS, 17} & set(response[:-1]) for response in found)
+    assert all(len(response) == 20 for response in found if response[-1] not in (EOS, 17))
+
+
+def test_exact_requests_ignore_end_of_sequence(model: torch.nn.Module) -> None:
+    everything = list(range(SHAPE["vocab"]))
+    asked = requests(PROMPTS, max_tokens=6, exact=True)
+    assert {len(response) for response in responses(TransformersEngine(model, everything, 64), asked, 1.0)} == {6}
+
+
+def test_without_a_temperature_it_generates_what_transformers_does_greedily(model: torch.nn.Module) -> None:
+    ours = responses(TransformersEngine(model, [], 64), requests(PROMPTS[:4]), None)
+    for prompt, response in zip(PROMPTS, ours, strict=False):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert response == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_log_probs_are_those_of_the_distribution_that_is_sampled(
+    model: torch.nn.Module, temperature: float
+) -> None:
+    asked = requests([[1, 2, 3]] * 4000, max_tokens=1)
+    _, tokens, log_probs = TransformersEngine(model, [], 4000).generate(asked, temperature)
+    with torch.no_grad():
+        expected = (model(torch.tensor([[1, 2, 3]])).logits[0, -1] / temperature).log_softmax(-1)
+    assert np.allclose(log_probs, expected[tokens.tolist()], atol=1e-5)
+    shares = np.bincount(tokens, minlength=SHAPE["vocab"]) / 4000
+    assert np.abs(shares - expected.exp().numpy()).max() < 0.02
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    log_p = torch.tensor([[float("-inf"), 0.5, float("-inf"), 0.5]]).log_softmax(-1)
+    ends = torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64)
+    assert _invert(log_p.expand(4, 4), ends).tolist() == [1, 1, 3, 3]
+
+
+def test_new_weights_are_used_and_must_be_the_same_parameters(model: torch.nn.Module) -> None:
+    other = models.load("actor", Model(shape=SHAPE, random_weights=True), 4, torch.float32)
+    engine = TransformersEngine(models.load("actor", Model(shape=SHAPE, random_weights=True), 3, torch.float32), [], 64)
+    before = responses(engine, requests(PROMPTS), None)
+    arrays = weights.gather(other, keep=True)
+    assert arrays is not None
+    engine.load(arrays)
+    assert responses(engine, requests(PROMPTS), None) != before
+    assert responses(engine, requests(PROMPTS), None) == responses(
+        TransformersEngine(other, [], 64), requests(PROMPTS), None
+    )
+    with pytest.raises(AssertionError, match="lm_head"):
+        engine.load({name: array for name, array in arrays.items() if "lm_head" not in name})
