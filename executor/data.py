@@ -90,6 +90,7 @@ class PromptSource(Protocol):
     def step(self, step: int) -> Prompts: ...
     def evaluation(self) -> Prompts: ...
     def decode(self, responses: Sequence[Ints]) -> list[str]: ...
+    def save_tokenizer(self, directory: Path) -> None: ...
 
 
 # --- a dataset ---
@@ -179,6 +180,9 @@ class Dataset:
         )
         return texts
 
+    def save_tokenizer(self, directory: Path) -> None:
+        self._tokenizer.save_pretrained(directory)
+
 
 class Synthetic:
     """Random tokens of the workload's lengths, for workloads without data: what benchmarks run on."""
@@ -201,6 +205,9 @@ class Synthetic:
 
     def decode(self, responses: Sequence[Ints]) -> list[str]:
         return [" ".join(map(str, response)) for response in responses]
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """There is none."""
 
 
 def _permutation(count: int, *key: int) -> Rows:

@@ -11,7 +11,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from executor import ppo
+from executor import checkpoint, ppo
 from executor.data import Prompts, PromptSource, Sequences, assign, collate, join, minibatches, spread
 from executor.pools import Fleet
 from executor.processes import Processes
@@ -195,9 +195,7 @@ class Training:
 
     def export(self, directory: Path) -> None:
         """Actor and critic as Hugging Face directories under `directory`."""
-        for role in ("actor", "critic"):
-            if role in self.plan.trainers:
-                ask(self.processes.of(role), "export", role, directory / role)
+        checkpoint.export(self.processes, self.prompts, directory)
 
     def close(self) -> None:
         self.processes.close()

@@ -1,21 +1,26 @@
 """Real PPO steps of tiny random models: where things run must not change what is computed."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROLES, colocated, make_plan, make_workload, split
-from transformers import AutoModelForCausalLM
+from conftest import ROLES, SHAPE, colocated, make_plan, make_workload, split
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from executor import preflight
+from executor.pools import Fleet
+from executor.processes import fleet_for
 from executor.run import Silent, execute, loop
 from executor.step import Training
 from planner.predict.schedule import tasks_of
+from planner.spec.errors import UserError
 from planner.spec.plan import Plan
-from planner.spec.timeline import Span, Timeline
+from planner.spec.timeline import Timeline
+from planner.spec.workload import Workload
 
 STEPS = 3
 WORKLOAD = make_workload(batch=12, minibatch=6)
@@ -24,8 +29,8 @@ WORKLOAD = make_workload(batch=12, minibatch=6)
 class Recording(Training):
     """Keeps the sequences and the metrics of every step."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, preflight.check(plan, local=True))
+    def __init__(self, plan: Plan, fleet: Fleet) -> None:
+        super().__init__(plan, preflight.check(plan, local=True), fleet)
         self.tokens: list[np.ndarray] = []
         self.metrics: list[dict[str, Any]] = []
 
@@ -35,18 +40,25 @@ class Recording(Training):
         return self.metrics[-1]
 
 
-def train(plan: Plan, steps: int = STEPS) -> Recording:
-    backend = Recording(plan)
-    spans: dict[int, Span] = {}
-    try:
-        loop(tasks_of(plan, steps), backend, spans, Silent())
-    finally:
-        backend.close()
-    return backend
+Train = Callable[[Plan], Recording]
 
 
 @pytest.fixture(scope="module")
-def on_one_core(ray_two: None) -> Recording:
+def train(ray_two: None) -> Iterator[Train]:
+    """Runs plans of two cores on the same processes."""
+    fleet = fleet_for([colocated(WORKLOAD, cores=2)])
+
+    def run(plan: Plan) -> Recording:
+        backend = Recording(plan, fleet)
+        loop(tasks_of(plan, STEPS), backend, {}, Silent())
+        return backend
+
+    yield run
+    fleet.close()
+
+
+@pytest.fixture(scope="module")
+def on_one_core(train: Train) -> Recording:
     return train(colocated(WORKLOAD, cores=1))
 
 
@@ -75,12 +87,12 @@ def test_the_rollout_samples_from_the_distribution_that_the_trainer_sees(on_one_
         assert metrics["actor/staleness_kl"] == pytest.approx(0, abs=1e-8)
 
 
-def test_two_shards_with_recomputation_equal_one_process(on_one_core: Recording) -> None:
+def test_two_shards_with_recomputation_equal_one_process(on_one_core: Recording, train: Train) -> None:
     layouts = {role: {"recompute": True, "micro_batch_tokens": 24} for role in ROLES if role != "rollout"}
     assert_equal(on_one_core, train(colocated(WORKLOAD, cores=2, layouts=layouts)))
 
 
-def test_two_replicas_and_an_idle_rank_equal_one_process(on_one_core: Recording) -> None:
+def test_two_replicas_and_an_idle_rank_equal_one_process(on_one_core: Recording, train: Train) -> None:
     replicas = {"shard": 1, "replicas": 2}
     layouts = {
         "actor": replicas,
@@ -91,11 +103,11 @@ def test_two_replicas_and_an_idle_rank_equal_one_process(on_one_core: Recording)
     assert_equal(on_one_core, train(colocated(WORKLOAD, cores=2, layouts=layouts)))
 
 
-def test_split_equals_colocated(on_one_core: Recording) -> None:
+def test_split_equals_colocated(on_one_core: Recording, train: Train) -> None:
     assert_equal(on_one_core, train(split(WORKLOAD)))
 
 
-def test_one_step_off_trains_on_stale_sequences(ray_two: None) -> None:
+def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:
     roles = {"rollout": "g", "actor": "t", "critic": "t", "reference": "t", "reward": "t"}
     plan = make_plan(WORKLOAD, {"g": 1, "t": 1}, roles, offsets={"generate": 1}, staleness=1)
     metrics = train(plan).metrics
@@ -115,3 +127,53 @@ def test_a_run_writes_what_it_promises(ray_two: None, tmp_path: Path) -> None:
     assert list(path.glob("events.out.tfevents.*"))
     actor = AutoModelForCausalLM.from_pretrained(path / "checkpoints/final/actor")
     assert actor(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 48)
+
+
+REWARD = """
+def length(prompts, responses, answers):
+    assert len(answers) == len(prompts) and answers[0] is not None
+    return [len(response.split()) / 8 for response in responses]
+
+
+def late_failure(prompts, responses, answers):
+    late_failure.calls = getattr(late_failure, "calls", 0) + 1
+    return [0.0] * (len(responses) - (late_failure.calls == 2))
+"""
+
+
+def with_files(tmp_path: Path, directories: dict[str, Path], function: str) -> Workload:
+    """The tiny task from files: a tokenizer, prompts, held-out prompts, a reward function."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    for name in ("train", "held_out"):
+        lines = [json.dumps({"prompt": f"{i} {i + 1}", "answer": str(i)}) for i in range(9)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    model = {"shape": SHAPE, "path": directories["actor"]}
+    data = {"train": tmp_path / "train.jsonl", "evaluation": tmp_path / "held_out.jsonl", "evaluate_every": 2}
+    reward = {"function": f"{tmp_path}/reward.py:{function}"}
+    return make_workload(actor=model, critic=model, reference=None, reward=reward, data=data, steps=2)
+
+
+def test_a_run_from_files_with_a_reward_function(
+    ray_two: None, tmp_path: Path, model_directories: dict[str, Path]
+) -> None:
+    path = execute(split(with_files(tmp_path, model_directories, "length")), name="r", runs=tmp_path)
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert "exact_match" not in metrics[0] and 0 <= metrics[1]["exact_match"] <= 1
+    assert metrics[0]["score"] == pytest.approx(metrics[0]["response_tokens"] / 8, abs=0.2)  # the eos is no word
+    final = path / "checkpoints/final"
+    assert AutoTokenizer.from_pretrained(final / "actor")("1 2")["input_ids"] == [3, 4]
+    before, after = (AutoModelForCausalLM.from_pretrained(p) for p in (model_directories["actor"], final / "actor"))
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    critic = AutoModelForTokenClassification.from_pretrained(final / "critic")
+    assert critic.score.weight.abs().sum() > 0
+
+
+def test_a_failure_in_the_middle_keeps_what_was_done(
+    ray_two: None, tmp_path: Path, model_directories: dict[str, Path]
+) -> None:
+    plan = split(with_files(tmp_path, model_directories, "late_failure"))
+    with pytest.raises(UserError, match="7 rewards for 8 responses"):
+        execute(plan, name="r", runs=tmp_path)
+    spans = Timeline.read(tmp_path / "r" / "timeline.json").spans
+    assert {span.step for span in spans if span.call == "sync_weights"} == {0}
+    assert not (tmp_path / "r" / "checkpoints").exists()
