@@ -33,6 +33,7 @@ def check(plan: Path) -> None:
         raise UserError(f"{plan}: {error}") from None
     console = make_console()
     console.print(memory_table({pool: (m.peak, m.allowed) for pool, m in plan_memory(checked).items()}))
+    console.print()
     console.print(f"{plan} is sound: its program runs, with staleness {checked.staleness}, and its memory suffices.")
 
 

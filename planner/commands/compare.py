@@ -28,6 +28,7 @@ def compare(plan: Path, run: Path, out: Path | None, profiles: Sequence[Path]) -
     console = make_console()
     for table in comparison_tables(comparison):
         console.print(table)
+        console.print()
     for sentence in verdict(comparison):
         console.print(sentence)
     console.print(f"Wrote {target}.", markup=False, soft_wrap=True)

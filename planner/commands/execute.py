@@ -98,7 +98,7 @@ def profile(cluster: str, gpus: int | None, workload: str, out: Path) -> None:
 
     console = make_console()
     with console.status("measuring") as status:
-        found = profile(asked, there, out, progress=status.update)
+        found = profile(asked, there, out, progress=status.update if console.is_terminal else console.print)
     console.print(f"Wrote {out}: {len(found.points)} points.", markup=False, soft_wrap=True)
 
 

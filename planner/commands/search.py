@@ -36,7 +36,9 @@ def search(*, max_staleness: int | None, keep: int, out: Path, no_picture: bool,
     console = make_console()
     console.print(f"[bold]{inputs.workload.name}[/bold] on {len(inputs.cluster.gpus)} GPUs ({inputs.cluster.name})")
     console.print(plans_table(best, result.baselines, result.runners_up))
+    console.print()
     console.print(pools_table(best))
+    console.print()
     for sentence in (bottleneck(best), *figures(best)):
         console.print(sentence, soft_wrap=True)
     console.print(f"Considered {result.placements:,} placements in {seconds(result.seconds)} s. Wrote {written}.",
@@ -58,6 +60,7 @@ def baseline(*, name: str, out: Path, command: str, **options: Any) -> None:
     written = _write(plan, out, inputs, picture=False)
     console = make_console()
     console.print(pools_table(plan))
+    console.print()
     if plan.predicted is not None:
         console.print(
             f"{name}: {seconds(plan.predicted.step_seconds)} s per step, "

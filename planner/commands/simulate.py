@@ -28,6 +28,7 @@ def simulate(
     checked = load_plan(plan)
     simulated = forecast(checked, steps, profiles_of(checked, plan, profiles, make_console(stderr=True)))
     console.print(calls_table(checked, mean_call_seconds(simulated)))
+    console.print()
     busy = pool_busy(simulated)
     console.print(
         f"{steps} steps: {seconds(step_seconds(simulated))} s per step after {simulated.warmup} to warm up, "

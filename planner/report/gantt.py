@@ -160,14 +160,21 @@ def _panels(heights: list[float]) -> tuple[Figure, list[Axes]]:
 def _title(plan: Plan) -> str:
     gpus, used = len(plan.cluster.gpus), plan.gpus_of(tuple(plan.pools))
     idle = f", {gpus - used} of them unused" if used < gpus else ""
-    return f"{plan.name} · {plan.workload.name} on {gpus} GPUs ({plan.cluster.name}){idle}, staleness {plan.staleness}"
+    there = f"{gpus} {_unit(plan, gpus)} ({plan.cluster.name}){idle}"
+    return f"{plan.name} · {plan.workload.name} on {there}, staleness {plan.staleness}"
+
+
+def _unit(plan: Plan, count: int) -> str:
+    """What stands for a GPU here, in the singular or plural."""
+    on_cores = all(device.kind == "cpu" for device in plan.cluster.devices.values())
+    return ("core" if on_cores else "GPU") + "s" * (count != 1)
 
 
 def _lane_label(plan: Plan, pool: str, busy: float) -> str:
     roles = [role for role, layout in plan.roles.items() if pool in layout.pools]
     gpus = len(plan.pools[pool].gpus)
     head = textwrap.wrap(" + ".join(roles) or pool, 27)
-    return "\n".join([*head, f"{gpus} GPU{'s' * (gpus != 1)} · {busy:.0%} busy"])
+    return "\n".join([*head, f"{gpus} {_unit(plan, gpus)} · {busy:.0%} busy"])
 
 
 def _visible(timeline: Timeline, window: Window) -> list[Span]:
@@ -177,7 +184,7 @@ def _visible(timeline: Timeline, window: Window) -> list[Span]:
 def _draw_panel(axis: Axes, timeline: Timeline, plan: Plan, window: Window, lanes: list[Lane]) -> None:
     period, busy = step_seconds(timeline), busy_in(timeline, window)
     word = "predicted" if timeline.source == "simulated" else "measured"
-    text = f"{word}: {_seconds(period)} s per step, {occupancy(plan, busy):.0%} of all GPU time busy"
+    text = f"{word}: {_seconds(period)} s per step, {occupancy(plan, busy):.0%} of all {_unit(plan, 1)} time busy"
     axis.set_title(text, loc="left", fontsize=FONT + 1, pad=17)
     length = window.end - window.begin
     for lane in lanes:

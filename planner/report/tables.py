@@ -220,11 +220,12 @@ def roles_of(plan: Plan, pool: str) -> str:
 
 
 def seconds(value: float) -> str:
-    """Three significant digits, and never a bare exponent."""
+    """Three significant digits where that is readable, and never an exponent."""
     if value >= 99.95:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}" if value >= 0.9995 else f"{value:.3f}"
+    digits = 1 if value >= 9.995 else 2 if value >= 0.9995 else 3 if value >= 0.09995 else 4
+    return f"{value:.{digits}f}"
 
 
 def gigabytes(value: int) -> str:
-    return f"{value / 1e9:.1f}" if value < 99.95e9 else f"{value / 1e9:.0f}"
+    return f"{value / 1e9:.0f}" if value >= 99.95e9 else f"{value / 1e9:.1f}" if value >= 1e9 else f"{value / 1e9:.2g}"
