@@ -53,9 +53,7 @@ def test_pool_order_is_the_issue_order():
 
 
 def test_one_step_ahead_generates_with_the_version_before_the_last_update():
-    plan = make_plan(
-        make_workload(), {"r": 1, "t": 1}, ONE_STEP_OFF, order=AHEAD, offsets={"generate": 1}, staleness=1
-    )
+    plan = make_plan(make_workload(), {"r": 1, "t": 1}, ONE_STEP_OFF, order=AHEAD, offsets={"generate": 1}, staleness=1)
     tasks = by_name(tasks_of(plan, 5))
     assert [tasks["generate", step].weights_version for step in range(5)] == [0, 0, 1, 2, 3]
     assert staleness(list(tasks.values())) == 1
@@ -82,9 +80,7 @@ def test_a_generate_that_needs_its_own_update_is_a_deadlock():
 def test_weights_that_are_overwritten_before_they_are_read_are_refused():
     """update_actor of the next step before the sync of this one: the sync would hand over the wrong version."""
     offsets = {name: 1 for name in AHEAD if name not in ("sync_weights",)}
-    plan = make_plan(
-        make_workload(), {"a": 2}, dict.fromkeys(ROLES, "a"), order=AHEAD, offsets=offsets, staleness=1
-    )
+    plan = make_plan(make_workload(), {"a": 2}, dict.fromkeys(ROLES, "a"), order=AHEAD, offsets=offsets, staleness=1)
     with pytest.raises(UserError, match="sync_weights of step 0 needs actor_weights of step 0"):
         check(plan)
 

@@ -1,13 +1,15 @@
 """Simulated timelines against makespans worked out by hand, and the exact period against simulation."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from conftest import ROLES, colocated, make_plan, make_workload, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.predict.cycle import cycles, event_edges
-from planner.predict.schedule import check, tasks_of, unroll
+from planner.predict.cycle import cycles
+from planner.predict.schedule import check, steady_edges, tasks_of, unroll
 from planner.predict.simulate import simulate
 from planner.spec.dataflow import Call, Dataflow, Read
 from planner.spec.errors import UserError
@@ -33,7 +35,7 @@ def run(plan, steps, seconds=SECONDS, warmup=1):
 
 
 def period(plan, seconds=SECONDS):
-    edges = event_edges(plan.dataflow, plan.program, plan.pools_of)
+    edges = steady_edges(plan.dataflow, plan.program, plan.pools_of)
     names = plan.dataflow.steady.names
     return float(cycles(names, edges).periods(np.array([seconds[name] for name in names])))
 
@@ -134,7 +136,7 @@ def test_no_two_spans_overlap_on_a_pool(drawn):
     spans = run(plan, 5, seconds).spans
     for pool in plan.pools:
         held = sorted((span.start, span.end) for span in spans if pool in span.pools)
-        assert all(end <= start for (_, end), (start, _) in zip(held, held[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(held))
 
 
 @settings(max_examples=60, deadline=None)

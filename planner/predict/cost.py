@@ -12,7 +12,7 @@ from itertools import chain, repeat
 import numpy as np
 
 from planner.predict.correction import Corrections, Layout, Source, host_seconds
-from planner.predict.generation import engine_speed, generation_seconds
+from planner.predict.generation import engine_speed, generation_floor, generation_seconds
 from planner.predict.memory import engine_weight_bytes, offloaded_bytes
 from planner.predict.profile import Profile, head_of
 from planner.predict.roofline import Cost, Place, Seconds, Work, infer_cost, shares, sync_cost, train_cost
@@ -122,10 +122,25 @@ class CostModel:
         moved = engine_weight_bytes(shape, tensor_parallel, device) if layout.offload else 0
         return _with_moves(alone, self._moves("rollout", tensor_parallel, device, moved))
 
+    def generate_floor(self, layout: RolloutRole, places: Sequence[Place]) -> float:
+        """Mean seconds that `generate` is not below, without simulating it."""
+        engines = tuple(self._engines(layout, places))
+        speeds = [engine_speed(self.workload.actor.shape, layout.tensor_parallel, device) for device in set(engines)]
+        speeds *= len(engines) // len(speeds)
+        seconds = generation_floor(self.prompts, self.responses, speeds, layout.concurrency)
+        return float(self._generate_from(seconds, layout.tensor_parallel, layout.concurrency, engines).seconds.mean())
+
     def _generate_alone(self, tensor_parallel: int, concurrency: int, engines: tuple[Device, ...]) -> Estimate:
         """Without waking the engines and putting them to sleep."""
+        seconds = self._generation(tensor_parallel, concurrency, engines)
+        return self._generate_from(seconds, tensor_parallel, concurrency, engines)
+
+    def _generate_from(
+        self, seconds: Seconds, tensor_parallel: int, concurrency: int, engines: tuple[Device, ...]
+    ) -> Estimate:
+        """What the engines' seconds become with the call's overhead and what was measured."""
         count, batch, device = len(engines), self.workload.batch, engines[0]
-        seconds = self._generation(tensor_parallel, concurrency, engines) + device.overhead_seconds
+        seconds = seconds + device.overhead_seconds
         like = Layout(
             split=tensor_parallel,
             preferred={"concurrency": concurrency},

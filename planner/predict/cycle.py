@@ -5,37 +5,15 @@ max-plus recursion whose growth per step is the maximum, over the cycles of the 
 by its total step distance (Baccelli, Cohen, Olsder, Quadrat: Synchronization and Linearity, 1992, theorem 3.28).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.schedule import unroll
-from planner.spec.dataflow import Call, Dataflow
-from planner.spec.plan import Issue, Wait
-
-Edges = frozenset[tuple[str, str, int]]
-
-
-def event_edges(
-    flow: Dataflow, program: Sequence[Issue | Wait], pools_of: Callable[[Call], tuple[str, ...]]
-) -> Edges:
-    """The steady-state edges (u, v, d): v of step t starts after u of step t - d. Read off the unrolled program far
-    from both ends. Monitors are left out. Raises UserError as `unroll` does."""
-    steady = flow.steady
-    items = [item for item in program if isinstance(item, Wait) or item.call in steady.names]
-    depth = max(item.offset for item in items if isinstance(item, Issue))
-    middle = 2 * depth + 2
-    tasks = unroll(steady, items, pools_of, middle + depth + 2)
-    nearest: dict[tuple[str, str], int] = {}
-    for task in tasks:
-        if task.step == middle:
-            for index in task.after:
-                pair, distance = (tasks[index].call.name, task.call.name), middle - tasks[index].step
-                nearest[pair] = min(distance, nearest.get(pair, distance))
-    return frozenset((u, v, distance) for (u, v), distance in nearest.items())
+SLACK = 1e-12  # relative; differences that only rounding makes
+Edges = Mapping[tuple[str, str], int]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,11 +37,12 @@ class Cycles:
 
 
 def cycles(calls: tuple[str, ...], edges: Edges) -> Cycles:
-    """The cycles of an event graph, without those that another one always outweighs."""
+    """The cycles of an event graph (`schedule.steady_edges`), without those that another one always outweighs."""
+    index = {call: i for i, call in enumerate(calls)}
     graph = nx.DiGraph()
     graph.add_nodes_from(calls)
-    graph.add_weighted_edges_from(sorted(edges), weight="distance")
-    index = {call: i for i, call in enumerate(calls)}
+    needed = _needed(index, edges)
+    graph.add_weighted_edges_from(sorted((u, v, edges[u, v]) for u, v in needed), weight="distance")
     rows: dict[tuple[int, ...], int] = {}
     for cycle in nx.simple_cycles(graph):
         on = [0] * len(calls)
@@ -77,11 +56,25 @@ def cycles(calls: tuple[str, ...], edges: Edges) -> Cycles:
     return Cycles(calls=calls, counts=counts[kept], distance=distance[kept])
 
 
+def _needed(index: Mapping[str, int], edges: Edges) -> list[tuple[str, str]]:
+    """The edges without those that a longer path implies: one that spans no more steps starts its end no earlier."""
+    direct = np.full((len(index), len(index)), np.inf)
+    for (u, v), distance in edges.items():
+        direct[index[u], index[v]] = distance
+    through = np.full_like(direct, np.inf)  # fewest steps of a path with another call between its ends
+    reach = direct.copy()
+    for via in range(len(index)):
+        path = reach[:, via, None] + reach[None, via, :]
+        path[via], path[:, via] = np.inf, np.inf
+        through, reach = np.minimum(through, path), np.minimum(reach, path)
+    return [(u, v) for u, v in edges if u == v or through[index[u], index[v]] > direct[index[u], index[v]]]
+
+
 def undominated(rates: NDArray[np.float64]) -> NDArray[np.int64]:
     """Indices of the rows [n, m] that no other row equals or exceeds everywhere (of equal rows the first)."""
-    order = np.argsort(-rates.sum(axis=1), kind="stable")
+    left = np.argsort(-rates.sum(axis=1), kind="stable")  # a row is exceeded only by rows of a greater sum
     kept: list[int] = []
-    for row in order:
-        if not any((rates[row] <= rates[other] + 1e-12).all() for other in kept):
-            kept.append(int(row))
+    while len(left):
+        kept.append(int(left[0]))
+        left = left[1:][~(rates[left[1:]] <= rates[left[0]] + SLACK * np.abs(rates[left[0]])).all(axis=1)]
     return np.array(sorted(kept), dtype=np.int64)

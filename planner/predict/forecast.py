@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from planner.predict.cost import CostModel, Estimate
-from planner.predict.cycle import cycles, event_edges
+from planner.predict.cycle import cycles
 from planner.predict.memory import plan_memory
 from planner.predict.profile import Profile
-from planner.predict.schedule import Task, tasks_of
+from planner.predict.schedule import Task, steady_edges, tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.plan import Plan, Predicted, Proof
 from planner.spec.timeline import Span, Timeline
@@ -64,7 +64,7 @@ def predict(plan: Plan, profiles: Sequence[Profile] = (), proof: Proof | None = 
     estimates = durations(plan, profiles)
     names = plan.dataflow.steady.names
     drawn = np.stack([np.broadcast_to(estimates[name].seconds, _scenarios(estimates)) for name in names])
-    edges = event_edges(plan.dataflow, plan.program, plan.pools_of)
+    edges = steady_edges(plan.dataflow, plan.program, plan.pools_of)
     periods = cycles(names, edges).periods(drawn)
     step, mean = float(periods.mean()), dict(zip(names, drawn.mean(axis=1).tolist(), strict=True))
     calls = {call.name: call for call in plan.dataflow.calls}

@@ -89,6 +89,17 @@ def generation_seconds(
     return np.array([_queued(p, r, engines, concurrency, limit) for p, r in rows])
 
 
+def generation_floor(prompts: Tokens, responses: Tokens, engines: Sequence[Speed], concurrency: int) -> Seconds:
+    """Seconds [S] that no way of dealing the requests undercuts: the work of full engines shared evenly, or the longest
+    sequence alone. A token costs least in a full step, since matrices(n) / n falls with n."""
+    least = min(engines, key=lambda speed: speed.matrices(concurrency))
+    squares = responses * (responses - 1) // 2
+    work = responses.sum(axis=1) * least.matrices(concurrency) / concurrency
+    work += min(speed.attention for speed in engines) * (prompts * responses + squares).sum(axis=1)
+    alone = responses.max(axis=1) * min(speed.matrices(1) for speed in engines)
+    return np.asarray(np.maximum(work / len(engines), alone))
+
+
 def deal(prompts: Tokens, engines: int, concurrency: int, limit: int) -> tuple[Tokens, Tokens]:
     """Engine and place within it of each of the first requests [B], as long as there is a free slot."""
     prompts = prompts[: engines * concurrency]

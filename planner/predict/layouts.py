@@ -2,7 +2,7 @@
 measures them."""
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 
 from planner.predict.memory import rollout_fraction
 from planner.spec.cluster import Device
@@ -18,7 +18,7 @@ def divisors(number: int) -> tuple[int, ...]:
     return tuple(d for d in range(1, number + 1) if number % d == 0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def used_gpus(gpus: int, minibatch: int) -> tuple[int, ...]:
     """How many of a pool's GPUs a trained role may compute on: all of them, or the most that share a minibatch's
     sequences evenly. More ranks than sequences would only idle."""
@@ -52,9 +52,9 @@ def trainer_layouts(workload: Workload, role: str, gpus: int, pool: str, device:
                         )
 
 
-def rollout_layouts(workload: Workload, parts: tuple[tuple[int, ...], ...], pools: tuple[str, ...], device: Device) -> (
-    Iterator[RolloutRole]
-):
+def rollout_layouts(
+    workload: Workload, parts: tuple[tuple[int, ...], ...], pools: tuple[str, ...], device: Device
+) -> Iterator[RolloutRole]:
     """Layouts of the rollout on pools that have `parts[p]` GPUs per node: an engine lies within one node of one pool,
     and every pool has one. Concurrency never exceeds an engine's even share of the batch by more than it must."""
     shape = workload.actor.shape

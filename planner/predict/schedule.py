@@ -82,6 +82,47 @@ def unroll(
     return tasks
 
 
+def steady_edges(
+    flow: Dataflow, program: Sequence[Issue | Wait], pools_of: Callable[[Call], tuple[str, ...]]
+) -> dict[tuple[str, str], int]:
+    """The same rule in the steady state, monitors left out: (u, v) -> d where v of step t starts after u of step t - d.
+
+    u of the same round, or of the round before if u stands behind v (r = 1), belongs to the step offset(v) - offset(u)
+    + r earlier. Older instances of u bind less."""
+    steady = flow.steady
+    items = [item for item in program if isinstance(item, Wait) or item.call in steady.names]
+    place = {item.call: (at, item.offset) for at, item in enumerate(items) if isinstance(item, Issue)}
+    edges: dict[tuple[str, str], int] = {}
+
+    def add(u: str, v: str, before: int) -> None:
+        distance = place[v][1] - place[u][1] + (0 if place[u][0] < before else 1)
+        edges[u, v] = min(distance, edges.get((u, v), distance))
+
+    for call in steady.calls:
+        for read in call.reads:
+            if writer := steady.writer(read.data):
+                if read.latest:
+                    add(writer.name, call.name, place[call.name][0])
+                else:
+                    pair = writer.name, call.name
+                    edges[pair] = min(read.lag, edges.get(pair, read.lag))
+    on_pool: dict[str, list[str]] = {}
+    for call in sorted(steady.calls, key=lambda call: place[call.name][0]):
+        for pool in pools_of(call):
+            on_pool.setdefault(pool, []).append(call.name)
+    for calls in on_pool.values():
+        for u, v in zip([calls[-1], *calls], calls, strict=False):
+            add(u, v, place[v][0])
+    for at, item in enumerate(items):
+        waited = item.wait if isinstance(item, Wait) else (item.call,) if item.blocking else ()
+        for u in set(waited) & set(place):
+            named = place[u][1] + (0 if place[u][0] <= at else -1)  # step of u less the round of the wait
+            for v, (position, offset) in place.items():
+                distance = offset - named + (0 if position > at else 1)
+                edges[u, v] = min(distance, edges.get((u, v), distance))
+    return edges
+
+
 def _raise_barrier(barrier: tuple[int, ...], names: tuple[str, ...], newest: dict[str, int]) -> tuple[int, ...]:
     """The tasks to wait for from now on. Those issued behind the old barrier imply it."""
     named = {newest[name] for name in names if name in newest}
@@ -113,8 +154,8 @@ def _source(
         )
     if read.data in flow.state and writer.name in newest and tasks[newest[writer.name]].step > wanted:
         raise UserError(
-            f"program is wrong: {call.name} of step {step} needs {read.data} of step {wanted}, but {writer.name} of step "
-            f"{tasks[newest[writer.name]].step} is issued earlier and overwrites it; move {call.name} before it"
+            f"program is wrong: {call.name} of step {step} needs {read.data} of step {wanted}, but {writer.name} of "
+            f"step {tasks[newest[writer.name]].step} is issued earlier and overwrites it; move {call.name} before it"
         )
     return at.get((writer.name, wanted))
 

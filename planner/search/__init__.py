@@ -14,7 +14,7 @@ from planner.search.options import Problem
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
-from planner.spec.plan import Issue, Plan, Pool, Proof, Provenance
+from planner.spec.plan import Issue, Plan, Pool, Proof, Provenance, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
 SPACE = "one round per step, offsets 0..{k}, all role partitions, rollout on any union, all pool sizes, listed layouts"
@@ -57,9 +57,7 @@ def find(
         scenarios=problem.model.scenarios,
         space=SPACE.format(k=problem.max_staleness),
     )
-    provenance = Provenance(
-        version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {}
-    )
+    provenance = Provenance(version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {})
     plans = [assemble(c, "best" if i == 0 else f"runner-up-{i}", problem) for i, c in enumerate(found.best)]
     plans = [_complete(plan, provenance, profiles, proof, found.bound, seconds) for plan in plans]
     baselines: dict[str, Plan | str] = {}
@@ -90,15 +88,11 @@ def baseline(
     """One of the named splits with its best layouts, as a plan that can be executed. Raises UserError."""
     problem = _problem(workload, cluster, profiles, None)
     plan = assemble(best_of(name, problem), name, problem)
-    provenance = Provenance(
-        version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {}
-    )
+    provenance = Provenance(version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {})
     return _complete(plan, provenance, profiles, None, 0.0, 0.0)
 
 
-def _problem(
-    workload: Workload, cluster: Cluster, profiles: Sequence[Profile], max_staleness: int | None
-) -> Problem:
+def _problem(workload: Workload, cluster: Cluster, profiles: Sequence[Profile], max_staleness: int | None) -> Problem:
     check_profiles(profiles, workload, cluster)
     if max_staleness is not None:
         workload = workload.model_copy(update={"max_staleness": max_staleness})
@@ -115,7 +109,7 @@ def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
     """Write a candidate out as a plan. Pools are named by their roles."""
     order = problem.workload.roles
     names = {f"p{i}": "+".join(r for r in order if r in roles) for i, roles in enumerate(candidate.structure)}
-    roles = {role: layout for role, layout in candidate.trainers.items()} | {"rollout": candidate.rollout}
+    roles: dict[str, TrainerRole | RolloutRole] = {**candidate.trainers, "rollout": candidate.rollout}
     monitors = [Issue(call=call.name) for call in ppo(problem.workload).calls if call.monitor]
     return Plan(
         name=name,

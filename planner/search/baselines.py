@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planner.predict.cycle import cycles, event_edges
-from planner.search.bound import sharing_of
+from planner.predict.cycle import cycles
+from planner.predict.schedule import steady_edges
+from planner.search.bound import Bounds, sharing_of
 from planner.search.branch import Candidate, evaluate
 from planner.search.options import Problem
-from planner.search.programs import Program
+from planner.search.programs import Program, rates
 from planner.search.space import Structure, sizes
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
@@ -33,10 +34,14 @@ def best_of(name: str, problem: Problem) -> Candidate:
     if name == "one-step-off" and problem.max_staleness < 1:
         raise UserError(f"{name}: trains on sequences 1 update old, and the workload allows 0")
     program = _program(name, problem, structure)
+    counts = np.array(_sizes(name, problem.cluster, len(structure)))
+    bounds = Bounds(problem).at_rates(rates(program), structure, counts)
     best: Candidate | None = None
-    for counts in _sizes(name, problem.cluster, len(structure)):
+    for at in np.argsort(bounds, kind="stable"):
         limit = best.seconds if best else np.inf
-        best = evaluate(problem, structure, counts, limit, fixed=program)[0] or best
+        if bounds[at] >= limit or np.isinf(bounds[at]):
+            break
+        best = evaluate(problem, structure, counts[at].tolist(), limit, fixed=program)[0] or best
     if best is None:
         raise UserError(f"{name}: no layout fits into the GPUs' memory; use more GPUs or smaller models")
     return best
@@ -83,5 +88,5 @@ def _program(name: str, problem: Problem, structure: Structure) -> Program:
     items += [] if blocking else [Wait(wait=(*updates, *(("generate",) if ahead else ())))]
     items += [Issue(call="sync_weights", blocking=True)]
     pools = dict(sharing_of(problem, structure))
-    edges = event_edges(problem.flow, items, lambda call: pools[call.name])
+    edges = steady_edges(problem.flow, items, lambda call: pools[call.name])
     return Program(tuple(items), ahead, cycles(tuple(pools), edges))

@@ -6,13 +6,13 @@ The period is a maximum of sums of durations, hence convex: at mean durations it
 periods, so the bound holds for the objective too.
 """
 
-from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.cost import Place
-from planner.predict.memory import RoleMemory, rollout_memory
+from planner.predict.memory import RoleMemory
 from planner.search.options import Problem
 from planner.search.programs import Sharing, bound_rates
 from planner.search.space import Structure
@@ -26,58 +26,68 @@ def sharing_of(problem: Problem, structure: Structure) -> Sharing:
     )
 
 
+class Least(NamedTuple):
+    """Of the roles of a pool, by its number of GPUs [G + 1]: 0 where they fit and infinity where not, and the least
+    mean seconds of each call."""
+
+    fits: NDArray[np.float64]
+    seconds: dict[str, NDArray[np.float64]]
+
+
 class Bounds:
     """Tables of least durations over pool sizes 1..G, made when first asked for."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.gpus = len(problem.cluster.gpus)
-        self._tables: dict[frozenset[str], dict[str, NDArray[np.float64]]] = {}
+        self._tables: dict[frozenset[str], Least] = {}
         self._generate: NDArray[np.float64] | None = None
 
     def of(self, structure: Structure, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Lower bounds [n] in seconds for pool sizes [n, pools]; infinite where nothing fits."""
-        problem = self.problem
-        seconds = np.zeros((len(problem.calls), len(sizes)))
-        for i, roles in enumerate(structure):
-            for call, table in self._table(roles).items():
-                seconds[problem.calls.index(call)] = table[sizes[:, i]]
-        engines = [i for i, roles in enumerate(structure) if "rollout" in roles]
-        seconds[problem.calls.index("generate")] = self._generation()[sizes[:, engines].sum(axis=1)]
-        for i, roles in enumerate(structure):
-            seconds[problem.calls.index("generate")] += self._table(roles)[""][sizes[:, i]]
-        for name in problem.calls:
-            if not problem.flow[name].roles:
-                seconds[problem.calls.index(name)] = problem.model.host(name).seconds.mean()
-        rates = bound_rates(problem.flow, sharing_of(problem, structure), problem.max_staleness)
-        return np.asarray((rates @ np.nan_to_num(seconds, posinf=1e30)).max(axis=0))
+        """Lower bounds [n] in seconds, for any program, of pool sizes [n, pools]; infinite where nothing fits."""
+        rates = bound_rates(self.problem.flow, sharing_of(self.problem, structure), self.problem.max_staleness)
+        return self.at_rates(rates, structure, sizes)
 
-    def _table(self, roles: frozenset[str]) -> dict[str, NDArray[np.float64]]:
-        """Least mean seconds of each call [G + 1] on a pool of these roles; under "" infinity where nothing fits."""
+    def at_rates(
+        self, rates: NDArray[np.float64], structure: Structure, sizes: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Lower bounds [n] of the largest of `rates` [rows, calls] times the calls' durations."""
+        problem = self.problem
+        row = {call: i for i, call in enumerate(problem.calls)}
+        seconds = np.zeros((len(row), len(sizes)))  # what has no table, the sync, is bounded by 0
+        for call in problem.flow.calls:
+            if not call.roles:
+                seconds[row[call.name]] = problem.model.host(call.name).seconds.mean()
+        generating = [i for i, roles in enumerate(structure) if "rollout" in roles]
+        seconds[row["generate"]] = self._generation()[sizes[:, generating].sum(axis=1)]
+        fits = np.zeros(len(sizes))
+        for i, roles in enumerate(structure):
+            least = self._least(roles)
+            fits += least.fits[sizes[:, i]]
+            for name, table in least.seconds.items():
+                seconds[row[name]] = table[sizes[:, i]]
+        return np.asarray((rates @ np.where(np.isfinite(seconds), seconds, 0.0)).max(axis=0) + fits)
+
+    def _least(self, roles: frozenset[str]) -> Least:
         if roles not in self._tables:
             trained = tuple(role for role in self.problem.workload.roles if role in roles and role != "rollout")
             calls = [call for role in trained for call in self.problem.calls_of(role)]
-            table = {call: np.full(self.gpus + 1, np.inf) for call in calls} | {"": np.full(self.gpus + 1, np.inf)}
+            infinite = np.full(self.gpus + 1, np.inf)
+            least = Least(infinite.copy(), {call: infinite.copy() for call in calls})
             for gpus in range(1, self.gpus + 1):
                 place = self._compact(gpus)
-                engines = self._smallest_engines(place) if "rollout" in roles else [None]
-                for engine in engines:
-                    options = self.problem.options(trained, place, engine)
-                    if options.layouts:
-                        table[""][gpus] = 0.0
-                        means = options.seconds.mean(axis=2).min(axis=0) if trained else ()
-                        for call, least in zip(options.calls, means, strict=True):
-                            table[call][gpus] = min(table[call][gpus], least)
-            self._tables[roles] = table
+                for engine in self._smallest_engines(place) if "rollout" in roles else (None,):
+                    found = self.problem.least(trained, place, engine)
+                    if found is not None:
+                        least.fits[gpus] = 0.0
+                        for call, seconds in found.items():
+                            least.seconds[call][gpus] = min(least.seconds[call][gpus], seconds)
+            self._tables[roles] = least
         return self._tables[roles]
 
-    def _smallest_engines(self, place: Place) -> Sequence[RoleMemory]:
+    def _smallest_engines(self, place: Place) -> list[RoleMemory]:
         """The engines' memory figures on a pool that none other undercuts."""
-        found = {
-            (memory.idle, memory.running): memory
-            for layout in self.problem.rollouts([place])
-            for memory in [rollout_memory(self.problem.workload, layout, place.device)]
-        }
+        found = {(memory.idle, memory.running): memory for _, memory in self.problem.rollouts([place])}
         least = [key for key in found if not any(o != key and o[0] <= key[0] and o[1] <= key[1] for o in found)]
         return [found[key] for key in sorted(least)]
 
@@ -86,9 +96,13 @@ class Bounds:
         if self._generate is None:
             table = np.full(self.gpus + 1, np.inf)
             for gpus in range(1, self.gpus + 1):
-                place = self._compact(gpus)
-                for layout in self.problem.rollouts([place]):
-                    table[gpus] = min(table[gpus], self.problem.model.generate(layout, [place]).seconds.mean())
+                places = [self._compact(gpus)]
+                layouts = [layout for layout, _ in self.problem.rollouts(places) if not layout.offload]
+                floors = [self.problem.model.generate_floor(layout, places) for layout in layouts]
+                for at in np.argsort(floors, kind="stable"):
+                    if floors[at] >= table[gpus]:
+                        break
+                    table[gpus] = min(table[gpus], self.problem.model.generate(layouts[at], places).seconds.mean())
             self._generate = np.minimum.accumulate(table)
         return self._generate
 

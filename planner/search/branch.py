@@ -1,17 +1,15 @@
 """Best-first search: placements in the order of their bounds, until no bound is below the best plan found."""
 
-import heapq
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from planner.predict.cost import Place
-from planner.predict.memory import batch_bytes, rollout_memory
+from planner.predict.memory import batch_bytes
 from planner.search.bound import Bounds, sharing_of
-from planner.search.options import Problem
-from planner.search.programs import Program, all_programs, bound_rates, plain_programs
+from planner.search.options import Array, Choice, Engines, Problem, bytes_of, together
+from planner.search.programs import Program, Sharing, bound_rates, plain_programs, programs_below, rates
 from planner.search.space import Structure, pack, parts_of, sizes, structures
 from planner.spec.plan import Gpu, RolloutRole, TrainerRole
 
@@ -43,26 +41,26 @@ def search(problem: Problem, keep: int) -> Found:
 
     Placements are taken in the order of their bounds, first with a few natural programs; those that reach neither
     their floor nor exceed the incumbent get every program afterwards."""
-    bounds = Bounds(problem)
+    bounds, listed = Bounds(problem), structures(problem.workload.roles)
     nodes = [
         (float(bound), number, tuple(int(n) for n in counts))
-        for number, structure in enumerate(all_structures := structures(problem.workload.roles))
+        for number, structure in enumerate(listed)
         for counts_of in [sizes(len(problem.cluster.gpus), len(structure))]
         for bound, counts in zip(bounds.of(structure, counts_of), counts_of, strict=True)
     ]
-    placements, nodes = len(nodes), sorted(node for node in nodes if node[0] < 1e29)
+    placements, nodes = len(nodes), sorted(node for node in nodes if np.isfinite(node[0]))
     best: list[Candidate] = []
     unsettled: list[tuple[int, tuple[int, ...]]] = []
     bound = np.inf
     for bound, number, counts in nodes:
         if len(best) == keep and bound >= best[-1].seconds * (1 - SAME):
             break
-        candidate, settled = evaluate(problem, all_structures[number], counts, _limit(best, keep), every=False)
+        candidate, settled = evaluate(problem, listed[number], counts, _limit(best, keep), every=False)
         _insert(best, candidate, keep)
         if not settled:
             unsettled.append((number, counts))
     for number, counts in unsettled:
-        candidate, _ = evaluate(problem, all_structures[number], counts, _limit(best, keep), every=True)
+        candidate, _ = evaluate(problem, listed[number], counts, _limit(best, keep), every=True)
         _insert(best, candidate, keep)
     lowest = best[0].seconds if best else 0.0
     return Found(tuple(best), lowest, placements)
@@ -86,6 +84,33 @@ def _insert(best: list[Candidate], candidate: Candidate | None, keep: int) -> No
     del best[keep:]
 
 
+class Site(NamedTuple):
+    """A placement on real nodes."""
+
+    structure: Structure
+    gpus: tuple[tuple[Gpu, ...], ...]
+    places: tuple[Place, ...]
+    held: tuple[tuple[str, ...], ...]  # trained and inference roles of each pool
+    generating: tuple[int, ...]
+    actor: int
+
+    @property
+    def same_node(self) -> bool:
+        return len({node for i in {self.actor, *self.generating} for node, _ in self.gpus[i]}) == 1
+
+
+def _site(problem: Problem, structure: Structure, counts: Sequence[int]) -> Site:
+    gpus = pack(counts, problem.cluster)
+    return Site(
+        structure=structure,
+        gpus=gpus,
+        places=tuple(Place(parts=parts_of(pool), device=problem.cluster.device_of(pool[0])) for pool in gpus),
+        held=tuple(tuple(r for r in problem.workload.roles if r in roles and r != "rollout") for roles in structure),
+        generating=tuple(i for i, roles in enumerate(structure) if "rollout" in roles),
+        actor=next(i for i, roles in enumerate(structure) if "actor" in roles),
+    )
+
+
 def evaluate(
     problem: Problem,
     structure: Structure,
@@ -96,76 +121,162 @@ def evaluate(
 ) -> tuple[Candidate | None, bool]:
     """The best layouts and program of one placement (or the best layouts for a `fixed` program), and whether that is
     settled: no program could make it faster and below `limit`. None if nothing fits or nothing is below `limit`."""
-    gpus = pack(counts, problem.cluster)
-    sharing = sharing_of(problem, structure)
+    site, sharing = _site(problem, structure, counts), sharing_of(problem, structure)
+    floor = rates(fixed) if fixed else bound_rates(problem.flow, sharing, problem.max_staleness)
     best: Candidate | None = None
-    lowest_floor = np.inf
-    for rollout, trainers, seconds in _layouts(problem, structure, gpus):
-        for k in (fixed.staleness,) if fixed else range(problem.max_staleness + 1):
-            floor = np.einsum("rc,cns->rns", bound_rates(problem.flow, sharing, k), seconds).max(axis=0).mean(axis=1)
-            lowest_floor = min(lowest_floor, float(floor.min()))
-            threshold = min(limit, best.seconds if best else np.inf) * (1 - SAME)
-            if not fixed and floor.min() >= threshold:
-                continue
-            listed = all_programs if every else plain_programs
-            for program in (fixed,) if fixed else listed(problem.flow, sharing, k):
-                periods = program.cycles.periods(seconds).mean(axis=1)
-                at = int(periods.argmin())
-                if periods[at] < min(limit, best.seconds if best else np.inf) * (1 - SAME):
-                    best = Candidate(float(periods[at]), structure, gpus, trainers[at], rollout, program)
-    reached = min(limit, best.seconds if best else np.inf)
-    return best, bool(fixed) or every or lowest_floor >= reached * (1 - SAME)
-
-
-def _layouts(
-    problem: Problem, structure: Structure, gpus: tuple[tuple[Gpu, ...], ...]
-) -> Iterator[tuple[RolloutRole, list[dict[str, TrainerRole]], np.ndarray]]:
-    """For each rollout layout all joint layouts of the other roles that fit: their durations [calls, n, S]."""
-    names = tuple(f"p{i}" for i in range(len(structure)))
-    places = [Place(parts=parts_of(pool), device=problem.cluster.device_of(pool[0])) for pool in gpus]
-    generating = [i for i, roles in enumerate(structure) if "rollout" in roles]
-    actor = next(i for i, roles in enumerate(structure) if "actor" in roles)
-    same_node = len({node for i in {actor, *generating} for node, _ in gpus[i]}) == 1
-    rollout_places = [places[i] for i in generating]
-    for rollout in problem.rollouts(rollout_places):
-        rollout = rollout.model_copy(update={"pools": tuple(names[i] for i in generating)})
-        engine = rollout_memory(problem.workload, rollout, places[generating[0]].device)
-        options = []
-        for i, roles in enumerate(structure):
-            held = tuple(role for role in problem.workload.roles if role in roles and role != "rollout")
-            options.append((held, problem.options(held, places[i], engine if i in generating else None)))
-        picks = [
-            pick
-            for pick in product(*(range(len(found.layouts)) for _, found in options))
-            if _hosts_hold(problem, gpus, [found.host[n] for n, (_, found) in zip(pick, options, strict=True)])
-        ]
-        if not picks:
+    settled = True
+    for engines in problem.engines([site.places[i] for i in site.generating]):
+        lightest = _lightest(problem, site, engines)
+        if lightest is None:
             continue
-        seconds = np.zeros((len(problem.calls), len(picks), problem.model.scenarios))
-        trainers: list[dict[str, TrainerRole]] = [{} for _ in picks]
-        for i, (held, found) in enumerate(options):
-            rows = [pick[i] for pick in picks]
-            for call, drawn in zip(found.calls, found.seconds[rows].transpose(1, 0, 2), strict=True):
-                seconds[problem.calls.index(call)] = drawn
-            for row, chosen in zip(rows, trainers, strict=True):
-                for role, layout in zip(held, found.layouts[row], strict=True):
-                    chosen[role] = layout.model_copy(update={"pools": (names[i],)})
-        seconds[problem.calls.index("generate")] = problem.model.generate(rollout, rollout_places).seconds
-        for name in problem.calls:
-            if not problem.flow[name].roles:
-                seconds[problem.calls.index(name)] = problem.model.host(name).seconds
-        for n, chosen in enumerate(trainers):
-            seconds[problem.calls.index("sync_weights"), n] = problem.model.sync(
-                chosen["actor"], places[actor], rollout, rollout_places, same_node=same_node, shared=actor in generating
-            ).seconds
-        yield rollout, trainers, seconds
+        for picks in ([lightest], None):  # first one that is surely good, then whatever may be better
+            if picks is None:
+                picks = _promising(problem, site, engines, floor, _below(limit, best))
+            if not picks:
+                continue
+            seconds = _seconds(problem, site, engines, picks)
+            least = seconds.min(axis=1).mean(axis=1)
+            for program in _programs(problem, sharing, least, _below(limit, best), every, fixed):
+                periods = program.cycles.periods(seconds).mean(axis=1)
+                n = int(periods.argmin())
+                if periods[n] < _below(limit, best):
+                    best = _candidate(float(periods[n]), site, engines, picks[n], program)
+            settled &= every or fixed is not None or bool((floor @ least).max() >= _below(limit, best))
+    return best, settled
 
 
-def _hosts_hold(problem: Problem, gpus: tuple[tuple[Gpu, ...], ...], pinned: Sequence[float]) -> bool:
-    """Whether every node's host memory holds what its pools offload [bytes per GPU] and the batches in flight."""
-    held = dict.fromkeys(range(len(problem.cluster.nodes)), 0.0)
-    held[0] = batch_bytes(problem.workload, problem.max_staleness)
-    for pool, size in zip(gpus, pinned, strict=True):
-        for node, _ in pool:
-            held[node] += size
-    return all(size <= problem.cluster.nodes[node].host_memory_bytes for node, size in held.items())
+def _below(limit: float, best: Candidate | None) -> float:
+    """What a step time must be below to count as better."""
+    return min(limit, best.seconds if best else np.inf) * (1 - SAME)
+
+
+def _programs(
+    problem: Problem, sharing: Sharing, least: Array, threshold: float, every: bool, fixed: Program | None
+) -> list[Program]:
+    """Programs that could be faster than `threshold` if each call took its least seconds, the freshest data first."""
+    if fixed:
+        return [fixed]
+    found: list[Program] = []
+    for k in range(problem.max_staleness + 1):
+        if every:
+            found += programs_below(problem.flow, sharing, k, least, threshold)
+        else:
+            plain = plain_programs(problem.flow, sharing, k)
+            found += [program for program in plain if program.cycles.periods(least) < threshold]
+    return found
+
+
+Picks = list[tuple[Choice, ...]]  # a layout of each trained and inference role, pool by pool
+
+
+def _lightest(problem: Problem, site: Site, engines: Engines) -> tuple[Choice, ...] | None:
+    """On each pool the joint layouts with the least load; None if some pool has none that fit."""
+    picked: tuple[Choice, ...] = ()
+    for i, (held, place) in enumerate(zip(site.held, site.places, strict=True)):
+        found = problem.lightest(held, place, engines.memory if i in site.generating else None)
+        if found is None:
+            return None
+        picked += found
+    return picked if _hosts_hold(problem, site, engines, [picked])[0] else None
+
+
+def _promising(problem: Problem, site: Site, engines: Engines, floor: Array, threshold: float) -> Picks:
+    """All combinations of layouts that fit and whose bound `floor` [rows, calls] is below the threshold.
+
+    Roles are added one by one, the busiest pool's first; those to come count with their least seconds and bytes."""
+    row = {call: i for i, call in enumerate(problem.calls)}
+    steps = [(i, role) for i, held in enumerate(site.held) for role in held]
+    choices = {role: problem.choices(role, site.places[i]) for i, role in steps}
+    synced = [_sync(problem, site, engines, choice).mean() for choice in choices["actor"]]
+    least = np.zeros(len(row))
+    least[row["generate"]], least[row["sync_weights"]] = engines.seconds.mean(), min(synced)
+    for call in problem.flow.calls:
+        if not call.roles:
+            least[row[call.name]] = problem.model.host(call.name).seconds.mean()
+    for role, listed in choices.items():
+        drawn = np.array([choice.seconds.mean(axis=1) for choice in listed])
+        for name, seconds in zip(problem.calls_of(role), drawn.min(axis=0), strict=True):
+            least[row[name]] = seconds
+    busy = [sum(least[row[call]] for role in held for call in problem.calls_of(role)) for held in site.held]
+    steps.sort(key=lambda step: -busy[step[0]])
+    smallest = {
+        role: np.array([bytes_of(c.memory) for c in listed], float).min(axis=0) for role, listed in choices.items()
+    }
+    engine = np.array(bytes_of(engines.memory), dtype=float)
+    means = least[None, :]
+    indices = np.zeros((1, 0), dtype=np.int64)
+    memory = np.stack([engine if i in site.generating else np.zeros(3) for i in range(len(site.places))])[None]
+    for number, (i, role) in enumerate(steps):
+        added = np.array([bytes_of(choice.memory) for choice in choices[role]], dtype=float)
+        old, new = (grid.ravel() for grid in np.mgrid[: len(means), : len(added)])
+        means, memory = means[old], memory[old]
+        for at, name in enumerate(problem.calls_of(role)):
+            means[:, row[name]] = np.array([choice.seconds[at].mean() for choice in choices[role]])[new]
+        if role == "actor":
+            means[:, row["sync_weights"]] = np.array(synced)[new]
+        memory[:, i] = together(memory[:, i], added[new])
+        most = memory[:, i]
+        for _, later in (step for step in steps[number + 1 :] if step[0] == i):
+            most = together(most, smallest[later])
+        has_engine = engines.memory if i in site.generating else None
+        allowed = problem.allowed(site.held[i], site.places[i], has_engine)
+        kept = (most[:, 0] + most[:, 1] <= allowed) & ((means @ floor.T).max(axis=1) < threshold)
+        means, memory, indices = means[kept], memory[kept], np.column_stack([indices[old], new])[kept]
+    order = [steps.index((i, role)) for i, held in enumerate(site.held) for role in held]
+    roles = [role for held in site.held for role in held]
+    picks = [tuple(choices[role][pick[at]] for at, role in zip(order, roles, strict=True)) for pick in indices.tolist()]
+    return [pick for pick, holds in zip(picks, _hosts_hold(problem, site, engines, picks), strict=True) if holds]
+
+
+def _sync(problem: Problem, site: Site, engines: Engines, actor: Choice) -> Array:
+    """Seconds [S] of a weight sync."""
+    places = [site.places[i] for i in site.generating]
+    return problem.model.sync(
+        actor.layout,
+        site.places[site.actor],
+        engines.layout,
+        places,
+        same_node=site.same_node,
+        shared=site.actor in site.generating,
+    ).seconds
+
+
+def _seconds(problem: Problem, site: Site, engines: Engines, picks: Picks) -> Array:
+    """Durations [calls, n, S] of every call for each pick."""
+    row = {call: i for i, call in enumerate(problem.calls)}
+    seconds = np.zeros((len(row), len(picks), problem.model.scenarios))
+    seconds[row["generate"]] = engines.seconds
+    for call in problem.flow.calls:
+        if not call.roles:
+            seconds[row[call.name]] = problem.model.host(call.name).seconds
+    for at, role in enumerate(role for held in site.held for role in held):
+        for number, name in enumerate(problem.calls_of(role)):
+            seconds[row[name]] = [pick[at].seconds[number] for pick in picks]
+        if role == "actor":
+            seconds[row["sync_weights"]] = [_sync(problem, site, engines, pick[at]) for pick in picks]
+    return seconds
+
+
+def _candidate(seconds: float, site: Site, engines: Engines, pick: tuple[Choice, ...], program: Program) -> Candidate:
+    homes = [(f"p{i}", role) for i, held in enumerate(site.held) for role in held]
+    trainers = {
+        role: choice.layout.model_copy(update={"pools": (pool,)})
+        for (pool, role), choice in zip(homes, pick, strict=True)
+    }
+    rollout = engines.layout.model_copy(update={"pools": tuple(f"p{i}" for i in site.generating)})
+    return Candidate(seconds, site.structure, site.gpus, trainers, rollout, program)
+
+
+def _hosts_hold(problem: Problem, site: Site, engines: Engines, picks: Picks) -> list[bool]:
+    """Whether every node's host memory holds what the pools offload and the batches in flight, for each pick."""
+    found = []
+    for pick in picks:
+        held = dict.fromkeys(range(len(problem.cluster.nodes)), 0.0)
+        held[0] = batch_bytes(problem.workload, problem.max_staleness)
+        pinned = iter(choice.memory.host for choice in pick)
+        for i, gpus in enumerate(site.gpus):
+            per_gpu = sum(next(pinned) for _ in site.held[i]) + engines.memory.host * (i in site.generating)
+            for node, _ in gpus:
+                held[node] += per_gpu
+        found.append(all(held[node] <= spec.host_memory_bytes for node, spec in enumerate(problem.cluster.nodes)))
+    return found

@@ -1,4 +1,8 @@
-"""The layouts of the roles that share a pool, chosen jointly under its memory."""
+"""The layouts of roles on pools: those worth considering for each role, and jointly for a pool under its memory.
+
+One layout dominates another if it needs no more of any kind of memory and its calls take no longer, at mean durations.
+A step time only grows with each duration, so what is dominated need not be considered.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,31 +14,31 @@ from numpy.typing import NDArray
 from planner.predict.cost import CostModel, Place
 from planner.predict.cycle import undominated
 from planner.predict.layouts import rollout_layouts, trainer_layouts
-from planner.predict.memory import RoleMemory, pool_peak, trainer_memory
+from planner.predict.memory import RoleMemory, pool_peak, rollout_memory, trainer_memory
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
+Array = NDArray[np.float64]
+
 
 class Choice(NamedTuple):
-    """A layout of one role: its memory and the seconds [calls of the role, S] of its calls."""
+    """A layout of a trained or inference role on a pool: its memory, the seconds [calls of the role, S] of its calls,
+    and the mean seconds that a weight sync takes beyond what all layouts share (of the actor)."""
 
     layout: TrainerRole
     memory: RoleMemory
-    seconds: NDArray[np.float64]
+    seconds: Array
+    sync: float
 
-    group: tuple[object, ...]  # what a weight sync's time depends on: layouts are compared only within a group
 
+class Engines(NamedTuple):
+    """A layout of the rollout on its pools: the memory of an engine on each GPU, and the seconds [S] to generate."""
 
-class Options(NamedTuple):
-    """Joint layouts of a pool's trained and inference roles that fit: `seconds[n, calls, S]` and pinned host bytes per
-    GPU [n] of each."""
-
-    calls: tuple[str, ...]
-    layouts: tuple[tuple[TrainerRole, ...], ...]
-    seconds: NDArray[np.float64]
-    host: NDArray[np.float64]
+    layout: RolloutRole
+    memory: RoleMemory
+    seconds: Array
 
 
 @dataclass(kw_only=True)
@@ -47,7 +51,8 @@ class Problem:
     flow: Dataflow  # without monitors
     max_staleness: int
     _choices: dict[object, tuple[Choice, ...]] = field(default_factory=dict)
-    _options: dict[object, Options] = field(default_factory=dict)
+    _engines: dict[object, tuple[Engines, ...]] = field(default_factory=dict)
+    _lightest: dict[object, tuple[Choice, ...] | None] = field(default_factory=dict)
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -59,82 +64,111 @@ class Problem:
         return tuple(call.name for call in self.flow.calls if call.roles == (role,))
 
     def choices(self, role: str, place: Place) -> tuple[Choice, ...]:
-        """The undominated layouts of a role on a pool. The shard counts in the comparison too: a sync's time
-        depends on it."""
+        """The undominated layouts of a role that fit a pool of its own."""
         key = (role, place.parts, id(place.device))
         if key not in self._choices:
-            found = [self._choice(role, layout, place) for layout in self._layouts(role, place)]
-            groups = [choice.group for choice in found]
-            memory = np.array([_bytes(choice.memory) for choice in found], dtype=float)
-            kept = _front(memory, np.stack([choice.seconds for choice in found]), groups)
-            self._choices[key] = tuple(found[i] for i in kept)
+            layouts = trainer_layouts(self.workload, role, place.gpus, "pool", place.device)
+            found = [self._choice(role, layout, place) for layout in layouts]
+            allowed = place.device.memory_bytes - pool_peak((), True, False, place.device)
+            found = [choice for choice in found if choice.memory.running <= allowed]
+            rows = [[*bytes_of(choice.memory), *choice.seconds.mean(axis=1), choice.sync] for choice in found]
+            self._choices[key] = tuple(found[i] for i in undominated(-np.array(rows))) if rows else ()
         return self._choices[key]
-
-    def _layouts(self, role: str, place: Place) -> list[TrainerRole]:
-        return list(trainer_layouts(self.workload, role, sum(place.parts), "pool", place.device))
 
     def _choice(self, role: str, layout: TrainerRole, place: Place) -> Choice:
         rows = []
         for name in self.calls_of(role):
             estimate = self.model.train if self.flow[name].kind == "train" else self.model.infer
             rows.append(np.broadcast_to(estimate(role, layout, place).seconds, (self.model.scenarios,)))
+        sync = 0.0
+        if role == "actor":  # which engines receive the weights adds the same to every layout of the actor
+            engines = RolloutRole(
+                engine="vllm", pools=("pool",), tensor_parallel=1, replicas=1, memory_fraction=1, concurrency=1
+            )
+            sync = float(self.model.sync(layout, place, engines, [place], same_node=True, shared=True).seconds.mean())
         memory = trainer_memory(self.workload, role, layout, place.device)
-        group = (layout.shard, layout.replicas, layout.offload) if role == "actor" else ()
-        return Choice(layout, memory, np.stack(rows), group)
+        return Choice(layout, memory, np.stack(rows), sync)
 
-    def rollouts(self, places: Sequence[Place]) -> list[RolloutRole]:
-        parts = tuple(place.parts for place in places)
-        pools = tuple(f"p{i}" for i in range(len(places)))
-        return list(rollout_layouts(self.workload, parts, pools, places[0].device))
+    def rollouts(self, places: Sequence[Place]) -> list[tuple[RolloutRole, RoleMemory]]:
+        """All layouts of the rollout on pools p0, p1, ... and the memory of an engine."""
+        pools, device = tuple(f"p{i}" for i in range(len(places))), places[0].device
+        listed = rollout_layouts(self.workload, tuple(place.parts for place in places), pools, device)
+        return [(layout, rollout_memory(self.workload, layout, device)) for layout in listed]
 
-    def options(self, roles: tuple[str, ...], place: Place, rollout: RoleMemory | None) -> Options:
-        """The undominated joint layouts of `roles` on a pool, beside an engine that needs `rollout` if it has one."""
-        key = (roles, place.parts, id(place.device), rollout and (rollout.idle, rollout.running))
-        if key not in self._options:
-            self._options[key] = self._joint(roles, place, rollout)
-        return self._options[key]
+    def engines(self, places: Sequence[Place]) -> tuple[Engines, ...]:
+        """The undominated layouts of the rollout on pools p0, p1, ..."""
+        key = tuple((place.parts, id(place.device)) for place in places)
+        if key not in self._engines:
+            found = [
+                Engines(
+                    layout,
+                    memory,
+                    np.broadcast_to(self.model.generate(layout, places).seconds, (self.model.scenarios,)),
+                )
+                for layout, memory in self.rollouts(places)
+            ]
+            # A wider engine receives less per GPU in a sync, so only engines of one width are compared.
+            widths = sorted({engines.layout.tensor_parallel for engines in found})
+            kept: list[Engines] = []
+            for width in widths:
+                group = [engines for engines in found if engines.layout.tensor_parallel == width]
+                rows = np.array([[*bytes_of(engines.memory), engines.seconds.mean()] for engines in group])
+                kept += [group[i] for i in undominated(-rows)]
+            self._engines[key] = tuple(kept)
+        return self._engines[key]
 
-    def _joint(self, roles: tuple[str, ...], place: Place, rollout: RoleMemory | None) -> Options:
-        """Roles are added one by one. `memory` [n, 3] is what stays resident, the largest surplus of a running role and
-        the pinned host bytes so far; what exceeds the GPU already is dropped, and so is what another combination dominates."""
-        allowed = place.device.memory_bytes - pool_peak((), bool(roles), rollout is not None, place.device)
-        memory = np.array([_bytes(rollout) if rollout else (0, 0, 0)], dtype=float)
-        seconds = np.zeros((1, 0, self.model.scenarios))
-        picked: list[tuple[Choice, ...]] = [()]
-        for role in roles:
-            choices = self.choices(role, place)
-            added = np.array([_bytes(choice.memory) for choice in choices], dtype=float)
-            drawn = np.stack([choice.seconds for choice in choices])
-            old, new = (grid.ravel() for grid in np.mgrid[: len(picked), : len(choices)])
-            memory = np.where([True, False, True], memory[old] + added[new], np.maximum(memory[old], added[new]))
-            fits = memory[:, 0] + memory[:, 1] <= allowed
-            memory, old, new = memory[fits], old[fits], new[fits]
-            seconds = np.concatenate([seconds[old], drawn[new]], axis=1)
-            picked = [(*picked[o], choices[n]) for o, n in zip(old, new, strict=True)]
-            kept = _front(memory, seconds, [_group(choices) for choices in picked])
-            memory, seconds, picked = memory[kept], seconds[kept], [picked[i] for i in kept]
-        kept = _front(memory[:, 2:], seconds, [_group(choices) for choices in picked])  # what fits is alike
-        calls = tuple(call for role in roles for call in self.calls_of(role))
-        layouts = tuple(tuple(choice.layout for choice in picked[i]) for i in kept)
-        return Options(calls, layouts, seconds[kept], memory[kept, 2])
+    def least(self, roles: tuple[str, ...], place: Place, engine: RoleMemory | None) -> dict[str, float] | None:
+        """The least mean seconds of each call that some layout allows beside the other roles' smallest ones; None if
+        not even the smallest fit together. Below what any joint choice reaches."""
+        allowed = self.allowed(roles, place, engine)
+        listed = [self.choices(role, place) for role in roles]
+        if not all(listed):
+            return None
+        memory = [np.array([bytes_of(choice.memory)[:2] for choice in choices], dtype=float) for choices in listed]
+        floor = np.array(
+            [bytes_of(engine)[:2] if engine else (0, 0), *(rows.min(axis=0) for rows in memory)], dtype=float
+        )
+        found: dict[str, float] = {}
+        for i, (role, choices) in enumerate(zip(roles, listed, strict=True)):
+            others = np.delete(floor, i + 1, axis=0)
+            needed = memory[i][:, 0] + others[:, 0].sum() + np.maximum(memory[i][:, 1], others[:, 1].max())
+            fits = np.flatnonzero(needed <= allowed)
+            if not len(fits):
+                return None
+            means = np.array([choices[n].seconds.mean(axis=1) for n in fits])
+            found.update(zip(self.calls_of(role), means.min(axis=0).tolist(), strict=True))
+        return found if floor[:, 0].sum() + floor[:, 1].max() <= allowed else None
+
+    def lightest(self, roles: tuple[str, ...], place: Place, engine: RoleMemory | None) -> tuple[Choice, ...] | None:
+        """The joint layouts of a pool that fit with the least seconds of all calls together; None if none fit."""
+        key = (roles, place.parts, id(place.device), engine and bytes_of(engine))
+        if key not in self._lightest:
+            allowed = self.allowed(roles, place, engine)
+            memory = np.array([bytes_of(engine) if engine else (0, 0, 0)], dtype=float)
+            total, picked = np.zeros(1), [()]
+            for role in roles:
+                choices = self.choices(role, place)
+                added = np.array([bytes_of(choice.memory) for choice in choices], dtype=float).reshape(-1, 3)
+                load = np.array([choice.seconds.mean(axis=1).sum() for choice in choices])
+                old, new = (grid.ravel() for grid in np.mgrid[: len(picked), : len(choices)])
+                memory, total = together(memory[old], added[new]), total[old] + load[new]
+                fits = np.flatnonzero(memory[:, 0] + memory[:, 1] <= allowed)
+                kept = fits[undominated(-np.column_stack([memory, total])[fits])]
+                picked = [(*picked[old[i]], choices[new[i]]) for i in kept]
+                memory, total = memory[kept], total[kept]
+            self._lightest[key] = picked[int(total.argmin())] if picked else None
+        return self._lightest[key]
+
+    def allowed(self, roles: tuple[str, ...], place: Place, engine: RoleMemory | None) -> int:
+        """Bytes of a GPU that are left beside the contexts of its processes."""
+        return place.device.memory_bytes - pool_peak((), bool(roles), engine is not None, place.device)
 
 
-def _bytes(memory: RoleMemory) -> tuple[int, int, int]:
+def bytes_of(memory: RoleMemory) -> tuple[int, int, int]:
     """Resident bytes, the surplus while the role runs, and pinned host bytes."""
     return memory.idle, memory.running - memory.idle, memory.host
 
 
-def _group(picked: tuple[Choice, ...]) -> tuple[object, ...]:
-    return next((choice.group for choice in picked if choice.group), ())
-
-
-def _front(
-    memory: NDArray[np.float64], seconds: NDArray[np.float64], groups: Sequence[tuple[object, ...]]
-) -> NDArray[np.int64]:
-    """Indices of the rows that no row of the same group matches or beats in every memory figure and every second."""
-    columns = np.concatenate([memory, seconds.reshape(len(seconds), -1)], axis=1)
-    kept: list[int] = []
-    for group in dict.fromkeys(groups):
-        members = np.array([i for i, g in enumerate(groups) if g == group])
-        kept += members[undominated(-columns[members])].tolist()
-    return np.array(sorted(kept), dtype=np.int64)
+def together(memory: Array, more: Array) -> Array:
+    """Memory [n, 3] of roles on one pool: residents and host copies add up, of the surpluses the largest counts."""
+    return np.where([True, False, True], memory + more, np.maximum(memory, more))

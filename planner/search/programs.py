@@ -2,20 +2,21 @@
 
 A wait only adds predecessors, so for a fixed program and durations that do not depend on overlap it never shortens a
 schedule; hence the programs searched have none. What order the calls have matters only between calls that share a
-pool; of all orders that induce the same event graph one is kept, and of all event graphs those that are undominated.
+pool; of all orders that induce the same event graph one is kept.
 """
 
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import cache
 from itertools import permutations, product
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.cycle import Cycles, Edges, cycles, event_edges
+from planner.predict.cycle import Cycles, Edges, cycles
+from planner.predict.schedule import steady_edges
 from planner.spec.dataflow import Dataflow
-from planner.spec.plan import Issue
+from planner.spec.plan import Issue, Wait
 
 Sharing = tuple[tuple[str, tuple[str, ...]], ...]  # call -> names of the pools that it occupies
 
@@ -23,44 +24,71 @@ Sharing = tuple[tuple[str, tuple[str, ...]], ...]  # call -> names of the pools 
 class Program(NamedTuple):
     """A program of staleness k and the cycles of its event graph over all calls of the flow."""
 
-    items: tuple[Issue, ...]
+    items: tuple[Issue | Wait, ...]
     staleness: int
     cycles: Cycles
 
 
-@lru_cache(maxsize=None)
+@cache
 def plain_programs(flow: Dataflow, sharing: Sharing, k: int) -> tuple[Program, ...]:
     """A few natural programs of staleness k; one alone if nothing can beat it, whatever the costs."""
-    return _collect(flow, sharing, k, _natural_orders(flow, dict(sharing), k))
-
-
-@lru_cache(maxsize=None)
-def all_programs(flow: Dataflow, sharing: Sharing, k: int) -> tuple[Program, ...]:
-    """The undominated programs of staleness k. Independent of costs; takes seconds for a crowded sharing."""
-    return _collect(flow, sharing, k, orders(flow, dict(sharing), k))
-
-
-def _collect(
-    flow: Dataflow, sharing: Sharing, k: int, candidates: Iterable[tuple[Issue, ...]]
-) -> tuple[Program, ...]:
-    pools = dict(sharing)
-    occupied = sorted({pool for names in pools.values() for pool in names})
+    calls = tuple(call for call, _ in sharing)
     floor = bound_rates(flow, sharing, k)
-    found: dict[Edges, Program] = {}
-    seen = set()
-    for items in candidates:
-        in_pools = tuple(tuple(i for i in items if pool in pools[i.call]) for pool in occupied)
-        if in_pools in seen:  # the order between pools is without effect
-            continue
-        seen.add(in_pools)
-        edges = event_edges(flow, items, lambda call: pools[call.name])
-        if edges in found:
-            continue
-        program = Program(items, k, cycles(tuple(pools), edges))
+    found: list[Program] = []
+    for items, edges in _distinct(flow, sharing, _natural_orders(flow, dict(sharing), k)):
+        program = Program(items, k, cycles(calls, edges))
         if dominates(floor, rates(program)):
             return (program,)
-        found[edges] = program
-    return _undominated(list(found.values()))
+        found.append(program)
+    return _undominated(found)
+
+
+@cache
+def all_programs(flow: Dataflow, sharing: Sharing, k: int) -> tuple[tuple[tuple[Issue, ...], ...], NDArray[np.float64]]:
+    """Every program of staleness k with an event graph of its own, and the graphs: the steps [programs, u, v] by which
+    v lags behind u, infinite where it need not wait for it. Independent of costs."""
+    index = {call: i for i, (call, _) in enumerate(sharing)}
+    found = list(_distinct(flow, sharing, orders(flow, dict(sharing), k)))
+    steps = np.full((len(found), len(index), len(index)), np.inf)
+    for number, (_, edges) in enumerate(found):
+        for (u, v), distance in edges.items():
+            steps[number, index[u], index[v]] = distance
+    return tuple(items for items, _ in found), steps
+
+
+def programs_below(
+    flow: Dataflow, sharing: Sharing, k: int, seconds: NDArray[np.float64], threshold: float
+) -> list[Program]:
+    """The programs of staleness k whose period at durations [calls] is below `threshold` seconds.
+
+    A period is at least that exactly if the graph with weights seconds(u) - threshold * steps has a cycle that is not
+    negative; the longest walks of all graphs are found at once (Floyd 1962)."""
+    listed, steps = all_programs(flow, sharing, k)
+    walks = seconds[None, :, None] - threshold * steps
+    for via in range(len(seconds)):
+        walks = np.maximum(walks, walks[:, :, via, None] + walks[:, None, via, :])
+    below = np.flatnonzero(walks.diagonal(axis1=1, axis2=2).max(axis=1) < 0)
+    pools, calls = dict(sharing), tuple(call for call, _ in sharing)
+    graphs = [steady_edges(flow, listed[i], lambda call: pools[call.name]) for i in below]
+    return [Program(listed[i], k, cycles(calls, edges)) for i, edges in zip(below, graphs, strict=True)]
+
+
+def _distinct(
+    flow: Dataflow, sharing: Sharing, candidates: Iterable[tuple[Issue, ...]]
+) -> Iterator[tuple[tuple[Issue, ...], Edges]]:
+    """Programs and their event graphs, one for each graph. What has the same order on every pool has the same graph."""
+    pools = dict(sharing)
+    occupied = sorted({pool for names in pools.values() for pool in names})
+    seen: set[object] = set()
+    for items in candidates:
+        in_pools = tuple(tuple((i.call, i.offset) for i in items if pool in pools[i.call]) for pool in occupied)
+        if in_pools in seen:
+            continue
+        edges = steady_edges(flow, items, lambda call: pools[call.name])
+        graph = frozenset(edges.items())
+        if graph not in seen:
+            seen.update((in_pools, graph))
+            yield items, edges
 
 
 def rates(program: Program) -> NDArray[np.float64]:
@@ -119,7 +147,7 @@ def _natural_orders(flow: Dataflow, pools: dict[str, tuple[str, ...]], k: int) -
             continue
         for first, last in product(permutations(infer), permutations(tail)):
             preference = ("generate", *first, "advantages", *last)
-            order = next(_extensions(preference, before, {call: ("all",) for call in pools}), None)
+            order = next(_extensions(preference, before, dict.fromkeys(pools, ("all",))), None)
             if order is not None:
                 yield tuple(issues[call, offset[call]] for call in order)
 

@@ -43,7 +43,8 @@ def sizes(gpus: int, pools: int) -> NDArray[np.int64]:
     """All ways [n, pools] to give every pool at least one GPU and use each GPU of the cluster."""
     if gpus < pools:
         return np.empty((0, pools), dtype=np.int64)
-    cuts = np.array(list(combinations(range(1, gpus), pools - 1)), dtype=np.int64).reshape(-1, pools - 1)
+    chosen = list(combinations(range(1, gpus), pools - 1))
+    cuts = np.array(chosen, dtype=np.int64).reshape(len(chosen), pools - 1)
     edges = np.concatenate([np.zeros((len(cuts), 1), np.int64), cuts, np.full((len(cuts), 1), gpus)], axis=1)
     return np.diff(edges, axis=1)
 
