@@ -109,12 +109,15 @@ def load_prompts(workload: Workload) -> PromptSource:
 
 
 def _tokenizer(path: Path) -> Any:
+    """By tokenizer.json where there is one: that file says all, and AutoTokenizer would replace parts of it by what the
+    model type usually has."""
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         raise UserError(f"actor: {path} holds no tokenizer (tokenizer.json); save the tokenizer beside the model")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
     try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"actor: the tokenizer in {path} cannot be loaded ({reason}); save it anew") from None
