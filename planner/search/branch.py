@@ -158,7 +158,7 @@ def _programs(
         return [fixed]
     found: list[Program] = []
     for k in range(problem.max_staleness + 1):
-        if every:
+        if every and np.isfinite(threshold):
             found += programs_below(problem.flow, sharing, k, least, threshold)
         else:
             plain = plain_programs(problem.flow, sharing, k)
