@@ -63,6 +63,7 @@ class Trainer(Worker):
         self.device = torch.device("cpu") if self.on_cpu else torch.device("cuda", 0)
         if self.on_cpu:
             torch.set_num_threads(1)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.roles: dict[str, Hosted] = {}
 
     def synchronize(self) -> None:
@@ -219,6 +220,7 @@ class Trainer(Worker):
     def gather(self, role: str, version: int) -> ray.ObjectRef | None:
         """The role's weights of this version in the object store, from rank 0."""
         with self._awake(role, version) as hosted:
+            reshard(hosted.module)
             arrays = weights.gather(hosted.module.model, keep=self.rank == 0)
         return None if arrays is None else ray.put(arrays)
 
@@ -263,6 +265,7 @@ class Trainer(Worker):
     def export(self, role: str, directory: Path) -> None:
         """Write the role as a Hugging Face directory, from rank 0."""
         with self._awake(role, None) as hosted:
+            reshard(hosted.module)
             model = hosted.module.model
             state = {name: tensor.cpu() for name, tensor in weights.whole(model)}
             if self.rank == 0:

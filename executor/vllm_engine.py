@@ -42,17 +42,20 @@ ENVIRONMENT = {
 class VllmEngine:
     """vLLM with one version of the weights at a time; none to begin with, so the first thing is a transfer.
 
-    While asleep it holds neither KV cache nor weights, if `drop_weights`, for then a transfer comes before it generates
-    again; else a copy of them in host memory."""
+    While asleep it holds no KV cache, and its weights only on the host; with `drop_weights` nowhere, for then a transfer
+    comes before it generates again."""
 
-    def __init__(self, plan: Plan, channel: Channel, *, drop_weights: bool = True) -> None:
+    drop_weights = False
+
+    def __init__(self, plan: Plan, channel: Channel) -> None:
         os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
         rollout, workload = plan.rollout, plan.workload
         self.eos = eos_tokens(workload.actor)
-        self._drop_weights, self._awake = drop_weights, {"weights", "kv_cache"}
+        self._awake = {"weights", "kv_cache"}
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in the trainer
         with tempfile.TemporaryDirectory() as directory:
             _write_config(workload.actor, Path(directory))
             self.llm = LLM(
@@ -103,8 +106,9 @@ class VllmEngine:
     # --- memory ---
 
     def sleep(self) -> None:
-        self.llm.sleep(level=2 if self._drop_weights else 1)
-        self._awake = set()
+        if self._awake:
+            self.llm.sleep(level=2 if self.drop_weights else 1)
+            self._awake = set()
 
     def wake(self, *parts: str) -> None:
         """Bring back what sleeps of these parts (weights, kv_cache); of all without any."""
@@ -154,9 +158,16 @@ class VllmWorker(EngineWorker):
         import vllm  # noqa: F401
 
     def start(self, plan: Plan, pool: str, channel: Channel = "nccl") -> list[int]:
-        """Become an engine of a plan, without weights yet; the tokens that end a response."""
+        """Become an engine of a plan, without weights yet; the tokens that end a response. An engine that was started
+        before must fit the plan: one process holds one engine."""
+        drop_weights = "evaluate" not in plan.dataflow.names  # between two generations there is always a transfer
+        elsewhere = {"pools": ("any",), "replicas": 1}
+        wanted = plan.rollout.model_copy(update=elsewhere), plan.workload.actor, plan.workload.longest, channel
+        if not hasattr(self, "engine"):
+            self.engine, self.made_for = VllmEngine(plan, channel), wanted
+        assert self.made_for == wanted, "this process has an engine of another kind"
+        self.engine.drop_weights = drop_weights
         self.offload, self.version = plan.rollout.offload, -1
-        self.engine = VllmEngine(plan, channel, drop_weights="evaluate" not in plan.dataflow.names)
         self._sleep()
         return self.engine.eos
 
