@@ -42,7 +42,7 @@ ENVIRONMENT = {
 class VllmEngine:
     """vLLM with one version of the weights at a time; none to begin with, so the first thing is a transfer.
 
-    While asleep it holds no KV cache, and its weights only on the host; with `drop_weights` nowhere, for then a transfer
+    While asleep it holds no KV cache and has its weights on the host; with `drop_weights` nowhere, for then a transfer
     comes before it generates again."""
 
     drop_weights = False
