@@ -109,7 +109,10 @@ def test_split_equals_colocated(on_one_core: Recording, train: Train) -> None:
 
 def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:
     roles = {"rollout": "g", "actor": "t", "critic": "t", "reference": "t", "reward": "t"}
-    plan = make_plan(WORKLOAD, {"g": 1, "t": 1}, roles, offsets={"generate": 1}, staleness=1)
+    early = ["generate", "score", "ref_logprobs", "values", "old_logprobs"]  # for the next step, between the updates
+    order = [*early[:3], "advantages", "update_critic", "values", "update_actor", "old_logprobs", "sync_weights"]
+    offsets = dict.fromkeys(early, 1)
+    plan = make_plan(WORKLOAD, {"g": 1, "t": 1}, roles, order=order, offsets=offsets, staleness=1)
     metrics = train(plan).metrics
     assert [step["staleness"] for step in metrics] == [0, 1, 1]
     assert [step["weights_version"] for step in metrics] == [0, 0, 1]
