@@ -71,9 +71,8 @@ class Processes:
         address = {pool: ask(ranks[:1], "listen").results[0] for pool, ranks in self.trainers.items()}
         ask(everyone, "join", each=[address[pool] for pool, _, _ in trainers])
         vllm = plan.rollout.engine == "vllm"
-        ask(
-            [*everyone, *self.engines] if vllm else everyone, "load"
-        )  # of vLLM, which measures free memory, the library
+        # vLLM loads its library beside the trainers' models, and starts when they have taken their memory.
+        ask([*everyone, *self.engines] if vllm else everyone, "load")
         pools_of, gpus_of = zip(*self._engine_gpus(), strict=True)
         ways = channels(plan, gpus_of)
         each = [(pool, way) if vllm else (pool,) for pool, way in zip(pools_of, ways, strict=True)]
