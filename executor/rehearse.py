@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from executor import pools
@@ -37,6 +38,9 @@ class Rehearsal:
 
     def end_step(self, step: int) -> dict[str, Any]:
         return {"step": step}
+
+    def export(self, directory: Path) -> None:
+        """There are no models."""
 
     def close(self) -> None:
         pools.stop([rank for ranks in self.ranks.values() for rank in ranks])

@@ -40,19 +40,20 @@ class Silent:
 class _Recorded:
     """Progress that also writes the metrics of each step, with its speed."""
 
-    def __init__(self, directory: RunDirectory, progress: Progress, spans: dict[int, Span]) -> None:
-        self._directory, self._progress, self._spans = directory, progress, spans
-        self._before = 0.0
+    def __init__(self, directory: RunDirectory, progress: Progress) -> None:
+        self._directory, self._progress = directory, progress
+        self._ends: dict[int, float] = {-1: 0.0}  # of each step's update of the actor
 
     def on_start(self, task: Task) -> None:
         self._progress.on_start(task)
 
     def on_end(self, span: Span) -> None:
+        if span.call == "update_actor":
+            self._ends[span.step] = span.end
         self._progress.on_end(span)
 
     def on_step(self, metrics: dict[str, Any]) -> None:
-        end = max(s.end for s in self._spans.values() if s.step == metrics["step"] and s.call == "update_actor")
-        seconds, self._before = end - self._before, end
+        seconds = self._ends[metrics["step"]] - self._ends.pop(metrics["step"] - 1)
         metrics = {**metrics, "seconds": seconds}
         if "tokens" in metrics:
             metrics["tokens_per_second"] = metrics["tokens"] / seconds
@@ -69,6 +70,10 @@ class Backend(Protocol):
 
     def end_step(self, step: int) -> dict[str, Any]:
         """Every call of a step has ended: its metrics."""
+        ...
+
+    def export(self, directory: Path) -> None:
+        """All steps are done: write what is to outlive the run."""
         ...
 
     def close(self) -> None:
@@ -182,8 +187,7 @@ def execute(
         directory = RunDirectory(path, plan, tensorboard=not rehearse)
         stack.callback(directory.close)
         _run(plan, steps, backend, directory, progress or Silent())
-        if not rehearse:
-            backend.export(path / "checkpoints" / "final")
+        backend.export(path / "checkpoints" / "final")
     return path
 
 
@@ -192,7 +196,7 @@ def _run(plan: Plan, steps: int, backend: Backend, directory: RunDirectory, prog
     spans: dict[int, Span] = {}
     log.info("plan %s, %d steps, %d GPUs", plan.name, steps, pools.needed(plan))
     try:
-        loop(tasks_of(plan, steps), backend, spans, _Recorded(directory, progress, spans))
+        loop(tasks_of(plan, steps), backend, spans, _Recorded(directory, progress))
         log.info("done")
     except BaseException as error:
         log.error("ended by %s: %s", type(error).__name__, error)

@@ -126,6 +126,7 @@ class Broken:
     def end_step(self, step: int) -> dict[str, float]:
         return {"step": step}
 
+    def export(self, directory: Path) -> None: ...
     def close(self) -> None: ...
 
 
