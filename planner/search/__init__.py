@@ -9,7 +9,8 @@ from planner.predict.cost import CostModel
 from planner.predict.forecast import predict
 from planner.predict.profile import Profile, check_profiles
 from planner.search.baselines import NAMES, best_of
-from planner.search.branch import Candidate, search
+from planner.search.branch import search
+from planner.search.evaluate import Candidate
 from planner.search.options import Problem
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import ppo

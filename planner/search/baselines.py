@@ -7,7 +7,7 @@ import numpy as np
 from planner.predict.cycle import cycles
 from planner.predict.schedule import steady_edges
 from planner.search.bound import Bounds, sharing_of
-from planner.search.branch import Candidate, evaluate
+from planner.search.evaluate import Candidate, evaluate
 from planner.search.options import Problem
 from planner.search.programs import Program, rates
 from planner.search.space import Structure, sizes

@@ -51,7 +51,8 @@ class Problem:
     flow: Dataflow  # without monitors
     max_staleness: int
     _choices: dict[object, tuple[Choice, ...]] = field(default_factory=dict)
-    _engines: dict[object, tuple[Engines, ...]] = field(default_factory=dict)
+    _rollouts: dict[object, list[tuple[RolloutRole, RoleMemory]]] = field(default_factory=dict)
+    _least: dict[object, dict[str, float] | None] = field(default_factory=dict)
     _lightest: dict[object, tuple[Choice, ...] | None] = field(default_factory=dict)
 
     @property
@@ -91,35 +92,26 @@ class Problem:
 
     def rollouts(self, places: Sequence[Place]) -> list[tuple[RolloutRole, RoleMemory]]:
         """All layouts of the rollout on pools p0, p1, ... and the memory of an engine."""
-        pools, device = tuple(f"p{i}" for i in range(len(places))), places[0].device
-        listed = rollout_layouts(self.workload, tuple(place.parts for place in places), pools, device)
-        return [(layout, rollout_memory(self.workload, layout, device)) for layout in listed]
-
-    def engines(self, places: Sequence[Place]) -> tuple[Engines, ...]:
-        """The undominated layouts of the rollout on pools p0, p1, ..."""
         key = tuple((place.parts, id(place.device)) for place in places)
-        if key not in self._engines:
-            found = [
-                Engines(
-                    layout,
-                    memory,
-                    np.broadcast_to(self.model.generate(layout, places).seconds, (self.model.scenarios,)),
-                )
-                for layout, memory in self.rollouts(places)
-            ]
-            # A wider engine receives less per GPU in a sync, so only engines of one width are compared.
-            widths = sorted({engines.layout.tensor_parallel for engines in found})
-            kept: list[Engines] = []
-            for width in widths:
-                group = [engines for engines in found if engines.layout.tensor_parallel == width]
-                rows = np.array([[*bytes_of(engines.memory), engines.seconds.mean()] for engines in group])
-                kept += [group[i] for i in undominated(-rows)]
-            self._engines[key] = tuple(kept)
-        return self._engines[key]
+        if key not in self._rollouts:
+            pools, device = tuple(f"p{i}" for i in range(len(places))), places[0].device
+            layouts = rollout_layouts(self.workload, tuple(place.parts for place in places), pools, device)
+            self._rollouts[key] = [(layout, rollout_memory(self.workload, layout, device)) for layout in layouts]
+        return self._rollouts[key]
+
+    def engines(self, layout: RolloutRole, memory: RoleMemory, places: Sequence[Place]) -> Engines:
+        seconds = self.model.generate(layout, places).seconds
+        return Engines(layout, memory, np.broadcast_to(seconds, (self.model.scenarios,)))
 
     def least(self, roles: tuple[str, ...], place: Place, engine: RoleMemory | None) -> dict[str, float] | None:
         """The least mean seconds of each call that some layout allows beside the other roles' smallest ones; None if
         not even the smallest fit together. Below what any joint choice reaches."""
+        key = (roles, place.parts, id(place.device), engine and bytes_of(engine))
+        if key not in self._least:
+            self._least[key] = self._find_least(roles, place, engine)
+        return self._least[key]
+
+    def _find_least(self, roles: tuple[str, ...], place: Place, engine: RoleMemory | None) -> dict[str, float] | None:
         allowed = self.allowed(roles, place, engine)
         listed = [self.choices(role, place) for role in roles]
         if not all(listed):
