@@ -29,7 +29,7 @@ from planner.spec.plan import Issue, Plan, Pool, TrainerRole
 from planner.spec.timeline import Span
 from planner.spec.workload import Workload
 
-WARMUP, REPEATS = 1, 3  # steps of each plan
+WARMUP, REPEATS = 1, 4  # steps of each plan
 PACKAGES = ("torch", "transformers", "ray")
 
 

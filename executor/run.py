@@ -57,6 +57,7 @@ class _Recorded:
         metrics = {**metrics, "seconds": seconds}
         if "tokens" in metrics:
             metrics["tokens_per_second"] = metrics["tokens"] / seconds
+        log.info("step %d ended, %.3g s", metrics["step"], seconds)
         self._directory.write_metrics(metrics)
         self._progress.on_step(metrics)
 

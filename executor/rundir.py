@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,8 @@ class RunDirectory:
             self._events = SummaryWriter(str(path))
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        self._metrics.write(json.dumps(metrics, allow_nan=True) + "\n")
+        finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
+        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
         self._metrics.flush()
         if self._events is not None:
             for key, value in metrics.items():

@@ -157,18 +157,19 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "rehearse"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals, rehearse: bool) -> None:
     script = """
         import sys
         from pathlib import Path
         sys.path.insert(0, sys.argv[2])
-        from conftest import make_workload, split
+        from conftest import colocated, make_workload
         from executor.run import execute
-        plan = split(make_workload())
-        execute(plan, name="r", runs=Path(sys.argv[1]), steps=50, rehearse=True, seconds=lambda t: 1.0)
+        plan = colocated(make_workload(), cores=1)
+        execute(plan, name="r", runs=Path(sys.argv[1]), steps=5000, rehearse=REHEARSE, seconds=lambda t: 1.0)
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path), str(Path(__file__).parent)]
+    script = textwrap.dedent(script).replace("REHEARSE", str(rehearse))
+    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
     root = Path(__file__).parents[1]
     process = subprocess.Popen(command, start_new_session=True, cwd=root, stderr=subprocess.PIPE, text=True)
     children: list[int] = []
@@ -184,7 +185,7 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals) 
         while any(map(running, children)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert len(children) > 5 and not [pid for pid in children if running(pid)]
-        assert read_data(tmp_path / "r" / "timeline.json")["steps"] == 50
+        assert read_data(tmp_path / "r" / "timeline.json")["steps"] == 5000
     finally:
         for pid in [process.pid, *children]:
             with contextlib.suppress(ProcessLookupError):

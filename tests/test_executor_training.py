@@ -17,9 +17,10 @@ from executor.processes import fleet_for
 from executor.run import Silent, execute, loop
 from executor.step import Training
 from planner.predict.schedule import tasks_of
+from planner.predict.simulate import simulate
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
-from planner.spec.timeline import Timeline
+from planner.spec.timeline import Timeline, step_seconds
 from planner.spec.workload import Workload
 
 STEPS = 3
@@ -180,3 +181,19 @@ def test_a_failure_in_the_middle_keeps_what_was_done(
     spans = Timeline.read(tmp_path / "r" / "timeline.json").spans
     assert {span.step for span in spans if span.call == "sync_weights"} == {0}
     assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+@pytest.mark.bench
+def test_the_controller_costs_little(ray_two: None, tmp_path: Path) -> None:
+    """The measured step time over that of the same program with the measured durations, less 1: at most 5%."""
+    shape = {**SHAPE, "hidden": 128, "intermediate": 256}
+    models = dict.fromkeys(("actor", "critic", "reference", "reward"), {"shape": shape, "random_weights": True})
+    layouts = {role: {"micro_batch_tokens": 4096} for role in models} | {"rollout": {"concurrency": 512}}
+    plan = split(make_workload(batch=512, minibatch=256, **models), layouts=layouts)
+    measured = Timeline.read(execute(plan, name="r", runs=tmp_path, steps=10) / "timeline.json")
+    taken = {(span.call, span.step): span.seconds for span in measured.spans}
+    spans = simulate(tasks_of(plan, 10), lambda task: taken[task.call.name, task.step])
+    again = measured.model_copy(update={"spans": spans})
+    overhead = step_seconds(measured) / step_seconds(again) - 1
+    print(f"step {step_seconds(measured):.3f} s, controller overhead {overhead:.1%}")
+    assert overhead <= 0.05
