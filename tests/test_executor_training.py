@@ -187,7 +187,7 @@ def test_a_failure_in_the_middle_keeps_what_was_done(
 def test_the_controller_costs_little(ray_two: None, tmp_path: Path) -> None:
     """The measured step time over that of the same program with the measured durations, less 1: at most 5%."""
     shape = {**SHAPE, "hidden": 128, "intermediate": 256}
-    models = dict.fromkeys(("actor", "critic", "reference", "reward"), {"shape": shape, "random_weights": True})
+    models = {role: {"shape": shape, "random_weights": True} for role in ROLES if role != "rollout"}
     layouts = {role: {"micro_batch_tokens": 4096} for role in models} | {"rollout": {"concurrency": 512}}
     plan = split(make_workload(batch=512, minibatch=256, **models), layouts=layouts)
     measured = Timeline.read(execute(plan, name="r", runs=tmp_path, steps=10) / "timeline.json")
