@@ -127,6 +127,19 @@ def check(plan: Path) -> None:
 
 @main.command()
 @click.argument("plan", type=_file("PLAN"))
+@profiles_of_plan
+def explain(**options: Any) -> None:
+    """Say why a plan is as fast as it is.
+
+    What each decision on the way from the tutorial's split buys, what binds the step, where GPUs idle, what each call's
+    cost does to the step, and what the memory is used for."""
+    from planner.commands.explain import explain
+
+    explain(**options)
+
+
+@main.command()
+@click.argument("plan", type=_file("PLAN"))
 @click.option("--steps", type=int, default=8, show_default=True, metavar="N", help="Steps to simulate.")
 @click.option("--gantt", type=_file(), help="Draw the steady-state steps (.png, .svg or .pdf).")
 @click.option("--trace", type=_file(), help="Write a trace that opens in Perfetto.")

@@ -44,7 +44,7 @@ def find(
 ) -> Result:
     """The plan with the shortest mean step time, runners-up and the baselines. Raises UserError if nothing fits."""
     start = time.perf_counter()
-    problem = _problem(workload, cluster, profiles, max_staleness)
+    problem = problem_of(workload, cluster, profiles, max_staleness)
     found = search(problem, keep)
     if not found.best:
         raise UserError(
@@ -87,13 +87,13 @@ def baseline(
     command: str = "",
 ) -> Plan:
     """One of the named splits with its best layouts, as a plan that can be executed. Raises UserError."""
-    problem = _problem(workload, cluster, profiles, None)
+    problem = problem_of(workload, cluster, profiles, None)
     plan = assemble(best_of(name, problem), name, problem)
     provenance = Provenance(version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {})
     return _complete(plan, provenance, profiles, None, 0.0, 0.0)
 
 
-def _problem(workload: Workload, cluster: Cluster, profiles: Sequence[Profile], max_staleness: int | None) -> Problem:
+def problem_of(workload: Workload, cluster: Cluster, profiles: Sequence[Profile], max_staleness: int | None) -> Problem:
     check_profiles(profiles, workload, cluster)
     if max_staleness is not None:
         workload = workload.model_copy(update={"max_staleness": max_staleness})
