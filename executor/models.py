@@ -147,6 +147,26 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     return max(lists, key=len)
 
 
+def keep_residual_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let a model that computes in `dtype` add up in fp32 what its blocks write: much of the rounding that sets its
+    log-probs apart from an engine's is in that sum."""
+    parts = [part for block in blocks(model) for part in block.children()] + list(model.base_model.children())
+    _cast_output(model.get_input_embeddings(), torch.float32)
+    for part in parts:
+        if "norm" in type(part).__name__.lower() or "rotary" in type(part).__name__.lower():
+            _cast_output(part, dtype)
+
+
+def _cast_output(module: nn.Module, dtype: torch.dtype) -> None:
+    forward = module.forward
+
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        return tuple(x.to(dtype) for x in output) if isinstance(output, tuple) else output.to(dtype)
+
+    module.forward = cast
+
+
 def compile_blocks(model: PreTrainedModel) -> None:
     """Fuse what lies between the matrix products. Attention, MLP and norms are compiled one by one, inside of what
     FSDP and recomputation wrap, for any number of tokens."""

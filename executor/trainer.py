@@ -107,6 +107,7 @@ class Trainer(Worker):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         policy = MixedPrecisionPolicy()
         if not self.on_cpu:
+            models.keep_residual_in_fp32(model, torch.bfloat16)
             models.compile_blocks(model)
             policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False

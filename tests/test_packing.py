@@ -1,5 +1,6 @@
 """Packing changes nothing but the arithmetic that is saved: packed equals padded, in values and in gradients."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -147,3 +148,20 @@ def test_parked_tensors_come_back() -> None:
         assert all(tensor.untyped_storage().nbytes() == 0 for tensor in tensors)
         parking.fetch()
         assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
+
+
+def test_a_residual_in_float32_comes_nearer_to_the_exact_log_probs() -> None:
+    shape = SHAPE.model_copy(update={"hidden": 256, "layers": 12, "intermediate": 512, "head_dim": 64, "vocab": 512})
+    torch.manual_seed(0)
+    exact = Qwen2ForCausalLM(models.config_of(shape))
+    for parameter in exact.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    rough, better = copy.deepcopy(exact), copy.deepcopy(exact)
+    for model in (rough, better):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    models.keep_residual_in_fp32(better, torch.bfloat16)
+    batch = pack_rows(0, 1, 3)
+    with torch.no_grad():
+        states = [hidden_states(models.wrap("actor", m, 1.0).model, batch).float() for m in (exact, rough, better)]
+    assert (states[2] - states[0]).norm() < 0.9 * (states[1] - states[0]).norm()

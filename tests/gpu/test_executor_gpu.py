@@ -1,0 +1,126 @@
+"""On GPUs: packed attention and log-probs against an exact reference, and PPO steps of a small model with vLLM through
+every way that weights take. `python -m pytest -m gpu tests/gpu` on a host with two GPUs."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROLES, SERIAL, make_plan, make_workload
+
+from executor import models, preflight
+from executor.data import Sequences
+from executor.packing import pack
+from executor.run import Silent, loop
+from executor.step import Training
+from planner.predict.schedule import tasks_of
+from planner.spec.cluster import make_cluster
+from planner.spec.lengths import sample
+from planner.spec.plan import Plan
+from planner.spec.timeline import Span
+from planner.spec.workload import Workload
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+SHAPE = {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 512, "vocab": 1024, "head_dim": 64}
+HOME = {"actor": "a", "reference": "a", "critic": "b", "reward": "b"}
+
+
+def small_workload() -> Workload:
+    model = {"shape": SHAPE, "random_weights": True}
+    roles = {role: model for role in ROLES if role != "rollout"}
+    response = {"kind": "lognormal", "mean": 32, "sigma": 0.5, "max": 64}
+    return make_workload(**roles, batch=32, minibatch=16, response=response, ppo={"actor_lr": 1e-4})
+
+
+class Recording(Training):
+    """Keeps the log-probs of the engines and of the trainers, and the metrics."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan, preflight.check(plan, local=True))
+        self.differences: list[np.ndarray] = []
+        self.metrics: list[dict[str, Any]] = []
+
+    def end_step(self, number: int) -> dict[str, Any]:
+        step = self.steps[number]
+        difference = step.columns["proximal_log_probs"] - step.sequences.log_probs
+        self.differences.append(np.abs(difference[step.sequences.mask]))
+        self.metrics.append(super().end_step(number))
+        return self.metrics[-1]
+
+
+def plan_of(name: str) -> Plan:
+    workload = small_workload()
+    layouts: dict[str, dict[str, Any]] = {role: {"micro_batch_tokens": 1024, "shard": 1} for role in ROLES}
+    layouts["rollout"] = {"engine": "vllm", "replicas": 2, "memory_fraction": 0.2, "concurrency": 16}
+    pools, roles = {"a": 1, "b": 1}, {**HOME, "rollout": ["a", "b"]}
+    more: dict[str, Any] = {}
+    if name == "asleep":  # CUDA IPC and sleep, sharded actor, everything offloaded
+        pools, roles = {"all": 2}, dict.fromkeys(ROLES, "all")
+        layouts |= {role: {"shard": 2, "micro_batch_tokens": 1024, "offload": "all"} for role in ("actor", "critic")}
+        layouts["rollout"] |= {"offload": True}
+        more = {"blocking": True}
+    elif name == "tensor_parallel":
+        pools, roles = {"all": 2}, dict.fromkeys(ROLES, "all")
+        layouts["actor"] = {"shard": 1, "replicas": 2, "micro_batch_tokens": 1024, "recompute": True}
+        layouts["rollout"] |= {"replicas": 1, "tensor_parallel": 2}
+    elif name == "one_step_off":  # NCCL alone
+        roles |= {"rollout": "b", "critic": "a", "reward": "a"}
+        layouts["rollout"] |= {"replicas": 1}
+        more = {"offsets": {"generate": 1}, "staleness": 1}
+    cluster = make_cluster(2, "h200", 2)
+    return make_plan(workload, pools, roles, order=SERIAL, layouts=layouts, cluster=cluster, name=name, **more)
+
+
+@pytest.fixture(scope="module")
+def ray_gpus() -> Any:
+    from executor.session import ray_session
+
+    with ray_session(cpus=None, address=None):
+        yield
+
+
+@pytest.mark.parametrize("name", ["spanning", "asleep", "tensor_parallel", "one_step_off"])
+def test_engines_sample_from_what_the_trainers_see(ray_gpus: None, name: str) -> None:
+    plan = plan_of(name)
+    backend = Recording(plan)
+    spans: dict[int, Span] = {}
+    try:
+        loop(tasks_of(plan, 3), backend, spans, Silent())
+    finally:
+        backend.close()
+    for number, metrics in enumerate(backend.metrics):
+        assert metrics["weights_version"] == max(0, number - plan.staleness)
+        assert metrics["actor/grad_norm"] > 0
+        if number <= plan.staleness or plan.staleness == 0:  # else the weights differ on purpose
+            assert backend.differences[number].mean() < 0.02
+
+
+def test_packed_equals_exact_attention() -> None:
+    workload = small_workload()
+    lengths = sample(workload.response, 8, 0, 0, 1)
+    prompts = np.full(8, 5, dtype=np.int32)
+    tokens = np.random.default_rng(0).integers(0, SHAPE["vocab"], (8, int((prompts + lengths).max())), dtype=np.int32)
+    sequences = Sequences(
+        tokens=tokens,
+        prompt_lengths=prompts,
+        response_lengths=lengths.astype(np.int32),
+        log_probs=np.zeros((8, int(lengths.max())), dtype=np.float32),
+        weights_versions=np.zeros(8, dtype=np.int32),
+    )
+    rows, gpu, cpu = np.arange(8), torch.device("cuda"), torch.device("cpu")
+    exact = models.load("actor", workload.actor, 0, torch.float32, cpu)
+    found = models.load("actor", workload.actor, 0, torch.bfloat16, cpu).to(gpu)
+    found.load_state_dict(exact.state_dict())
+    models.keep_residual_in_fp32(found, torch.bfloat16)
+    models.compile_blocks(found)
+    of_exact = models.wrap("actor", exact, 1.0)(pack(sequences, rows, cpu))
+    of_found = models.wrap("actor", found, 1.0)(pack(sequences, rows, gpu))
+    assert (of_found.cpu() - of_exact).abs().mean() < 0.02
+    of_exact.sum().backward()
+    of_found.sum().backward()
+    for a, b in zip(exact.parameters(), found.parameters(), strict=True):
+        assert (b.grad.cpu().float() - a.grad).norm() < 0.05 * a.grad.norm() + 1e-3
