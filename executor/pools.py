@@ -16,6 +16,9 @@ from planner.spec.plan import Gpu, Plan
 PLACING_SECONDS = 60.0
 
 
+Key = tuple[Callable[[], Worker], tuple[Gpu, ...], str]  # class of a process, its GPUs, what it was made for
+
+
 @dataclass(frozen=True, kw_only=True)
 class Seat:
     """One GPU as Ray gave it: a bundle of the placement group. `device` is its CUDA index; None for a core."""
@@ -43,15 +46,24 @@ class Fleet:
     def __init__(self, gpus: Sequence[Gpu], resource: str) -> None:
         """Raises UserError if Ray has fewer GPUs than that, or not on nodes that correspond to the given ones."""
         self._seats = _reserve(gpus, resource)
-        self._processes: dict[tuple[Any, tuple[Gpu, ...]], Rank] = {}
+        self._processes: dict[Key, Rank] = {}
 
-    def process(self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...]) -> Rank:
+    def process(self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...], made_for: str = "") -> Rank:
         """The process of a class on some GPUs, all of which it sees; it lives at the first one. Without GPUs it may be
-        anywhere. Started if there is none yet, but not waited for."""
-        key = worker, gpus
+        anywhere. Started if there is none yet that is made for this, but not waited for."""
+        key = worker, gpus, made_for
         if key not in self._processes:
             self._processes[key] = start(worker, [self._seats[gpu] for gpu in gpus])
         return self._processes[key]
+
+    def retire(
+        self, worker: Callable[[], Worker], gpus: Sequence[Gpu], keep: Sequence[tuple[tuple[Gpu, ...], str]]
+    ) -> None:
+        """End the processes of a class on any of these GPUs, except for what is to stay: their GPUs and what they are
+        made for. Those hold memory even when nobody asks them."""
+        stays = {(worker, *kept) for kept in keep}
+        for key in [key for key in self._processes if key[0] is worker and key not in stays and {*key[1]} & {*gpus}]:
+            stop([self._processes.pop(key)])
 
     def close(self) -> None:
         """End the processes at once, whatever they are doing, and free the GPUs."""

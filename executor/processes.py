@@ -7,7 +7,7 @@ from executor.reward import RewardWorker
 from executor.rollout import EngineWorker
 from executor.sync import WeightSync, channels
 from executor.trainer import Trainer
-from executor.vllm_engine import VllmWorker
+from executor.vllm_engine import VllmWorker, made_for
 from executor.worker import Rank, ask
 from planner.spec.plan import Gpu, Plan
 from planner.spec.workload import RewardFunction
@@ -44,8 +44,13 @@ class Processes:
             ranks = [self.fleet.process(Trainer, (gpu,)) for gpu in self.plan.pools[pool].gpus]
             self.trainers[pool] = [replace(r, name=f"trainer {i} of pool {pool}") for i, r in enumerate(ranks)]
         worker = VllmWorker if self.plan.rollout.engine == "vllm" else EngineWorker
-        for number, (pool, gpus) in enumerate(self._engine_gpus()):
-            engine = self.fleet.process(worker, gpus)
+        places = self._engine_gpus()
+        ways = channels(self.plan, [gpus for _, gpus in places])
+        wanted = [made_for(self.plan, way) if worker is VllmWorker else "" for way in ways]
+        keep = [(gpus, made) for (_, gpus), made in zip(places, wanted, strict=True)]
+        self.fleet.retire(VllmWorker, [gpu for pool in self.plan.pools.values() for gpu in pool.gpus], keep)
+        for number, ((pool, gpus), made) in enumerate(zip(places, wanted, strict=True)):
+            engine = self.fleet.process(worker, gpus, made)
             self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
         if isinstance(self.plan.workload.reward, RewardFunction):
             self.judge.append(replace(self.fleet.process(RewardWorker, ()), name="the reward function's process"))

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -65,6 +66,10 @@ class Trainer(Worker):
             torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self.roles: dict[str, Hosted] = {}
+        self.window: weights.Window | None = None
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # an engine that starts on this GPU takes what is free
 
     def synchronize(self) -> None:
         if torch.cuda.is_initialized():
@@ -258,6 +263,7 @@ class Trainer(Worker):
         self.hosted = self.sending.enter_context(self._awake("actor", version))
 
     def fill_window(self, chunk: list[Described]) -> None:
+        assert self.window is not None
         self.window.fill(self.hosted.module, chunk)
 
     def end_weights(self) -> None:

@@ -144,6 +144,12 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
 
 
+def made_for(plan: Plan, channel: Channel) -> str:
+    """All that an engine cannot change once it has started."""
+    rollout = plan.rollout.model_dump_json(exclude={"pools", "replicas"})
+    return f"{rollout} {plan.workload.actor.model_dump_json()} {plan.workload.longest} {channel}"
+
+
 class VllmWorker(EngineWorker):
     """The process of a vLLM engine, on all of its GPUs."""
 
@@ -160,13 +166,11 @@ class VllmWorker(EngineWorker):
     def start(self, plan: Plan, pool: str, channel: Channel = "nccl") -> list[int]:
         """Become an engine of a plan, without weights yet; the tokens that end a response. An engine that was started
         before must fit the plan: one process holds one engine."""
-        drop_weights = "evaluate" not in plan.dataflow.names  # between two generations there is always a transfer
-        elsewhere = {"pools": ("any",), "replicas": 1}
-        wanted = plan.rollout.model_copy(update=elsewhere), plan.workload.actor, plan.workload.longest, channel
         if not hasattr(self, "engine"):
-            self.engine, self.made_for = VllmEngine(plan, channel), wanted
-        assert self.made_for == wanted, "this process has an engine of another kind"
-        self.engine.drop_weights = drop_weights
+            self.engine, self.made_for = VllmEngine(plan, channel), made_for(plan, channel)
+        assert self.made_for == made_for(plan, channel), "this process has an engine of another kind"
+        # Without an evaluation there is a transfer between any two generations.
+        self.engine.drop_weights = "evaluate" not in plan.dataflow.names
         self.offload, self.version = plan.rollout.offload, -1
         self._sleep()
         return self.engine.eos
