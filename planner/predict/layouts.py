@@ -10,7 +10,7 @@ from planner.spec.plan import Offload, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
 MICRO_BATCH_TOKENS = (4096, 8192, 16384, 32768)
-CONCURRENCY = (32, 64, 128, 256, 512)
+CONCURRENCY = (64, 128, 256, 512)
 TENSOR_PARALLEL = (1, 2, 4, 8)
 
 

@@ -35,10 +35,11 @@ class Least(NamedTuple):
 
 
 class Bounds:
-    """Tables of least durations over pool sizes 1..G, made when first asked for."""
+    """Tables of least durations over pool sizes 1..G, made when first asked for. No plan above `ceiling` seconds is of
+    interest: where generation alone exceeds it, its floor is enough."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, ceiling: float = np.inf) -> None:
+        self.problem, self.ceiling = problem, ceiling
         self.gpus = len(problem.cluster.gpus)
         self._tables: dict[frozenset[str], Least] = {}
         self._generate: NDArray[np.float64] | None = None
@@ -99,6 +100,8 @@ class Bounds:
                 places = [self._compact(gpus)]
                 layouts = [layout for layout, _ in self.problem.rollouts(places) if not layout.offload]
                 floors = [self.problem.model.generate_floor(layout, places) for layout in layouts]
+                if floors and min(floors) >= self.ceiling:
+                    table[gpus] = min(floors)
                 for at in np.argsort(floors, kind="stable"):
                     if floors[at] >= table[gpus]:
                         break

@@ -69,14 +69,14 @@ class Problem:
         key = (role, place.parts, id(place.device))
         if key not in self._choices:
             layouts = trainer_layouts(self.workload, role, place.gpus, "pool", place.device)
-            found = [self._choice(role, layout, place) for layout in layouts]
             allowed = place.device.memory_bytes - pool_peak((), True, False, place.device)
-            found = [choice for choice in found if choice.memory.running <= allowed]
+            memory = ((layout, trainer_memory(self.workload, role, layout, place.device)) for layout in layouts)
+            found = [self._choice(role, *sized, place) for sized in memory if sized[1].running <= allowed]
             rows = [[*bytes_of(choice.memory), *choice.seconds.mean(axis=1), choice.sync] for choice in found]
             self._choices[key] = tuple(found[i] for i in undominated(-np.array(rows))) if rows else ()
         return self._choices[key]
 
-    def _choice(self, role: str, layout: TrainerRole, place: Place) -> Choice:
+    def _choice(self, role: str, layout: TrainerRole, memory: RoleMemory, place: Place) -> Choice:
         rows = []
         for name in self.calls_of(role):
             estimate = self.model.train if self.flow[name].kind == "train" else self.model.infer
@@ -87,7 +87,6 @@ class Problem:
                 engine="vllm", pools=("pool",), tensor_parallel=1, replicas=1, memory_fraction=1, concurrency=1
             )
             sync = float(self.model.sync(layout, place, engines, [place], same_node=True, shared=True).seconds.mean())
-        memory = trainer_memory(self.workload, role, layout, place.device)
         return Choice(layout, memory, np.stack(rows), sync)
 
     def rollouts(self, places: Sequence[Place]) -> list[tuple[RolloutRole, RoleMemory]]:
