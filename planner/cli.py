@@ -92,6 +92,13 @@ def profiles_of_plan(command: Command) -> Command:
     "--max-staleness", type=int, metavar="K", help="Updates that sequences may lag (default: the workload's)."
 )
 @click.option("--keep", type=int, default=3, show_default=True, metavar="N", help="Runners-up to show.")
+@click.option(
+    "--pin",
+    "pins",
+    multiple=True,
+    metavar="PIN",
+    help="actor=8 (GPUs of a role), actor+critic (together) or actor/critic (apart). May be given often.",
+)
 @click.option("--out", type=_file(), default=Path("best.json"), show_default=True, help="Where to write the plan.")
 @click.option("--no-picture", is_flag=True, help="Do not draw the plan beside it.")
 def search(**options: Any) -> None:

@@ -1,5 +1,6 @@
 """`plan search` and `plan baseline`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from planner.spec.plan import Plan
 PICTURE_STEPS = 8  # simulated; the picture shows a few of them after the warm-up
 
 
-def search(*, max_staleness: int | None, keep: int, out: Path, no_picture: bool, command: str, **options: Any) -> None:
+def search(
+    *,
+    max_staleness: int | None,
+    keep: int,
+    pins: Sequence[str],
+    out: Path,
+    no_picture: bool,
+    command: str,
+    **options: Any,
+) -> None:
     check_target(out, ".json")
     if max_staleness is not None and max_staleness < 0:
         raise UserError(f"--max-staleness {max_staleness}: must be at least 0")
@@ -29,6 +39,7 @@ def search(*, max_staleness: int | None, keep: int, out: Path, no_picture: bool,
             profile_hashes=inputs.provenance,
             max_staleness=max_staleness,
             keep=keep,
+            pins=pins,
             command=command,
         )
     best = _named(result.best, out)

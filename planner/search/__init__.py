@@ -12,6 +12,7 @@ from planner.search.baselines import NAMES, best_of
 from planner.search.branch import search
 from planner.search.evaluate import Candidate
 from planner.search.options import Problem
+from planner.search.pins import allows, parse_pins
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -40,23 +41,25 @@ def find(
     profile_hashes: dict[str, str] | None = None,
     max_staleness: int | None = None,
     keep: int = 4,
+    pins: Sequence[str] = (),
     command: str = "",
 ) -> Result:
-    """The plan with the shortest mean step time, runners-up and the baselines. Raises UserError if nothing fits."""
+    """The plan with the shortest mean step time, runners-up and the baselines, which no pin binds. Raises UserError if
+    nothing fits."""
     start = time.perf_counter()
     problem = problem_of(workload, cluster, profiles, max_staleness)
-    found = search(problem, keep)
+    pinned = parse_pins(pins, workload.roles, len(cluster.gpus))
+    found = search(problem, keep, allows(pinned) if pinned else None)
     if not found.best:
-        raise UserError(
-            f"no plan fits: {workload.name} on {len(cluster.gpus)} GPUs exceeds their memory in every layout; "
-            "use more GPUs, smaller models or shorter sequences"
-        )
+        from planner.search.infeasible import nothing_fits  # which itself searches
+
+        raise UserError(nothing_fits(problem, pins))
     seconds = time.perf_counter() - start
     proof = Proof(
         status="optimal",
         objective="mean",
         scenarios=problem.model.scenarios,
-        space=SPACE.format(k=problem.max_staleness),
+        space=SPACE.format(k=problem.max_staleness) + "".join(f", {pin.text}" for pin in pinned),
     )
     provenance = Provenance(version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {})
     plans = [assemble(c, "best" if i == 0 else f"runner-up-{i}", problem) for i, c in enumerate(found.best)]

@@ -8,6 +8,7 @@ import numpy as np
 from planner.search.bound import Bounds
 from planner.search.evaluate import SAME, Candidate, evaluate
 from planner.search.options import Problem
+from planner.search.pins import Allows
 from planner.search.space import sizes, structures
 
 
@@ -20,16 +21,20 @@ class Found(NamedTuple):
     placements: int
 
 
-def search(problem: Problem, keep: int) -> Found:
-    """The `keep` best placements, each with its best layouts and program. Empty if nothing fits.
+def search(problem: Problem, keep: int, allowed: Allows | None = None) -> Found:
+    """The `keep` best placements (of those that are `allowed`), each with its best layouts and program. Empty if
+    nothing fits.
 
     Placements are taken in the order of their bounds, first with a few natural programs; those that reach neither
     their floor nor exceed the incumbent get every program afterwards."""
-    bounds, listed = Bounds(problem), structures(problem.workload.roles)
+    listed = structures(problem.workload.roles)
+    together, _ = evaluate(problem, (frozenset(problem.workload.roles),), (len(problem.cluster.gpus),), every=False)
+    bounds = Bounds(problem, together.seconds if together else np.inf)
     nodes = [
         (float(bound), number, tuple(int(n) for n in counts))
         for number, structure in enumerate(listed)
-        for counts_of in [sizes(len(problem.cluster.gpus), len(structure))]
+        for every in [sizes(len(problem.cluster.gpus), len(structure))]
+        for counts_of in [every if allowed is None else every[allowed(structure, every)]]
         for bound, counts in zip(bounds.of(structure, counts_of), counts_of, strict=True)
     ]
     placements, nodes = len(nodes), sorted(node for node in nodes if np.isfinite(node[0]))

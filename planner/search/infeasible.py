@@ -1,0 +1,177 @@
+"""Why nothing fits, in one line with its numbers, and what would."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from planner.predict.cost import CostModel
+from planner.predict.layouts import CONCURRENCY, TENSOR_PARALLEL, trainer_layouts
+from planner.predict.memory import host_bytes, process_bytes, rollout_fraction, trainer_memory
+from planner.search import assemble
+from planner.search.changes import resized, with_response
+from planner.search.evaluate import Candidate, evaluate
+from planner.search.options import Problem
+from planner.search.space import Structure, sizes, structures
+from planner.spec.cluster import Cluster, Device
+from planner.spec.workload import Workload
+
+MOST_GPUS = 4096
+EVERY_PLACEMENT = 3  # up to so many GPUs all placements are tried, above only those that need least memory
+SHORTEST = 1 / 64  # of the given response length
+
+
+class Need(NamedTuple):
+    """Bytes per GPU of a role in the layout that needs least, that layout's split in words, and the shard from which on
+    it fits a GPU (0: from none)."""
+
+    role: str
+    bytes: int
+    at: str
+    fits_from: int = 0
+
+
+def nothing_fits(problem: Problem, pins: Sequence[str] = ()) -> str:
+    """The constraint that binds, with its numbers, and the nearest changes that would do."""
+    workload, cluster = problem.workload, problem.cluster
+    if pins and fits(problem) is not None:
+        told = " ".join(f"--pin {pin}" for pin in pins)
+        return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))} with {told}; without, one does: loosen them"
+    device, gpus = _largest(cluster)
+    over = [need for need in _needs(workload, cluster) if need.bytes > device.memory_bytes]
+    if over:
+        why = ", ".join(f"{need.role} needs {_gb(need.bytes)} per GPU at {need.at}{_from(need)}" for need in over)
+        why += f", and a GPU has {_gb(device.memory_bytes)}"
+    else:
+        why = _together(problem, device, gpus)
+    return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))}: {why}; {_fixes(problem)}"
+
+
+def fits(problem: Problem) -> Candidate | None:
+    """Some plan that fits, or None: of all placements on few GPUs, else of those that need least memory (all roles on
+    all GPUs, or the rollout apart)."""
+    for structure, counts in _placements(problem):
+        if len(structure) <= len(problem.cluster.gpus):
+            candidate, _ = evaluate(problem, structure, counts, every=False)
+            if candidate is not None:
+                return candidate
+    return None
+
+
+def _placements(problem: Problem) -> Iterator[tuple[Structure, tuple[int, ...]]]:
+    roles, gpus = problem.workload.roles, len(problem.cluster.gpus)
+    yield (frozenset(roles),), (gpus,)
+    for apart in TENSOR_PARALLEL:
+        if apart < gpus:
+            yield (frozenset(roles) - {"rollout"}, frozenset({"rollout"})), (gpus - apart, apart)
+    if gpus <= EVERY_PLACEMENT:
+        for structure in structures(roles):
+            for counts in sizes(gpus, len(structure)):
+                yield structure, tuple(int(count) for count in counts)
+
+
+def _largest(cluster: Cluster) -> tuple[Device, int]:
+    """The kind of GPU with the most memory, and how many there are."""
+    kinds = [cluster.device_of(gpu) for gpu in cluster.gpus]
+    device = max(kinds, key=lambda kind: kind.memory_bytes)
+    return device, kinds.count(device)
+
+
+def _needs(workload: Workload, cluster: Cluster) -> Iterator[Need]:
+    """What each role needs where it has all GPUs of the largest kind for itself."""
+    device, gpus = _largest(cluster)
+    for role in workload.roles:
+        if role != "rollout":
+            yield _trainer_need(workload, role, device, gpus)
+    widest = max(node.gpus for node in cluster.nodes if cluster.devices[node.device] == device)
+    engines = []
+    for split in (t for t in TENSOR_PARALLEL if t <= widest and workload.actor.shape.heads % t == 0):
+        share = -(-workload.batch // max(1, gpus // split))
+        fraction = rollout_fraction(workload, split, min(share, min(CONCURRENCY)), device)
+        engines.append(Need("rollout", int(fraction * device.memory_bytes), f"tensor-parallel {split}"))
+    yield min(engines, key=lambda need: need.bytes)
+
+
+def _trainer_need(workload: Workload, role: str, device: Device, gpus: int) -> Need:
+    """Of the layout that needs least, and the shard from which on it would fit alone."""
+
+    def leanest(count: int) -> tuple[int, int]:
+        layouts = trainer_layouts(workload, role, count, "pool", device)
+        return min((trainer_memory(workload, role, each, device).running, each.shard) for each in layouts)
+
+    def alone(count: int) -> bool:
+        return leanest(count)[0] + process_bytes(device) <= device.memory_bytes
+
+    running, shard = leanest(gpus)
+    enough = None if alone(gpus) else _fewest(alone, gpus)
+    return Need(role, running + process_bytes(device), f"shard {shard}", leanest(enough)[1] if enough else 0)
+
+
+def _from(need: Need) -> str:
+    return f" (it fits from shard {need.fits_from})" if need.fits_from else ""
+
+
+def _together(problem: Problem, device: Device, gpus: int) -> str:
+    """Each role would fit alone: it is the host's memory that does not suffice, or all of them do not fit together."""
+    cluster = problem.cluster
+    roomy = tuple(node.model_copy(update={"host_memory_bytes": 10**18}) for node in cluster.nodes)
+    candidate = fits(replace(problem, cluster=cluster.model_copy(update={"nodes": roomy})))
+    if candidate is not None:
+        used = host_bytes(assemble(candidate, "candidate", problem))
+        node = max(used, key=lambda n: used[n] - cluster.nodes[n].host_memory_bytes)
+        return (
+            f"the GPUs' memory would do, but node {node} then needs {_gb(used[node])} of host memory for what is "
+            f"offloaded and the batches in flight, and has {_gb(cluster.nodes[node].host_memory_bytes)}"
+        )
+    needs = ", ".join(f"{need.role} {_gb(need.bytes)}" for need in _needs(problem.workload, cluster))
+    return (
+        f"each role alone fits {gpus} of them ({needs} per GPU of {_gb(device.memory_bytes)} at its leanest), but "
+        "together they do not, even with all that can be offloaded"
+    )
+
+
+def _fixes(problem: Problem) -> str:
+    """More GPUs, or shorter responses; what is named was found to fit."""
+    workload, cluster = problem.workload, problem.cluster
+    found = []
+    more = _fewest(lambda gpus: fits(_with(problem, workload, resized(cluster, gpus))) is not None, len(cluster.gpus))
+    if more is not None:
+        found.append(f"{_gpus(more)} of the same kind")
+    factor = 0.5
+    while factor >= SHORTEST:
+        shorter = with_response(workload, factor)
+        if fits(_with(problem, shorter, cluster)) is not None:
+            found.append(f"responses of at most {shorter.response.longest:,} tokens")
+            break
+        factor /= 2
+    if not found:
+        return f"not on {MOST_GPUS:,} GPUs of the same kind either; use GPUs with more memory or smaller models"
+    return f"it fits with {' or with '.join(found)}"
+
+
+def _with(problem: Problem, workload: Workload, cluster: Cluster) -> Problem:
+    """The problem changed, at roofline costs: what fits does not depend on them."""
+    model = CostModel(workload, cluster, scenarios=1)
+    return Problem(
+        workload=workload, cluster=cluster, model=model, flow=problem.flow, max_staleness=problem.max_staleness
+    )
+
+
+def _fewest(enough: Callable[[int], bool], gpus: int) -> int | None:
+    """The fewest GPUs that are enough, where `gpus` are not: doubled until they are, then halved in between."""
+    low, high = gpus, 2 * gpus
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > MOST_GPUS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _gpus(count: int) -> str:
+    return f"{count:,} GPU{'s' * (count != 1)}"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.0f} GB" if count >= 10e9 else f"{count / 1e9:.2g} GB"

@@ -1,0 +1,65 @@
+"""What is said when nothing fits: the numbers are those of the memory model, and what is proposed really fits."""
+
+import re
+
+import pytest
+from test_search import small_workload, tiny_cluster
+
+from planner.predict.memory import process_bytes, trainer_memory
+from planner.search import find
+from planner.search.changes import resized
+from planner.spec.cluster import Node
+from planner.spec.errors import UserError
+from planner.spec.lengths import Fixed
+from planner.spec.plan import TrainerRole
+
+
+def message_of(workload, cluster, **options):
+    with pytest.raises(UserError) as error:
+        find(workload, cluster, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_role_that_needs_too_much_and_what_would_do():
+    workload, cluster = small_workload(max_staleness=0), tiny_cluster(1, memory=24e9)
+    said = message_of(workload, cluster)
+    needed, shard, enough = re.search(
+        r"actor needs (\d+) GB per GPU at shard (\d) \(it fits from shard (\d)\)", said
+    ).groups()
+    device = cluster.devices["g"]
+    assert shard == "1"
+
+    def leanest(shard):
+        layout = TrainerRole(pools=("p",), shard=shard, micro_batch_tokens=4096, recompute=True, offload="all")
+        return trainer_memory(workload, "actor", layout, device).running + process_bytes(device)
+
+    assert round(leanest(1) / 1e9) == int(needed) > 24 >= leanest(int(enough)) / 1e9
+    gpus = int(re.search(r"it fits with (\d+) GPUs of the same kind", said)[1])
+    assert find(workload, resized(cluster, gpus)).best
+    assert "no plan fits" in message_of(workload, resized(cluster, gpus - 1))
+
+
+def test_shorter_responses_that_fit():
+    workload = small_workload(max_staleness=0, response={"kind": "fixed", "tokens": 60_000})
+    cluster = tiny_cluster(1, memory=60e9)
+    said = message_of(workload, cluster)
+    tokens = int(re.search(r"responses of at most ([\d,]+) tokens", said)[1].replace(",", ""))
+    fitting = workload.model_copy(update={"response": Fixed(tokens=tokens)})
+    assert find(fitting, cluster).best
+
+
+def test_host_memory_is_named_where_it_binds():
+    """GPUs that hold one role at a time, and a host without room for the others."""
+    cluster = tiny_cluster(1, memory=45e9)
+    (node,) = cluster.nodes
+    assert find(small_workload(max_staleness=0), cluster).best
+    poor = cluster.model_copy(update={"nodes": (Node(gpus=1, device=node.device, host_memory_bytes=10**9),)})
+    said = message_of(small_workload(max_staleness=0), poor)
+    assert "of host memory" in said and "has 1 GB" in said
+
+
+def test_pins_that_leave_too_little_memory():
+    workload, cluster = small_workload(max_staleness=0), tiny_cluster(4, memory=24e9)
+    assert find(workload, cluster).best
+    assert "without, one does" in message_of(workload, cluster, pins=["actor=1", "actor/critic"])

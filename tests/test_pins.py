@@ -1,0 +1,96 @@
+"""Pinned searches: what is pinned holds, costs time at most, and contradictions are one line."""
+
+import numpy as np
+import pytest
+from conftest import ROLES
+from hypothesis import given
+from hypothesis import strategies as st
+from test_search import small_workload, tiny_cluster
+
+from planner.search import find
+from planner.search.pins import allows, parse_pins
+from planner.search.space import sizes, structures
+from planner.spec.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def free():
+    return find(small_workload(max_staleness=1), tiny_cluster(4)).best
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [("actor=1",), ("actor+rollout",), ("actor/critic",), ("rollout=3", "actor/rollout"), ("actor+critic", "critic=3")],
+)
+def test_pins_hold_and_are_never_faster(free, pins):
+    plan = find(small_workload(max_staleness=1), tiny_cluster(4), pins=pins).best
+    homes = {role: set(layout.pools) for role, layout in plan.roles.items()}
+    for pin in pins:
+        if "=" in pin:
+            role, count = pin.split("=")
+            assert plan.gpus_of(tuple(homes[role])) == int(count)
+        elif "+" in pin:
+            assert homes[pin.split("+")[0]] & homes[pin.split("+")[1]]
+        else:
+            assert not homes[pin.split("/")[0]] & homes[pin.split("/")[1]]
+    assert plan.predicted.step_seconds >= free.predicted.step_seconds * (1 - 1e-9)
+    assert all(pin in plan.predicted.proof.space for pin in pins)
+
+
+def test_pinning_what_was_found_finds_it_again(free):
+    """The sizes of all roles of the best plan."""
+    pins = [f"{role}={free.gpus_of(layout.pools)}" for role, layout in free.roles.items()]
+    again = find(small_workload(max_staleness=1), tiny_cluster(4), pins=pins).best
+    assert (again.pools, again.roles, again.program) == (free.pools, free.roles, free.program)
+
+
+PINS = st.one_of(
+    st.builds("{}={}".format, st.sampled_from(ROLES), st.integers(0, 7)),
+    st.builds(
+        lambda pair, how: how.join(pair), st.permutations(ROLES).map(lambda roles: roles[:2]), st.sampled_from("+/")
+    ),
+)
+
+
+@given(st.lists(PINS, min_size=1, max_size=4), st.integers(1, 6))
+def test_pins_are_refused_exactly_when_they_leave_nothing(pins, gpus):
+    try:
+        meet = allows(parse_pins(pins, ROLES, gpus))
+    except UserError:
+        meet = allows(parse_pins_unchecked(pins))
+        assert not any(meet(s, sizes(gpus, len(s))).any() for s in structures(ROLES))
+    else:
+        assert any(meet(s, sizes(gpus, len(s))).any() for s in structures(ROLES))
+
+
+def parse_pins_unchecked(pins):
+    """One by one on enough GPUs for each, so that only what they ask is read."""
+    return [pin for text in pins for pin in parse_pins([text.replace("=0", "=99")], ROLES, 400)]
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        (["actor"], "write actor=8"),
+        (["actor=x"], "write actor=8"),
+        (["judge=2"], "the workload has no role 'judge'"),
+        (["actor+actor"], "names actor twice"),
+        (["actor=0"], "--pin actor=0 cannot be met on 4 GPUs"),
+        (["actor=5"], "--pin actor=5 cannot be met on 4 GPUs"),
+        (["actor=2", "actor=3"], "--pin actor=2 --pin actor=3 cannot be met together"),
+        (["actor=1", "actor+critic", "critic=2"], "cannot be met together"),
+    ],
+)
+def test_a_pin_that_cannot_be_met_is_named(pins, message):
+    with pytest.raises(UserError) as error:
+        parse_pins(pins, ROLES, 4)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_are_the_sum_over_the_rollouts_pools():
+    structure = (frozenset({"actor", "rollout"}), frozenset({"critic", "rollout"}), frozenset({"reference", "reward"}))
+    assert allows(parse_pins(["rollout=3"], ROLES, 5))(structure, np.array([[1, 2, 2], [2, 2, 1]])).tolist() == [
+        True,
+        False,
+    ]
