@@ -115,6 +115,13 @@ def test_a_later_wait_on_older_calls_keeps_the_earlier_one():
     assert set(tasks["old_logprobs", 0].waits) == {tasks["score", 0].index, tasks["ref_logprobs", 0].index}
 
 
+def test_a_wait_on_a_call_issued_before_another_wait_does_not_replace_it():
+    order = ["generate", "score", "ref_logprobs", ("score",), ("ref_logprobs",), *AHEAD[3:]]
+    plan = make_plan(make_workload(), {"a": 1, "b": 1}, split_roles(), order=order)
+    tasks = by_name(tasks_of(plan, 1))
+    assert set(tasks["old_logprobs", 0].waits) == {tasks["score", 0].index, tasks["ref_logprobs", 0].index}
+
+
 def test_calls_that_run_every_n_steps():
     data = {"train": "x", "evaluation": "y", "evaluate_every": 2}
     tasks = tasks_of(split(make_workload(data=data)), 4)

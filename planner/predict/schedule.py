@@ -52,7 +52,7 @@ def unroll(
     for round_ in range(first_round, steps):
         for item in program:
             if isinstance(item, Wait):
-                barrier = _raise_barrier(barrier, item.wait, newest)
+                barrier = _raise_barrier(barrier, item.wait, newest, tasks)
                 continue
             call, pools = calls[item.call]
             step = round_ + item.offset
@@ -78,7 +78,7 @@ def unroll(
             at[call.name, step] = newest[call.name] = index
             last_on_pool.update(dict.fromkeys(pools, index))
             if item.blocking:
-                barrier = _raise_barrier(barrier, (call.name,), newest)
+                barrier = _raise_barrier(barrier, (call.name,), newest, tasks)
     return tasks
 
 
@@ -123,11 +123,13 @@ def steady_edges(
     return edges
 
 
-def _raise_barrier(barrier: tuple[int, ...], names: tuple[str, ...], newest: dict[str, int]) -> tuple[int, ...]:
-    """The tasks to wait for from now on. Those issued behind the old barrier imply it."""
+def _raise_barrier(
+    barrier: tuple[int, ...], names: tuple[str, ...], newest: dict[str, int], tasks: list[Task]
+) -> tuple[int, ...]:
+    """The tasks to wait for from now on. A task that was issued behind the old barrier implies it."""
     named = {newest[name] for name in names if name in newest}
-    if not barrier or any(index > max(barrier) for index in named):
-        return tuple(sorted(named)) or barrier
+    if any(set(barrier) <= set(tasks[index].waits) for index in named):
+        return tuple(sorted(named))
     return tuple(sorted(named | set(barrier)))
 
 
