@@ -63,8 +63,13 @@ def _file(name: str = "FILE") -> click.Path:
 
 def inputs(command: Command) -> Command:
     """The options that say what is asked and what there is."""
+    gpus = click.option("--gpus", type=int, metavar="N", help="Number of GPUs (with --cluster local: of cores).")
+    return gpus(inputs_but_gpus(command))
+
+
+def inputs_but_gpus(command: Command) -> Command:
+    """As `inputs`, for a command that takes several numbers of GPUs."""
     options = (
-        click.option("--gpus", type=int, metavar="N", help="Number of GPUs (with --cluster local: of cores)."),
         click.option("--device", metavar="NAME", help="Kind of GPU: h200 (default), h100 or a100."),
         click.option("--gpus-per-node", type=int, metavar="N", help="GPUs of a full node (default 8)."),
         click.option("--cluster", metavar="FILE|local", help="A cluster file, or this machine's cores."),
@@ -145,6 +150,34 @@ def explain(**options: Any) -> None:
     explain(**options)
 
 
+@main.command("what-if")
+@click.argument("plan", type=_file("PLAN"))
+@click.option("--gpus", metavar="N,N,…", help="Numbers of GPUs to try (default: half, double, a node more and less).")
+@profiles_of_plan
+def what_if(**options: Any) -> None:
+    """Plan again under other conditions, and say where the decision flips.
+
+    Other numbers of GPUs, longer responses, a longer tail, slower links, other models, more staleness."""
+    from planner.commands.whatif import what_if
+
+    what_if(**options)
+
+
+@main.command()
+@click.option("--gpus", metavar="N,N,…", required=True, help="Numbers of GPUs, such as 4,8,16.")
+@inputs_but_gpus
+@click.option("--max-staleness", type=int, metavar="K", help="Up to how many updates sequences may lag.")
+@click.option("--out", type=_file(), default=Path("pareto.png"), show_default=True, help="Where to draw it.")
+@click.option("--csv", "table", type=_file(), help="Where to write the figures.")
+def pareto(**options: Any) -> None:
+    """Step time against GPUs, dollars and staleness.
+
+    The best plan of each combination, as a table and a picture."""
+    from planner.commands.whatif import pareto
+
+    pareto(**options)
+
+
 @main.command()
 @click.argument("plan", type=_file("PLAN"))
 @click.option("--steps", type=int, default=8, show_default=True, metavar="N", help="Steps to simulate.")
@@ -213,6 +246,18 @@ def task(**options: Any) -> None:
     from planner.commands.execute import task
 
     task(**options)
+
+
+@main.command()
+@inputs
+@click.option(
+    "--max-staleness", type=int, metavar="K", help="Updates that sequences may lag (default: the workload's)."
+)
+def space(**options: Any) -> None:
+    """Count what a search chooses from: placements, layouts and programs."""
+    from planner.commands.search import space
+
+    space(**options)
 
 
 @main.command()

@@ -1,4 +1,4 @@
-"""`plan search` and `plan baseline`."""
+"""`plan search`, `plan space` and `plan baseline`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,9 +6,11 @@ from typing import Any
 
 from planner.commands.inputs import Inputs, check_target, make_console, read_inputs
 from planner.predict.forecast import forecast
+from planner.report.insight import space_tables
 from planner.report.tables import bottleneck, figures, plans_table, pools_table, seconds
 from planner.search import baseline as find_baseline
 from planner.search import find
+from planner.search.count import COUNTED, count
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 
@@ -26,8 +28,7 @@ def search(
     **options: Any,
 ) -> None:
     check_target(out, ".json")
-    if max_staleness is not None and max_staleness < 0:
-        raise UserError(f"--max-staleness {max_staleness}: must be at least 0")
+    _check_staleness(max_staleness)
     if keep < 0:
         raise UserError(f"--keep {keep}: must be at least 0")
     inputs = read_inputs(**options)
@@ -79,6 +80,30 @@ def baseline(*, name: str, out: Path, command: str, **options: Any) -> None:
             soft_wrap=True,
         )
     console.print(f"Wrote {written}.", soft_wrap=True)
+
+
+def space(*, max_staleness: int | None, **options: Any) -> None:
+    inputs = read_inputs(**options)
+    _check_staleness(max_staleness)
+    console, errors = make_console(), make_console(stderr=True)
+    with errors.status("counting"):
+        found = count(inputs.workload, inputs.cluster, max_staleness)
+    console.print(f"[bold]{inputs.workload.name}[/bold] on {len(inputs.cluster.gpus)} GPUs ({inputs.cluster.name})")
+    for table in space_tables(found.placements, found.layouts, found.programs):
+        console.print(table)
+        console.print()
+    console.print(
+        "A placement is a structure (which roles share a pool) with a size for each pool. Layouts worth trying fit a "
+        "pool of their own, and no other is better in everything. Programs are those of all structures that differ in "
+        "their event graphs"
+        + (f"; those of staleness {COUNTED + 1} and more are not counted." if found.uncounted else "."),
+        soft_wrap=True,
+    )
+
+
+def _check_staleness(max_staleness: int | None) -> None:
+    if max_staleness is not None and max_staleness < 0:
+        raise UserError(f"--max-staleness {max_staleness}: must be at least 0")
 
 
 def _named(plan: Plan, out: Path) -> Plan:

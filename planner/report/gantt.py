@@ -1,4 +1,5 @@
-"""Timelines as a picture: a lane per pool, a colour per call, idle time left empty. The only user of matplotlib."""
+"""Timelines as a picture: a lane per pool, a colour per call, idle time left empty. Only this
+and pareto.py use matplotlib."""
 
 import io
 import textwrap

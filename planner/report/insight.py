@@ -114,3 +114,55 @@ def source_sentence(effects: Sequence[tuple[str, float, float, float, str, float
     if set(by_source) & {"measured", "interpolated"}:
         return f"Costs by source. {'; '.join(parts)}."
     return f"No cost was measured ({'; '.join(parts)}); `plan profile` measures them."
+
+
+def what_if_table(rows: Sequence[tuple[str, Plan | str, float, float, float | None]]) -> Table:
+    """Per condition the best plan's step, tokens per second and staleness, and how much longer a step takes with the
+    roles on pools as in the plan at hand (a dash where that does not fit). Where nothing fits, the reason."""
+    table = table_of(
+        "condition", ["step s", "tokens/s", "stale", "as in the plan", "decision"], "GPUs of each pool: its roles"
+    )
+    for what, plan, step, tokens, kept in rows:
+        if isinstance(plan, str):
+            table.add_row(escape(what), *["–"] * 5, escape(plan), style="dim")
+            continue
+        longer = "–" if kept is None else f"{kept / step - 1:+.1%}"
+        flips = kept is None or kept > step * (1 + 1e-9)
+        figures = [seconds(step), f"{tokens:,.0f}", str(plan.staleness), longer, "flips" if flips else "same"]
+        table.add_row(escape(what), *figures, structure_text(plan), style="bold" if flips else "")
+    return table
+
+
+def pareto_table(rows: Sequence[tuple[int, int, Plan, float, float, float, bool]], dollars_known: bool) -> Table:
+    """Per number of GPUs and staleness allowed: the best plan's step, tokens per second, dollars per step, and whether
+    no other is as fast with no more GPUs and no more staleness."""
+    money = ["$ per step", "$ per M tokens"] if dollars_known else []
+    table = table_of("GPUs", ["stale ≤", "step s", "tokens/s", *money, "best"], "GPUs of each pool: its roles")
+    before = rows[0][0] if rows else 0
+    for gpus, allowed, plan, step, tokens, dollars, best in rows:
+        if gpus != before:
+            table.add_section()
+        before = gpus
+        prices = [f"{dollars:.3f}", f"{1e6 * dollars / (tokens * step):.3f}"] if dollars_known else []
+        figures = [str(allowed), seconds(step), f"{tokens:,.0f}", *prices, "yes" if best else ""]
+        table.add_row(str(gpus), *figures, structure_text(plan))
+    return table
+
+
+def space_tables(
+    pools: Sequence[tuple[int, int, int]],
+    layouts: Sequence[tuple[str, int, int]],
+    programs: Sequence[tuple[int, int, int]],
+) -> list[Table]:
+    """Placements by the number of pools; layouts of each role on all GPUs; programs by staleness."""
+    placements = table_of("pools", ["structures", "placements"])
+    for row in pools:
+        placements.add_row(*(f"{count:,}" for count in row))
+    placements.add_row("all", *(f"{sum(row[column] for row in pools):,}" for column in (1, 2)), style="bold")
+    roles = table_of("role on all GPUs", ["layouts", "worth trying"])
+    for role, *counts in layouts:
+        roles.add_row(role, *(f"{count:,}" for count in counts))
+    orders = table_of("staleness", ["programs", "most of one structure"])
+    for staleness, total, most in programs:
+        orders.add_row(str(staleness), f"{total:,}", f"{most:,}")
+    return [placements, roles, orders]

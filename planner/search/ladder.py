@@ -126,14 +126,18 @@ def _improved(what: str, state: State, problem: Problem) -> list[Rung]:
     return [_rung(what, candidate, problem)] if candidate else []
 
 
-def _state_of(plan: Plan) -> State:
-    """The pools of a plan that have roles."""
+def pools_of(plan: Plan) -> tuple[Structure, tuple[int, ...]]:
+    """The roles and the number of GPUs of each pool of a plan that has roles."""
     found = [
         (frozenset(role for role, layout in plan.roles.items() if pool in layout.pools), len(plan.pools[pool].gpus))
         for pool in plan.pools
     ]
     kept = [(roles, count) for roles, count in found if roles]
-    return State(tuple(roles for roles, _ in kept), tuple(count for _, count in kept), plan.staleness)
+    return tuple(roles for roles, _ in kept), tuple(count for _, count in kept)
+
+
+def _state_of(plan: Plan) -> State:
+    return State(*pools_of(plan), plan.staleness)
 
 
 def _aligned(state: State, target: State) -> State:

@@ -1,0 +1,52 @@
+"""How large the space of a search is."""
+
+from dataclasses import dataclass
+from math import comb
+
+from planner.predict.cost import Place
+from planner.predict.layouts import trainer_layouts
+from planner.search import problem_of
+from planner.search.bound import sharing_of
+from planner.search.programs import all_programs
+from planner.search.space import parts_of, structures
+from planner.spec.cluster import Cluster
+from planner.spec.workload import Workload
+
+COUNTED = 1  # the greatest staleness whose programs are listed to be counted: there are ever more of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """`placements`: pools, structures, placements. `layouts`: role, listed on all GPUs, and those that fit alone and
+    that no other dominates. `programs`: staleness, all, and the most of one structure; more is `uncounted` or not."""
+
+    placements: tuple[tuple[int, int, int], ...]
+    layouts: tuple[tuple[str, int, int], ...]
+    programs: tuple[tuple[int, int, int], ...]
+    uncounted: bool
+
+
+def count(workload: Workload, cluster: Cluster, max_staleness: int | None = None) -> Space:
+    """Count the space of `find` with these inputs. Layouts are those on GPUs of the first node's kind."""
+    problem = problem_of(workload, cluster, (), max_staleness)
+    listed, gpus = structures(workload.roles), len(cluster.gpus)
+    by_pools = {n: sum(len(s) == n for s in listed) for n in sorted({len(s) for s in listed})}
+    place = Place(parts=parts_of(cluster.gpus), device=cluster.device_of(cluster.gpus[0]))
+    layouts = []
+    for role in workload.roles:
+        if role == "rollout":
+            engines = len(problem.rollouts([place]))
+            layouts.append((role, engines, engines))
+        else:
+            every = trainer_layouts(workload, role, gpus, "pool", place.device)
+            layouts.append((role, sum(1 for _ in every), len(problem.choices(role, place))))
+    programs = []
+    for k in range(min(problem.max_staleness, COUNTED) + 1):
+        counts = [len(all_programs(problem.flow, sharing_of(problem, s), k)[0]) for s in listed if len(s) <= gpus]
+        programs.append((k, sum(counts), max(counts)))
+    return Space(
+        placements=tuple((n, many, many * comb(gpus - 1, n - 1)) for n, many in by_pools.items() if n <= gpus),
+        layouts=tuple(layouts),
+        programs=tuple(programs),
+        uncounted=problem.max_staleness > COUNTED,
+    )
