@@ -9,7 +9,7 @@ from executor.sync import WeightSync, channels
 from executor.trainer import Trainer
 from executor.vllm_engine import VllmWorker, made_for
 from executor.worker import Rank, ask
-from planner.spec.plan import Gpu, Plan
+from planner.spec.plan import Plan
 from planner.spec.workload import RewardFunction
 
 
@@ -44,7 +44,7 @@ class Processes:
             ranks = [self.fleet.process(Trainer, (gpu,)) for gpu in self.plan.pools[pool].gpus]
             self.trainers[pool] = [replace(r, name=f"trainer {i} of pool {pool}") for i, r in enumerate(ranks)]
         worker = VllmWorker if self.plan.rollout.engine == "vllm" else EngineWorker
-        places = self._engine_gpus()
+        places = self.plan.engine_gpus()
         ways = channels(self.plan, [gpus for _, gpus in places])
         wanted = [made_for(self.plan, way) if worker is VllmWorker else "" for way in ways]
         keep = [(gpus, made) for (_, gpus), made in zip(places, wanted, strict=True)]
@@ -54,16 +54,6 @@ class Processes:
             self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
         if isinstance(self.plan.workload.reward, RewardFunction):
             self.judge.append(replace(self.fleet.process(RewardWorker, ()), name="the reward function's process"))
-
-    def _engine_gpus(self) -> list[tuple[str, tuple[Gpu, ...]]]:
-        """Pool and GPUs of each engine: neighbouring ones, pool by pool."""
-        plan, size = self.plan, self.plan.rollout.tensor_parallel
-        groups = [
-            (pool, plan.pools[pool].gpus[begin : begin + size])
-            for pool in plan.rollout.pools
-            for begin in range(0, plan.engines_of(pool) * size, size)
-        ]
-        return groups[: plan.rollout.replicas]
 
     def _set_up(self) -> None:
         """Clocks, then the groups, then the models."""
@@ -78,7 +68,7 @@ class Processes:
         vllm = plan.rollout.engine == "vllm"
         # vLLM loads its library beside the trainers' models, and starts when they have taken their memory.
         ask([*everyone, *self.engines] if vllm else everyone, "load")
-        pools_of, gpus_of = zip(*self._engine_gpus(), strict=True)
+        pools_of, gpus_of = zip(*self.plan.engine_gpus(), strict=True)
         ways = channels(plan, gpus_of)
         each = [(pool, way) if vllm else (pool,) for pool, way in zip(pools_of, ways, strict=True)]
         self.eos: list[int] = ask(self.engines, "start", plan, each=each).results[0]

@@ -152,7 +152,8 @@ class CostModel:
 
     def _engines(self, layout: RolloutRole, places: Sequence[Place]) -> list[Device]:
         """The device of each engine."""
-        held = chain.from_iterable(repeat(place.device, place.gpus // layout.tensor_parallel) for place in places)
+        counts = [sum(part // layout.tensor_parallel for part in place.parts) for place in places]
+        held = chain.from_iterable(repeat(place.device, n) for place, n in zip(places, counts, strict=True))
         return list(held)[: layout.replicas]
 
     def _generation(self, tensor_parallel: int, concurrency: int, engines: tuple[Device, ...]) -> Seconds:

@@ -19,6 +19,7 @@ from planner.spec.workload import Shape, Workload
 TRAINED = ("actor", "critic")
 LOGIT_CHUNK_TOKENS = 4096  # log-probs are taken so many tokens at a time: the full logits never exist
 COMMUNICATION_BYTES = 1_000_000_000  # per process on a GPU: NCCL's buffers, a packed buffer for weights
+SYNC_BYTES = 2**30  # of the actor's window through which weights reach the engines; a larger weight fills one alone
 ENGINE_WORKSPACE_BYTES = (
     4_000_000_000  # of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations
 )
@@ -68,7 +69,7 @@ def activation_bytes(shape: Shape, device: Device) -> tuple[int, int]:
     numbers = 4 * width + 2 * query + 2 * key + key + query + 4 * shape.intermediate
     single = 2 * width + shape.heads  # fp32 whatever the compute type
     size = compute_bytes(device)
-    return size * numbers + 4 * single, size * width
+    return size * numbers + 4 * single, 4 * width  # the residual stream is fp32
 
 
 def trainer_memory(workload: Workload, role: str, layout: TrainerRole, device: Device) -> RoleMemory:
@@ -85,9 +86,11 @@ def trainer_memory(workload: Workload, role: str, layout: TrainerRole, device: D
         "gradients": 4 * parameters // layout.shard if trained else 0,
         "gathered": _gathered_bytes(shape, head, layout, size, trained),
         "activations": _activations(workload, shape, layout, device, trained),
+        "weight window": max(SYNC_BYTES, 2 * shape.embedding_parameters) if role == "actor" and size == 2 else 0,
         "logits": _logits(workload, shape, layout, size, trained) if head == "lm" else 0,
     }
-    return RoleMemory(idle=weights + moments - offloaded, running=sum(detail.values()), host=offloaded, detail=detail)
+    idle = weights + moments - offloaded + detail["weight window"]
+    return RoleMemory(idle=idle, running=sum(detail.values()), host=offloaded, detail=detail)
 
 
 def offloaded_bytes(shape: Shape, role: str, shard: int, offload: Offload, device: Device, *, train: bool) -> int:

@@ -19,7 +19,10 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Plan, Pool, Proof, Provenance, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
-SPACE = "one round per step, offsets 0..{k}, all role partitions, rollout on any union, all pool sizes, listed layouts"
+SPACE = (
+    "staleness 0..{k}, one round per step; all role partitions, rollout on any union, all pool sizes; "
+    "canonical packing, listed layouts"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +101,8 @@ def baseline(
 
 def problem_of(workload: Workload, cluster: Cluster, profiles: Sequence[Profile], max_staleness: int | None) -> Problem:
     check_profiles(profiles, workload, cluster)
+    if len({node.device for node in cluster.nodes}) > 1:
+        raise UserError(f"cluster {cluster.name!r} has GPUs of several kinds, which is not supported yet; plan for one")
     if max_staleness is not None:
         workload = workload.model_copy(update={"max_staleness": max_staleness})
     return Problem(

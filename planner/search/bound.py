@@ -110,11 +110,5 @@ class Bounds:
         return self._generate
 
     def _compact(self, gpus: int) -> Place:
-        """A pool on as few nodes as possible; a real packing may be more scattered, which is never faster."""
-        cluster = self.problem.cluster
-        largest = sorted((node.gpus for node in cluster.nodes), reverse=True)
-        parts: list[int] = []
-        while gpus:
-            parts.append(min(gpus, largest[len(parts)]))
-            gpus -= parts[-1]
-        return Place(parts=tuple(parts), device=cluster.device_of(cluster.gpus[0]))
+        """A pool as if all of its GPUs shared a node: no real packing has faster links or room for more engines."""
+        return Place(parts=(gpus,), device=self.problem.cluster.device_of(self.problem.cluster.gpus[0]))

@@ -1,7 +1,7 @@
 """The layouts of roles on pools: those worth considering for each role, and jointly for a pool under its memory.
 
-One layout dominates another if it needs no more of any kind of memory and its calls take no longer, at mean durations.
-A step time only grows with each duration, so what is dominated need not be considered.
+One layout dominates another if it needs no more of any kind of memory and its calls take no longer in any scenario. A
+step time only grows with each duration, so what is dominated need not be considered.
 """
 
 from collections.abc import Sequence
@@ -72,7 +72,7 @@ class Problem:
             allowed = place.device.memory_bytes - pool_peak((), True, False, place.device)
             memory = ((layout, trainer_memory(self.workload, role, layout, place.device)) for layout in layouts)
             found = [self._choice(role, *sized, place) for sized in memory if sized[1].running <= allowed]
-            rows = [[*bytes_of(choice.memory), *choice.seconds.mean(axis=1), choice.sync] for choice in found]
+            rows = [[*bytes_of(choice.memory), *choice.seconds.ravel(), choice.sync] for choice in found]
             self._choices[key] = tuple(found[i] for i in undominated(-np.array(rows))) if rows else ()
         return self._choices[key]
 

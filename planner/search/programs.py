@@ -5,7 +5,7 @@ schedule; hence the programs searched have none. What order the calls have matte
 pool; of all orders that induce the same event graph one is kept.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import permutations, product
 from typing import NamedTuple
@@ -137,9 +137,8 @@ def _natural_orders(flow: Dataflow, pools: dict[str, tuple[str, ...]], k: int) -
     """Inference of one step as a block, before or after the updates of an earlier one; the critic's update before,
     beside or after the actor's and the sync."""
     infer = [call.name for call in flow.calls if call.kind == "infer" or call.name == "score"]
-    issues = {(call, offset): Issue(call=call, offset=offset) for call in pools for offset in range(k + 1)}
     tail = [call for call in ("update_critic", "update_actor", "sync_weights") if call in pools]
-    for ahead, critic in product(range(k + 1), repeat=2):
+    for ahead, critic in product(range(k + 1), range(-1, k + 1)):
         offset = dict.fromkeys(infer, ahead) | {"generate": k, "advantages": ahead, "update_critic": critic}
         offset |= {"update_actor": 0, "sync_weights": 0}
         before = _precedence(flow, {call: offset[call] for call in pools})
@@ -149,19 +148,33 @@ def _natural_orders(flow: Dataflow, pools: dict[str, tuple[str, ...]], k: int) -
             preference = ("generate", *first, "advantages", *last)
             order = next(_extensions(preference, before, dict.fromkeys(pools, ("all",))), None)
             if order is not None:
-                yield tuple(issues[call, offset[call]] for call in order)
+                yield _issues(order, offset)
+
+
+def _issues(order: Sequence[str], offset: dict[str, int]) -> tuple[Issue, ...]:
+    """The program with its offsets shifted so that the least is 0."""
+    least = min(offset[call] for call in order)
+    return tuple(_issue(call, offset[call] - least) for call in order)
+
+
+@cache
+def _issue(call: str, offset: int) -> Issue:
+    return Issue(call=call, offset=offset)
 
 
 def orders(flow: Dataflow, pools: dict[str, tuple[str, ...]], k: int) -> Iterator[tuple[Issue, ...]]:
-    """Programs that begin with generate at offset k and have sync_weights at offset 0 (every program can be rotated
-    and shifted to that), up to the exchange of neighbours that share neither a pool nor a datum."""
+    """Programs of staleness k, up to the exchange of neighbours that share neither a pool nor a datum.
+
+    Rotated so that generate is first, and shifted so that it is k steps ahead of the sync. Inference and update_actor
+    are then 0 to k steps ahead of the sync too, and update_critic perhaps one step behind."""
     free = [call for call in pools if call not in ("generate", "sync_weights")]
-    for offsets in product(range(k + 1), repeat=len(free)):
+    first = {"update_critic": -1}  # it may lag behind the sync: only the values of the next step need it
+    for offsets in product(*(range(first.get(call, 0), k + 1) for call in free)):
         offset = dict(zip(free, offsets, strict=True)) | {"generate": k, "sync_weights": 0}
         before = _precedence(flow, offset)
         if before is not None:
             for order in _extensions(tuple(pools), before, pools):
-                yield tuple(Issue(call=call, offset=offset[call]) for call in order)
+                yield _issues(order, offset)
 
 
 def _precedence(flow: Dataflow, offset: dict[str, int]) -> dict[str, set[str]] | None:

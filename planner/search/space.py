@@ -1,5 +1,6 @@
 """The space of placements: which roles share a pool, how many GPUs each pool has, and on which nodes they lie."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
@@ -65,11 +66,16 @@ def pack(counts: Sequence[int], cluster: Cluster) -> tuple[tuple[Gpu, ...], ...]
                 node = max(free, key=lambda n: (len(free[n]), -n))
             assert free[node], "more GPUs asked for than the cluster has"
             taken += [(node, free[node].pop(0)) for _ in range(min(wanted, len(free[node])))]
-        packed[pool] = tuple(sorted(taken))
+        packed[pool] = _fullest_first(taken)
     return tuple(packed[pool] for pool in range(len(counts)))
 
 
+def _fullest_first(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """Ranks follow this order: the node with most of the pool's GPUs first."""
+    on_node = Counter(node for node, _ in gpus)
+    return tuple(sorted(gpus, key=lambda gpu: (-on_node[gpu[0]], *gpu)))
+
+
 def parts_of(gpus: Sequence[Gpu]) -> tuple[int, ...]:
-    """GPUs per node, the fullest node first."""
-    nodes = [node for node, _ in gpus]
-    return tuple(sorted((nodes.count(node) for node in set(nodes)), reverse=True))
+    """GPUs per node, in the order of the ranks."""
+    return tuple(Counter(node for node, _ in gpus).values())

@@ -176,9 +176,9 @@ class Plan(File):
         """The kind of GPU of a pool (a pool is of one kind)."""
         return self.cluster.device_of(self.pools[pool].gpus[0])
 
-    def engines_of(self, pool: str) -> int:
-        """Generation engines that a pool of the rollout holds."""
-        return len(self.pools[pool].gpus) // self.rollout.tensor_parallel
+    def engine_gpus(self) -> tuple[tuple[str, tuple[Gpu, ...]], ...]:
+        """Pool and GPUs of each engine of the rollout, pool by pool: neighbouring GPUs of one node."""
+        return _engine_gpus(self, self.rollout)[: self.rollout.replicas]
 
 
 def _check_pools(plan: Plan) -> None:
@@ -202,13 +202,27 @@ def _check_role(plan: Plan, name: str, role: TrainerRole | RolloutRole) -> None:
         if pool not in plan.pools:
             raise ValueError(f"roles.{name}: there is no pool {pool!r}; there are {', '.join(plan.pools)}")
     if isinstance(role, RolloutRole):
-        engines = sum(len(plan.pools[pool].gpus) // role.tensor_parallel for pool in role.pools)
+        heads = plan.workload.actor.shape.heads
+        if heads % role.tensor_parallel:
+            raise ValueError(f"roles.{name}: tensor_parallel {role.tensor_parallel} does not divide {heads} heads")
+        engines = len(_engine_gpus(plan, role))
         if role.replicas > engines:
             needed = f"{role.replicas} engines of {role.tensor_parallel} GPUs do not fit"
-            raise ValueError(f"roles.{name}: {needed}; its pools hold {engines}")
+            raise ValueError(f"roles.{name}: {needed}; the nodes of its pools hold {engines}")
     elif role.gpus > len(plan.pools[role.pools[0]].gpus):
         needed = f"shard {role.shard} x replicas {role.replicas} needs {role.gpus} GPUs"
         raise ValueError(f"roles.{name}: {needed}; pool {role.pools[0]!r} has {len(plan.pools[role.pools[0]].gpus)}")
+
+
+def _engine_gpus(plan: Plan, rollout: RolloutRole) -> tuple[tuple[str, tuple[Gpu, ...]], ...]:
+    """Pool and GPUs of every engine that there is room for; an engine lies within one node."""
+    size, found = rollout.tensor_parallel, []
+    for pool in rollout.pools:
+        gpus = plan.pools[pool].gpus
+        for node in dict.fromkeys(node for node, _ in gpus):
+            there = tuple(gpu for gpu in gpus if gpu[0] == node)
+            found += [(pool, there[begin : begin + size]) for begin in range(0, len(there) - size + 1, size)]
+    return tuple(found)
 
 
 def _check_program(plan: Plan) -> None:
