@@ -34,7 +34,7 @@ def explain(plan: Path, profiles: Sequence[Path]) -> None:
         console.print(ladder_table(explanation.ladder))
         if explanation.waits:
             console.print()
-            console.print(waits_table(explanation.waits, start))
+            console.print(waits_table(explanation.waits, start, explanation.ladder[0].seconds))
     else:
         console.print(
             "No ladder: neither split nor colocated fits these GPUs, or the plan's pools are of its own kind."

@@ -27,11 +27,12 @@ def ladder_table(rungs: Sequence[tuple[str, Plan, float]]) -> Table:
     table = table_of("decision", ["step s", "buys s"], "GPUs of each pool: its roles")
     before = rungs[0][2]
     for number, (what, plan, step) in enumerate(rungs):
-        bought = f"{before - step:+.2f}" if number else ""
+        bought = _signed(before - step, rungs[0][2]) if number else ""
         table.add_row(escape(what), seconds(step), bought, structure_text(plan), style="" if number else "dim")
         before = step
     table.add_section()
-    table.add_row("all together", "", f"{rungs[0][2] - rungs[-1][2]:+.2f}", f"{rungs[0][2] / rungs[-1][2]:.2f}×")
+    whole = rungs[0][2] - rungs[-1][2]
+    table.add_row("all together", "", _signed(whole, rungs[0][2]), f"{rungs[0][2] / rungs[-1][2]:.2f}×")
     return table
 
 
@@ -45,11 +46,16 @@ def structure_text(plan: Plan) -> str:
     return " | ".join(pools)
 
 
-def waits_table(waits: Sequence[tuple[str, float]], name: str) -> Table:
+def _signed(value: float, step: float) -> str:
+    """Seconds of a difference, with digits that suit the step time that it is compared with."""
+    return f"{value:+.{2 if step >= 1 else 4}f}"
+
+
+def waits_table(waits: Sequence[tuple[str, float]], name: str, step: float) -> Table:
     """What each wait of a baseline alone costs."""
-    table = table_of(f"wait of {name}", ["costs s"])
+    table = table_of(f"wait of {name}", ["costs s alone"])
     for what, price in waits:
-        table.add_row(escape(what), f"{max(0.0, price):.2f}")
+        table.add_row(escape(what), _signed(max(0.0, price), step))
     return table
 
 

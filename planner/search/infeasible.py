@@ -36,14 +36,20 @@ def nothing_fits(problem: Problem, pins: Sequence[str] = ()) -> str:
     if pins and fits(problem) is not None:
         told = " ".join(f"--pin {pin}" for pin in pins)
         return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))} with {told}; without, one does: loosen them"
-    device, gpus = _largest(cluster)
-    over = [need for need in _needs(workload, cluster) if need.bytes > device.memory_bytes]
-    if over:
-        why = ", ".join(f"{need.role} needs {_gb(need.bytes)} per GPU at {need.at}{_from(need)}" for need in over)
-        why += f", and a GPU has {_gb(device.memory_bytes)}"
-    else:
-        why = _together(problem, device, gpus)
-    return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))}: {why}; {_fixes(problem)}"
+    return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))}: {what_binds(problem)}; {_fixes(problem)}"
+
+
+def what_binds(problem: Problem) -> str:
+    """The constraint that binds where nothing fits: roles that need too much each alone, all together, or the host."""
+    device, gpus = _largest(problem.cluster)
+    over = [need for need in _needs(problem.workload, problem.cluster) if need.bytes > device.memory_bytes]
+    if not over:
+        return _together(problem, device, gpus)
+    worst, *others = sorted(over, key=lambda need: -need.bytes)
+    also = "".join(f", {need.role} {_gb(need.bytes)}" for need in others)
+    fits_from = f" (it fits from shard {worst.fits_from})" if worst.fits_from else ""
+    needs = f"{worst.role} needs {_gb(worst.bytes)} per GPU at {worst.at}{fits_from}{also}"
+    return f"{needs}, and a GPU has {_gb(device.memory_bytes)}"
 
 
 def fits(problem: Problem) -> Candidate | None:
@@ -106,10 +112,6 @@ def _trainer_need(workload: Workload, role: str, device: Device, gpus: int) -> N
     return Need(role, running + process_bytes(device), f"shard {shard}", leanest(enough)[1] if enough else 0)
 
 
-def _from(need: Need) -> str:
-    return f" (it fits from shard {need.fits_from})" if need.fits_from else ""
-
-
 def _together(problem: Problem, device: Device, gpus: int) -> str:
     """Each role would fit alone: it is the host's memory that does not suffice, or all of them do not fit together."""
     cluster = problem.cluster
@@ -133,7 +135,11 @@ def _fixes(problem: Problem) -> str:
     """More GPUs, or shorter responses; what is named was found to fit."""
     workload, cluster = problem.workload, problem.cluster
     found = []
-    more = _fewest(lambda gpus: fits(_with(problem, workload, resized(cluster, gpus))) is not None, len(cluster.gpus))
+    more = None
+    if not _hopeless(workload, cluster):
+        more = _fewest(
+            lambda gpus: fits(_with(problem, workload, resized(cluster, gpus))) is not None, len(cluster.gpus)
+        )
     if more is not None:
         found.append(f"{_gpus(more)} of the same kind")
     factor = 0.5
@@ -146,6 +152,12 @@ def _fixes(problem: Problem) -> str:
     if not found:
         return f"not on {MOST_GPUS:,} GPUs of the same kind either; use GPUs with more memory or smaller models"
     return f"it fits with {' or with '.join(found)}"
+
+
+def _hopeless(workload: Workload, cluster: Cluster) -> bool:
+    """Whether some role would fit on no number of GPUs of the largest kind."""
+    most = resized(cluster, MOST_GPUS)
+    return any(need.bytes > _largest(cluster)[0].memory_bytes for need in _needs(workload, most))
 
 
 def _with(problem: Problem, workload: Workload, cluster: Cluster) -> Problem:

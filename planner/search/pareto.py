@@ -7,7 +7,7 @@ from planner.predict.profile import Profile
 from planner.search import assemble, problem_of
 from planner.search.branch import search
 from planner.search.evaluate import SAME
-from planner.search.infeasible import nothing_fits
+from planner.search.infeasible import what_binds
 from planner.spec.cluster import Cluster
 from planner.spec.plan import Plan
 from planner.spec.workload import Workload
@@ -39,7 +39,8 @@ def pareto_points(
             problem = problem_of(workload, cluster, profiles, limit)
             found = search(problem, 1).best
             if not found:
-                reasons.append(nothing_fits(problem))
+                gpus = f"{len(cluster.gpus)} GPU{'s' * (len(cluster.gpus) != 1)}"
+                reasons.append(f"no plan fits {workload.name} on {gpus}: {what_binds(problem)}")
                 break  # more staleness needs no less memory
             name = f"{len(cluster.gpus)}-gpus-{limit}-stale"
             step, tokens = found[0].seconds, float(problem.model.tokens.mean())

@@ -10,7 +10,7 @@ from planner.predict.profile import Profile, check_profiles
 from planner.search import assemble, problem_of
 from planner.search.branch import search
 from planner.search.changes import resized, with_models, with_network, with_response, with_tail
-from planner.search.infeasible import nothing_fits
+from planner.search.infeasible import what_binds
 from planner.search.ladder import pools_of
 from planner.search.space import Structure
 from planner.spec.cluster import Cluster
@@ -76,7 +76,7 @@ def what_if(plan: Plan, condition: Condition, profiles: Sequence[Profile] = ()) 
     problem = problem_of(condition.workload, condition.cluster, fitting, None)
     found = search(problem, 1)
     if not found.best:
-        raise UserError(nothing_fits(problem))
+        raise UserError(f"nothing fits: {what_binds(problem)}")
     best = found.best[0]
     own = frozenset(pools_of(plan)[0])
 
