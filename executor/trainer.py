@@ -142,6 +142,7 @@ class Trainer(Worker):
         with self._awake(role, version) as hosted:
             hosted.module.eval()
             outputs = [hosted.module(pack(sequences, rows, self.device)) for rows in micro_batches]
+            reshard(hosted.module)
             return [output.cpu().numpy() for output in outputs]
 
     def train(
@@ -226,7 +227,6 @@ class Trainer(Worker):
     def gather(self, role: str, version: int) -> ray.ObjectRef | None:
         """The role's weights of this version in the object store, from rank 0."""
         with self._awake(role, version) as hosted:
-            reshard(hosted.module)
             arrays = weights.gather(hosted.module.model, keep=self.rank == 0)
         return None if arrays is None else ray.put(arrays)
 
@@ -272,7 +272,6 @@ class Trainer(Worker):
     def export(self, role: str, directory: Path) -> None:
         """Write the role as a Hugging Face directory, from rank 0."""
         with self._awake(role, None) as hosted:
-            reshard(hosted.module)
             model = hosted.module.model
             state = {name: tensor.cpu() for name, tensor in weights.whole(model)}
             if self.rank == 0:
@@ -306,7 +305,6 @@ class Trainer(Worker):
         if hosted.layout.offload != "none":
             with self.part("wake"):
                 if hosted.layout.offload == "all":
-                    reshard(hosted.module)
                     hosted.weights.park(hosted.module.parameters())
                 if hosted.optimizer is not None and moments:
                     states = hosted.optimizer.state.values()
@@ -317,7 +315,7 @@ class Trainer(Worker):
 
 
 def reshard(module: nn.Module) -> None:
-    """Free what FSDP keeps gathered after a forward pass."""
+    """Free what FSDP keeps gathered after a forward pass that no backward pass follows: the parameters of the root."""
     for unit in module.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()

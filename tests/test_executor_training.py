@@ -7,15 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
+import torch.distributed as dist
 from conftest import ROLES, SHAPE, colocated, make_plan, make_workload, split
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from executor import preflight
+from executor.data import Generated, Synthetic, collate
 from executor.pools import Fleet
 from executor.processes import fleet_for
 from executor.run import Silent, execute, loop
 from executor.step import Training
+from executor.trainer import Minibatch, Trainer
 from planner.predict.schedule import tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.errors import UserError
@@ -106,6 +111,34 @@ def test_two_replicas_and_an_idle_rank_equal_one_process(on_one_core: Recording,
 
 def test_split_equals_colocated(on_one_core: Recording, train: Train) -> None:
     assert_equal(on_one_core, train(split(WORKLOAD)))
+
+
+def test_after_inference_and_after_training_only_shards_stay(ray_two: None) -> None:
+    trainer = Trainer()  # in this process, to look into it
+    trainer.configure(colocated(WORKLOAD, cores=1), "all", 0)
+    try:
+        trainer.join(*trainer.listen())
+        trainer.load()
+        requests = Synthetic(WORKLOAD).step(0).requests
+        rows = np.arange(len(requests))
+        count = int(requests.max_tokens.sum())
+        made = Generated(
+            lengths=requests.max_tokens,
+            tokens=np.ones(count, dtype=np.int32),
+            log_probs=np.zeros(count, dtype=np.float32),
+            weights_version=0,
+        )
+        sequences = collate(requests, [rows], [made])
+        batch = ray.put(sequences)
+        column = np.zeros(sequences.mask.shape, dtype=np.float32)
+        columns = ray.put({"values": column, "returns": column})
+        for role, version in (("reference", None), ("critic", 0)):
+            trainer.infer(role, version, [batch], [rows])
+            assert all(isinstance(p, DTensor) for p in trainer.roles[role].module.parameters())
+        trainer.train("critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=count)])
+        assert all(isinstance(p, DTensor) for p in trainer.roles["critic"].module.parameters())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:
