@@ -12,7 +12,7 @@ from planner.predict.memory import check_memory
 from planner.predict.schedule import check
 from planner.search import find
 from planner.search.explain import effects, explain
-from planner.search.ladder import cycles_of, moves, seconds_of, step_of
+from planner.search.ladder import cycles_of, distances, moves, seconds_of, step_of
 from planner.search.space import structures
 from planner.spec.lengths import Lognormal
 from planner.spec.workload import ROLES
@@ -107,3 +107,10 @@ def test_moves_lead_from_every_structure_to_structures_only():
         for _, after, counts in moves(structure, (3,) * len(structure), {}):
             assert frozenset(after) in known and len(after) == len(counts)
             assert sum(counts) == 3 * len(structure) and min(counts) > 0
+
+
+def test_every_structure_can_be_reached_from_any():
+    for target in structures(ROLES)[::17]:
+        left = distances(ROLES, target)
+        assert all(frozenset(structure) in left for structure in structures(ROLES))
+        assert left[frozenset(target)] == 0 and max(left.values()) <= 8

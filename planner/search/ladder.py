@@ -74,7 +74,7 @@ def ladder(plan: Plan, problem: Problem) -> tuple[Rung, ...]:
         return (own,)
     state = _aligned(_state_of(rungs[-1].plan), target)
     rungs += _improved("order the calls and choose the layouts anew", state, strict)
-    left = _distances(problem.workload.roles, target.structure)
+    left = distances(problem.workload.roles, target.structure)
     while state != target:
         options = [
             (what, after, candidate)
@@ -174,7 +174,7 @@ def _key(structure: Structure) -> object:
     return frozenset(structure)
 
 
-def _distances(roles: Sequence[str], target: Structure) -> dict[object, int]:
+def distances(roles: Sequence[str], target: Structure) -> dict[object, int]:
     """The fewest moves from each structure to the target's."""
     graph = nx.DiGraph()
     for structure in structures(roles):
