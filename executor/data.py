@@ -106,14 +106,14 @@ class Line:
 def read_lines(path: Path, *, need_answer: bool = False) -> list[Line]:
     """The lines of a JSONL file of `{"prompt": str, "answer": str}`. Raises UserError naming file and line."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: the dataset cannot be read ({reason}); check the path") from None
-    lines = [_line(f"{path}:{number}", line, need_answer) for number, line in enumerate(text.splitlines(), start=1)]
-    if not lines:
+    if not text:
         raise UserError(f"{path}: the dataset is empty; it needs lines of {_EXAMPLE}")
-    return lines
+    lines = text.removesuffix("\n").split("\n")  # splitlines() would also split at characters that JSON strings hold
+    return [_line(f"{path}:{number}", line, need_answer) for number, line in enumerate(lines, start=1)]
 
 
 _EXAMPLE = '{"prompt": "...", "answer": "..."}'

@@ -71,6 +71,13 @@ def test_a_dataset_that_is_empty_or_missing_or_lacks_answers(tmp_path: Path) -> 
         read_lines(file, need_answer=True)
 
 
+def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    prompt = "a\u2028b\u2029c\x85d"
+    file.write_bytes(f'{{"prompt": "{prompt}"}}\r\n{GOOD}'.encode())
+    assert [line.prompt for line in read_lines(file)] == [prompt, "1 2"]
+
+
 def dataset(tmp_path: Path, prompts: list[str], **changes: Any) -> Dataset:
     file = tmp_path / "train.jsonl"
     file.write_text("".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts))
