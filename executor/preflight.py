@@ -10,7 +10,7 @@ from executor.data import Dataset, PromptSource, Synthetic
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
 from planner.spec.plan import Plan
-from planner.spec.workload import Model, RewardFunction, Workload
+from planner.spec.workload import Model, RewardFunction, Shape, Workload, shape_of
 
 ARCHITECTURES = {"actor": "ForCausalLM", "reference": "ForCausalLM", "reward": "ForSequenceClassification"}
 
@@ -91,10 +91,12 @@ def _check_directory(role: str, model: Model, path: Path) -> None:
             f"{role}: {path} holds {', '.join(map(str, names)) or 'no known architecture'}, "
             f"but a {role} is a model {ARCHITECTURES[role]}; name another directory"
         )
-    for key, ours in (("hidden_size", model.shape.hidden), ("num_hidden_layers", model.shape.layers)):
-        if config.get(key) != ours:
+    found = shape_of(path, role)
+    for name in Shape.model_fields:
+        theirs, ours = getattr(found, name), getattr(model.shape, name)
+        if theirs != ours:
             raise UserError(
-                f"{role}: {path}/config.json says {key} = {config.get(key)}, the plan was made for {ours}; "
+                f"{role}: {path}/config.json says {name} = {theirs}, the plan was made for {ours}; "
                 "search a new plan for this model"
             )
 

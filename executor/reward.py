@@ -26,7 +26,7 @@ def load(reward: RewardFunction) -> Function:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"reward function {reward.function!r} cannot be imported: {_one_line(error)}") from None
     function = getattr(module, name, None)
     if not callable(function):
@@ -41,7 +41,7 @@ def score(
     called = f"reward function {reward.function!r}"
     try:
         rewards = list(function(prompts, responses, answers))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{called} failed: {_one_line(error)}; it takes (prompts, responses, answers)") from None
     if len(rewards) != len(responses):
         raise UserError(f"{called} returned {len(rewards)} rewards for {len(responses)} responses; one each is needed")
@@ -59,7 +59,7 @@ def _number(value: Any) -> float:
         return math.nan
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

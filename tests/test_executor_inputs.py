@@ -42,6 +42,7 @@ def test_a_reward_function_that_cannot_be_imported(tmp_path: Path) -> None:
     assert "no Python file" in refuse(make_workload(reward=RewardFunction(function=f"{tmp_path}/reward.txt:f")))
     assert "SyntaxError" in refuse(make_workload(reward=write_reward(tmp_path, "def f(:")))
     assert "ZeroDivisionError" in refuse(make_workload(reward=write_reward(tmp_path, "1 / 0")))
+    assert "SystemExit: 3" in refuse(make_workload(reward=write_reward(tmp_path, "import sys\nsys.exit(3)")))
     assert "no function 'f'" in refuse(make_workload(reward=write_reward(tmp_path, "g = 1")))
 
 
@@ -54,6 +55,7 @@ def test_a_reward_function_that_cannot_be_imported(tmp_path: Path) -> None:
         ("[1.0, [2.0]]", "finite number"),
         ("3", "TypeError"),
         ("responses[5]", "IndexError"),
+        ("__import__('sys').exit(1)", "SystemExit: 1"),
     ],
 )
 def test_a_reward_function_that_returns_the_wrong_thing(tmp_path: Path, body: str, what: str) -> None:
@@ -77,8 +79,10 @@ def test_model_directories_are_checked(tmp_path: Path, model_directories: dict[s
     assert "no *.safetensors" in refuse(with_path(broken))
     assert "ForCausalLM" in refuse(with_path(model_directories["reward"]))
     assert "ForSequenceClassification" in refuse(with_path(actor, "reward"))
-    other = make_workload(actor={"shape": {**SHAPE, "layers": 3}, "path": actor})
-    assert "num_hidden_layers = 2" in refuse(other)
+    differences = {"hidden": 64, "layers": 3, "heads": 8, "kv_heads": 4, "intermediate": 65, "head_dim": 16}
+    for name, value in {**differences, "tied_embeddings": True}.items():
+        other = make_workload(actor={"shape": {**SHAPE, "head_dim": 8, name: value}, "path": actor})
+        assert f"says {name} = " in (line := refuse(other)) and f"made for {value};" in line
     wide = {"shape": {**SHAPE, "vocab": 49}, "random_weights": True}
     assert "vocabulary has 49" in refuse(make_workload(critic=wide))
     shutil.copytree(actor, tmp_path / "custom")
