@@ -18,12 +18,17 @@ from planner.spec.workload import Workload
 Ints = NDArray[np.int32]
 Rows = NDArray[np.int64]
 
+# The last word of every key (seed, ...) says what it is for. The first two are the planner's, with which it draws the
+# same lengths. numpy takes (a, b) and (a, b, 0) for one key; so only the first may be 0, whose key is none's beginning.
+PROMPT_LENGTHS, RESPONSE_LENGTHS, TOKENS, ORDER, MINIBATCHES, SAMPLING = range(6)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Requests:
     """Sequences to generate, as arrays: prompts end to end in `tokens` with their `lengths [n]`; `keys [n, k]` (seed,
-    step, prompt, sample) fix the randomness of each; a response has at most `max_tokens [n]`. Where `exact [n]`, it
-    ends there and nowhere else, whatever its tokens; whoever spreads requests must not look at that."""
+    step, prompt, sample, purpose) fix the randomness of each; a response has at most `max_tokens [n]`. Where
+    `exact [n]`, it ends there and nowhere else, whatever its tokens; whoever spreads requests must not look at
+    that."""
 
     tokens: Ints
     lengths: Ints
@@ -57,8 +62,8 @@ def make_requests(
 
 
 def _keys(count: int, *key: int) -> NDArray[np.int64]:
-    """(..., prompt, sample) for each of `count` prompts."""
-    return np.array([(*key, prompt, 0) for prompt in range(count)], dtype=np.int64)
+    """(..., prompt, sample, purpose) for each of `count` prompts."""
+    return np.array([(*key, prompt, 0, SAMPLING) for prompt in range(count)], dtype=np.int64)
 
 
 def _split(flat: NDArray[Any], lengths: Ints) -> list[NDArray[Any]]:
@@ -159,7 +164,7 @@ class Dataset:
         batch, seed = self._workload.batch, self._workload.seed
         position = np.arange(step * batch, (step + 1) * batch)
         epochs, places = np.divmod(position, len(self._train))
-        orders = {epoch: _permutation(len(self._train), seed, 0, epoch) for epoch in set(epochs.tolist())}
+        orders = {epoch: _permutation(len(self._train), seed, epoch, ORDER) for epoch in set(epochs.tolist())}
         chosen = [self._train[orders[e][p]] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)]
         return self._prompts(chosen, (seed, step))
 
@@ -192,9 +197,9 @@ class Synthetic:
 
     def step(self, step: int) -> Prompts:
         workload = self._workload
-        prompts = sample(workload.prompt, workload.batch, workload.seed, step, 0)
-        responses = sample(workload.response, workload.batch, workload.seed, step, 1)
-        rng = np.random.default_rng((workload.seed, step, 2))
+        prompts = sample(workload.prompt, workload.batch, workload.seed, step, PROMPT_LENGTHS)
+        responses = sample(workload.response, workload.batch, workload.seed, step, RESPONSE_LENGTHS)
+        rng = np.random.default_rng((workload.seed, step, TOKENS))
         tokens = [rng.integers(workload.actor.shape.vocab, size=n, dtype=np.int32) for n in prompts.tolist()]
         keys = _keys(workload.batch, workload.seed, step)
         requests = make_requests(tokens, keys, responses, np.ones(workload.batch, dtype=bool))
@@ -252,6 +257,11 @@ class Sequences:
         """[B, R], true on real response tokens."""
         return np.arange(self.width) < self.response_lengths[:, None]
 
+    def ended(self, eos: Sequence[int]) -> NDArray[np.bool_]:
+        """[B]: whether the response ends with one of these tokens; false for truncated and for empty responses."""
+        last = self.tokens[np.arange(len(self.lengths)), self.lengths - 1]
+        return (self.response_lengths > 0) & np.isin(last, eos)
+
     def responses(self) -> list[Ints]:
         rows = zip(self.tokens, self.prompt_lengths, self.response_lengths, strict=True)
         return [tokens[p : p + r] for tokens, p, r in rows]
@@ -300,7 +310,7 @@ def assign(prompt_lengths: Ints, engines: int, budget: int) -> list[Rows]:
 def minibatches(count: int, size: int, *key: int) -> list[Rows]:
     """The rows of a batch in minibatches of `size`, by a permutation that the key (seed, step, epoch) fixes: formed
     before anything is spread over ranks, so that placement does not change the mathematics."""
-    return np.split(_permutation(count, *key), count // size)
+    return np.split(_permutation(count, *key, MINIBATCHES), count // size)
 
 
 def spread(rows: Rows, lengths: Ints, ranks: int, micro_batch_tokens: int) -> list[list[Rows]]:

@@ -1,9 +1,9 @@
 """The mathematics of PPO for language models, as pure tensor functions.
 
-Shapes. `B` sequences, `R` = the longest response of the batch, `V` = the vocabulary. Everything that belongs to a
-response is `[B, R]`, aligned to the response: column j is about the j-th response token. Log-probs, values and
-entropies of column j belong to the state *before* that token is emitted. `mask [B, R]` (bool) is true on real
-response tokens, the end-of-sequence token included.
+Shapes. `B` sequences, `R` = the longest response of the batch. Everything that belongs to a response is `[B, R]`,
+aligned to the response: column j is about the j-th response token. Log-probs, values and entropies of column j belong
+to the state *before* that token is emitted. `mask [B, R]` (bool) is true on real response tokens, the end-of-sequence
+token included.
 
 Padding. A masked place may hold anything, NaN and infinity too. Inputs are replaced there by zero before any
 arithmetic: multiplying by the mask afterwards would leave NaN in the loss, and masking only the result would leave
@@ -19,107 +19,16 @@ micro-batches and workers; `mean_stats` divides by the token count at the end. S
 division.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 KLKind = Literal["k1", "k2", "k3"]
 Stats = dict[str, Tensor]
 
 LOG_RATIO_MAX = 20.0  # exp(20) = 4.9e8: keeps ratios finite in float32; the gradient is zero beyond it
-
-
-# --- from a padded batch of sequences to response columns ---
-
-
-def response_mask(response_lengths: Tensor, width: int) -> Tensor:
-    """`response_lengths [B]` -> bool `[B, width]`, true on the first `response_lengths[b]` columns of row b."""
-    columns = torch.arange(width, device=response_lengths.device)
-    return columns < response_lengths[:, None]
-
-
-def response_tokens(tokens: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
-    """The response tokens `[B, width]` of right-padded `tokens [B, T]`; what follows a response there is padding."""
-    return _columns(tokens, prompt_lengths, width)
-
-
-def before_response(x: Tensor, prompt_lengths: Tensor, width: int) -> Tensor:
-    """Model outputs `x [B, T, ...]` at the states before each response token -> `[B, width, ...]`.
-
-    The output at position t predicts token t + 1, so column j is position `prompt_lengths - 1 + j`; prompts must
-    hold at least one token. Apply it to hidden states rather than logits: it copies, and a vocabulary is wide.
-    """
-    return _columns(x, prompt_lengths - 1, width)
-
-
-def ended_with_eos(tokens_response: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> Tensor:
-    """bool `[B]`: true where the last real token is end-of-sequence; false for truncated and for empty responses."""
-    eos = torch.as_tensor(eos_token_id, device=tokens_response.device)
-    return (_last(mask) & torch.isin(tokens_response, eos)).any(1)
-
-
-def _columns(x: Tensor, start: Tensor, width: int) -> Tensor:
-    columns = start[:, None] + torch.arange(width, device=x.device)
-    rows = torch.arange(x.shape[0], device=x.device)[:, None]
-    return x[rows, columns.clamp(max=x.shape[1] - 1)]
-
-
-# --- log-probs and entropy ---
-
-
-def response_log_probs(
-    logits: Tensor, tokens_response: Tensor, temperature: float, mask: Tensor | None = None, *, chunk_tokens: int = 1024
-) -> Tensor:
-    """log softmax(logits / temperature) at the response tokens.
-
-    `logits [B, R, V]` of any float type, `tokens_response [B, R]` -> float32 `[B, R]`. `temperature > 0` is the
-    sampler's, so that these are the log-probs of the distribution that was sampled from. With a `mask`, masked
-    places give 0, pass no gradient, and may hold NaN logits or token ids outside the vocabulary. Actor and reference
-    take the same temperature, or their KL would not be 0 when they are equal.
-
-    Computed in float32, `chunk_tokens` tokens at a time and recomputed in the backward pass, so a whole `[B, R, V]`
-    in float32 never exists.
-    """
-    return _per_token(_log_prob, logits, tokens_response, temperature, mask, chunk_tokens)
-
-
-def response_entropy(
-    logits: Tensor, temperature: float, mask: Tensor | None = None, *, chunk_tokens: int = 1024
-) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature): `[B, R, V]` -> float32 `[B, R]`; see `response_log_probs`."""
-    no_tokens = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
-    return _per_token(_entropy, logits, no_tokens, temperature, mask, chunk_tokens)
-
-
-def _log_prob(log_p: Tensor, tokens: Tensor) -> Tensor:
-    return log_p.gather(-1, tokens[:, None]).squeeze(-1)
-
-
-def _entropy(log_p: Tensor, _: Tensor) -> Tensor:
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)  # the clamp makes 0 * log 0 be 0
-
-
-def _per_token(
-    function: Callable[[Tensor, Tensor], Tensor],
-    logits: Tensor,
-    tokens: Tensor,
-    temperature: float,
-    mask: Tensor | None,
-    chunk_tokens: int,
-) -> Tensor:
-    assert temperature > 0, f"temperature {temperature}: greedy sampling has no log-probs"
-    mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-
-    def masked(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        clean = torch.where(mask[:, None], logits.float(), 0.0) / temperature
-        return _zero(function(clean.log_softmax(-1), torch.where(mask, tokens, 0)), mask)
-
-    chunks = zip(*(x.flatten(0, 1).split(chunk_tokens) for x in (logits, tokens, mask)), strict=True)
-    parts = [checkpoint(masked, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
-    return torch.cat(parts).view(tokens.shape)
 
 
 # --- rewards and advantages ---
@@ -160,7 +69,7 @@ def token_rewards(
 
     A response that was truncated at the maximum length is an episode that ended there: it is scored as it stands and
     nothing is bootstrapped from the critic. `missing_eos_penalty` is subtracted from its score; `ended [B]` (bool,
-    see `ended_with_eos`) says which responses are complete. An empty response has no token to carry a score and
+    see `Sequences.ended`) says which responses are complete. An empty response has no token to carry a score and
     gets none.
     """
     assert ended is not None or missing_eos_penalty == 0, "missing_eos_penalty needs ended"

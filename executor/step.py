@@ -18,7 +18,9 @@ from executor.processes import Processes
 from executor.trainer import COLUMNS, Minibatch
 from executor.worker import Outcome, Record, ask
 from planner.predict.schedule import Task
+from planner.spec.errors import UserError
 from planner.spec.plan import Plan
+from planner.spec.workload import RewardFunction
 
 Done = tuple[list[Record], int]  # the records of a call's processes, and its tokens
 
@@ -64,7 +66,7 @@ class Training:
             step.scores, done = self._infer(task, "reward")
             return done
         responses = self.prompts.decode(step.sequences.responses())
-        outcome = ask(self.processes.judge, "score", step.prompts.texts, responses, step.prompts.answers)
+        outcome = self._judge(step.prompts, responses)
         step.scores = np.array(outcome.results[0], dtype=np.float32)
         return outcome.records, int(step.sequences.lengths.sum())
 
@@ -85,6 +87,7 @@ class Training:
         step, settings = self.steps[task.step], self.settings
         step.columns["log_probs"] = step.sequences.log_probs
         step.columns.setdefault("proximal_log_probs", step.sequences.log_probs)
+        ended = step.prompts.requests.exact | step.sequences.ended(self.processes.eos)
         columns = {name: torch.tensor(column) for name, column in step.columns.items()}
         mask = torch.tensor(step.sequences.mask)
         assert step.scores is not None
@@ -92,7 +95,7 @@ class Training:
             scores=torch.tensor(step.scores),
             log_probs=columns["proximal_log_probs"],
             mask=mask,
-            ended=torch.tensor(self._ended(step)),
+            ended=torch.tensor(ended),
             ref_log_probs=columns.get("ref_log_probs"),
             values=columns.get("values"),
             gamma=settings.gamma,
@@ -147,6 +150,18 @@ class Training:
         assert used == {task.weights_version}, f"sampled with weights {used}, the plan says {task.weights_version}"
         return sequences, outcome
 
+    def _judge(self, prompts: Prompts, responses: list[str]) -> Outcome:
+        reward = self.workload.reward
+        assert isinstance(reward, RewardFunction)
+        timeout = reward.timeout_seconds
+        try:
+            return ask(self.processes.judge, "score", prompts.texts, responses, prompts.answers, timeout=timeout)
+        except TimeoutError:
+            raise UserError(
+                f"reward function {reward.function!r} took longer than {timeout:g} s for {len(responses)} responses; "
+                "make it faster or raise timeout_seconds"
+            ) from None
+
     def _infer(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:
         step, layout, ranks = self.steps[task.step], self.plan.trainers[role], self.processes.of(role)
         lengths = step.sequences.lengths
@@ -171,12 +186,6 @@ class Training:
         outcome = ask(ranks, "train", *args, each=[(share,) for share in each])
         step.metrics |= _train_metrics(role, outcome.results)
         return outcome.records, int(lengths.sum()) * self.settings.epochs
-
-    def _ended(self, step: StepData) -> NDArray[np.bool_]:
-        """[B]: whether the response is complete, not cut off."""
-        sequences = step.sequences
-        last = sequences.tokens[np.arange(len(sequences.lengths)), sequences.lengths - 1]
-        return step.prompts.requests.exact | np.isin(last, self.processes.eos)
 
     # --- between the calls ---
 

@@ -82,11 +82,18 @@ class Outcome:
     records: list[Record]
 
 
-def ask(ranks: Sequence[Rank], method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None) -> Outcome:
+def ask(
+    ranks: Sequence[Rank],
+    method: str,
+    *args: Any,
+    each: Sequence[tuple[Any, ...]] | None = None,
+    timeout: float | None = None,
+) -> Outcome:
     """Call a method on all ranks at once, with `each[i]` as further arguments of rank i, and wait for all of them.
 
     Raises UserError as the worker raised it, and WorkerError for any other failure; the first failure counts, for the
-    others may be waiting for the failed rank."""
+    others may be waiting for the failed rank. Raises TimeoutError if a rank has not answered after `timeout` seconds;
+    it goes on nevertheless."""
     extra = each if each is not None else [()] * len(ranks)
     sent = {
         rank.handle.call.remote(method, *args, *more): number
@@ -94,8 +101,12 @@ def ask(ranks: Sequence[Rank], method: str, *args: Any, each: Sequence[tuple[Any
     }
     answers: dict[int, tuple[Any, Record]] = {}
     waiting = list(sent)
+    deadline = None if timeout is None else time.monotonic() + timeout
     while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1)
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+        if not done:
+            raise TimeoutError(f"{method} took longer than {timeout} s on {ranks[sent[waiting[0]]].name}")
         for ref in done:
             answers[sent[ref]] = _answer(ref, ranks[sent[ref]], method)
     ordered = [answers[number] for number in range(len(ranks))]

@@ -10,8 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from executor.data import (
+    MINIBATCHES,
+    ORDER,
+    PROMPT_LENGTHS,
+    RESPONSE_LENGTHS,
+    SAMPLING,
+    TOKENS,
     Dataset,
     Generated,
+    Sequences,
     Synthetic,
     assign,
     collate,
@@ -97,7 +104,7 @@ def test_each_prompt_comes_once_per_epoch_in_an_order_that_the_seed_fixes(tmp_pa
     assert drawn[:12] != drawn[12:] and drawn != prompts * 2
     assert [text for step in range(3) for text in dataset(tmp_path, prompts, batch=8).step(step).texts] == drawn
     assert dataset(tmp_path, prompts, batch=8, seed=8).step(0).texts != drawn[:8]
-    assert source.step(1).requests.keys.tolist() == [[7, 1, row, 0] for row in range(8)]
+    assert source.step(1).requests.keys.tolist() == [[7, 1, row, 0, SAMPLING] for row in range(8)]
 
 
 def test_random_prompts_have_the_lengths_of_the_workload() -> None:
@@ -162,6 +169,33 @@ def test_outputs_are_joined_where_they_belong() -> None:
         [np.array([[4, 5, 6]], dtype=np.float32), np.array([[9]], dtype=np.float32)],
     ]
     assert join(shares, outputs, (3, 3)).tolist() == [[3, 0, 0], [4, 5, 6], [1, 2, 0]]
+
+
+def test_no_two_purposes_share_their_randomness() -> None:
+    seed, some = 7, range(3)
+    keys = [(seed, step, what) for step in some for what in (PROMPT_LENGTHS, RESPONSE_LENGTHS, TOKENS)]
+    keys += [(seed, epoch, ORDER) for epoch in some]
+    keys += [(seed, step, epoch, MINIBATCHES) for step in some for epoch in some]
+    for step in some:
+        keys += map(tuple, Synthetic(make_workload(batch=4)).step(step).requests.keys.tolist())
+    assert len({tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys}) == len(keys)
+    expected = np.random.default_rng((seed, 1, 0, MINIBATCHES)).permutation(12)  # what `minibatches` itself makes of it
+    assert np.array_equal(np.concatenate(minibatches(12, 4, seed, 1, 0)), expected)
+
+
+def test_ended_tells_eos_from_truncation() -> None:
+    # complete · truncated · EOS only at the front · EOS only in the padding · empty, after a prompt that ends in EOS
+    tokens = [[1, 5, 9, 0], [1, 5, 6, 7], [1, 9, 5, 6], [1, 5, 6, 9], [9, 9, 9, 9]]
+    batch = Sequences(
+        tokens=np.array(tokens, dtype=np.int32),
+        prompt_lengths=np.ones(5, dtype=np.int32),
+        response_lengths=np.array([2, 3, 3, 2, 0], dtype=np.int32),
+        log_probs=np.zeros((5, 3), dtype=np.float32),
+        weights_versions=np.zeros(5, dtype=np.int32),
+    )
+    assert batch.ended([9]).tolist() == [True, False, False, False, False]
+    assert batch.ended([6, 9]).tolist() == [True, False, True, True, False]
+    assert not batch.ended([]).any()
 
 
 def test_minibatches_are_a_partition_that_their_key_fixes() -> None:

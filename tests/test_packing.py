@@ -1,6 +1,7 @@
 """Packing changes nothing but the arithmetic that is saved: packed equals padded, in values and in gradients."""
 
 import copy
+import math
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from executor import lm_head, models, ppo
+from executor import lm_head, models
 from executor.data import Sequences
 from executor.offload import Parking
 from executor.packing import Packed, hidden_states, pack, packed_attention, use_packed_attention
@@ -18,6 +19,7 @@ from planner.spec.workload import Shape
 SHAPE = Shape(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64, vocab=48)
 PROMPTS, RESPONSES = (3, 1, 4, 2), (5, 2, 0, 7)
 TEMPERATURE = 0.7
+NAN, INF = math.nan, math.inf
 
 
 def make_sequences() -> Sequences:
@@ -45,15 +47,18 @@ def pack_rows(*rows: int) -> Packed:
 
 
 def padded_log_probs(model: Qwen2ForCausalLM, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """The reference: right-padded, the whole logits, log-probs from `ppo.py`."""
+    """The reference: each sequence by itself, the whole logits, log-probs and entropies by torch; 0 in the padding."""
     sequences = make_sequences()
-    tokens = torch.tensor(sequences.tokens[rows]).long()
-    prompts = torch.tensor(sequences.prompt_lengths[rows])
-    width = max(1, int(sequences.response_lengths[rows].max()))
-    mask = ppo.response_mask(torch.tensor(sequences.response_lengths[rows]), width)
-    logits = ppo.before_response(model(tokens, use_cache=False).logits, prompts, width)
-    targets = ppo.response_tokens(tokens, prompts, width)
-    return ppo.response_log_probs(logits, targets, TEMPERATURE, mask), ppo.response_entropy(logits, TEMPERATURE, mask)
+    log_probs, entropies = [], []
+    for row in rows:
+        prompt, length = int(sequences.prompt_lengths[row]), int(sequences.lengths[row])
+        tokens = torch.tensor(sequences.tokens[row, :length]).long()
+        logits = model(tokens[None], use_cache=False).logits[0, prompt - 1 : length - 1]
+        log_p = (logits / TEMPERATURE).log_softmax(-1)
+        log_probs.append(log_p.gather(-1, tokens[prompt:, None])[:, 0])
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    padded = nn.utils.rnn.pad_sequence
+    return padded(log_probs, batch_first=True), padded(entropies, batch_first=True)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -80,10 +85,42 @@ def test_packed_equals_padded(rows: list[int]) -> None:
 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+    of_policy = models.wrap("actor", model, TEMPERATURE)(batch, entropy=True)
+    torch.testing.assert_close(of_policy, torch.stack([found, entropy]), rtol=1e-5, atol=1e-5)
     found_gradients = gradients(model)
     assert found_gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(found_gradients[name], gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_in_the_padding_does_not_matter() -> None:
+    model = models.wrap("actor", make_model(), TEMPERATURE)
+    sequences, rows = make_sequences(), np.array([0, 1, 2], dtype=np.int64)
+    clean = model(pack(sequences, rows, torch.device("cpu")))
+    padding = np.arange(sequences.tokens.shape[1]) >= sequences.lengths[:, None]
+    sequences.tokens[padding] = -100
+    found = model(pack(sequences, rows, torch.device("cpu")))
+    assert torch.equal(found, clean) and (found[~torch.tensor(sequences.mask[rows, :5])] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_states_that_no_response_token_follows_do_not_spread(bad: float) -> None:
+    torch.manual_seed(0)
+    batch = pack_rows(0, 1)
+    aside = torch.ones(batch.tokens.shape[1], dtype=torch.bool).index_fill(0, batch.before, False)
+    states = torch.randn(len(aside), 4).masked_fill(aside[:, None], bad).requires_grad_()
+    weight = torch.randn(SHAPE.vocab, 4)
+    hidden = states[batch.before]
+    for values in (
+        lm_head.log_probs(hidden, weight, batch.targets, TEMPERATURE),
+        lm_head.entropies(hidden, weight, TEMPERATURE),
+    ):
+        states.grad = None
+        columns = batch.columns(values)
+        assert columns.isfinite().all() and (columns[~batch.mask] == 0).all()
+        columns.sum().backward(retain_graph=True)
+        assert states.grad is not None and states.grad.isfinite().all()
+        assert (states.grad[aside] == 0).all() and states.grad[~aside].any()
 
 
 def test_an_empty_micro_batch_is_a_pass_without_tokens() -> None:
@@ -120,6 +157,78 @@ def test_attention_equals_a_block_diagonal_mask() -> None:
     starts = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
     found, _ = packed_attention(nn.Module(), query, key, value, None, scaling=0.3, cu_seq_lens_q=starts, max_length_q=5)
     torch.testing.assert_close(found, expected)
+
+
+# --- the head, by hand: hidden states of one number times a weight of V numbers are logits ---
+
+
+def logits_of(*logits: float) -> tuple[Tensor, Tensor]:
+    """Hidden states `[1, 1]` and a weight `[V, 1]` that make these logits."""
+    return torch.ones(1, 1, requires_grad=True), torch.tensor(logits)[:, None].requires_grad_()
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(1.0, [0.25, 0.75]), (0.5, [0.1, 0.9])])
+def test_log_probs_by_hand(temperature: float, expected: list[float]) -> None:
+    # softmax([0, ln 3]) = [1/4, 3/4]; at temperature 1/2 the logits double: softmax([0, ln 9]) = [1/10, 9/10].
+    hidden, weight = logits_of(0.0, math.log(3))
+    found = lm_head.log_probs(hidden.expand(2, 1), weight, torch.tensor([0, 1]), temperature)
+    torch.testing.assert_close(found.exp(), torch.tensor(expected))
+    found[0].backward()
+    # d log p_0 / d logits = ([1, 0] - p) / temperature
+    slope = (1 - expected[0]) / temperature
+    torch.testing.assert_close(weight.grad, torch.tensor([[slope], [-slope]]))
+
+
+@pytest.mark.parametrize(
+    ("logits", "temperature", "expected"),
+    [
+        ((1.0, 1.0, 1.0, 1.0), 1.0, 2 * math.log(2)),  # uniform over 4
+        ((0.0, 0.0, -INF, -INF), 1.0, math.log(2)),  # a token of probability 0 adds nothing
+        ((0.0, math.log(3)), 0.5, 0.3250830),  # [1/10, 9/10]: 0.1 * ln 10 + 0.9 * ln(10/9) = 0.2302585 + 0.0948245
+    ],
+)
+def test_entropy_by_hand(logits: tuple[float, ...], temperature: float, expected: float) -> None:
+    hidden, weight = logits_of(*logits)
+    found = lm_head.entropies(hidden, weight, temperature)
+    assert found.tolist() == [pytest.approx(expected, abs=1e-6)]
+    found.sum().backward()
+    assert weight.grad is not None and weight.grad.isfinite().all()
+
+
+def test_log_probs_of_bf16_logits_are_float32() -> None:
+    # 2000 equal logits: -ln 2000 = -7.6009025, which bf16 (8 bits) would round to -7.59375.
+    hidden, weight = torch.full((1, 1), 3.0, dtype=torch.bfloat16), torch.ones(2000, 1, dtype=torch.bfloat16)
+    found = lm_head.log_probs(hidden, weight, torch.tensor([7]), 1.0)
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(-7.6009025, abs=1e-5)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+def test_chunks_change_neither_value_nor_gradient(chunk_tokens: int) -> None:
+    torch.manual_seed(0)
+    targets, factors = torch.randint(7, (9,)), torch.randn(2, 9)
+    start = torch.randn(9, 3), torch.randn(7, 3)
+
+    hidden, weight = (x.clone().requires_grad_() for x in start)
+    log_p = (hidden @ weight.T / TEMPERATURE).log_softmax(-1)
+    plain = torch.stack([log_p.gather(-1, targets[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)])
+    (plain * factors).sum().backward()
+
+    h, w = (x.clone().requires_grad_() for x in start)
+    found = torch.stack(
+        [
+            lm_head.log_probs(h, w, targets, TEMPERATURE, chunk_tokens),
+            lm_head.entropies(h, w, TEMPERATURE, chunk_tokens),
+        ]
+    )
+    (found * factors).sum().backward()
+    torch.testing.assert_close(found, plain)
+    torch.testing.assert_close(h.grad, hidden.grad)
+    torch.testing.assert_close(w.grad, weight.grad)
+
+
+def test_greedy_sampling_has_no_log_probs() -> None:
+    with pytest.raises(AssertionError, match="temperature"):
+        lm_head.log_probs(*logits_of(0.0, 0.0), torch.tensor([0]), 0.0)
 
 
 def test_log_probs_in_bfloat16_are_close_to_those_in_float32() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
-from executor import ppo
+from executor import lm_head, ppo
 
 NAN, INF = math.nan, math.inf
 LN2 = math.log(2)
@@ -42,100 +42,9 @@ def one_token_policy(ratio: float, advantage: float, importance: float = 1.0, **
     return loss.item(), log_probs.grad.item(), {name: total.item() for name, total in stats.items()}
 
 
-# --- from a padded batch to response columns ---
-
-
-def test_columns_of_a_right_padded_batch():
-    tokens = tensor([[11, 12, 13, 14, 15, 0], [21, 22, 23, 0, 0, 0]])
-    prompt_lengths, response_lengths = tensor([2, 1]), tensor([3, 2])
-    mask = ppo.response_mask(response_lengths, 3)
-    assert mask.tolist() == [[True, True, True], [True, True, False]]
-    assert ppo.response_tokens(tokens, prompt_lengths, 3)[mask].tolist() == [13, 14, 15, 22, 23]
-    # The state before response token j is the position of the token in front of it.
-    assert ppo.before_response(tokens, prompt_lengths, 3)[mask].tolist() == [12, 13, 14, 21, 22]
-    states = torch.stack([tokens, -tokens], -1)
-    assert ppo.before_response(states, prompt_lengths, 3)[0, 0].tolist() == [12, -12]
-
-
-def test_columns_past_the_end_of_the_batch_do_not_fail():
-    assert ppo.response_tokens(tensor([[1, 2, 3]]), tensor([2]), 4).shape == (1, 4)
-
-
-def test_ended_tells_eos_from_truncation():
-    eos = 9
-    tokens = tensor([[5, 9, 0], [5, 6, 7], [9, 5, 6], [5, 6, 9], [9, 9, 9]])
-    mask = ppo.response_mask(tensor([2, 3, 3, 2, 0]), 3)
-    # complete · truncated · EOS only at the front · EOS only in the padding · empty
-    assert ppo.ended_with_eos(tokens, mask, eos).tolist() == [True, False, False, False, False]
-    assert ppo.ended_with_eos(tokens, mask, [6, 9]).tolist() == [True, False, True, True, False]
-
-
-# --- log-probs and entropy ---
-
-
-def test_log_probs_by_hand():
-    # softmax([0, ln 3]) = [1/4, 3/4]; at temperature 1/2 the logits double: softmax([0, ln 9]) = [1/10, 9/10].
-    logits = tensor([[[0.0, math.log(3)], [0.0, math.log(3)]]])
-    tokens = tensor([[0, 1]])
-    assert close(ppo.response_log_probs(logits, tokens, 1.0).exp(), [[0.25, 0.75]])
-    assert close(ppo.response_log_probs(logits, tokens, 0.5).exp(), [[0.1, 0.9]])
-
-
-def test_entropy_by_hand():
-    # uniform over 4: ln 4; [1/2, 1/2, 0, 0]: ln 2, and a token of probability 0 adds nothing.
-    logits = tensor([[[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, -INF, -INF]]], requires_grad=True)
-    entropy = ppo.response_entropy(logits, 1.0)
-    assert close(entropy, [[2 * LN2, LN2]])
-    entropy.sum().backward()
-    assert logits.grad.isfinite().all()
-    # [1/10, 9/10] at temperature 1/2: 0.1 * ln 10 + 0.9 * ln(10/9) = 0.2302585 + 0.0948245
-    assert close(ppo.response_entropy(tensor([[[0.0, math.log(3)]]]), 0.5), [[0.3250830]])
-
-
-def test_log_probs_of_bf16_logits_are_float32():
-    # 2000 equal logits: -ln 2000 = -7.6009025, which bf16 (8 bits) would round to -7.59375.
-    logits = torch.full((1, 1, 2000), 3.0, dtype=torch.bfloat16)
-    log_probs = ppo.response_log_probs(logits, tensor([[7]]), 1.0)
-    assert log_probs.dtype == torch.float32
-    assert close(log_probs, [[-7.6009025]], 1e-5)
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
-def test_chunks_change_neither_value_nor_gradient(chunk_tokens):
-    torch.manual_seed(0)
-    tokens = torch.randint(7, (3, 5))
-    mask = ppo.response_mask(tensor([5, 3, 0]), 5)
-    data, weight = torch.randn(3, 5, 7), torch.randn(3, 5)
-
-    plain = data.clone().requires_grad_()
-    expected = (plain / 0.7).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1) * mask
-    (expected * weight).sum().backward()
-
-    logits = data.clone().requires_grad_()
-    actual = ppo.response_log_probs(logits, tokens, 0.7, mask, chunk_tokens=chunk_tokens)
-    (actual * weight).sum().backward()
-    assert close(actual.detach(), expected.detach())
-    assert close(logits.grad, plain.grad)
-
-
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_masked_logits_do_not_spread(bad):
-    tokens = tensor([[1, -100]])
-    mask = tensor([[True, False]])
-    for function in (
-        lambda logits: ppo.response_log_probs(logits, tokens, 1.0, mask),
-        lambda logits: ppo.response_entropy(logits, 1.0, mask),
-    ):
-        logits = tensor([[[0.0, 0.0], [bad, bad]]], requires_grad=True)
-        result = function(logits)
-        assert result[0, 1] == 0 and result[0, 0].abs().item() == pytest.approx(LN2)
-        result.sum().backward()
-        assert logits.grad.isfinite().all() and (logits.grad[0, 1] == 0).all()
-
-
-def test_greedy_sampling_has_no_log_probs():
-    with pytest.raises(AssertionError, match="temperature"):
-        ppo.response_log_probs(torch.zeros(1, 1, 2), tensor([[0]]), 0.0)
+def mask_of(*lengths: int) -> Tensor:
+    """True on the first `lengths[b]` columns of row b, as wide as the longest."""
+    return torch.arange(max(lengths)) < tensor(lengths)[:, None]
 
 
 # --- KL and rewards ---
@@ -166,7 +75,7 @@ def test_k3_stays_finite():
 
 
 def test_token_rewards_by_hand():
-    mask = ppo.response_mask(tensor([3, 1, 0]), 3)
+    mask = mask_of(3, 1, 0)
     kl = tensor([[1.0, 2.0, -1.0], [4.0, NAN, INF], [NAN, NAN, NAN]])
     rewards = ppo.token_rewards(tensor([10.0, 20.0, NAN]), kl, 0.5, mask)
     # the score on the last real token; the third response is empty, so its score, whatever it is, goes nowhere
@@ -174,7 +83,7 @@ def test_token_rewards_by_hand():
 
 
 def test_truncated_response_is_scored_and_pays_for_the_missing_eos():
-    mask = ppo.response_mask(tensor([2, 2]), 2)
+    mask = mask_of(2, 2)
     arguments = (tensor([1.0, 1.0]), torch.zeros(2, 2), 0.1, mask)
     ended = tensor([True, False])
     assert close(ppo.token_rewards(*arguments, ended=ended), [[0.0, 1.0], [0.0, 1.0]])
@@ -194,7 +103,7 @@ def test_gae_by_hand():
     # second row: one token, delta = 5 - 1 = 4, nothing bootstrapped from what is in the padding
     rewards = tensor([[1.0, 0.0, 8.0], [5.0, NAN, 100.0]])
     values = tensor([[6.0, 2.0, 4.0], [1.0, INF, 100.0]])
-    mask = ppo.response_mask(tensor([3, 1]), 3)
+    mask = mask_of(3, 1)
     advantages, returns = ppo.gae(rewards, values, mask, 0.5, 0.5)
     assert close(advantages, [[-3.75, 1.0, 4.0], [4.0, 0.0, 0.0]])
     assert close(returns, [[2.25, 3.0, 8.0], [5.0, 0.0, 0.0]])
@@ -215,7 +124,7 @@ def test_gae_equals_the_double_sum(lengths, gamma, lam, seed):
     """A_t = sum over l >= 0 of (gamma * lam)^l * delta_{t+l}, sequence by sequence, without a recursion."""
     generator = torch.Generator().manual_seed(seed)
     rewards, values = torch.randn(2, len(lengths), 7, generator=generator)
-    mask = ppo.response_mask(tensor(lengths), 7)
+    mask = torch.arange(7) < tensor(lengths)[:, None]
     advantages, returns = ppo.gae(rewards.masked_fill(~mask, NAN), values.masked_fill(~mask, NAN), mask, gamma, lam)
     for b, n in enumerate(lengths):
         v = [*values[b, :n].tolist(), 0.0]
@@ -448,13 +357,13 @@ def test_a_ratio_that_would_overflow_stays_finite():
 
 def test_a_gradient_step_raises_good_tokens_and_lowers_bad_ones():
     torch.manual_seed(0)
-    logits = torch.randn(1, 2, 5, requires_grad=True)
-    tokens, mask = tensor([[3, 1]]), torch.ones(1, 2, dtype=torch.bool)
-    before = ppo.response_log_probs(logits, tokens, 1.0, mask)
+    logits = torch.randn(2, 5, requires_grad=True)
+    tokens, mask = tensor([3, 1]), torch.ones(1, 2, dtype=torch.bool)
+    before = lm_head.log_probs(logits, torch.eye(5), tokens, 1.0)[None]
     loss, _ = policy(before, before, before, tensor([[1.0, -1.0]]), mask)
     loss.backward()
     with torch.no_grad():
-        after = ppo.response_log_probs(logits - 0.1 * logits.grad, tokens, 1.0, mask)
+        after = lm_head.log_probs(logits - 0.1 * logits.grad, torch.eye(5), tokens, 1.0)[None]
     assert after[0, 0] > before[0, 0] and after[0, 1] < before[0, 1]
 
 
@@ -535,7 +444,7 @@ def random_batch() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     names = ("log_probs", "proximal", "behaviour", "ref", "advantages", "values", "old_values", "returns", "entropy")
     data = {name: torch.randn(4, 5, generator=generator) for name in names}
-    return data | {"mask": ppo.response_mask(tensor([5, 2, 0, 1]), 5)}
+    return data | {"mask": mask_of(5, 2, 0, 1)}
 
 
 def losses(data: dict[str, Tensor], normalizer: float) -> list[tuple[Tensor, dict[str, Tensor]]]:
