@@ -1,0 +1,69 @@
+"""The small task: what `plan task digits` writes can be loaded, and is what it says."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from executor import task
+from planner.spec.errors import UserError
+from planner.spec.workload import load_workload
+
+QUICK = task.Recipe(
+    digits=2, train_prompts=60, held_out_prompts=30, hidden=32, exact_match=0.1, teacher_steps=20, reward_steps=20
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("task") / "digits"
+    return directory, task.make(directory, 0, QUICK)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_answers_are_the_sorted_digits_and_no_prompt_is_held_out_and_trained_on(made):
+    train, held_out = (lines(made[0] / name) for name in ("train.jsonl", "eval.jsonl"))
+    assert len(train) == 60 and len(held_out) == 30
+    for line in train + held_out:
+        digits = line["prompt"].split()[1:-1]
+        assert line["answer"].split() == sorted(digits)
+    assert not {line["prompt"] for line in train} & {line["prompt"] for line in held_out}
+
+
+def test_the_workload_names_what_was_made(made):
+    directory, _ = made
+    workload = load_workload(directory / "workload.toml")
+    assert workload.roles == ("actor", "rollout", "critic", "reference", "reward")
+    assert workload.response.longest == QUICK.answer_tokens
+    assert workload.data.train == directory / "train.jsonl"
+    AutoModelForCausalLM.from_pretrained(directory / "actor")
+    assert AutoModelForSequenceClassification.from_pretrained(directory / "reward").config.num_labels == 1
+
+
+def test_the_actor_is_trained_to_the_wanted_share_only(made):
+    assert 0.1 <= made[1].exact_match < 0.9
+
+
+def test_the_seed_decides_the_lines():
+    assert task.make_lines(QUICK, 1) == task.make_lines(QUICK, 1) != task.make_lines(QUICK, 2)
+
+
+def test_perturbed_answers_keep_the_prompt_and_are_mostly_wrong():
+    recipe = task.Recipe()
+    torch.manual_seed(0)
+    right = task.encode(task.build_tokenizer(), task.make_lines(recipe, 0)[0][:500])
+    wrong = task.perturb(right, recipe)
+    start = right.shape[1] - recipe.answer_tokens
+    assert (wrong[:, :start] == right[:, :start]).all()
+    assert (wrong != right).any(1).float().mean() > 0.6
+
+
+def test_a_directory_that_holds_something_is_left_alone(made):
+    before = sorted(path.name for path in made[0].iterdir())
+    with pytest.raises(UserError, match="not an empty directory"):
+        task.make(made[0], 0, QUICK)
+    assert sorted(path.name for path in made[0].iterdir()) == before
