@@ -185,22 +185,22 @@ def execute(
             stack.enter_context(ray_session(cpus=pools.needed(plan) if on_cores else None, address=address))
             backend = step.Training(plan, prompts)
         stack.callback(backend.close)
-        directory = RunDirectory(path, plan, tensorboard=not rehearse)
-        stack.callback(directory.close)
-        _run(plan, steps, backend, directory, progress or Silent())
-        backend.export(path / "checkpoints" / "final")
+        _run(plan, steps, backend, RunDirectory(path, tensorboard=not rehearse), progress or Silent())
     return path
 
 
 def _run(plan: Plan, steps: int, backend: Backend, directory: RunDirectory, progress: Progress) -> None:
-    """The loop; whatever way it ends, the timeline holds what was done."""
+    """The loop and what outlives it; whatever way they end, the timeline holds what was done."""
     spans: dict[int, Span] = {}
-    log.info("plan %s, %d steps, %d GPUs", plan.name, steps, pools.needed(plan))
     try:
+        directory.open(plan)
+        log.info("plan %s, %d steps, %d GPUs", plan.name, steps, pools.needed(plan))
         loop(tasks_of(plan, steps), backend, spans, _Recorded(directory, progress))
+        backend.export(directory.path / "checkpoints" / "final")
         log.info("done")
     except BaseException as error:
         log.error("ended by %s: %s", type(error).__name__, error)
         raise
     finally:
         directory.write_timeline(plan, steps, [spans[index] for index in sorted(spans)])
+        directory.close()

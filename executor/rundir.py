@@ -1,5 +1,6 @@
 """The directory of a run: plan, timeline, metrics, log, TensorBoard events, checkpoints."""
 
+import contextlib
 import json
 import logging
 import math
@@ -26,26 +27,37 @@ def check_free(runs: Path, name: str) -> Path:
 
 
 class RunDirectory:
-    """What a run writes, as it goes. Metrics are appended a line at a time, files are written whole or not at all."""
+    """What a run writes, as it goes. Metrics are appended a line at a time, files are written whole or not at all.
 
-    def __init__(self, path: Path, plan: Plan, *, tensorboard: bool) -> None:
+    The directory exists when this is constructed; `open` puts into it what a run begins with."""
+
+    def __init__(self, path: Path, *, tensorboard: bool) -> None:
+        self.path = path
+        self._files = contextlib.ExitStack()
+        self._events: Any = None
+        self._writer: Any = None
+        if tensorboard:  # slow to load, hence before there is a directory; and a rehearsal has no torch
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter
         try:
             path.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --name or --runs") from None
-        self.path = path
-        plan.write(path / "plan.json")
-        self._handler = logging.FileHandler(path / "log.txt", encoding="utf-8")
-        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        log.addHandler(self._handler)
+
+    def open(self, plan: Plan) -> None:
+        plan.write(self.path / "plan.json")
+        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        self._files.callback(handler.close)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        self._files.callback(log.removeHandler, handler)
         log.setLevel(logging.INFO)
         log.propagate = False
-        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
-        self._events = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to load, and a rehearsal has no torch
-
-            self._events = SummaryWriter(str(path))
+        self._metrics = self._files.enter_context((self.path / "metrics.jsonl").open("a", encoding="utf-8"))
+        if self._writer is not None:
+            self._events = self._writer(str(self.path))
+            self._files.callback(self._events.close)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
@@ -63,8 +75,4 @@ class RunDirectory:
         write_atomic(self.path / "timeline.json", timeline.to_json())
 
     def close(self) -> None:
-        self._metrics.close()
-        if self._events is not None:
-            self._events.close()
-        log.removeHandler(self._handler)
-        self._handler.close()
+        self._files.close()

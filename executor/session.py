@@ -32,12 +32,14 @@ def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
             with _private_directory() as directory:
                 try:
                     _start_private(cpus, directory)
+                    _take_sigterm()
                     yield
                 finally:
                     ray.shutdown()
         else:
             try:
                 _connect(address)
+                _take_sigterm()
                 yield
             finally:
                 ray.shutdown()
@@ -97,11 +99,21 @@ def _private_directory() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _interrupt_on_sigterm() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     before = signal.getsignal(signal.SIGTERM)
+    _take_sigterm()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if _in_main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _take_sigterm() -> None:
+    """Make SIGTERM raise KeyboardInterrupt. Once more when Ray has started, for it installs handlers of its own: one
+    that exits, and under it one that prints a backtrace."""
+    if _in_main_thread():  # no other may set handlers
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

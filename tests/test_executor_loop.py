@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 from conftest import colocated, cpu_cluster, make_plan, make_workload, split
 
 from executor.rehearse import Rehearsal
-from executor.run import Silent, execute, loop
+from executor.run import Silent, _run, execute, loop
+from executor.rundir import RunDirectory
 from executor.worker import Record
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
@@ -137,6 +137,23 @@ def test_a_failed_call_ends_the_loop_and_what_was_done_is_kept() -> None:
     assert [span.call for span in spans.values()] == ["generate", "score"]
 
 
+class Interrupted(RunDirectory):
+    """Ctrl-C comes before the run has begun."""
+
+    def open(self, plan: Plan) -> None:
+        super().open(plan)
+        raise KeyboardInterrupt
+
+
+def test_a_run_directory_never_lacks_its_timeline(tmp_path: Path) -> None:
+    plan = colocated(make_workload())
+    with pytest.raises(KeyboardInterrupt):
+        _run(plan, 2, Broken(), Interrupted(tmp_path / "r", tensorboard=False), Silent())
+    timeline = Timeline.read(tmp_path / "r" / "timeline.json")
+    assert timeline.steps == 2 and not timeline.spans
+    assert "ended by KeyboardInterrupt" in (tmp_path / "r" / "log.txt").read_text()
+
+
 def descendants(pid: int) -> list[int]:
     """Processes below one, from /proc."""
     parents: dict[int, int] = {}
@@ -157,19 +174,14 @@ def running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize(("number", "rehearse"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+@pytest.mark.parametrize(
+    ("number", "rehearse"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+)
 def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals, rehearse: bool) -> None:
-    script = """
-        import sys
-        from pathlib import Path
-        sys.path.insert(0, sys.argv[2])
-        from conftest import colocated, make_workload
-        from executor.run import execute
-        plan = colocated(make_workload(), cores=1)
-        execute(plan, name="r", runs=Path(sys.argv[1]), steps=5000, rehearse=REHEARSE, seconds=lambda t: 1.0)
-    """
-    script = textwrap.dedent(script).replace("REHEARSE", str(rehearse))
-    command = [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)]
+    plan = tmp_path / "plan.json"
+    colocated(make_workload(), cores=1).write(plan)
+    command = [sys.executable, "-m", "planner.cli", "execute", str(plan), "--name", "r", "--runs", str(tmp_path)]
+    command += ["--steps", "5000", *(["--rehearse"] if rehearse else [])]
     root = Path(__file__).parents[1]
     process = subprocess.Popen(command, start_new_session=True, cwd=root, stderr=subprocess.PIPE, text=True)
     children: list[int] = []
@@ -180,7 +192,8 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals, 
             time.sleep(0.2)
         children = descendants(process.pid)
         os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
-        process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130 and errors.strip() == "plan: interrupted", errors
         deadline = time.monotonic() + 10
         while any(map(running, children)) and time.monotonic() < deadline:
             time.sleep(0.1)
