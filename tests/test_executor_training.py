@@ -26,7 +26,7 @@ from planner.predict.simulate import simulate
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline, step_seconds
-from planner.spec.workload import Workload
+from planner.spec.workload import RewardFunction, Workload
 
 STEPS = 3
 WORKLOAD = make_workload(batch=12, minibatch=6)
@@ -175,6 +175,12 @@ def length(prompts, responses, answers):
 def late_failure(prompts, responses, answers):
     late_failure.calls = getattr(late_failure, "calls", 0) + 1
     return [0.0] * (len(responses) - (late_failure.calls == 2))
+
+
+def hang(prompts, responses, answers):
+    import time
+
+    time.sleep(1000)
 """
 
 
@@ -214,6 +220,19 @@ def test_a_failure_in_the_middle_keeps_what_was_done(
     spans = Timeline.read(tmp_path / "r" / "timeline.json").spans
     assert {span.step for span in spans if span.call == "sync_weights"} == {0}
     assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_a_reward_function_that_hangs_ends_the_run(
+    ray_two: None, tmp_path: Path, model_directories: dict[str, Path]
+) -> None:
+    workload = with_files(tmp_path, model_directories, "hang")
+    assert isinstance(workload.reward, RewardFunction)
+    impatient = workload.reward.model_copy(update={"timeout_seconds": 0.5})
+    plan = split(workload.model_copy(update={"reward": impatient}))
+    with pytest.raises(UserError, match=r"reward.py:hang' took longer than 0.5 s for 8 responses"):
+        execute(plan, name="r", runs=tmp_path)
+    done = {span.call for span in Timeline.read(tmp_path / "r" / "timeline.json").spans}
+    assert "generate" in done and "score" not in done
 
 
 @pytest.mark.bench
