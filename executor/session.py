@@ -32,14 +32,12 @@ def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
             with _private_directory() as directory:
                 try:
                     _start_private(cpus, directory)
-                    _take_sigterm()
                     yield
                 finally:
                     ray.shutdown()
         else:
             try:
                 _connect(address)
-                _take_sigterm()
                 yield
             finally:
                 ray.shutdown()
@@ -52,14 +50,13 @@ def _start_private(cpus: int | None, directory: Path) -> None:
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     for key, value in ENVIRONMENT.items():  # inherited by the processes, which a runtime_env would start anew
         os.environ.setdefault(key, value)
-    ray.init(
+    _init(
         address="local",
         num_cpus=cpus,
         _node_ip_address="127.0.0.1",
         _temp_dir=str(directory),
         # By default as many processes start at a time as there are cores, which sixteen light ones find slow.
         _system_config={"worker_maximum_startup_concurrency": 32},
-        **_quiet(),
     )
 
 
@@ -67,7 +64,7 @@ def _connect(address: str) -> None:
     if address != "auto":
         _check_listens(address)  # Ray would try for minutes
     try:
-        ray.init(address=address, runtime_env={"env_vars": ENVIRONMENT}, **_quiet())
+        _init(address=address, runtime_env={"env_vars": ENVIRONMENT})
     except (ConnectionError, ValueError) as error:
         raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); {_START}") from None
 
@@ -83,8 +80,13 @@ def _check_listens(address: str) -> None:
         raise UserError(f"no Ray cluster at {address} ({error}); {_START}") from None
 
 
-def _quiet() -> dict[str, Any]:
-    return {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+def _init(**options: Any) -> None:
+    """Ray, quiet. It installs handlers of SIGTERM: one that exits, and under it one that prints a backtrace."""
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    _take_sigterm()
 
 
 @contextlib.contextmanager
@@ -109,8 +111,7 @@ def _interrupt_on_sigterm() -> Iterator[None]:
 
 
 def _take_sigterm() -> None:
-    """Make SIGTERM raise KeyboardInterrupt. Once more when Ray has started, for it installs handlers of its own: one
-    that exits, and under it one that prints a backtrace."""
+    """Make SIGTERM raise KeyboardInterrupt."""
     if _in_main_thread():  # no other may set handlers
         signal.signal(signal.SIGTERM, signal.default_int_handler)
 
