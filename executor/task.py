@@ -2,7 +2,7 @@
 
 `make` writes all that a run needs: prompts, a language model that supervised training left only partly right, a reward
 model that tells right answers from wrong ones, and the workload file. All of it follows from the seed, and takes about
-forty seconds of one core.
+a minute of one core.
 """
 
 import copy
@@ -50,7 +50,7 @@ class Recipe:
     batch: int = 64
     exact_match: float = 0.3  # held-out, of greedy decoding: where the actor's training stops
     teacher_steps: int = 300  # supervised steps from there to the model that the reward model is made of
-    reward_steps: int = 800
+    reward_steps: int = 1000
 
     @property
     def answer_tokens(self) -> int:
@@ -150,7 +150,7 @@ def draw(sequences: Tensor, count: int) -> Tensor:
 def train_actor(train: Tensor, held_out: Tensor, recipe: Recipe) -> LlamaForCausalLM:
     """Supervised from random weights until the share of right answers on held-out prompts is reached."""
     model = LlamaForCausalLM(_config(recipe))
-    optimizer = _optimizer(model)
+    optimizer = _optimizer(model, 5e-4)  # slow, so as not to overshoot
     for _ in range(2000):
         _supervised_step(model, optimizer, draw(train, recipe.batch), recipe)
         if exact_match(model, held_out, recipe) >= recipe.exact_match:
@@ -195,8 +195,8 @@ def _config(recipe: Recipe, **more: int) -> LlamaConfig:
     )
 
 
-def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+def _optimizer(model: torch.nn.Module, learning_rate: float = 1e-3) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 # --- the reward model ---
@@ -204,10 +204,9 @@ def _optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 def train_reward_model(actor: LlamaForCausalLM, train: Tensor, recipe: Recipe) -> LlamaForSequenceClassification:
     """1 for a right answer, 0 for a wrong one, by least squares, so that the score at the end of a response is about
-    the chance that it is right.
-
-    Two things let such a small model learn to judge: it starts from a language model that masters the task, and it is
-    asked after each token of an answer whether all is right so far."""
+    the chance that it is right. PPO finds what the reward model overlooks, hence three things that let such a small
+    model judge well: it starts from a language model that masters the task, it is asked after each token of an answer
+    whether all is right so far, and of the perturbed answers it learns from those that it likes best."""
     teacher = copy.deepcopy(actor)
     optimizer = _optimizer(teacher)
     for _ in range(recipe.teacher_steps):
@@ -216,19 +215,32 @@ def train_reward_model(actor: LlamaForCausalLM, train: Tensor, recipe: Recipe) -
     model.model.load_state_dict(teacher.model.state_dict())
     sampled = sample(actor, train, recipe)
     optimizer = _optimizer(model)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=7e-4, total_steps=recipe.reward_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=recipe.reward_steps)
+    quarter = recipe.batch // 4
     for _ in range(recipe.reward_steps):
-        right = draw(train, recipe.batch // 4)
-        chosen = torch.randint(len(train), (recipe.batch // 4,))
-        given = torch.cat([right, train[chosen], perturb(right, recipe), sampled[chosen]])
-        wanted = torch.cat([right, train[chosen]]).repeat(2, 1)
-        right_so_far = (given == wanted)[:, -recipe.answer_tokens :].cumprod(1).float()
-        scores = model.score(model.model(given, use_cache=False).last_hidden_state)[:, -recipe.answer_tokens :, 0]
-        (scores - right_so_far)[given[:, -recipe.answer_tokens :] != PAD].square().mean().backward()
+        chosen = torch.randint(len(train), (quarter,))
+        perturbed, originals = _most_liked(model, draw(train, 4 * quarter), quarter, recipe)
+        given = torch.cat([draw(train, 2 * quarter), perturbed, sampled[chosen]])
+        wanted = torch.cat([given[: 2 * quarter], originals, train[chosen]])
+        answer = slice(-recipe.answer_tokens, None)
+        right_so_far = (given == wanted)[:, answer].cumprod(1).float()
+        scores = model.score(model.model(given, use_cache=False).last_hidden_state)[:, answer, 0]
+        (scores - right_so_far)[given[:, answer] != PAD].square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     return model
+
+
+@torch.no_grad()
+def _most_liked(
+    model: LlamaForSequenceClassification, right: Tensor, count: int, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """Perturb right answers; the `count` wrong ones with the highest scores, and what they were."""
+    perturbed = perturb(right, recipe)
+    scores = model(perturbed).logits[:, 0].masked_fill((perturbed == right).all(1), -torch.inf)
+    best = scores.topk(count).indices
+    return perturbed[best], right[best]
 
 
 def reward_accuracy(
@@ -330,6 +342,7 @@ evaluate_every = 5
 [ppo]
 kl_coef = 0.02
 actor_lr = 3e-4
+temperature = 0.7
 critic_lr = 1e-3
 epochs = 1
 """
