@@ -119,7 +119,9 @@ def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
     order = problem.workload.roles
     names = {f"p{i}": "+".join(r for r in order if r in roles) for i, roles in enumerate(candidate.structure)}
     roles: dict[str, TrainerRole | RolloutRole] = {**candidate.trainers, "rollout": candidate.rollout}
-    monitors = [Issue(call=call.name) for call in ppo(problem.workload).calls if call.monitor]
+    issues = [item for item in candidate.program.items if isinstance(item, Issue)]
+    synced = next(item.offset for item in issues if item.call == "sync_weights")  # what a monitor looks at
+    monitors = [Issue(call=call.name, offset=synced) for call in ppo(problem.workload).calls if call.monitor]
     return Plan(
         name=name,
         workload=problem.workload,
