@@ -90,11 +90,13 @@ def baseline(
     *,
     profiles: Sequence[Profile] = (),
     profile_hashes: dict[str, str] | None = None,
+    pins: Sequence[str] = (),
     command: str = "",
 ) -> Plan:
-    """One of the named splits with its best layouts, as a plan that can be executed. Raises UserError."""
+    """One of the named splits with its best layouts, as a plan that can be executed; pins may say what sizes its pools
+    have. Raises UserError."""
     problem = problem_of(workload, cluster, profiles, None)
-    plan = assemble(best_of(name, problem), name, problem)
+    plan = assemble(best_of(name, problem, pins), name, problem)
     provenance = Provenance(version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {})
     return _complete(plan, provenance, profiles, None, 0.0, 0.0)
 

@@ -9,6 +9,7 @@ from planner.predict.schedule import steady_edges
 from planner.search.bound import Bounds, sharing_of
 from planner.search.evaluate import Candidate, evaluate
 from planner.search.options import Problem
+from planner.search.pins import allows, parse_pins
 from planner.search.programs import Program, rates
 from planner.search.space import Structure, sizes
 from planner.spec.cluster import Cluster
@@ -26,8 +27,9 @@ WHAT = {
 }
 
 
-def best_of(name: str, problem: Problem) -> Candidate:
-    """The best layouts (and pool sizes, where the split leaves them free) of a baseline. Raises UserError."""
+def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
+    """The best layouts (and pool sizes, where neither the split nor a pin gives them) of a baseline. Raises
+    UserError."""
     structure = _structure(name, problem.workload.roles)
     if len(structure) > len(problem.cluster.gpus):
         raise UserError(f"{name}: needs {len(structure)} pools, and there are {len(problem.cluster.gpus)} GPUs")
@@ -35,6 +37,11 @@ def best_of(name: str, problem: Problem) -> Candidate:
         raise UserError(f"{name}: trains on sequences 1 update old, and the workload allows 0")
     program = _program(name, problem, structure)
     counts = np.array(_sizes(name, problem.cluster, len(structure)))
+    if pins:
+        pinned = parse_pins(pins, problem.workload.roles, len(problem.cluster.gpus))
+        counts = counts[allows(pinned)(structure, counts)]
+    if not len(counts):
+        raise UserError(f"{name}: its pools cannot meet {' '.join(f'--pin {pin}' for pin in pins)}; change the pins")
     bounds = Bounds(problem).at_rates(rates(program), structure, counts)
     best: Candidate | None = None
     for at in np.argsort(bounds, kind="stable"):
