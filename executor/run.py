@@ -131,7 +131,7 @@ def _span(task: Task, records: Sequence[Record], tokens: int, spans: dict[int, S
     """From the earliest process's start to the latest one's end; the parts are those of the process that had most."""
     start = min(record.start for record in records) - began
     end = max(record.end for record in records) - began
-    parts = {name: max(record.parts.get(name, 0.0) for record in records) for name in ("wake", "transfer")}
+    parts = {name: max(record.parts.get(name, 0.0) for record in records) for name in ("wake", "transfer", "offload")}
     parts["compute"] = max(0.0, end - start - sum(parts.values()))
     return Span(
         call=task.call.name,

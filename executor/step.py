@@ -163,22 +163,22 @@ class Training:
             ) from None
 
     def _infer(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:
-        step, layout, ranks = self.steps[task.step], self.plan.trainers[role], self.processes.of(role)
+        step, most, ranks = self.steps[task.step], self.micro_batch_tokens(task, role), self.processes.of(role)
         lengths = step.sequences.lengths
-        shares = spread(np.arange(len(lengths)), lengths, len(ranks), layout.micro_batch_tokens)
+        shares = spread(np.arange(len(lengths)), lengths, len(ranks), most)
         outcome = ask(ranks, "infer", role, task.weights_version, [step.batch], each=[(share,) for share in shares])
         shape = lengths.shape if role == "reward" else step.sequences.mask.shape
         return join(shares, outcome.results, shape), (outcome.records, int(lengths.sum()))
 
     def _train(self, task: Task, role: str, columns: tuple[str, ...]) -> Done:
         """Epochs of minibatches, each formed over the whole batch and then spread over the ranks."""
-        step, layout, ranks = self.steps[task.step], self.plan.trainers[role], self.processes.of(role)
+        step, most, ranks = self.steps[task.step], self.micro_batch_tokens(task, role), self.processes.of(role)
         lengths, seed = step.sequences.lengths, self.workload.seed
         each: list[list[Minibatch]] = [[] for _ in ranks]
         for epoch in range(self.settings.epochs):
             for rows in minibatches(len(lengths), self.workload.minibatch, seed, task.step, epoch):
                 tokens = int(step.sequences.response_lengths[rows].sum())
-                shares = spread(rows, lengths, len(ranks), layout.micro_batch_tokens)
+                shares = spread(rows, lengths, len(ranks), most)
                 for rank, share in enumerate(shares):
                     each[rank].append(Minibatch(micro_batches=share, tokens=tokens))
         needed = ray.put({name: step.columns[name] for name in columns})
@@ -186,6 +186,10 @@ class Training:
         outcome = ask(ranks, "train", *args, each=[(share,) for share in each])
         step.metrics |= _train_metrics(role, outcome.results)
         return outcome.records, int(lengths.sum()) * self.settings.epochs
+
+    def micro_batch_tokens(self, task: Task, role: str) -> int:
+        """The most tokens of one forward pass of a call."""
+        return self.plan.trainers[role].micro_batch_tokens
 
     # --- between the calls ---
 

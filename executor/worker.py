@@ -4,7 +4,7 @@ so that a rehearsal's processes start quickly."""
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -18,11 +18,13 @@ PINGS = 5
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
-    """When one process was busy with a call: seconds on its own clock, `parts` (wake, transfer) within it."""
+    """When one process was busy with a call: seconds on its own clock, `parts` (wake, transfer, offload) within it;
+    `memory`: bytes at its peak meanwhile, as `memory.peak` names them."""
 
     start: float
     end: float
     parts: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
 
 class Worker:
@@ -30,6 +32,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._parts: dict[str, float] = {}
+        self._watching = False
 
     def now(self) -> float:
         return time.perf_counter()
@@ -37,13 +40,27 @@ class Worker:
     def call(self, method: str, *args: Any) -> tuple[Any, Record]:
         """Run a method; its record ends when the work is really done, on an accelerator too."""
         self._parts = {}
+        if watched := self._watching:
+            self.forget_peak()
         start = time.perf_counter()
         result = getattr(self, method)(*args)
         self.synchronize()
-        return result, Record(start=start, end=time.perf_counter(), parts=self._parts)
+        end = time.perf_counter()
+        return result, Record(start=start, end=end, parts=self._parts, memory=self.peak() if watched else {})
+
+    def watch_memory(self) -> None:
+        """From here on, records tell the peak of the memory."""
+        self._watching = True
 
     def synchronize(self) -> None:
         """Wait for work that was only queued. Nothing to do without an accelerator."""
+
+    def forget_peak(self) -> None:
+        """Before a call: look for a new peak of the memory. Nothing to do without an accelerator."""
+
+    def peak(self) -> dict[str, int]:
+        """After a call: bytes at the peak, by kind."""
+        return {}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -71,7 +88,7 @@ class Rank:
     offset: float = 0.0
 
     def on_our_clock(self, record: Record) -> Record:
-        return Record(start=record.start - self.offset, end=record.end - self.offset, parts=record.parts)
+        return replace(record, start=record.start - self.offset, end=record.end - self.offset)
 
 
 @dataclass(frozen=True, kw_only=True)
