@@ -62,8 +62,14 @@ class Fleet:
         """End the processes of a class on any of these GPUs, except for what is to stay: their GPUs and what they are
         made for. Those hold memory even when nobody asks them."""
         stays = {(worker, *kept) for kept in keep}
-        for key in [key for key in self._processes if key[0] is worker and key not in stays and {*key[1]} & {*gpus}]:
-            stop([self._processes.pop(key)])
+        for key in list(self._processes):  # a copy, for another plan may be starting its processes beside
+            if key[0] is worker and key not in stays and {*key[1]} & {*gpus}:
+                stop([self._processes.pop(key)])
+
+    @property
+    def devices(self) -> dict[Gpu, str]:
+        """The CUDA index of each GPU; none of cores."""
+        return {gpu: seat.device for gpu, seat in self._seats.items() if seat.device is not None}
 
     def close(self) -> None:
         """End the processes at once, whatever they are doing, and free the GPUs."""

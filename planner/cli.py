@@ -11,7 +11,7 @@ from click.exceptions import NoArgsIsHelpError
 from planner import __version__
 from planner.spec.errors import UserError
 
-KINDS = ("plan", "timeline", "profile", "workload", "cluster")
+KINDS = ("plan", "timeline", "profile", "workload", "cluster", "study", "cell")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -233,6 +233,21 @@ def profile(**options: Any) -> None:
     from planner.commands.execute import profile
 
     profile(**options)
+
+
+@main.command()
+@click.argument("study", type=_file("STUDY"))
+@click.option("--out", type=_file("DIR"), help="Where plans and results lie (default: STUDY without its suffix).")
+@click.option("--minutes", type=float, metavar="M", help="Start no cell that would not end within M minutes.")
+@click.option("--plan-only", is_flag=True, help="Write every cell's plan and predicted timeline, and run nothing.")
+@click.option("--report", is_flag=True, help="Write the report of what has been measured, and run nothing.")
+def study(**options: Any) -> None:
+    """Run a list of plans and hold each prediction against its measurement.
+
+    Cells that have been measured are skipped. Plans that are there already are run as they are."""
+    from planner.commands.study import study
+
+    study(command=_command_line(), **options)
 
 
 @main.command()

@@ -11,6 +11,7 @@ from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.files import Spec
 from planner.spec.lengths import Empirical, Fixed, Lognormal
 from planner.spec.plan import Issue, Plan, Pool, Predicted, Proof, Provenance, RolloutRole, TrainerRole, Wait
+from planner.spec.study import Cell, CellResult, GpuMemory, Study
 from planner.spec.timeline import Span, Timeline
 from planner.spec.workload import Data, Model, Ppo, RewardFunction, Shape, Workload, load_workload
 
@@ -21,6 +22,8 @@ CHAPTERS: dict[str, tuple[type[Spec], ...]] = {
     "Plan": (Plan, Pool, TrainerRole, RolloutRole, Issue, Wait, Predicted, Proof, Provenance),
     "Timeline": (Timeline,),
     "Profile": (Profile, Point),
+    "Study": (Study, Cell),
+    "Cell": (CellResult, GpuMemory),
 }
 
 

@@ -12,6 +12,7 @@ from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.files import File
 from planner.spec.plan import Plan
+from planner.spec.study import CellResult, Study
 from planner.spec.timeline import Timeline
 from planner.spec.workload import Workload
 
@@ -21,6 +22,8 @@ KINDS: dict[str, type[File]] = {
     "profile": Profile,
     "workload": Workload,
     "cluster": Cluster,
+    "study": Study,
+    "cell": CellResult,
 }
 
 

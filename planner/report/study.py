@@ -1,0 +1,319 @@
+"""What a study found: each cell's prediction beside its measurement, and the sums over all of them. Numbers only;
+`study_page.py` writes them down."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from planner.predict.cost import CostModel
+from planner.predict.profile import head_of
+from planner.predict.roofline import matrix_parameters
+from planner.report.compare import compare
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.study import Cell, CellResult, Study
+from planner.spec.timeline import Span, Timeline, step_seconds
+
+REFERENCES = ("split", "colocated")
+UPDATES = ("update_actor", "update_critic")
+BESIDE = 0.05  # share of its time that a call must have company for, to have a cost of overlap
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRow:
+    """Median seconds of a call over the counted steps. `beside` is the share of its time in which another call ran on
+    other GPUs. `overlap` is what that cost: measured over predicted here, over the same in the cell `colocated`, where
+    every call runs alone, less 1; so that other layouts and the model's own error for this call cancel."""
+
+    call: str
+    predicted: float
+    measured: float
+    beside: float
+    overlap: float | None = None
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRow:
+    """Peak bytes of a pool's fullest GPU. `allocated` is what torch held in the trainer and in the engine."""
+
+    pool: str
+    predicted: int
+    measured: int
+    allowed: int
+    allocated: dict[str, int]
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Of a measured cell. `flops_share` is the share of the measured matrix rate that an update reaches: by 6 FLOPs per
+    parameter and token and attention; `computed_share` counts the vocabulary's head only for the responses, for which
+    alone it is computed."""
+
+    result: CellResult
+    measured: Timeline
+    step_seconds: float
+    error: float
+    overhead: float
+    calls: tuple[CallRow, ...]
+    memory: tuple[MemoryRow, ...]
+    tokens_per_second: float
+    flops_share: dict[str, float]
+    computed_share: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One cell: its plan and prediction, and what was measured, if it was. `same_as` names an earlier cell that has the
+    same plan, and so its measurement."""
+
+    cell: Cell
+    plan: Plan
+    predicted: Timeline
+    predicted_seconds: float
+    result: CellResult | None = None
+    figures: Figures | None = None
+    same_as: str | None = None
+    speed_ups: dict[str, tuple[float, float]] = field(default_factory=dict)  # reference -> (predicted, measured)
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def same_plan(one: Plan, other: Plan) -> bool:
+    """Whether two plans do the same on the same GPUs."""
+    keys = ("pools", "roles", "program", "cluster")
+    return all(getattr(one, key) == getattr(other, key) for key in keys)
+
+
+def read_result(directory: Path) -> CellResult | None:
+    """What a cell's directory says of its run, if it is one of the plan that lies there. Raises UserError."""
+    if not (directory / "result.json").exists():
+        return None
+    result = CellResult.read(directory / "result.json")
+    return result if result.plan_sha256 == sha256_of(directory / "plan.json") else None
+
+
+def rows_of(study: Study, directory: Path) -> list[Row]:
+    """All cells that are planned, in the study's order. Raises UserError."""
+    rows: list[Row] = []
+    for cell in study.cells:
+        place = directory / cell.name
+        if not (place / "plan.json").exists():
+            continue
+        plan, predicted = Plan.read(place / "plan.json"), Timeline.read(place / "predicted.json")
+        twin = next((row for row in rows if row.same_as is None and same_plan(row.plan, plan)), None)
+        rows.append(
+            Row(
+                cell=cell,
+                plan=plan,
+                predicted=predicted,
+                predicted_seconds=step_seconds(predicted),
+                result=read_result(place),
+                same_as=twin.cell.name if twin else None,
+            )
+        )
+    if not rows:
+        raise UserError(f"{directory} holds no plans of this study; write them with plan study --plan-only")
+    return _with_figures(study, rows, directory)
+
+
+def _with_figures(study: Study, rows: Sequence[Row], directory: Path) -> list[Row]:
+    measured: dict[str, tuple[CellResult, Timeline]] = {}
+    for row in rows:
+        if row.result is not None and row.result.status == "done":
+            measured[row.cell.name] = row.result, Timeline.read(directory / row.cell.name / "timeline.json")
+    for row in rows:
+        if row.same_as in measured:
+            measured[row.cell.name] = measured[row.same_as]
+    alone = _alone(rows, measured)
+    found = []
+    for row in rows:
+        figures = None
+        if row.cell.name in measured:
+            result, timeline = measured[row.cell.name]
+            apart = alone.get(result.host, {})
+            figures = _figures(study, row, result, timeline, apart)
+        found.append(Row(**{**vars(row), "figures": figures}))
+    return [Row(**{**vars(row), "speed_ups": _speed_ups(row, found)}) for row in found]
+
+
+def _alone(rows: Sequence[Row], measured: dict[str, tuple[CellResult, Timeline]]) -> dict[str, dict[str, float]]:
+    """Host -> call -> measured over predicted seconds where every call runs alone."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.cell.baseline == "colocated" and row.cell.name in measured:
+            result, timeline = measured[row.cell.name]
+            predicted, taken = _medians(row.predicted), _medians(timeline)
+            found.setdefault(result.host, {call: taken[call] / predicted[call] for call in taken if predicted[call]})
+    return found
+
+
+def _medians(timeline: Timeline) -> dict[str, float]:
+    return {call: float(np.median([span.seconds for span in spans])) for call, spans in _counted(timeline).items()}
+
+
+def _counted(timeline: Timeline) -> dict[str, list[Span]]:
+    """The spans of each call in the steps that count."""
+    found: dict[str, list[Span]] = {}
+    for span in timeline.spans:
+        if span.step >= timeline.warmup:
+            found.setdefault(span.call, []).append(span)
+    return found
+
+
+def _figures(study: Study, row: Row, result: CellResult, measured: Timeline, alone: dict[str, float]) -> Figures:
+    comparison = compare(row.plan, row.predicted, measured)
+    spans = _counted(measured)
+    made = sum(span.tokens for span in spans["generate"])
+    shares = {call: _flops_shares(study, row.plan, call, spans[call]) for call in UPDATES if call in spans}
+    return Figures(
+        result=result,
+        measured=measured,
+        step_seconds=comparison.step.measured,
+        error=comparison.step.error,
+        overhead=comparison.controller_overhead,
+        calls=_calls(row.predicted, measured, alone),
+        memory=_memory(row.plan, result),
+        tokens_per_second=made / sum(span.seconds for span in spans["generate"]),
+        flops_share={call: share[0] for call, share in shares.items() if share},
+        computed_share={call: share[1] for call, share in shares.items() if share},
+    )
+
+
+def _calls(predicted: Timeline, measured: Timeline, alone: dict[str, float]) -> tuple[CallRow, ...]:
+    expected, taken, spans = _medians(predicted), _medians(measured), _counted(measured)
+    rows = []
+    for call, seconds in expected.items():
+        if call not in taken:
+            continue
+        beside = company(spans[call], measured.spans)
+        ratio = taken[call] / seconds if seconds else None
+        costs = ratio is not None and beside >= BESIDE and call in alone
+        overlap = ratio / alone[call] - 1 if costs and ratio is not None else None
+        rows.append(CallRow(call=call, predicted=seconds, measured=taken[call], beside=beside, overlap=overlap))
+    return tuple(rows)
+
+
+def company(spans: Sequence[Span], every: Sequence[Span]) -> float:
+    """The share of these spans' time in which another call ran on GPUs."""
+    shared = 0.0
+    for span in spans:
+        others = sorted(
+            (max(other.start, span.start), min(other.end, span.end))
+            for other in every
+            if other is not span and other.pools and other.start < span.end and other.end > span.start
+        )
+        reached = span.start
+        for start, end in others:
+            shared += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+    total = sum(span.seconds for span in spans)
+    return shared / total if total else 0.0
+
+
+def _memory(plan: Plan, result: CellResult) -> tuple[MemoryRow, ...]:
+    """Of each pool; none where nothing was measured (on cores)."""
+    by_gpu = {memory.gpu: memory for memory in result.memory}
+    rows = []
+    for name, pool in plan.pools.items():
+        found = [by_gpu[gpu] for gpu in pool.gpus if gpu in by_gpu]
+        if found and plan.predicted is not None:
+            fullest = max(found, key=lambda memory: memory.used)
+            rows.append(
+                MemoryRow(
+                    pool=name,
+                    predicted=plan.predicted.memory_bytes.get(name, 0),
+                    measured=fullest.used,
+                    allowed=plan.device_of(name).memory_bytes,
+                    allocated=fullest.allocated,
+                )
+            )
+    return tuple(rows)
+
+
+def _flops_shares(study: Study, plan: Plan, call: str, spans: Sequence[Span]) -> tuple[float, float] | None:
+    """By 6 FLOPs per parameter and token, and by what is computed; see `Figures`. Lengths are those of the workload's
+    distribution, exact for random weights."""
+    if study.matrix_flops is None:
+        return None
+    role = plan.dataflow[call].roles[0]
+    shape, head, layout = plan.workload.models[role].shape, head_of(role), plan.trainers[role]
+    model, epochs = CostModel(plan.workload, plan.cluster), plan.workload.ppo.epochs
+    attention = 2 * shape.layers * shape.heads * shape.head_dim  # as in roofline.py, per square of a length
+    whole = computed = 0.0
+    for span in spans:
+        prompts, responses = (drawn[span.step % model.scenarios] for drawn in (model.prompts, model.responses))
+        lengths = prompts + responses
+        passes = 3 * epochs
+        every = 2.0 * matrix_parameters(shape, head) * lengths.sum() + float(attention) * (lengths**2).sum()
+        whole += passes * every
+        computed += passes * (every - (2.0 * shape.embedding_parameters * prompts.sum() if head == "lm" else 0.0))
+    rate = study.matrix_flops * layout.gpus * sum(span.seconds for span in spans)
+    return whole / rate, computed / rate
+
+
+def _speed_ups(row: Row, rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """Against the references that were measured on the same host since it was started."""
+    found = {}
+    for reference in rows:
+        if reference.cell.baseline in REFERENCES and reference.figures and row.figures:
+            if reference.figures.result.host != row.figures.result.host:
+                continue
+            predicted = reference.predicted_seconds / row.predicted_seconds
+            found[reference.cell.baseline] = predicted, reference.figures.step_seconds / row.figures.step_seconds
+    return found
+
+
+# --- over all cells ---
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Over the plans that were measured, each counted once. Errors are of the step time, without their sign."""
+
+    plans: int
+    median_error: float
+    worst_error: float
+    worst: str
+    fastest_predicted: str
+    fastest_measured: str
+    behind: float  # measured seconds of the one predicted fastest over those of the one measured fastest, less 1
+    worst_overhead: float
+    memory_error: float | None  # worst
+    memory_above: tuple[str, ...]  # cells that used more than was allowed
+
+
+def summary_of(rows: Sequence[Row]) -> Summary | None:
+    """None if nothing has been measured."""
+    done = [(row, row.figures) for row in rows if row.figures is not None and row.same_as is None]
+    if not done:
+        return None
+    errors = {row.cell.name: abs(figures.error) for row, figures in done}
+    chosen, figures_of_chosen = min(done, key=lambda pair: pair[0].predicted_seconds)
+    quickest, figures_of_quickest = min(done, key=lambda pair: pair[1].step_seconds)
+    memory = [(row.cell.name, memory) for row, figures in done for memory in figures.memory]
+    worst = max(errors, key=lambda name: errors[name])
+    return Summary(
+        plans=len(done),
+        median_error=float(np.median(list(errors.values()))),
+        worst_error=errors[worst],
+        worst=worst,
+        fastest_predicted=chosen.cell.name,
+        fastest_measured=quickest.cell.name,
+        behind=figures_of_chosen.step_seconds / figures_of_quickest.step_seconds - 1,
+        worst_overhead=max(figures.overhead for _, figures in done),
+        memory_error=max((abs(found.error) for _, found in memory), default=None),
+        memory_above=tuple(dict.fromkeys(name for name, found in memory if found.measured > found.allowed)),
+    )

@@ -1,0 +1,110 @@
+"""A study: plans that are predicted first, then run for real, cell by cell; and what one cell left behind."""
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from planner.spec.errors import UserError
+from planner.spec.files import File, Spec, read_data
+from planner.spec.plan import Gpu
+
+
+class Cell(Spec):
+    """One plan of a study: a named `baseline`, the winner of a `search` up to that staleness (or its `runner_up`-th
+    runner-up), or the file of a `plan`. `pins` narrow a baseline or a search as `--pin` does."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    baseline: str | None = None
+    search: NonNegativeInt | None = None
+    runner_up: NonNegativeInt = 0
+    plan: Path | None = None
+    pins: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(source is not None for source in (self.baseline, self.search, self.plan)) != 1:
+            raise ValueError(f"cell {self.name!r} needs one of baseline, search and plan")
+        if self.runner_up and self.search is None:
+            raise ValueError(f"cell {self.name!r}: runner_up counts the plans of a search; give search = 1, say")
+        return self
+
+
+class Study(File):
+    """Plans of one workload on one cluster. `steps` are measured in each cell, after `warmup` ones or as many as its
+    pipeline takes to fill and one more. `matrix_flops` is the measured rate of a bf16 matrix product on one GPU,
+    FLOP/s, of which the updates' share is stated."""
+
+    SCHEMA: ClassVar[str] = "splitplan/study/1"
+
+    name: str
+    workload: str
+    gpus: PositiveInt | None = None
+    device: str | None = None
+    cluster: str | None = None
+    profiles: tuple[Path, ...] = ()
+    steps: PositiveInt = 6
+    warmup: PositiveInt = 1
+    matrix_flops: PositiveFloat | None = None
+    cells: Annotated[tuple[Cell, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [cell.name for cell in self.cells]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"cells: {min(twice)!r} is there twice; a cell's name is its directory")
+        return self
+
+    def warmup_of(self, staleness: int) -> int:
+        """Steps of a plan that do not count."""
+        return max(self.warmup, staleness + 1)
+
+
+def load_study(path: Path) -> Study:
+    """Read a study from TOML or JSON; relative paths start at the file's folder. Raises UserError."""
+    data, base = read_data(path), path.parent
+    for key in ("workload", "cluster"):
+        if isinstance(data.get(key), str) and (Path(data[key]).suffix or "/" in data[key]):
+            data[key] = str(base / data[key])
+    if isinstance(data.get("profiles"), list):
+        data["profiles"] = [base / name if isinstance(name, str) else name for name in data["profiles"]]
+    for cell in data.get("cells", ()) if isinstance(data.get("cells"), list) else ():
+        if isinstance(cell, dict) and isinstance(cell.get("plan"), str):
+            cell["plan"] = base / cell["plan"]
+    return _checked(data, path)
+
+
+def _checked(data: dict[str, Any], path: Path) -> Study:
+    if data.get("schema") != Study.SCHEMA:
+        raise UserError(
+            f"{path}: schema is {data.get('schema')!r}, but {Study.SCHEMA!r} is needed; name a study's file"
+        )
+    return Study.parse(data, path)
+
+
+class GpuMemory(Spec):
+    """Peak bytes of one GPU over the steps of a cell: `used` of all processes, as the driver counts, and `allocated`
+    by torch in each process."""
+
+    gpu: Gpu
+    used: NonNegativeInt
+    allocated: dict[str, NonNegativeInt] = Field(default_factory=dict)
+
+
+class CellResult(File):
+    """How a cell ended. `host` tells machines apart, and boots of one: ratios hold between cells of one host only.
+    `start_seconds` until the first step could begin, `engines_started` of them anew."""
+
+    SCHEMA: ClassVar[str] = "splitplan/cell/1"
+
+    status: Literal["done", "failed"]
+    reason: str = ""
+    plan_sha256: str
+    host: str
+    gpu: str = ""
+    date: str
+    versions: dict[str, str] = Field(default_factory=dict)
+    start_seconds: NonNegativeFloat = 0.0
+    run_seconds: NonNegativeFloat = 0.0
+    engines_started: NonNegativeInt = 0
+    memory: tuple[GpuMemory, ...] = ()

@@ -1,0 +1,185 @@
+"""A study of a tiny workload on this machine: planned, measured, resumed and written down."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from conftest import colocated, cpu_cluster, make_workload, split
+
+from executor.study import Bench, Job, engines_of, in_order
+from planner.cli import main
+from planner.report.compare import compare
+from planner.report.study import company, rows_of, summary_of
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.study import CellResult, load_study
+from planner.spec.timeline import Span, Timeline, step_seconds
+
+STUDY = """
+schema = "splitplan/study/1"
+name = "tiny"
+workload = "tiny.json"
+cluster = "two.json"
+steps = 3
+matrix_flops = 1e10
+
+[[cells]]
+name = "colocated"
+baseline = "colocated"
+
+[[cells]]
+name = "split"
+baseline = "split"
+
+[[cells]]
+name = "again"
+baseline = "colocated"
+
+[[cells]]
+name = "off"
+baseline = "one-step-off"
+pins = ["rollout=1"]
+"""
+
+
+def plan(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    make_workload(response={"kind": "fixed", "tokens": 6}).write(tmp_path / "tiny.json")
+    cpu_cluster(2).write(tmp_path / "two.json")
+    (tmp_path / "study.toml").write_text(STUDY)
+    return tmp_path / "study.toml"
+
+
+def ok(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, study: Path) -> None:
+    directory = study.with_suffix("")
+    assert "again (= colocated)" in ok(plan("study", study, "--plan-only"))
+    written = {path: path.read_bytes() for path in directory.rglob("*.json")}
+    assert len(written) == 8 and not list(directory.rglob("result.json"))
+    predicted = Timeline.read(directory / "off" / "predicted.json")
+    assert (predicted.steps, predicted.warmup) == (5, 2)
+
+    assert "No time for colocated, split, off" in ok(plan("study", study, "--minutes", "0.001"))
+    assert "0 of" not in ok(plan("study", study))
+    assert all(path.read_bytes() == content for path, content in written.items())
+    rows = {row.cell.name: row for row in rows_of(load_study(study), directory)}
+    for name, row in rows.items():
+        assert row.figures is not None and row.figures.result.status == "done", name
+        measured = row.figures.measured
+        assert measured.source == "measured" and measured.steps - measured.warmup == 3
+        assert row.figures.step_seconds == step_seconds(measured)
+        assert row.figures.error == compare(row.plan, row.predicted, measured).step.error
+        assert 0 < row.figures.flops_share["update_actor"] < 100
+        assert row.figures.computed_share["update_actor"] < row.figures.flops_share["update_actor"]
+        assert row.speed_ups["colocated"][1] == rows["colocated"].figures.step_seconds / row.figures.step_seconds
+    assert rows["again"].same_as == "colocated" and not (directory / "again" / "result.json").exists()
+    beside = {call.call: call.beside for call in rows["split"].figures.calls}
+    assert beside["update_actor"] > 0.05 > beside["generate"]
+    assert all(call.beside == 0 and call.overlap is None for call in rows["colocated"].figures.calls)
+
+    results = json.loads((directory / "results.json").read_text())
+    assert results["summary"]["plans"] == 3 and [cell["status"] for cell in results["cells"]] == ["done"] * 4
+    table = list(csv.DictReader((directory / "results.csv").open()))
+    assert float(table[1]["measured_vs_split"]) == 1
+    page = (directory / "README.md").read_text()
+    assert "3 plans measured" in page and "split/gantt.png" in page
+    assert (directory / "split" / "gantt.png").exists() and (directory / "steps.png").exists()
+    assert len((directory / "off" / "metrics.jsonl").read_text().splitlines()) == 5
+
+    before = (directory / "split" / "result.json").read_bytes()
+    assert "Every cell has been measured" in ok(plan("study", study))
+    assert "Left as they are: colocated, split, off" in ok(plan("study", study, "--plan-only"))
+    assert (directory / "split" / "result.json").read_bytes() == before
+    split_plan = Plan.read(directory / "split" / "plan.json")
+    split_plan.model_copy(update={"name": "other"}).write(directory / "split" / "plan.json")
+    changed = {row.cell.name: row for row in rows_of(load_study(study), directory)}
+    assert changed["split"].figures is None and changed["off"].figures is not None
+
+
+def test_a_cell_that_fails_is_recorded_and_the_next_one_runs(ray_two: None, tmp_path: Path) -> None:
+    """The reward function of the first plan gives too few rewards."""
+    (tmp_path / "wrong.py").write_text("def none(prompts, responses, answers):\n    return []\n")
+    wrong = make_workload(reward={"function": f"{tmp_path}/wrong.py:none"}, critic=None, reference=None)
+    right = make_workload(critic=None, reference=None)
+    plans = [colocated(wrong, cores=1).model_copy(update={"name": "wrong"}), colocated(right, cores=1)]
+    jobs = [Job(plan=p, steps=2, warmup=1, seconds=0.1, directory=tmp_path / p.name, sha256="x") for p in plans]
+    from executor.study import run
+
+    said: list[str] = []
+    for job in jobs:
+        job.directory.mkdir()
+    assert run(jobs, seconds=None, say=said.append) == []
+    failed, done = (CellResult.read(job.directory / "result.json") for job in jobs)
+    assert failed.status == "failed" and "0 rewards" in failed.reason and "\n" not in failed.reason
+    assert "0 rewards" in (tmp_path / "wrong" / "log.txt").read_text()
+    assert done.status == "done" and Timeline.read(tmp_path / "colocated" / "timeline.json").warmup == 1
+    assert any("failed: " in line for line in said)
+
+
+def test_jobs_that_share_engines_follow_each_other(tmp_path: Path) -> None:
+    workload = make_workload()
+    one, two = colocated(workload, cores=1), colocated(workload, cores=2)
+    names = {"a": two, "b": one, "c": split(workload), "d": two}
+    jobs = [
+        Job(plan=p.model_copy(update={"name": name}), steps=2, warmup=1, seconds=1, directory=tmp_path, sha256="")
+        for name, p in names.items()
+    ]
+    assert [job.plan.name for job in in_order(jobs)] == ["a", "b", "c", "d"]
+    assert engines_of(two) > engines_of(one)
+    bench = Bench(jobs)
+    assert bench.estimate(jobs[0], engines_of(two)) < bench.estimate(jobs[0])
+
+
+def span(call: str, start: float, end: float, *pools: str) -> Span:
+    return Span(call=call, role="actor", pools=pools, step=0, issued=start, ready=start, start=start, end=end)
+
+
+def test_company_is_the_share_of_time_beside_other_calls() -> None:
+    mine = span("update_actor", 0, 10, "a")
+    others = [span("generate", -5, 2, "b"), span("values", 1, 4, "c"), span("score", 8, 20), span("x", 9, 11, "b")]
+    assert company([mine], [mine, *others]) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (("study/1", "study/9"), "'splitplan/study/1' is needed"),
+        (('name = "again"', 'name = "split"'), "'split' is there twice"),
+        (('baseline = "split"', ""), "needs one of baseline, search and plan"),
+        (("rollout=1", "rollout=2"), "cannot meet --pin rollout=2"),
+        (('baseline = "split"', "search = 0\nrunner_up = 99"), "there is no runner-up 99"),
+        (("steps = 3", "stepz = 3"), "stepz: unknown key"),
+    ],
+)
+def test_a_wrong_study_is_refused(study: Path, edit: tuple[str, str], says: str) -> None:
+    study.write_text(study.read_text().replace(*edit))
+    result = plan("study", study, "--plan-only")
+    assert result.exit_code == 2 and says in result.stderr, result.output
+
+
+def test_a_plan_made_with_other_profiles_is_not_run(ray_two: None, study: Path) -> None:
+    ok(plan("study", study, "--plan-only"))
+    place = study.with_suffix("") / "split" / "plan.json"
+    made = Plan.read(place)
+    provenance = made.provenance.model_copy(update={"profiles": {"p.json": "0" * 64}})
+    made.model_copy(update={"provenance": provenance}).write(place)
+    result = plan("study", study)
+    assert result.exit_code == 2 and "planned with other profiles" in result.stderr
+    with pytest.raises(UserError, match="holds no plans"):
+        rows_of(load_study(study), study.parent / "elsewhere")
+
+
+def test_nothing_is_summed_up_before_anything_is_measured(study: Path) -> None:
+    ok(plan("study", study, "--plan-only"))
+    assert "Nothing has been measured yet" in ok(plan("study", study, "--report"))
+    assert summary_of(rows_of(load_study(study), study.with_suffix(""))) is None
