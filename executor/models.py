@@ -13,11 +13,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    GenerationConfig,
     PreTrainedModel,
     Qwen2Config,
 )
 
-from executor import lm_head
+from executor import lm_head, loading
 from executor.packing import Packed, hidden_states, use_packed_attention
 from planner.spec.workload import Model, Shape
 
@@ -85,34 +86,58 @@ def wrap(role: str, model: PreTrainedModel, temperature: float) -> nn.Module:
 
 
 def load(role: str, model: Model, seed: int, dtype: torch.dtype, device: torch.device | None = None) -> PreTrainedModel:
-    """A role's model, the same on every rank: weights from a path on the CPU, random ones on `device`. Dropout is off:
-    PPO compares log-probs between passes."""
+    """A role's whole model on a device (default: the CPU). Raises UserError as `weights_of` and `loading.fill` do."""
+    found = empty(role, model, dtype)
+    loading.fill(found, found, weights_of(role, model, seed, found), device or torch.device("cpu"))
+    return found
+
+
+def check(role: str, model: Model) -> None:
+    """Whether a directory holds a role's weights. Raises UserError."""
+    weights_of(role, model, 0, empty(role, model, torch.float32))
+
+
+def empty(role: str, model: Model, dtype: torch.dtype) -> PreTrainedModel:
+    """A role's model with its parameters on the meta device. Dropout is off: PPO compares log-probs between passes."""
     labels = {} if CLASSES[role] is AutoModelForCausalLM else {"num_labels": 1}
     if model.path is None:
-        torch.manual_seed(seed + 1000 * (role == "critic") + 2000 * (role == "reward"))  # the reference is the actor
-        with device or torch.device("cpu"):
-            loaded = CLASSES[role].from_config(config_of(model.shape, **labels), dtype=torch.float32)
-        for parameter in loaded.parameters():  # not .to(dtype), which would round the rotary frequencies too
-            parameter.data = parameter.data.to(dtype)
+        config = config_of(model.shape, **labels)
     else:
         config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False, **labels)
-        loaded = CLASSES[role].from_pretrained(
-            model.path,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
-    for module in loaded.modules():
+    with torch.device("meta"):
+        found: PreTrainedModel = CLASSES[role].from_config(config, dtype=dtype, trust_remote_code=False)
+    _compute_buffers(found)
+    if found.can_generate() and model.path is not None and (model.path / "generation_config.json").is_file():
+        found.generation_config = GenerationConfig.from_pretrained(model.path, local_files_only=True)
+    for module in found.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
-    if role == "critic" and not _holds_value_head(model.path):
-        nn.init.zeros_(loaded.score.weight)
-        nn.init.zeros_(loaded.score.bias)
-    return loaded
+    return found
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """On the CPU what no file holds, such as the rotary frequencies, as transformers itself does when it loads."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            assert name in module._non_persistent_buffers_set, f"{name}: buffers that are stored are not supported"
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        if any(True for _ in module.buffers(recurse=False)):
+            model._init_weights(module)
+
+
+def weights_of(role: str, model: Model, seed: int, empty: PreTrainedModel) -> loading.Source:
+    """Where a role's weights come from. The reference's are the actor's; a critic starts with values of 0, unless its
+    directory is a critic that was exported. Raises UserError for a directory that lacks what the model needs."""
+    what = role if role in ("critic", "reward") else "actor"
+    zeros = ("score.",) if role == "critic" and not _holds_value_head(model.path) else ()
+    if model.path is None:
+        return loading.RandomWeights(seed, what, empty.config.initializer_range, zeros)
+    stored = loading.StoredWeights(role, model.path, empty.base_model_prefix, zeros)
+    for names, parameter in loading.parameters(empty):
+        stored.check(names, parameter.shape)
+    return stored
 
 
 def _holds_value_head(directory: Path | None) -> bool:

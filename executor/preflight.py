@@ -79,7 +79,7 @@ def _check_directory(role: str, model: Model, path: Path) -> None:
     if not (path / "config.json").is_file():
         raise UserError(f"{role}: no model directory at {path} (config.json is missing); check the path")
     if not any(path.glob("*.safetensors")):
-        raise UserError(f"{role}: {path} has no *.safetensors; save the model with safe_serialization=True")
+        raise UserError(f"{role}: {path} has no *.safetensors; save the model with save_pretrained")
     config = read_data(path / "config.json")
     if "auto_map" in config:
         raise UserError(
@@ -99,6 +99,9 @@ def _check_directory(role: str, model: Model, path: Path) -> None:
                 f"{role}: {path}/config.json says {name} = {theirs}, the plan was made for {ours}; "
                 "search a new plan for this model"
             )
+    from executor import models  # transformers is slow to load
+
+    models.check(role, model)
 
 
 def load_prompts(workload: Workload) -> PromptSource:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from executor import models, weights
+from executor import memory, models, weights
 from executor.data import Generated, Ints, Requests, pad
 from executor.worker import Worker
 from planner.spec.plan import Plan
@@ -35,6 +35,13 @@ class EngineWorker(Worker):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
+    def forget_peak(self) -> None:
+        memory.forget_peak()
+        self._peak: dict[str, int] = {}
+
+    def peak(self) -> dict[str, int]:
+        return self._peak or memory.peak()
+
     def start(self, plan: Plan, pool: str) -> list[int]:
         """Become an engine of a plan, with the actor's initial weights; the tokens that end a response."""
         self.offload = plan.rollout.offload
@@ -43,9 +50,9 @@ class EngineWorker(Worker):
         if on_cpu:
             torch.set_num_threads(1)
         workload = plan.workload
-        model = models.load("actor", workload.actor, workload.seed, torch.float32 if on_cpu else torch.bfloat16)
+        device, dtype = ("cpu", torch.float32) if on_cpu else ("cuda", torch.bfloat16)
+        model = models.load("actor", workload.actor, workload.seed, dtype, torch.device(device))
         eos = models.eos_tokens(model)
-        model = model.to(torch.device("cpu" if on_cpu else "cuda"))
         self.engine: Engine = TransformersEngine(model, eos, plan.rollout.concurrency)
         self._sleep()
         return eos
@@ -53,6 +60,7 @@ class EngineWorker(Worker):
     def generate(self, requests: Requests, temperature: float | None) -> Generated:
         self._wake()
         lengths, tokens, log_probs = self.engine.generate(requests, temperature)
+        self._peak = memory.peak() if self._watching else {}  # an engine that sleeps holds nothing
         self._sleep()
         return Generated(lengths=lengths, tokens=tokens, log_probs=log_probs, weights_version=self.version)
 
@@ -70,7 +78,7 @@ class EngineWorker(Worker):
 
     def _sleep(self) -> None:
         if self.offload:
-            with self.part("wake"):
+            with self.part("offload"):
                 self.engine.sleep()
 
 

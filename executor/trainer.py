@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from executor import models, ppo, vllm_engine, weights
+from executor import loading, memory, models, ppo, vllm_engine, weights
 from executor.data import Rows, Sequences
 from executor.offload import Parking
 from executor.packing import Packed, pack
@@ -75,6 +75,12 @@ class Trainer(Worker):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
+    def forget_peak(self) -> None:
+        memory.forget_peak()
+
+    def peak(self) -> dict[str, int]:
+        return memory.peak()
+
     # --- set-up ---
 
     def listen(self) -> tuple[str, int]:
@@ -106,7 +112,8 @@ class Trainer(Worker):
         trained = role in models.TRAINED
         workload = self.plan.workload
         dtype = torch.float32 if self.on_cpu or trained else torch.bfloat16
-        model = models.load(role, workload.models[role], workload.seed, dtype, self.device)
+        model = models.empty(role, workload.models[role], dtype)
+        source = models.weights_of(role, workload.models[role], workload.seed, model)
         module = models.wrap(role, model, workload.ppo.temperature).requires_grad_(trained)
         if trained and layout.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -120,6 +127,7 @@ class Trainer(Worker):
         for block in models.blocks(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=policy)
+        loading.fill(module, model, source, self.device)
         optimizer = None
         if trained:
             lr = workload.ppo.actor_lr if role == "actor" else workload.ppo.critic_lr
@@ -268,12 +276,13 @@ class Trainer(Worker):
 
     def end_weights(self) -> None:
         self.sending.close()
+        del self.hosted  # or the next plan would find its memory taken
 
     def export(self, role: str, directory: Path) -> None:
         """Write the role as a Hugging Face directory, from rank 0."""
         with self._awake(role, None) as hosted:
             model = hosted.module.model
-            state = {name: tensor.cpu() for name, tensor in weights.whole(model)}
+            state = {name: tensor.cpu() for name, tensor in weights.whole(model) if self.rank == 0}
             if self.rank == 0:
                 models.export(model, state, directory)
 
@@ -303,7 +312,7 @@ class Trainer(Worker):
         if self.on_cpu:
             return
         if hosted.layout.offload != "none":
-            with self.part("wake"):
+            with self.part("offload"):
                 if hosted.layout.offload == "all":
                     hosted.weights.park(hosted.module.parameters())
                 if hosted.optimizer is not None and moments:
