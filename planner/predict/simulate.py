@@ -1,7 +1,6 @@
 """A plan run on a simulated clock. The only user of simpy."""
 
-from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import simpy
 
@@ -12,39 +11,43 @@ from planner.spec.timeline import Span
 def simulate(tasks: Sequence[Task], seconds: Callable[[Task], float]) -> tuple[Span, ...]:
     """Run tasks (from `schedule.unroll`) for the durations that `seconds` gives each; spans in order of issue.
 
-    Each task is a process: it waits for its predecessors, holds its pools for its duration, and ends. Durations must
-    be finite and not negative."""
+    A task waits for its predecessors, holds its pools for its duration, and ends, which may start others. It is one
+    simpy event: a timeout, set when the last predecessor ends. Durations must be finite and not negative."""
     env = simpy.Environment()
-    ended: list[simpy.Event] = []
-    spans: list[Span] = []
+    starts, ends = [0.0] * len(tasks), [0.0] * len(tasks)
+    missing = [len(task.after) for task in tasks]  # predecessors that have not ended
+    followers: list[list[int]] = [[] for _ in tasks]
     for task in tasks:
-        done = env.process(_run(env, task, seconds(task), ended, spans))
-        ended.append(done)
+        for before in task.after:
+            followers[before].append(task.index)
+
+    def start(index: int) -> None:
+        starts[index] = env.now
+        env.timeout(seconds(tasks[index])).callbacks.append(lambda _: end(index))
+
+    def end(ended: int) -> None:
+        ends[ended] = env.now
+        for index in followers[ended]:
+            missing[index] -= 1
+            if not missing[index]:
+                start(index)
+
+    for task in tasks:
+        if not task.after:
+            start(task.index)
     env.run()
-    order = {(task.call.name, task.step): task.index for task in tasks}
-    return tuple(sorted(spans, key=lambda span: order[span.call, span.step]))
+    return tuple(_span(task, starts[task.index], ends) for task in tasks)
 
 
-def _run(
-    env: simpy.Environment, task: Task, seconds: float, ended: list[simpy.Event], spans: list[Span]
-) -> Generator[simpy.Event, Any, None]:
-    if task.waits:
-        yield env.all_of([ended[index] for index in task.waits])
-    issued = env.now
-    if task.after:
-        yield env.all_of([ended[index] for index in task.after])
-    ready = env.now
-    yield env.timeout(seconds)
-    spans.append(
-        Span(
-            call=task.call.name,
-            role=task.call.roles[0] if task.call.roles else "host",
-            pools=task.pools,
-            step=task.step,
-            issued=issued,
-            ready=ready,
-            start=ready,
-            end=env.now,
-            weights_version=task.weights_version,
-        )
+def _span(task: Task, start: float, ends: Sequence[float]) -> Span:
+    return Span(
+        call=task.call.name,
+        role=task.call.roles[0] if task.call.roles else "host",
+        pools=task.pools,
+        step=task.step,
+        issued=max((ends[index] for index in task.waits), default=0.0),
+        ready=start,
+        start=start,
+        end=ends[task.index],
+        weights_version=task.weights_version,
     )
