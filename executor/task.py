@@ -314,7 +314,7 @@ WORKLOAD = """\
 # the same weights.
 schema = "splitplan/workload/1"
 name = "digits"
-batch = 512
+batch = 1024
 minibatch = 128
 prompt = {{ kind = "fixed", tokens = {prompt} }}
 response = {{ kind = "fixed", tokens = {response} }}

@@ -11,7 +11,7 @@ from planner.search import find
 from planner.spec.timeline import Timeline
 from planner.spec.workload import load_workload
 
-STEPS = 40
+STEPS = 20
 GAIN = 0.15  # of held-out exact match; twice as much is usual
 
 
@@ -54,4 +54,4 @@ def test_it_does_not_learn_from_wrong_advantages(digits, tmp_path, monkeypatch, 
         return factor * advantages, returns, metrics
 
     monkeypatch.setattr(ppo, "advantages", wrong)
-    assert gain(digits, tmp_path, 0, steps=20)[0] < GAIN / 2
+    assert gain(digits, tmp_path, 0, steps=10)[0] < GAIN / 2
