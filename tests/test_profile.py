@@ -4,8 +4,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from planner.commands.inputs import read_inputs
 from planner.predict.cost import CostModel, Place
-from planner.predict.profile import Point, Profile, check_profiles, load_profiles
+from planner.predict.profile import Point, Profile, check_profiles, load_profiles, warnings_of
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed, Lognormal, sample
@@ -151,11 +152,23 @@ def test_a_profile_of_another_device_or_model_is_refused() -> None:
     check_profiles([profile(point("infer", model=SHAPE), model=other)], WORKLOAD, CLUSTER)
 
 
+def test_the_commands_say_what_is_not_monotone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "odd.json"
+    profile(smaller("infer", seconds=2.0), point("infer", seconds=1.5)).write(path)
+    read = read_inputs(gpus=4, device=None, gpus_per_node=None, cluster=None, workload="7b", profiles=[path])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"{path}: {warnings_of(read.profiles[0])[0]}"
+
+
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
         ('"seconds": NaN', "not valid JSON"),
-        ('"seconds": -1.0', "greater than 0"),
+        ('"seconds": Infinity', "not valid JSON"),
+        ('"seconds": 1e999', "points.0.seconds: Input should be a finite number"),
+        ('"seconds": -1.0', "points.0.seconds: Input should be greater than 0"),
+        ('"seconds": 0', "points.0.seconds: Input should be greater than 0"),
+        ('"seconds": "fast"', "points.0.seconds: Input should be a valid number"),
         ('"seconds": 1.0, "response_lengths": [1, 2]', "response_lengths must be one per sequence"),
         ('"seconds": 1.0, "gpus": 3', "does not divide"),
         ('"seconds": 1.0, "tokens": 3', "unknown key"),
@@ -170,6 +183,54 @@ def test_a_bad_point_is_refused_by_file_and_key(tmp_path: Path, text: str, probl
     with pytest.raises(UserError, match=problem) as error:
         load_profiles([path])
     assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def smaller(call: str, **changes: Any) -> Point:
+    """Half the batch."""
+    return point(call, **{"sequences": 32, "prompt_tokens": 3200, "response_tokens": 6400, **changes})
+
+
+def test_more_work_in_less_time_is_said_and_used() -> None:
+    odd = profile(smaller("infer", seconds=2.0), point("infer", seconds=1.5))
+    assert warnings_of(odd) == [
+        "infer of actor, shard 4, on 4 GPUs: 9,600 tokens of 32 sequences took 2 s, but 19,200 tokens of 64 sequences "
+        "took 1.5 s; more work in less time is used as measured"
+    ]
+    assert CostModel(WORKLOAD, CLUSTER, [odd]).infer("actor", layout(), PLACE).seconds == pytest.approx([1.5])
+
+
+def test_more_gpus_that_take_longer_are_said() -> None:
+    odd = profile(point("train", gpus=4, shard=2, seconds=2.0), point("train", gpus=8, shard=2, seconds=2.5, nodes=2))
+    assert warnings_of(odd) == [
+        "train of actor, shard 2, over 19,200 tokens of 64 sequences: 4 GPUs took 2 s, but 8 GPUs took 2.5 s; more "
+        "GPUs taking longer is used as measured"
+    ]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [smaller("infer", seconds=1.0), point("infer", seconds=1.5)],  # monotone
+        [smaller("infer", seconds=2.0, spread=0.4), point("infer", seconds=1.5, spread=0.2)],  # within the spreads
+        [smaller("infer", seconds=2.0), point("infer", "critic", seconds=1.5)],  # of another role
+        [smaller("train", seconds=2.0), point("train", recompute=True, seconds=1.5)],  # in another layout
+        [smaller("infer", seconds=2.0), point("infer", response_tokens=3200, seconds=1.5)],  # shorter responses
+        [point("infer", gpus=4, seconds=1.5), point("infer", gpus=8, shard=8, seconds=2.0)],  # sharded more
+        [smaller("wake", seconds=2.0), point("wake", seconds=1.5)],  # moves depend on no tokens
+    ],
+)
+def test_no_warning_where_nothing_contradicts(points: list[Point]) -> None:
+    assert warnings_of(profile(*points)) == []
+
+
+def test_one_line_for_each_layout_however_many_points() -> None:
+    falling = [
+        point("infer", sequences=n, prompt_tokens=100 * n, response_tokens=200 * n, seconds=10 - n / 20)
+        for n in range(8, 65, 8)
+    ]
+    (line,) = warnings_of(profile(*falling, *falling))
+    assert "of 8 sequences took 9.6 s" in line and "of 64 sequences took 6.8 s" in line  # the worst of them
 
 
 def test_a_profile_survives_a_round_trip_with_its_hash(tmp_path: Path) -> None:

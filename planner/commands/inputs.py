@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from planner.predict.profile import Profile, load_profiles
+from planner.predict.profile import Profile, load_profiles, warnings_of
 from planner.spec.cluster import Cluster, load_cluster, make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
@@ -36,8 +36,8 @@ def read_inputs(
     workload: str,
     profiles: Sequence[Path],
 ) -> Inputs:
-    """Raises UserError."""
-    found = load_profiles(profiles)
+    """Says on stderr what is odd about the profiles. Raises UserError."""
+    found = _load(profiles, make_console(stderr=True))
     return Inputs(
         workload=read_workload(workload),
         cluster=read_cluster(gpus=gpus, device=device, gpus_per_node=gpus_per_node, cluster=cluster),
@@ -74,7 +74,7 @@ def profiles_of(plan: Plan, path: Path, given: Sequence[Path], console: Console)
     """The profiles to simulate a plan with: those given, else those that it was searched with, looked for where its
     provenance says and beside it. One that is gone or has changed is named, and left out. Raises UserError."""
     if given or plan.provenance is None:
-        return load_profiles(given)
+        return _load(given, console)
     found = []
     for name, sha256 in plan.provenance.profiles.items():
         profile = _same_profile((Path(name), path.parent / name, path.parent / Path(name).name), sha256)
@@ -87,6 +87,15 @@ def profiles_of(plan: Plan, path: Path, given: Sequence[Path], console: Console)
         else:
             found.append(profile)
     return tuple(found)
+
+
+def _load(paths: Sequence[Path], console: Console) -> tuple[Profile, ...]:
+    """Read profiles and say where what they measured is not monotone. Raises UserError."""
+    found = load_profiles(paths)
+    for path, profile in zip(paths, found, strict=True):
+        for line in warnings_of(profile):
+            console.print(f"{path}: {line}", style="yellow", markup=False, soft_wrap=True)
+    return found
 
 
 def _same_profile(places: Iterable[Path], sha256: str) -> Profile | None:

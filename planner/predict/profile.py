@@ -1,7 +1,8 @@
 """Measured seconds of calls, as a file."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby, permutations
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -105,3 +106,72 @@ def check_profiles(profiles: Sequence[Profile], workload: Workload, cluster: Clu
                 f"{name} is for another model: no role of workload {workload.name!r} has that shape; leave it out or "
                 "measure this workload with `plan profile`"
             )
+
+
+# --- measurements that are not monotone ---
+
+MEASURED = {"seconds", "spread", "repeats", "peak_bytes", "reserved_bytes", "allocated_bytes"}
+WORK = {"sequences", "prompt_tokens", "response_tokens", "response_lengths"}
+GPUS = {"gpus", "nodes", "engines"}
+
+
+def warnings_of(profile: Profile) -> list[str]:
+    """One line for each layout whose points are not monotone by more than their spreads: more work in less time, or
+    the same work on more GPUs in more. They are used as they are."""
+    runs = [point for point in profile.points if point.call in ("generate", "infer", "train", "host")]
+    more = [
+        f"{_named(less)} on {_gpus(less)}: {_tokens(less)} took {less.seconds:.3g} s, but {_tokens(most)} took "
+        f"{most.seconds:.3g} s; more work in less time is used as measured"
+        for less, most in _turned(runs, WORK, _work, rising=True)
+    ]
+    wider = [
+        f"{_named(less)} over {_tokens(less)}: {_gpus(less)} took {less.seconds:.3g} s, but {_gpus(most)} took "
+        f"{most.seconds:.3g} s; more GPUs taking longer is used as measured"
+        for less, most in _turned(runs, GPUS, lambda point: (point.gpus, point.engines), rising=False)
+    ]
+    return more + wider
+
+
+def _turned(
+    points: Sequence[Point], varied: set[str], size: Callable[[Point], tuple[int, ...]], rising: bool
+) -> list[tuple[Point, Point]]:
+    """Of the points that differ in the `varied` fields only, the smaller and the larger one whose seconds contradict
+    `rising` most, where any do by more than both spreads."""
+
+    def rest(point: Point) -> str:
+        return point.model_dump_json(exclude=varied | MEASURED)
+
+    def excess(pair: tuple[Point, Point]) -> float:
+        quick, slow = pair[::-1] if rising else pair
+        return (slow.seconds - slow.spread) - (quick.seconds + quick.spread)
+
+    found = []
+    for _, alike in groupby(sorted(points, key=rest), key=rest):
+        pairs = [
+            (less, most)
+            for less, most in permutations(alike, 2)
+            if size(less) != size(most) and all(a <= b for a, b in zip(size(less), size(most), strict=True))
+        ]
+        worst = max(pairs, key=excess, default=None)
+        if worst is not None and excess(worst) > 0:
+            found.append(worst)
+    return found
+
+
+def _work(point: Point) -> tuple[int, ...]:
+    """No other point has less to do that is nowhere above this. Generation takes as long as its longest response."""
+    longest = max(point.response_lengths, default=-(-point.response_tokens // max(1, point.sequences)))
+    return point.sequences, point.prompt_tokens, point.response_tokens, longest
+
+
+def _named(point: Point) -> str:
+    split = f"tensor parallel {point.tensor_parallel}" if point.call == "generate" else f"shard {point.shard}"
+    return f"{point.call} of {point.role}" + ("" if point.call == "host" else f", {split},")
+
+
+def _gpus(point: Point) -> str:
+    return f"{point.gpus} GPU" + "s" * (point.gpus != 1)
+
+
+def _tokens(point: Point) -> str:
+    return f"{point.prompt_tokens + point.response_tokens:,} tokens of {point.sequences:,} sequences"
