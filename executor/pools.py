@@ -9,7 +9,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from executor.session import ENVIRONMENT
-from executor.worker import Rank, Worker, measure_offset
+from executor.worker import Rank, Worker, ask, measure_offset
 from planner.spec.errors import UserError
 from planner.spec.plan import Gpu, Plan
 
@@ -121,7 +121,13 @@ def _with_devices(seats: dict[Gpu, Seat]) -> dict[Gpu, Seat]:
         return str(ray.get_gpu_ids()[0])
 
     probe = ray.remote(num_cpus=0, num_gpus=1)(device)
-    found = ray.get([probe.options(scheduling_strategy=_strategy(seat)).remote() for seat in seats.values()])
+    asked = [probe.options(scheduling_strategy=_strategy(seat)).remote() for seat in seats.values()]
+    try:
+        found = ray.get(asked, timeout=PLACING_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        raise UserError(
+            f"Ray's nodes did not name their GPUs within {PLACING_SECONDS:.0f} s; are they alive?"
+        ) from None
     return {gpu: replace(seat, device=device) for (gpu, seat), device in zip(seats.items(), found, strict=True)}
 
 
@@ -142,8 +148,8 @@ def start(worker: Callable[[], Worker], seats: Sequence[Seat] = ()) -> Rank:
 
 def connect(ranks: Sequence[Rank]) -> list[Rank]:
     """Wait until the processes answer, and measure their clocks."""
-    ray.get([rank.handle.now.remote() for rank in ranks])
-    return [replace(rank, offset=measure_offset(rank.handle)) for rank in ranks]
+    ask(ranks, "now")
+    return [replace(rank, offset=measure_offset(rank)) for rank in ranks]
 
 
 def stop(ranks: Sequence[Rank]) -> None:

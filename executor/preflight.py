@@ -22,7 +22,7 @@ def check(plan: Plan, *, local: bool) -> PromptSource:
     check_engine(plan)
     check_models(plan.workload)
     if isinstance(plan.workload.reward, RewardFunction):
-        reward.load(plan.workload.reward)
+        reward.check(plan.workload.reward)
     return load_prompts(plan.workload)
 
 

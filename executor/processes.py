@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 from executor import pools
-from executor.reward import RewardWorker
+from executor.reward import RewardWorker, import_hangs
 from executor.rollout import EngineWorker
+from executor.supervise import Deadlines
 from executor.sync import WeightSync, channels
 from executor.trainer import Trainer
 from executor.vllm_engine import VllmWorker, made_for
-from executor.worker import Rank, ask
+from executor.worker import Rank, ask, within
 from planner.spec.plan import Plan
 from planner.spec.workload import RewardFunction
 
@@ -17,18 +18,20 @@ class Processes:
     """Started and ready when constructed: one trainer per GPU of a pool that trains or infers, one engine per
     tensor-parallel group of the rollout's pools, and one process for a reward function.
 
-    A fleet that is given stays open at the end."""
+    A fleet that is given stays open at the end. Raises Overdue if they have not started by the deadline."""
 
-    def __init__(self, plan: Plan, fleet: pools.Fleet | None = None) -> None:
+    def __init__(self, plan: Plan, fleet: pools.Fleet | None = None, deadlines: Deadlines | None = None) -> None:
         self.plan = plan
+        self.deadlines = deadlines or Deadlines(plan=plan)
         self._own = fleet is None
         self.fleet = fleet or fleet_for([plan])
         self.trainers: dict[str, list[Rank]] = {}
         self.engines: list[Rank] = []
         self.judge: list[Rank] = []
         try:
-            self._start()
-            self._set_up()
+            with within(self.deadlines.of_start):
+                self._start()
+                self._set_up()
         except BaseException:
             self.close()
             raise
@@ -64,7 +67,7 @@ class Processes:
         everyone = [rank for _, rank, _ in trainers]
         ask(everyone, "configure", plan, each=[(pool, i) for pool, _, i in trainers])
         address = {pool: ask(ranks[:1], "listen").results[0] for pool, ranks in self.trainers.items()}
-        ask(everyone, "join", each=[address[pool] for pool, _, _ in trainers])
+        ask(everyone, "join", self.deadlines.of_collective, each=[address[pool] for pool, _, _ in trainers])
         vllm = plan.rollout.engine == "vllm"
         # vLLM loads its library beside the trainers' models, and starts when they have taken their memory.
         ask([*everyone, *self.engines] if vllm else everyone, "load")
@@ -75,7 +78,14 @@ class Processes:
         self.sync = WeightSync(plan, self.of("actor"), self.engines, ways) if vllm else None
         if self.sync is not None:
             self.sync(0)
-        ask(self.judge, "load", plan.workload.reward)
+        if isinstance(plan.workload.reward, RewardFunction):
+            self._load_reward(plan.workload.reward)
+
+    def _load_reward(self, reward: RewardFunction) -> None:
+        try:
+            ask(self.judge, "load", reward, timeout=reward.timeout_seconds)
+        except TimeoutError:
+            raise import_hangs(reward) from None
 
     def close(self) -> None:
         """End all of them at once, whatever they are doing."""

@@ -2,11 +2,13 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from executor import pools
-from executor.worker import Record, Worker, ask
+from executor.supervise import Deadlines
+from executor.worker import Record, Worker, ask, within
 from planner.predict.schedule import Task
 from planner.spec.plan import Plan
 
@@ -22,10 +24,16 @@ class Rehearsal:
     """One sleeping process per GPU; every rank of a call's pools sleeps for `seconds(task)`. Host calls sleep on the
     controller."""
 
-    def __init__(self, plan: Plan, seconds: Callable[[Task], float]) -> None:
+    def __init__(self, plan: Plan, seconds: Callable[[Task], float], deadlines: Deadlines | None = None) -> None:
         self.seconds = seconds
+        self.deadlines = deadlines or Deadlines(plan=plan, predicted=seconds)
         started = {name: [pools.start(Sleeper) for _ in pool.gpus] for name, pool in plan.pools.items()}
-        self.ranks = {name: pools.connect(ranks) for name, ranks in started.items()}
+        named = {
+            name: [replace(rank, name=f"process {number} of pool {name}") for number, rank in enumerate(ranks)]
+            for name, ranks in started.items()
+        }
+        with within(self.deadlines.of_start):
+            self.ranks = {name: pools.connect(ranks) for name, ranks in named.items()}
 
     def run(self, task: Task) -> tuple[list[Record], int]:
         if not task.pools:

@@ -2,7 +2,9 @@
 
 import importlib.util
 import math
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,30 @@ def load(reward: RewardFunction) -> Function:
     if not callable(function):
         raise UserError(f"reward function {reward.function!r}: {path} has no function {name!r}; check its name")
     return function
+
+
+def check(reward: RewardFunction) -> None:
+    """Import the function once, within the time that the user gives it. Raises UserError."""
+    outcome: Future[Function] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(load(reward))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()  # one that hangs must not keep us from ending
+    try:
+        outcome.result(reward.timeout_seconds)
+    except TimeoutError:
+        raise import_hangs(reward) from None
+
+
+def import_hangs(reward: RewardFunction) -> UserError:
+    return UserError(
+        f"reward function {reward.function!r}: its file took longer than {reward.timeout_seconds:g} s to import; "
+        "load what is slow in the function, or raise timeout_seconds"
+    )
 
 
 def score(

@@ -31,13 +31,15 @@ class Engine(Protocol):
 class EngineWorker(Worker):
     """The process of an engine. It knows the version of its weights and marks what it generates with it."""
 
+    _peak: dict[str, int] = {}
+
     def synchronize(self) -> None:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
 
     def forget_peak(self) -> None:
         memory.forget_peak()
-        self._peak: dict[str, int] = {}
+        self._peak = {}
 
     def peak(self) -> dict[str, int]:
         return self._peak or memory.peak()

@@ -15,6 +15,7 @@ from executor import checkpoint, ppo
 from executor.data import Prompts, PromptSource, Sequences, assign, collate, join, minibatches, spread
 from executor.pools import Fleet
 from executor.processes import Processes
+from executor.supervise import Deadlines
 from executor.trainer import COLUMNS, Minibatch
 from executor.worker import Outcome, Record, ask
 from planner.predict.schedule import Task
@@ -41,11 +42,14 @@ class Training:
     """A plan's processes and the data of the steps under way. Each call is a method of its name; it waits for its
     processes and returns their records and its tokens."""
 
-    def __init__(self, plan: Plan, prompts: PromptSource, fleet: Fleet | None = None) -> None:
+    def __init__(
+        self, plan: Plan, prompts: PromptSource, fleet: Fleet | None = None, deadlines: Deadlines | None = None
+    ) -> None:
         self.plan, self.workload, self.settings, self.prompts = plan, plan.workload, plan.workload.ppo, prompts
         self.steps: dict[int, StepData] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
-        self.processes = Processes(plan, fleet)
+        self.deadlines = deadlines or Deadlines(plan=plan)
+        self.processes = Processes(plan, fleet, self.deadlines)
 
     def run(self, task: Task) -> Done:
         call = getattr(self, task.call.name)

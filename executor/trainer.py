@@ -28,7 +28,6 @@ from executor.weights import Described
 from executor.worker import Worker
 from planner.spec.plan import Plan, TrainerRole
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 COLUMNS = dict[str, NDArray[np.float32]]  # further columns [B, R] of a batch, by datum
 
 
@@ -91,14 +90,15 @@ class Trainer(Worker):
         )
         return host, self.store.port
 
-    def join(self, host: str, port: int) -> None:
-        """Form the pool's group."""
+    def join(self, collective_seconds: float, host: str, port: int) -> None:
+        """Form the pool's group, in which a collective may take so long."""
         size = len(self.plan.pools[self.pool].gpus)
         store = self.store if self.rank == 0 else dist.TCPStore(host, port, size, is_master=False)
         if host == "127.0.0.1":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         backend = "gloo" if self.on_cpu else "nccl"
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        timeout = timedelta(seconds=collective_seconds)
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, timeout=timeout)
 
     def load(self) -> None:
         """Load and shard the pool's models."""

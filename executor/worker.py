@@ -4,16 +4,25 @@ so that a rehearsal's processes start quickly."""
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from planner.spec.errors import UserError
 
 PINGS = 5
+SHOWN = 4  # ranks that a message names
+EXHAUSTED = (  # what torch, NCCL and vLLM say when memory does not suffice
+    "out of memory",
+    "can't allocate memory",
+    "no available memory for the cache blocks",
+    "less than desired gpu memory utilization",
+    "available kv cache memory",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,8 +52,16 @@ class Worker:
         if watched := self._watching:
             self.forget_peak()
         start = time.perf_counter()
-        result = getattr(self, method)(*args)
-        self.synchronize()
+        try:
+            result = getattr(self, method)(*args)
+            self.synchronize()
+        except Exception as error:
+            if (found := _out_of_memory(error)) is None:
+                raise
+            peak: dict[str, int] = {}
+            with contextlib.suppress(Exception):  # the device may answer nothing any more
+                peak = self.peak()
+            raise OutOfMemory(found, peak) from error
         end = time.perf_counter()
         return result, Record(start=start, end=end, parts=self._parts, memory=self.peak() if watched else {})
 
@@ -79,6 +96,45 @@ class WorkerError(Exception):
     """A worker failed; the message says which one, in which method and why."""
 
 
+class Overdue(WorkerError):
+    """Workers have not answered by the deadline; the message says which ones, in which method and for how long."""
+
+
+class OutOfMemory(WorkerError):
+    """A worker's memory did not suffice. `peak`: bytes, as `memory.peak` names them."""
+
+    def __init__(self, message: str, peak: dict[str, int]) -> None:
+        super().__init__(message, peak)
+        self.peak = peak
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _out_of_memory(error: BaseException | None) -> str | None:
+    """What an error says if it, or what it comes from, is about memory."""
+    while error is not None:
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or any(words in text.lower() for words in EXHAUSTED):
+            return (text or "out of memory")[:200]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+_deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))  # on the monotonic clock
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Let what is asked of processes in a `with` on this thread end after so many seconds at most, or sooner if a
+    `with` around it says so."""
+    token = _deadline.set(min(_deadline.get(), time.monotonic() + seconds))
+    try:
+        yield
+    finally:
+        _deadline.reset(token)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rank:
     """The controller's end of one process. `offset` is the process's clock less the controller's, in seconds."""
@@ -109,8 +165,8 @@ def ask(
     """Call a method on all ranks at once, with `each[i]` as further arguments of rank i, and wait for all of them.
 
     Raises UserError as the worker raised it, and WorkerError for any other failure; the first failure counts, for the
-    others may be waiting for the failed rank. Raises TimeoutError if a rank has not answered after `timeout` seconds;
-    it goes on nevertheless."""
+    others may be waiting for the failed rank. Raises Overdue at the deadline that `within` sets, and TimeoutError if a
+    rank has not answered after `timeout` seconds; those ranks go on nevertheless."""
     extra = each if each is not None else [()] * len(ranks)
     sent = {
         rank.handle.call.remote(method, *args, *more): number
@@ -118,12 +174,15 @@ def ask(
     }
     answers: dict[int, tuple[Any, Record]] = {}
     waiting = list(sent)
-    deadline = None if timeout is None else time.monotonic() + timeout
+    began = time.monotonic()
+    end = min(_deadline.get(), began + timeout if timeout is not None else float("inf"))
     while waiting:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=_left(end))
         if not done:
-            raise TimeoutError(f"{method} took longer than {timeout} s on {ranks[sent[waiting[0]]].name}")
+            names = [ranks[sent[ref]].name for ref in waiting]
+            if end < _deadline.get():
+                raise TimeoutError(f"{method} took longer than {timeout} s on {names[0]}")
+            raise _overdue(names, method, time.monotonic() - began)
         for ref in done:
             answers[sent[ref]] = _answer(ref, ranks[sent[ref]], method)
     ordered = [answers[number] for number in range(len(ranks))]
@@ -131,25 +190,42 @@ def ask(
     return Outcome(results=[result for result, _ in ordered], records=records)
 
 
-def _answer(ref: ray.ObjectRef, rank: Rank, method: str) -> tuple[Any, Record]:
+def _left(end: float) -> float | None:
+    return None if end == float("inf") else max(0.0, end - time.monotonic())
+
+
+def _overdue(names: list[str], method: str, seconds: float) -> Overdue:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return Overdue(f"no answer to {method!r} for {seconds:.0f} s from {', '.join(names[:SHOWN])}{more}")
+
+
+def _answer(ref: ray.ObjectRef, rank: Rank, method: str) -> Any:
+    began = time.monotonic()
     try:
-        return ray.get(ref)
+        return ray.get(ref, timeout=_left(_deadline.get()))
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise error.cause from None
+        if isinstance(error.cause, OutOfMemory):
+            line = f"out of memory in {method!r} on {rank.name} ({error.cause})"
+            raise OutOfMemory(line, error.cause.peak) from error
         cause = f"{type(error.cause).__name__}: {error.cause}"
         raise WorkerError(f"{method} failed on {rank.name} ({cause})") from error
-    except RayActorError as error:
-        raise WorkerError(f"{rank.name} died in {method}") from error
+    except GetTimeoutError:
+        raise _overdue([rank.name], method, time.monotonic() - began) from None
+    except RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1 if "creation task" in lines[0] else 0] if lines else type(error).__name__
+        raise WorkerError(f"{rank.name} died in {method} ({reason})") from error
 
 
-def measure_offset(handle: ActorHandle) -> float:
+def measure_offset(rank: Rank) -> float:
     """The process's clock less ours, from the ping with the shortest round trip (Cristian 1989). An offset that is
     not greater than its own error counts as none: processes of one host share the clock."""
     best_trip, best_offset = float("inf"), 0.0
     for _ in range(PINGS):
         sent = time.perf_counter()
-        theirs = ray.get(handle.now.remote())
+        theirs = _answer(rank.handle.now.remote(), rank, "now")
         received = time.perf_counter()
         if received - sent < best_trip:
             best_trip, best_offset = received - sent, theirs - (sent + received) / 2

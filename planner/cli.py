@@ -199,6 +199,14 @@ def simulate(**options: Any) -> None:
 @click.option("--rehearse", is_flag=True, help="Replace every GPU by a light process that sleeps the predicted time.")
 @click.option("--runs", type=_file("DIR"), default=Path("runs"), show_default=True, help="Where runs are kept.")
 @click.option("--address", metavar="ADDR", help="A Ray cluster to join (default: one is started here).")
+@click.option(
+    "--deadline-floor",
+    type=float,
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A call may take ten times its predicted time, but at least this long; ten times that in the beginning.",
+)
 @profiles_of_plan
 def execute(**options: Any) -> None:
     """Run the job as the plan says, with live progress."""

@@ -146,3 +146,9 @@ def test_more_gpus_than_ray_has(ray_two: None) -> None:
 def test_no_ray_at_the_address(address: str) -> None:
     with pytest.raises(UserError, match="no Ray cluster at"):
         session._connect(address)
+
+
+def test_a_reward_file_that_hangs_when_it_is_imported(tmp_path: Path) -> None:
+    hanging = write_reward(tmp_path, "import time\ntime.sleep(1000)\n")
+    impatient = hanging.model_copy(update={"timeout_seconds": 0.2})
+    assert "its file took longer than 0.2 s to import" in refuse(make_workload(reward=impatient))

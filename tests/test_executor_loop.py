@@ -14,6 +14,7 @@ from conftest import colocated, cpu_cluster, make_plan, make_workload, split
 from executor.rehearse import Rehearsal
 from executor.run import Silent, _run, execute, loop
 from executor.rundir import RunDirectory
+from executor.supervise import Deadlines
 from executor.worker import Record
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
@@ -114,6 +115,7 @@ class Broken:
     """A backend whose third call fails."""
 
     def __init__(self) -> None:
+        self.deadlines = Deadlines(plan=colocated(make_workload()))
         self.calls = 0
 
     def run(self, task: Task) -> tuple[list[Record], int]:

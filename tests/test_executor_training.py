@@ -117,7 +117,7 @@ def test_after_inference_and_after_training_only_shards_stay(ray_two: None) -> N
     trainer = Trainer()  # in this process, to look into it
     trainer.configure(colocated(WORKLOAD, cores=1), "all", 0)
     try:
-        trainer.join(*trainer.listen())
+        trainer.join(60.0, *trainer.listen())
         trainer.load()
         requests = Synthetic(WORKLOAD).step(0).requests
         rows = np.arange(len(requests))

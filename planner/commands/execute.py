@@ -32,10 +32,13 @@ def need_extra(command: str) -> None:
         raise UserError(f"{command} needs {', '.join(missing)}; install it with: pip install 'splitplan[execute]'")
 
 
+    deadline_floor: float,
 def execute(
     plan: Path,
     name: str,
     steps: int | None,
+    if not 0 < deadline_floor < float("inf"):
+        raise UserError(f"--deadline-floor {deadline_floor:g}: choose a positive number of seconds")
     rehearse: bool,
     runs: Path,
     address: str | None,
@@ -54,6 +57,7 @@ def execute(
     with LiveProgress(checked, steps or checked.workload.steps, console) as progress:
         run = execute(
             checked,
+            deadline_floor=deadline_floor,
             name=name or free_name(runs, checked.name),
             runs=runs,
             steps=steps,

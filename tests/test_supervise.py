@@ -1,0 +1,224 @@
+"""Nothing hangs silently: what is stuck, dies or runs out of memory ends a run with one line that names it."""
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from conftest import colocated, make_plan, make_workload, split
+
+from executor import pools, preflight
+from executor.rehearse import Rehearsal
+from executor.run import Silent, _run, _started, loop
+from executor.rundir import RunDirectory
+from executor.step import Training
+from executor.supervise import Deadlines, one_line
+from executor.worker import OutOfMemory, Overdue, Record, Worker, WorkerError, ask, within
+from planner.predict.forecast import predict
+from planner.predict.memory import plan_memory
+from planner.predict.schedule import Task, tasks_of
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.timeline import Timeline
+
+WORKLOAD = make_workload()
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
+
+
+def task_of(plan: Plan, call: str) -> Task:
+    return next(task for task in tasks_of(plan, 3) if task.call.name == call)
+
+
+# --- deadlines ---
+
+
+def test_a_deadline_is_ten_times_the_prediction_but_not_below_the_floor() -> None:
+    plan = split(WORKLOAD)
+    plan = plan.model_copy(update={"predicted": predict(plan)})
+    assert plan.predicted is not None
+    calls = {**plan.predicted.call_seconds, "update_actor": 30.0, "values": 1.0}
+    plan = plan.model_copy(update={"predicted": plan.predicted.model_copy(update={"call_seconds": calls})})
+    deadlines = Deadlines(plan=plan)
+    update, values = task_of(plan, "update_actor"), task_of(plan, "values")
+    assert deadlines.of_call(update, early=False) == 300
+    assert deadlines.of_call(update, early=True) == deadlines.of_call(values, early=True) == 600
+    assert deadlines.of_call(values, early=False) == 60
+    assert Deadlines(plan=plan, floor=5).of_call(values, early=False) == 10
+    assert Deadlines(plan=plan, predicted=lambda task: 7.0).of_call(values, early=False) == 70
+    assert Deadlines(plan=split(WORKLOAD)).of_call(values, early=False) == 1800  # nothing is predicted
+    assert deadlines.of_collective > max(300, deadlines.of_start)
+
+
+class Stuck(Rehearsal):
+    """One process of pool b sleeps for ever in the second step's update of the critic."""
+
+    def run(self, task: Task) -> tuple[list[Record], int]:
+        if (task.call.name, task.step) != ("update_critic", 1):
+            return super().run(task)
+        ranks = self.ranks["b"]
+        return ask(ranks, "sleep", each=[(1e6 if number == 1 else 0.0,) for number in range(len(ranks))]).records, 0
+
+
+def test_a_process_that_sleeps_for_ever_ends_the_run_with_its_name(ray_two: None, tmp_path: Path) -> None:
+    home = {"actor": "a", "rollout": "a", "reference": "a", "critic": "b", "reward": "b"}
+    plan = make_plan(WORKLOAD, {"a": 1, "b": 2}, home)
+    backend = Stuck(plan, lambda _: 0.01, Deadlines(plan=plan, floor=0.3, predicted=lambda _: 0.01))
+    handles = [rank.handle for ranks in backend.ranks.values() for rank in ranks]
+    try:
+        with pytest.raises(UserError) as error:
+            _run(plan, 4, backend, RunDirectory(tmp_path / "r", tensorboard=False), Silent())
+    finally:
+        backend.close()
+    line = str(error.value)
+    assert line.startswith("update_critic of step 1 on pool b: no answer to 'sleep' for 3 s from process 1 of pool b (")
+    assert "(3 s allowed, 0.01 s predicted)" in line and "--deadline-floor" in line and "\n" not in line
+    done = {(span.call, span.step) for span in Timeline.read(tmp_path / "r" / "timeline.json").spans}
+    assert ("update_critic", 0) in done and ("update_critic", 1) not in done
+    assert line in (tmp_path / "r" / "log.txt").read_text()
+    with pytest.raises(WorkerError, match="died"):
+        ask([pools.Rank(name="it", handle=handle) for handle in handles], "now")
+
+
+def test_a_trainer_that_sleeps_for_ever_is_named_with_those_who_wait_for_it(ray_two: None) -> None:
+    plan = colocated(WORKLOAD, cores=2)
+    backend = Training(plan, preflight.check(plan, local=True))
+    try:
+        backend.deadlines = Patient(plan=plan, floor=0.2, predicted=lambda _: 0.01)
+        backend.processes.trainers["all"][1].handle.__ray_call__.remote(lambda _: time.sleep(1e6))
+        with pytest.raises(UserError, match=r"^ref_logprobs of step 0 on pool all: no answer to 'infer' for 2 s from"):
+            tasks = [task_of(plan, "generate"), replace(task_of(plan, "ref_logprobs"), index=1, after=(0,), waits=())]
+            loop(tasks, backend, {}, Silent())
+    finally:
+        backend.close()
+
+
+class Patient(Deadlines):
+    """Generation may take longer."""
+
+    def of_call(self, task: Task, early: bool) -> float:
+        return 60.0 if task.call.name == "generate" else super().of_call(task, early)
+
+
+class Slow(Worker):
+    """A process that does not get up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        time.sleep(1e6)
+
+
+def test_a_start_that_hangs_leaves_a_log(ray_two: None, tmp_path: Path) -> None:
+    plan = colocated(WORKLOAD)
+    ranks = [replace(pools.start(Slow), name="trainer 0 of pool all")]
+
+    def start() -> Any:
+        with within(0.5):
+            pools.connect(ranks)
+
+    try:
+        with pytest.raises(UserError, match=r"^the start: no answer to 'now' for [01] s from trainer 0 of pool all"):
+            _started(Deadlines(plan=plan), tmp_path / "r", start)
+    finally:
+        pools.stop(ranks)
+    assert "no answer to 'now'" in (tmp_path / "r" / "log.txt").read_text()
+
+
+def test_the_inner_deadline_may_only_be_sooner(ray_two: None) -> None:
+    ranks = pools.connect([replace(pools.start(Sleeping), name="it")])
+    try:
+        with within(0.2), within(1e6), pytest.raises(Overdue, match="from it"):
+            ask(ranks, "sleep")
+    finally:
+        pools.stop(ranks)
+
+
+class Sleeping(Worker):
+    def sleep(self) -> None:
+        time.sleep(1e6)
+
+
+# --- failures on a process ---
+
+
+class Failing(Worker):
+    def grow(self) -> None:
+        torch.zeros(2**60)
+
+    def fail(self) -> None:
+        raise RuntimeError("no space\nleft")
+
+    def peak(self) -> dict[str, int]:
+        return {"used": 140_900_000_000, "allocated": 99_000_000_000}
+
+
+@pytest.fixture
+def failing(ray_two: None) -> Any:
+    ranks = pools.connect([replace(pools.start(Failing), name="trainer 0 of pool all")])
+    yield ranks
+    pools.stop(ranks)
+
+
+def test_out_of_memory_says_what_was_predicted_and_what_to_change(failing: Any) -> None:
+    layouts = {"actor": {"micro_batch_tokens": 4096, "shard": 1}}
+    plan = colocated(WORKLOAD, cores=2, layouts=layouts)
+    with pytest.raises(OutOfMemory) as caught:
+        ask(failing, "grow")
+    assert caught.value.peak["used"] == 140_900_000_000
+    with pytest.raises(UserError) as error, one_line(plan, "update_actor of step 2", ("all",), "update_actor"):
+        raise caught.value
+    line = str(error.value)
+    memory = plan_memory(plan)["all"]
+    for part in (
+        "update_actor of step 2: out of memory in 'grow' on trainer 0 of pool all",
+        f"pool all was predicted {memory.peak / 1e9:.1f} GB of {memory.allowed / 1e9:.1f} GB allowed per GPU",
+        "the GPU had 140.9 GB in use at the peak, of which this process's tensors 99.0 GB",
+        "lower roles.actor.micro_batch_tokens (now 4096), or set roles.actor.recompute to true, or raise roles.actor.",
+    ):
+        assert part in line
+    assert "\n" not in line and "roles.rollout.memory" not in line
+    with pytest.raises(UserError) as error, one_line(plan, "generate of step 0", ("all",), "generate"):
+        raise caught.value
+    assert "lower roles.rollout.memory_fraction (now 0.4)" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "about_memory"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", True),
+        ("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`", True),
+        ("Free memory on device cuda:0 (9/140 GiB) on startup is less than desired GPU memory utilization", True),
+        ("an illegal memory access was encountered", False),
+    ],
+)
+def test_what_counts_as_out_of_memory(text: str, about_memory: bool) -> None:
+    class Raising(Worker):
+        def work(self) -> None:
+            try:
+                raise ValueError(text)
+            except ValueError as error:
+                raise RuntimeError("the engine core failed") from error
+
+    with pytest.raises(OutOfMemory if about_memory else RuntimeError):
+        Raising().call("work")
+
+
+def test_a_failing_export_is_one_line(failing: Any, tmp_path: Path) -> None:
+    plan = split(WORKLOAD)
+
+    class Full(Rehearsal):
+        def export(self, directory: Path) -> None:
+            ask(failing, "fail")
+
+    backend = Full(plan, lambda task: 0.0)
+    try:
+        with pytest.raises(
+            UserError, match=r"^export of the models: fail failed on trainer 0 .*RuntimeError: no space"
+        ):
+            _run(plan, 1, backend, RunDirectory(tmp_path / "r", tensorboard=False), Silent())
+    finally:
+        backend.close()
+    assert "RuntimeError: no space" in (tmp_path / "r" / "log.txt").read_text()
