@@ -34,7 +34,7 @@ from planner.spec.timeline import Timeline, step_seconds
 PACKAGES = ("torch", "transformers", "ray", "vllm")
 SAMPLE_SECONDS = 0.05
 # Seconds that a cell takes beside its steps, first step's compiling included: with engines to start, and without.
-BESIDE = {"GPU": (110.0, 45.0), "CPU": (15.0, 5.0)}
+BESIDE = {"GPU": (90.0, 40.0), "CPU": (15.0, 5.0)}
 
 Engines = frozenset[tuple[tuple[Gpu, ...], str]]  # the GPUs of each, and what it is made for
 
@@ -201,10 +201,8 @@ def _keep_log(directory: Path, scratch: Path) -> None:
 
 
 def _on_processes(backend: Training, ask: Callable[[Any], dict[str, int]]) -> list[tuple[Gpu, str, dict[str, int]]]:
-    """What trainers and engines answer, with their (first) GPU and their kind; nothing of processes on cores."""
+    """What trainers and engines answer, with their (first) GPU and their kind."""
     plan, processes = backend.plan, backend.processes
-    if pools.resource_of(plan) == "CPU":
-        return []
     places = [
         (gpu, "trainer", rank)
         for pool, ranks in processes.trainers.items()

@@ -105,7 +105,8 @@ def _ratios(rows: Sequence[Row], found: Summary) -> list[str]:
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    right = ["---"] + ["---:"] * (len(titles) - 1)
+    """The first two columns are words, the others figures."""
+    right = ["---"] * 2 + ["---:"] * (len(titles) - 2)
     lines = [titles, right, *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -253,7 +254,9 @@ def _cell(row: Row, predicted: dict[str, int], measured: dict[str, int]) -> dict
         "pools": {pool: len(found.gpus) for pool, found in row.plan.pools.items()},
         "staleness": row.plan.staleness,
         "predicted_step_seconds": row.predicted_seconds,
+        "planned_step_seconds": row.plan.predicted.step_seconds if row.plan.predicted else None,
     }
+    # What was planned for is the mean over all length scenarios, of a pipeline that neither fills nor drains.
     return base | (_measured(row, figures, predicted[name], measured[name]) if figures else {})
 
 
