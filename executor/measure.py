@@ -1,164 +1,184 @@
-"""Measuring the calls of a workload on the machine that is there: a few steps of a few small plans, run by the very
-processes and the very loop of a real run, and the median duration of each call."""
+"""Measuring the calls of a workload on the machine that is there: steps of small plans, run by the very processes and
+the very loop of a real run, and the median duration of each call. What is measured is in `groups.py`."""
 
 import contextlib
+import hashlib
 import platform
+import subprocess
+import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
-from itertools import islice
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from executor import pools, preflight
-from executor.data import PromptSource, Sequences
+from executor.data import Ints, Prompts, PromptSource, Sequences, Synthetic
+from executor.groups import Batch, Group, fitting, groups_of
 from executor.processes import fleet_for
 from executor.run import Silent, loop
 from executor.session import ray_session
-from executor.step import Training
-from planner.predict.layouts import rollout_layouts, trainer_layouts
+from executor.step import Done, Training
+from executor.worker import WorkerError, ask
 from planner.predict.profile import Point, Profile
-from planner.predict.schedule import tasks_of
+from planner.predict.schedule import Task, tasks_of
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
-from planner.spec.plan import Issue, Plan, Pool, TrainerRole
+from planner.spec.plan import Plan
 from planner.spec.timeline import Span
 from planner.spec.workload import Workload
 
-WARMUP, REPEATS = 1, 4  # steps of each plan
-PACKAGES = ("torch", "transformers", "ray")
+PACKAGES = ("torch", "transformers", "ray", "vllm")
+SHIPPED = ("h200", "h100", "a100")  # devices whose names are the vendor's
+Say = Callable[[str], None]
 
 
-class Measured(Training):
-    """Keeps the sequences of every step, for their lengths."""
+def profile(
+    workload: Workload, cluster: Cluster, out: Path, *, progress: Say, minutes: float | None = None, command: str = ""
+) -> Profile:
+    """Measure the workload's calls on one node of the cluster and write the profile to `out`, after each group of
+    measurements. What is in `out` already is not measured again. With `minutes` the least valuable is left out, as far
+    as it takes longer than that.
 
-    def __init__(self, plan: Plan, prompts: PromptSource, fleet: pools.Fleet) -> None:
-        super().__init__(plan, prompts, fleet)
-        self.made: dict[int, Sequences] = {}
-
-    def end_step(self, number: int) -> dict[str, Any]:
-        self.made[number] = self.steps[number].sequences
-        return super().end_step(number)
-
-
-def profile(workload: Workload, cluster: Cluster, out: Path, *, progress: Callable[[str], None]) -> Profile:
-    """Measure the workload's calls on one node of the cluster and write the profile to `out`.
-
-    Pools of 1, 2, 4, ... GPUs are measured with as many copies of the plan side by side as the node has room for: so
-    the calls share the host's memory and links as they do in a run. Raises UserError."""
+    Small pools are measured side by side, so calls share the host's memory and links as they do in a run. Raises
+    UserError, before anything is started where that can be known before."""
+    began = time.monotonic()
     if len(cluster.nodes) != 1:
         raise UserError(f"cluster {cluster.name!r} has {len(cluster.nodes)} nodes; measure on one node of each kind")
     workload = _without_evaluation(workload)
-    batches = _plans(workload, cluster)
-    prompts = preflight.check(batches[0][0], local=True)
-    for batch in batches:
-        preflight.check_machine(batch[0])
-    device = cluster.nodes[0].device
-    seconds = len(batches) * 20
-    progress(f"{len(batches)} measurements of {WARMUP + REPEATS} steps, about {seconds} s with their start")
-    found: dict[Point, list[Sample]] = defaultdict(list)
-    on_cores = pools.resource_of(batches[0][0]) == "CPU"
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(ray_session(cpus=cluster.nodes[0].gpus if on_cores else None, address=None))
-        fleet = fleet_for([plan for batch in batches for plan in batch])
-        stack.callback(fleet.close)
-        for number, batch in enumerate(batches, start=1):
-            progress(f"measuring {number} of {len(batches)}: {batch[0].name}")
-            for plan, spans, made in _run_together(batch, prompts, fleet):
-                for span in spans:
-                    if span.step >= WARMUP:
-                        key, sample = _sample(plan, span, made[span.step])
-                        found[key].append(sample)
-    result = Profile(
-        device=device,
-        model=workload.actor.shape,
-        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        date=datetime.now(UTC).strftime("%Y-%m-%d"),
-        command=f"plan profile --cluster {cluster.name} (workload {workload.name})",
-        points=tuple(_point(key, samples) for key, samples in found.items()),
-    )
-    result.write(out)
+    empty = _empty(workload, cluster, command)
+    result = _resumed(out, empty)
+    groups = groups_of(workload, cluster)
+    if not groups:
+        raise UserError(f"workload {workload.name!r} fits no {len(cluster.gpus)} GPUs of {cluster.name} as one plan")
+    for plan in _plans(groups):
+        preflight.check_machine(plan)
+    preflight.check(groups[0].plans[0], local=True)
+    _check_kind(cluster.nodes[0].device)
+    missing = [group.only(batches) for group in groups if (batches := _missing(group, result))]
+    _announce(missing, len(groups) - len(missing), minutes, progress)
+    if not missing:
+        return result
+    if result is empty:
+        result.write(out)  # now, rather than after the first group, if it cannot be written
+
+    def say(text: str) -> None:
+        progress(f"[{time.monotonic() - began:5.0f} s] {text}")
+
+    on_cores = pools.resource_of(groups[0].plans[0]) == "CPU"
+    failed: list[str] = []
+    session = ray_session(cpus=cluster.nodes[0].gpus if on_cores else None, address=None)
+    with session, contextlib.ExitStack() as fleets:
+        fleet: pools.Fleet | None = None
+        for number in range(len(missing)):
+            left = np.inf if minutes is None else 60 * minutes - (time.monotonic() - began)
+            group = fitting(missing[number:], left)[0]
+            if group is None:
+                say(f"no time is left for {missing[number].name}")
+                continue
+            say(f"{number + 1} of {len(missing)}: {group.name}, about {group.seconds:.0f} s")
+            if fleet is None:
+                fleet = fleets.enter_context(contextlib.closing(fleet_for(_plans(groups))))
+            try:
+                result = _with(result, group, *measure(group, fleet, say))
+            except UserError as error:  # other groups may do nevertheless, on new processes
+                say(f"failed: {error}")
+                failed.append(group.name)
+                fleets.close()
+                fleet = None
+            result.write(out)
+    say("done")
+    if failed:
+        raise UserError(f"{'; '.join(failed)} could not be measured, as said above; the rest is in {out}")
     return result
 
 
-# --- the plans ---
+def _plans(groups: Sequence[Group]) -> list[Plan]:
+    return [plan for group in groups for plan in group.plans]
 
 
-def _plans(workload: Workload, cluster: Cluster) -> list[list[Plan]]:
-    """Batches of plans to run side by side: for each pool size all roles on one pool, and the tutorial's two pools with
-    a rollout over both, whose updates and weights go from one pool to the other."""
-    gpus = len(cluster.gpus)
-    sizes = [2**power for power in range(gpus.bit_length()) if 2**power <= gpus]
-    batches = []
-    for size in sizes:
-        variants = max(len(_trainers(workload, cluster, role, size)) for role in workload.models)
-        for variant in range(variants):
-            starts = range(0, gpus - size + 1, size)
-            batches.append([_colocated(workload, cluster, start, size, variant) for start in starts])
-    if gpus > 1:
-        batches.append([_split(workload, cluster)])
-    return batches
+def _announce(missing: Sequence[Group], there: int, minutes: float | None, progress: Say) -> None:
+    """What will be measured, how long that takes, and what is left out."""
+    if there:
+        progress(f"{there} groups of measurements are there already")
+    if not missing:
+        return
+    chosen = fitting(missing, np.inf if minutes is None else 60 * minutes)
+    kept = [group for group in chosen if group is not None]
+    seconds = sum(group.seconds for group in kept)
+    said = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
+    progress(f"{len(kept)} groups of measurements, about {said} with their start")
+    for whole, part in zip(missing, chosen, strict=True):
+        lost = [batch.name for batch in whole.batches if part is None or batch not in part.batches]
+        if lost:
+            progress(f"left out for lack of time: {whole.name}: {'; '.join(lost)}")
 
 
-def _trainers(workload: Workload, cluster: Cluster, role: str, size: int) -> list[TrainerRole]:
-    """The first layout of each split of a role over a pool: what the search takes unless memory is short."""
-    device = cluster.device_of(cluster.gpus[0])
-    layouts = trainer_layouts(workload, role, size, "all", device)
-    return list({(layout.shard, layout.replicas): layout for layout in reversed(list(layouts))}.values())
+def _check_kind(device: str) -> None:
+    """Raise UserError where the driver knows its GPUs by other names than the cluster does."""
+    try:
+        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return  # no such GPUs, or no way to know
+    other = sorted({name for name in names if device.lower() not in name.lower()})
+    if other and device in SHIPPED:
+        raise UserError(f"the cluster has {device} GPUs and this machine {', '.join(other)}; name them with --device")
 
 
-def _colocated(workload: Workload, cluster: Cluster, start: int, size: int, variant: int) -> Plan:
-    layouts = {role: _trainers(workload, cluster, role, size) for role in workload.models}
-    roles = {role: found[min(variant, len(found) - 1)] for role, found in layouts.items()}
-    return _plan(f"{size} GPUs, all roles", workload, cluster, {"all": range(start, start + size)}, roles, ("all",))
+# --- the file ---
 
 
-def _split(workload: Workload, cluster: Cluster) -> Plan:
-    half = len(cluster.gpus) // 2
-    home = {"actor": "a", "reference": "a", "critic": "b", "reward": "b"}
-    roles = {
-        role: _trainers(workload, cluster, role, half)[0].model_copy(update={"pools": (home[role],)})
-        for role in workload.models
-    }
-    homes = {"a": range(half), "b": range(half, 2 * half)}
-    if not any(home[role] == "b" for role in roles):  # nothing but an engine in the second pool
-        homes = {"a": homes["a"], "b": homes["b"]}
-    return _plan(f"{half} and {half} GPUs", workload, cluster, homes, roles, ("a", "b"))
-
-
-def _plan(
-    name: str,
-    workload: Workload,
-    cluster: Cluster,
-    homes: dict[str, range],
-    trainers: dict[str, TrainerRole],
-    rollout_pools: tuple[str, ...],
-) -> Plan:
-    """The calls in the order of the dataflow; without waits, so what can overlap does."""
-    gpus = cluster.gpus
-    parts = tuple((len(homes[pool]),) for pool in rollout_pools)
-    device = cluster.device_of(gpus[0])
-    rollout = next(islice(rollout_layouts(workload, parts, rollout_pools, device), 1))
-    draft = Plan(
-        name=name,
-        workload=workload,
-        cluster=cluster,
-        pools={pool: Pool(gpus=tuple(gpus[i] for i in home)) for pool, home in homes.items()},
-        roles={**trainers, "rollout": rollout},
-        program=tuple(Issue(call=call.name) for call in _calls(workload)),
-        staleness=0,
+def _empty(workload: Workload, cluster: Cluster, command: str) -> Profile:
+    """A profile without points, as this machine would make it."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    digest = hashlib.sha256(workload.model_copy(update={"name": ""}).to_json().encode()).hexdigest()
+    return Profile(
+        device=cluster.nodes[0].device,
+        model=workload.actor.shape,
+        versions=versions,
+        date=datetime.now(UTC).strftime("%Y-%m-%d"),
+        command=command or f"plan profile --cluster {cluster.name} (workload {workload.name})",
+        workload=f"{workload.name} {digest[:12]}",
+        points=(),
     )
-    return draft
 
 
-def _calls(workload: Workload) -> Sequence[Any]:
-    from planner.spec.dataflow import ppo
+def _resumed(out: Path, empty: Profile) -> Profile:
+    """The profile that is there, if it is of the same workload, device and software. Raises UserError."""
+    if not out.exists():
+        return empty
+    there = Profile.read(out)
+    for what, old, new in (
+        ("device", there.device, empty.device),
+        ("workload", there.workload, empty.workload),
+        ("software", there.versions, empty.versions),
+    ):
+        if old != new:
+            raise UserError(f"{out}: was measured with another {what} ({old}, not {new}); name another file")
+    return there
 
-    return ppo(workload).calls
+
+def _missing(group: Group, there: Profile) -> list[Batch]:
+    return [batch for batch in group.batches if group.label(batch) not in there.measured]
+
+
+def _with(result: Profile, group: Group, points: Sequence[Point], held_out: Sequence[Point]) -> Profile:
+    return result.model_copy(
+        update={
+            "points": (*result.points, *points),
+            "held_out": (*result.held_out, *held_out),
+            "measured": result.measured + tuple(group.label(batch) for batch in group.batches),
+        }
+    )
 
 
 def _without_evaluation(workload: Workload) -> Workload:
@@ -169,42 +189,150 @@ def _without_evaluation(workload: Workload) -> Workload:
 
 # --- running them ---
 
-Run = tuple[Plan, list[Span], dict[int, Sequences]]
+
+class Sized:
+    """Random prompts, of each step's own batch. A batch has the same prompts and lengths whenever it comes, so that its
+    repeats can be compared; those of step 0 of a run, or for a held-out batch those of step 1."""
+
+    def __init__(self, workload: Workload, batches: Sequence[Batch]) -> None:
+        self._workload, self._batches = workload, batches
+
+    def step(self, step: int) -> Prompts:
+        batch = self._batches[step]
+        sized = self._workload.model_copy(update={"batch": batch.sequences})
+        prompts = Synthetic(sized).step(int(batch.held_out))
+        lengths = np.rint(prompts.requests.max_tokens * batch.stretch)
+        lengths = np.clip(lengths, 1, self._workload.response.longest).astype(np.int32)
+        return replace(prompts, requests=replace(prompts.requests, max_tokens=lengths))
+
+    def evaluation(self) -> Prompts:
+        raise AssertionError("nothing is evaluated in a measurement")
+
+    def decode(self, responses: Sequence[Ints]) -> list[str]:
+        return Synthetic(self._workload).decode(responses)
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """There is none."""
 
 
-def _run_together(plans: Sequence[Plan], prompts: PromptSource, fleet: pools.Fleet) -> list[Run]:
-    """Run plans on disjoint GPUs at the same time, each by a loop of its own."""
-    backends = [Measured(plan, prompts, fleet) for plan in plans]
+class Measured(Training):
+    """Runs each step with its own batch, and keeps every step's sequences for their lengths and every call's peak of
+    memory."""
 
-    def run(backend: Measured) -> dict[int, Span]:
-        spans: dict[int, Span] = {}
-        loop(tasks_of(backend.plan, WARMUP + REPEATS), backend, spans, Silent())
-        return spans
+    def __init__(self, plan: Plan, batches: Sequence[Batch], fleet: pools.Fleet) -> None:
+        synthetic = plan.workload.data is None
+        prompts: PromptSource = Sized(plan.workload, batches) if synthetic else preflight.load_prompts(plan.workload)
+        super().__init__(plan, prompts, fleet)
+        self.batches = batches
+        self.made: dict[int, Sequences] = {}
+        self.memory: dict[int, dict[str, int]] = {}  # by task
+        trainers = [rank for ranks in self.processes.trainers.values() for rank in ranks]
+        ask([*trainers, *self.processes.engines], "watch_memory")
 
-    with ThreadPoolExecutor(max_workers=len(plans)) as threads:
-        results = list(threads.map(run, backends))
-    return [
-        (backend.plan, [spans[index] for index in sorted(spans)], backend.made)
-        for backend, spans in zip(backends, results, strict=True)
-    ]
+    def run(self, task: Task) -> Done:
+        records, tokens = super().run(task)
+        kinds = {kind for record in records for kind in record.memory}
+        self.memory[task.index] = {kind: max(r.memory.get(kind, 0) for r in records) for kind in kinds}
+        return records, tokens
+
+    def micro_batch_tokens(self, task: Task, role: str) -> int:
+        return self.batches[task.step].micro_batch_tokens or super().micro_batch_tokens(task, role)
+
+    def end_step(self, number: int) -> dict[str, Any]:
+        self.made[number] = self.steps[number].sequences
+        return super().end_step(number)
+
+
+class Telling(Silent):
+    """Tells the seconds of every step's calls."""
+
+    def __init__(self, batches: Sequence[Batch], say: Say) -> None:
+        self._batches, self._say = batches, say
+        self._seconds: dict[int, list[str]] = defaultdict(list)
+
+    def on_end(self, span: Span) -> None:
+        moved = sum(span.parts.get(part, 0.0) for part in ("wake", "offload"))
+        moves = f" ({moved:.2f} moving)" if moved else ""
+        self._seconds[span.step].append(f"{span.call} {span.end - span.ready:.2f}{moves}")
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        step = metrics["step"]
+        calls = ", ".join(self._seconds.pop(step))
+        self._say(f"step {step + 1} of {len(self._batches)}, {self._batches[step].name}: {calls}")
+
+
+def measure(group: Group, fleet: pools.Fleet, say: Say) -> tuple[list[Point], list[Point]]:
+    """Run the plans of a group on disjoint GPUs at the same time, each by a loop of its own; the points, and those of
+    held-out batches. Raises UserError."""
+    try:
+        return _measure(group, fleet, say)
+    except WorkerError as error:
+        raise UserError(f"{group.name}: {error}") from error
+
+
+def _measure(group: Group, fleet: pools.Fleet, say: Say) -> tuple[list[Point], list[Point]]:
+    steps = group.steps
+    batches = [batch for batch, _ in steps]
+    with ThreadPoolExecutor(max_workers=len(group.plans)) as threads:
+        backends = list(threads.map(lambda plan: Measured(plan, batches, fleet), group.plans))
+        say("processes are ready")
+        watchers = [Telling(batches, say), *(Silent() for _ in backends[1:])]
+        ran = list(threads.map(_run, backends, watchers))
+    found: dict[bool, dict[Point, list[Sample]]] = {True: defaultdict(list), False: defaultdict(list)}
+    for backend, spans in zip(backends, ran, strict=True):
+        for index, span in spans.items():
+            batch, counts = steps[span.step]
+            for sample in _samples(backend, index, span) if counts else ():
+                depends = sample.key.sequences > 0  # on the batch
+                found[batch.held_out and depends][sample.key].append(sample)
+    return tuple([_point(key, samples) for key, samples in found[held_out].items()] for held_out in (False, True))
+
+
+def _run(backend: Measured, watcher: Silent) -> dict[int, Span]:
+    spans: dict[int, Span] = {}
+    loop(tasks_of(backend.plan, len(backend.batches)), backend, spans, watcher)
+    return spans
 
 
 # --- points ---
 
-Sample = tuple[float, dict[str, Any]]  # seconds of one call, and the tokens it had
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """What one call adds to the point `key` (whose tokens, seconds and bytes are left open)."""
+
+    key: Point
+    seconds: float
+    tokens: dict[str, Any]
+    memory: dict[str, int]
 
 
-def _sample(plan: Plan, span: Span, made: Sequences) -> tuple[Point, Sample]:
-    """The point that a span belongs to (its tokens and seconds left open), and what the span adds to it.
+def _samples(backend: Measured, index: int, span: Span) -> Iterator[Sample]:
+    """The call itself, and its moves between host and GPU.
 
-    The seconds run from when the call could start, not from when its processes did: the way through the controller is
-    part of what a call costs."""
+    Seconds run from when the call could start, not from when its processes did: the way through the controller is part
+    of what a call costs."""
+    plan, batch = backend.plan, backend.batches[span.step]
+    key, tokens = _key(plan, span, backend.made[span.step], batch)
+    moved = {part: span.parts.get(part, 0.0) for part in ("wake", "offload")}
+    seconds = span.end - span.ready - sum(moved.values())
+    yield Sample(key=key, seconds=seconds, tokens=tokens, memory=backend.memory[index])
+    mover = _mover(plan, span)
+    for part, taken in moved.items():
+        if mover is not None and taken > 0:
+            like = {"call": part, "model": key.model, "seconds": 1.0}
+            yield Sample(key=Point.model_validate(like | mover), seconds=taken, tokens={}, memory={})
+
+
+def _key(plan: Plan, span: Span, made: Sequences, batch: Batch) -> tuple[Point, dict[str, Any]]:
+    """The point that a span belongs to, and the tokens that the span had."""
     workload, call = plan.workload, plan.dataflow[span.call]
     shape = None if call.kind == "host" else workload.model_of(span.role).shape
     key: dict[str, Any] = {
         "call": call.kind,
         "role": span.role,
         "model": None if shape == workload.actor.shape else shape,
+        "seconds": 1.0,
     }
     tokens: dict[str, Any] = {}
     if call.kind != "transfer":
@@ -229,16 +357,36 @@ def _sample(plan: Plan, span: Span, made: Sequences) -> tuple[Point, Sample]:
         if call.kind == "transfer":
             key["shared"] = plan.rollout.pools == layout.pools
         else:
-            key["micro_batch_tokens"] = layout.micro_batch_tokens
+            key["micro_batch_tokens"] = batch.micro_batch_tokens or layout.micro_batch_tokens
         if call.kind == "train":
             key |= {"recompute": layout.recompute, "minibatch": workload.minibatch, "epochs": workload.ppo.epochs}
-    return Point(seconds=1.0, **key), (span.end - span.ready - span.parts.get("wake", 0.0), tokens)
+    return Point.model_validate(key), tokens
+
+
+def _mover(plan: Plan, span: Span) -> dict[str, Any] | None:
+    """Whose memory a call moves, as far as it is all of one role's: an update's, with its optimizer, a forward pass's
+    of a role that does not train, an engine's."""
+    call, rollout = plan.dataflow[span.call], plan.rollout
+    if call.kind == "generate":
+        return {"role": "rollout", "tensor_parallel": rollout.tensor_parallel, "gpus": rollout.tensor_parallel}
+    if call.kind == "train" or (call.kind == "infer" and span.role in ("reference", "reward")):
+        layout = plan.trainers[span.role]
+        return {"role": span.role, "gpus": layout.gpus, "shard": layout.shard, "offload": layout.offload}
+    return None
 
 
 def _point(key: Point, samples: Sequence[Sample]) -> Point:
-    """The median, with the tokens of the sample that is nearest to it."""
-    seconds = np.array([taken for taken, _ in samples])
+    """The median, with the tokens of the sample that is nearest to it, and the most memory."""
+    seconds = np.array([sample.seconds for sample in samples])
     low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-    tokens = samples[int(np.abs(seconds - median).argmin())][1]
-    figures = {"seconds": float(median), "spread": float(high - low) / 2, "repeats": len(samples)}
+    tokens = samples[int(np.abs(seconds - median).argmin())].tokens
+    most = {kind: max(s.memory.get(kind, 0) for s in samples) for kind in ("used", "reserved", "allocated")}
+    figures = {
+        "seconds": float(median),
+        "spread": float(high - low) / 2,
+        "repeats": len(samples),
+        "peak_bytes": most["used"],
+        "reserved_bytes": most["reserved"],
+        "allocated_bytes": most["allocated"],
+    }
     return Point.model_validate({**key.model_dump(), **tokens, **figures})

@@ -130,11 +130,14 @@ def baseline(**options: Any) -> None:
 
 @main.command()
 @click.argument("plan", type=_file("PLAN"))
-def check(plan: Path) -> None:
-    """Check a plan as a whole, memory included."""
+@click.option("--here", is_flag=True, help="Fail if this machine cannot run it.")
+def check(plan: Path, here: bool) -> None:
+    """Check a plan as a whole, memory included.
+
+    Also says whether this machine could run it: its GPUs, driver and engine, the models, prompts and reward."""
     from planner.commands.check import check
 
-    check(plan)
+    check(plan, here)
 
 
 @main.command()
@@ -230,17 +233,21 @@ def compare(**options: Any) -> None:
 
 
 @main.command()
-@click.option("--cluster", default="local", show_default=True, metavar="FILE|local", help="What to measure.")
-@click.option("--gpus", type=int, metavar="N", help="With --cluster local: how many cores.")
+@click.option(
+    "--cluster", metavar="FILE|local", help="What to measure, if not --gpus: a cluster file of one node, or cores."
+)
+@click.option("--gpus", type=int, metavar="N", help="Number of GPUs to measure (with --cluster local: of cores).")
+@click.option("--device", metavar="NAME", help="Kind of GPU: h200 (default), h100 or a100.")
 @click.option("--workload", required=True, metavar="FILE|NAME", help="Whose calls to measure.")
-@click.option("--out", type=_file(), required=True, help="Where to write the profile.")
+@click.option("--minutes", type=float, metavar="M", help="At most so long; the least valuable is left out.")
+@click.option("--out", type=_file(), required=True, help="Where to write the profile; what is there is not done again.")
 def profile(**options: Any) -> None:
     """Measure what the calls of a workload take here.
 
-    The profile is for `plan search --profile`."""
-    from planner.commands.execute import profile
+    The profile is for `plan search --profile`. Without --cluster and --gpus this machine's cores are measured."""
+    from planner.commands.profile import profile
 
-    profile(**options)
+    profile(command=_command_line(), **options)
 
 
 @main.command()

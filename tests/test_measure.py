@@ -2,23 +2,33 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import cpu_cluster, make_workload
 
-from executor.measure import profile
+from executor.groups import Batch, Group, fitting, groups_of
+from executor.measure import measure, profile
+from executor.processes import fleet_for
 from planner.predict.cost import CostModel
 from planner.predict.layouts import trainer_layouts
 from planner.predict.profile import check_profiles, load_profiles
 from planner.predict.roofline import Place
+from planner.spec.cluster import make_cluster
+from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir
+from planner.spec.lengths import sample
+from planner.spec.workload import load_workload
+
+H200 = load_workload(profiles_dir() / "workloads" / "h200-1.5b.toml")
 
 
 def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_path: Path) -> None:
     workload = make_workload(response={"kind": "fixed", "tokens": 6})
-    cluster, said = cpu_cluster(2), []
-    result = profile(workload, cluster, tmp_path / "p.json", progress=said.append)
-    assert load_profiles([tmp_path / "p.json"]) == (result,)
+    cluster, out, said = cpu_cluster(2), tmp_path / "p.json", []
+    result = profile(workload, cluster, out, progress=said.append)
+    assert load_profiles([out]) == (result,)
     check_profiles([result], workload, cluster)
-    assert len(said) == 4
+    assert said[0].startswith("3 groups of measurements, about ") and len(result.measured) == 3
 
     points = {(point.call, point.role, point.gpus) for point in result.points}
     inferred, trained = ("reward", "reference", "actor", "critic"), ("actor", "critic")
@@ -33,6 +43,75 @@ def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_
     for role in trained:  # the planner takes them as they were measured
         layout = next(trainer_layouts(workload, role, 1, "p", device))
         estimate = model.train(role, layout, Place(parts=(1,), device=device))
-        (measured,) = [p.seconds for p in result.points if (p.call, p.role, p.gpus) == ("train", role, 1)]
-        assert estimate.source == "measured"
-        assert float(estimate.seconds[0]) == pytest.approx(measured, rel=1e-6)
+        measured = [p.seconds for p in result.points if (p.call, p.role, p.gpus) == ("train", role, 1)]
+        assert estimate.source == "measured" and len(measured) == 2  # with all roles on a core, and on two pools
+        assert float(estimate.seconds[0]) == pytest.approx(np.mean(measured), rel=1e-6)
+
+    again: list[str] = []
+    assert profile(workload, cluster, out, progress=again.append) == result
+    assert again == ["3 groups of measurements are there already"]
+    with pytest.raises(UserError, match=r"p\.json: was measured with another workload"):
+        profile(workload.model_copy(update={"seed": 1}), cluster, out, progress=again.append)
+
+
+def test_batches_of_several_sizes_run_on_the_same_processes(ray_two: None) -> None:
+    workload, cluster = make_workload(batch=8, minibatch=4), cpu_cluster(1)
+    (whole,) = groups_of(workload, cluster)
+    plan = whole.plans[0]
+    batches = (
+        Batch(sequences=4, repeats=2),
+        Batch(sequences=8, repeats=2),
+        Batch(sequences=8, repeats=1, micro_batch_tokens=13),
+        Batch(sequences=12, repeats=1, stretch=1.5, held_out=True),
+    )
+    fleet = fleet_for([plan])
+    try:
+        said: list[str] = []
+        points, held_out = measure(Group(name="sizes", plans=(plan,), batches=batches), fleet, said.append)
+    finally:
+        fleet.close()
+    assert len(said) == 1 + 1 + 2 + 2 + 1 + 1  # that it begins, and each step with the warm-up
+    lengths = sample(workload.response, 8, workload.seed, 0, 1)
+    generated = {p.sequences: p for p in points if p.call == "generate"}
+    assert {n: (p.response_lengths, p.repeats) for n, p in generated.items()} == {
+        4: (tuple(lengths[:4]), 2),
+        8: (tuple(lengths), 3),  # the micro-batches of the trainers do not matter
+    }
+    actor = [p for p in points if (p.call, p.role) == ("train", "actor")]
+    plain = plan.trainers["actor"].micro_batch_tokens
+    assert sorted((p.sequences, p.micro_batch_tokens) for p in actor) == [(4, plain), (8, 13), (8, plain)]
+    (sync,) = [p for p in points if p.call == "transfer"]
+    assert sync.repeats == 6
+    unseen = sample(workload.response, 12, workload.seed, 1, 1)
+    stretched = tuple(np.clip(np.rint(1.5 * unseen), 1, workload.response.longest).astype(int).tolist())
+    assert {p.response_lengths for p in held_out if p.call != "host"} == {stretched}
+    assert {p.call for p in held_out} == {"generate", "infer", "train", "host"}
+
+
+def test_what_is_measured_on_four_gpus() -> None:
+    groups = groups_of(H200, make_cluster(4))
+    layouts = [plan.trainers["actor"] for group in groups for plan in group.plans]
+    assert {(layout.shard, layout.replicas) for layout in layouts} == {(4, 1), (1, 4), (3, 1), (2, 1), (2, 2)}
+    assert {plan.rollout.tensor_parallel for group in groups for plan in group.plans} == {1, 2, 4}
+    assert {plan.rollout.offload for group in groups for plan in group.plans} == {False, True}
+    assert [batch.sequences for batch in groups[0].batches] == [128, 256, 512, 256, 384]
+    assert [batch.held_out for batch in groups[0].batches] == [False, False, False, False, True]
+    assert groups[0].plans[0].rollout == groups[1].plans[0].rollout  # the engines stay
+    assert groups[1].start_seconds < groups[2].start_seconds
+
+
+def test_a_budget_drops_extra_batches_then_the_last_groups() -> None:
+    groups = groups_of(H200, make_cluster(4))
+    total = sum(group.seconds for group in groups)
+    assert fitting(groups, total + 1) == groups
+    least = [group.only([batch for batch in group.batches if not batch.extra]) for group in groups]
+    assert fitting(groups, sum(group.seconds for group in least) + 1e-6) == least
+    two = fitting(groups, least[0].seconds + least[1].seconds + 1e-6)
+    assert two == [least[0], least[1], None, None, None]
+    assert fitting(groups, 10) == [None] * 5
+
+
+def test_more_gpus_than_there_are_are_refused_before_anything_is_started(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs 64 GPUs of kind h200 and this machine has"):
+        profile(H200, make_cluster(64, "h200", 64), tmp_path / "p.json", progress=print)
+    assert not (tmp_path / "p.json").exists()

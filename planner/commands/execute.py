@@ -1,18 +1,11 @@
-"""`plan execute`, `plan profile` and `plan task`: whatever needs the `execute` extra."""
+"""`plan execute` and `plan task`."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 
-from planner.commands.inputs import (
-    check_target,
-    make_console,
-    positive,
-    profiles_of,
-    read_cluster,
-    read_workload,
-)
+from planner.commands.inputs import make_console, positive, profiles_of
 from planner.predict.forecast import task_seconds
 from planner.predict.schedule import load_plan
 from planner.report import trace
@@ -27,25 +20,29 @@ NEEDED = ("ray", "torch", "transformers", "safetensors")
 
 def need_extra(command: str) -> None:
     """Raise UserError if what the executor runs on is not installed."""
-    missing = [name for name in NEEDED if find_spec(name) is None]
-    if missing:
+    if missing := missing_extra():
         raise UserError(f"{command} needs {', '.join(missing)}; install it with: pip install 'splitplan[execute]'")
 
 
-    deadline_floor: float,
+def missing_extra() -> list[str]:
+    """What the executor runs on and is not installed."""
+    return [name for name in NEEDED if find_spec(name) is None]
+
+
 def execute(
     plan: Path,
     name: str,
     steps: int | None,
-    if not 0 < deadline_floor < float("inf"):
-        raise UserError(f"--deadline-floor {deadline_floor:g}: choose a positive number of seconds")
     rehearse: bool,
     runs: Path,
     address: str | None,
+    deadline_floor: float,
     profiles: Sequence[Path],
 ) -> None:
     need_extra("plan execute")
     positive("--steps", steps)
+    if not 0 < deadline_floor < float("inf"):
+        raise UserError(f"--deadline-floor {deadline_floor:g}: choose a positive number of seconds")
     checked = load_plan(plan)
     seconds = None
     if rehearse:
@@ -57,7 +54,6 @@ def execute(
     with LiveProgress(checked, steps or checked.workload.steps, console) as progress:
         run = execute(
             checked,
-            deadline_floor=deadline_floor,
             name=name or free_name(runs, checked.name),
             runs=runs,
             steps=steps,
@@ -65,6 +61,7 @@ def execute(
             seconds=seconds,
             address=address,
             progress=progress,
+            deadline_floor=deadline_floor,
         )
     timeline = Timeline.read(run / "timeline.json")
     console.print(summary(checked, timeline, progress), soft_wrap=True)
@@ -91,19 +88,6 @@ def summary(plan: Plan, timeline: Timeline, progress: LiveProgress) -> str:
         if isinstance(value := progress.metrics.get(key), float):
             text += f", last {key.replace('_', ' ')} {value:.3f}"
     return text + "."
-
-
-def profile(cluster: str, gpus: int | None, workload: str, out: Path) -> None:
-    need_extra("plan profile")
-    check_target(out, ".json")
-    there = read_cluster(gpus=gpus, device=None, gpus_per_node=None, cluster=cluster)
-    asked = read_workload(workload)
-    from executor.measure import profile
-
-    console = make_console()
-    with console.status("measuring") as status:
-        found = profile(asked, there, out, progress=status.update if console.is_terminal else console.print)
-    console.print(f"Wrote {out}: {len(found.points)} points.", markup=False, soft_wrap=True)
 
 
 def task(name: str, out: Path, seed: int) -> None:

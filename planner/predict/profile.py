@@ -29,7 +29,9 @@ class Point(Spec):
     `prompt_tokens` and `response_tokens` are totals over the call's `sequences`; `response_lengths` gives each
     sequence's response in the order of the batch where they differ. `seconds` of a `wake` and of an `offload` belong
     to these moves alone; those of the other calls are without them. Of a `transfer`, `gpus` and `shard` are the
-    actor's, `engines` and `tensor_parallel` the rollout's. A `host` call has its name as role."""
+    actor's, `engines` and `tensor_parallel` the rollout's. A `host` call has its name as role. `peak_bytes` is what the
+    fullest GPU had in use, `reserved_bytes` what the allocator of the process that ran the call held of it,
+    `allocated_bytes` its tensors; 0 where that is not known."""
 
     call: Literal["generate", "infer", "train", "transfer", "wake", "offload", "host"]
     role: str
@@ -53,6 +55,8 @@ class Point(Spec):
     spread: NonNegativeFloat = 0.0
     repeats: PositiveInt = 1
     peak_bytes: NonNegativeInt = 0
+    reserved_bytes: NonNegativeInt = 0
+    allocated_bytes: NonNegativeInt = 0
     model: Shape | None = None  # where it is not the profile's
 
     @model_validator(mode="after")
@@ -68,7 +72,9 @@ class Point(Spec):
 
 
 class Profile(File):
-    """Points of one device (its name in the cluster) and one model shape."""
+    """Points of one device (its name in the cluster) and one model shape. `held_out` are points of a batch and length
+    that no other point has: predictions are judged by them and never use them. `measured` names what was measured of
+    the `workload`, for a measurement that goes on later."""
 
     SCHEMA: ClassVar[str] = "splitplan/profile/1"
 
@@ -78,6 +84,9 @@ class Profile(File):
     date: str = ""
     command: str = ""
     points: tuple[Point, ...]
+    held_out: tuple[Point, ...] = ()
+    workload: str = ""  # its name and the first digits of its sha256
+    measured: tuple[str, ...] = ()
 
     @property
     def sha256(self) -> str:
