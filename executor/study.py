@@ -23,6 +23,7 @@ from executor.run import Silent, _run
 from executor.rundir import RunDirectory
 from executor.session import ray_session
 from executor.step import Training
+from executor.supervise import Deadlines, one_line
 from executor.sync import channels
 from executor.trainer import Trainer
 from executor.vllm_engine import VllmWorker, made_for
@@ -33,6 +34,7 @@ from planner.spec.timeline import Timeline, step_seconds
 
 PACKAGES = ("torch", "transformers", "ray", "vllm")
 SAMPLE_SECONDS = 0.05
+FLOOR_SECONDS = 20.0  # of a call's deadline: a study's time is short
 # Seconds that a cell takes beside its steps, first step's compiling included: with engines to start, and without.
 BESIDE = {"GPU": (90.0, 40.0), "CPU": (15.0, 5.0)}
 
@@ -143,7 +145,7 @@ class Bench:
             timeline, start, found = self._run(job, prompts, scratch)
         except Exception as error:
             self.close()  # whatever its processes are doing now
-            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            reason = " ".join(str(error).split())[:600] or type(error).__name__
             _keep_log(job.directory, scratch)
             CellResult(status="failed", reason=reason, **told).write(job.directory / "result.json")
             return f"failed: {reason}"
@@ -163,7 +165,9 @@ class Bench:
         """The timeline, seconds to start, and memory."""
         began = time.monotonic()
         fleet = self._make_room(job.plan)
-        backend = _Measured(job.plan, prompts, fleet)
+        deadlines = Deadlines(plan=job.plan, floor=FLOOR_SECONDS)
+        with one_line(job.plan, "the start", tuple(job.plan.pools), "start"):
+            backend = _Measured(job.plan, prompts, fleet, deadlines)
         start = time.monotonic() - began
         _on_processes(backend, _forget_peak)
         with MemoryWatch(fleet.devices) as watch:
