@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -65,11 +65,12 @@ def run(jobs: Sequence[Job], *, seconds: float | None, say: Callable[[str], None
     A cell that fails leaves its reason, and the next one starts on fresh processes. Raises UserError, before anything
     is started, if this machine has not what the plans need."""
     began = time.monotonic()
-    prompts = {job.plan.name: preflight.check(job.plan, local=True) for job in jobs}
+    widest = max(jobs, key=lambda job: pools.needed(job.plan))
+    prompts = {job.plan.name: preflight.check(job.plan, local=job is widest) for job in jobs}
     jobs, left = in_order(jobs), []
     on_cores = pools.resource_of(jobs[0].plan) == "CPU"
     gpus = {gpu for job in jobs for pool in job.plan.pools.values() for gpu in pool.gpus}
-    with ray_session(cpus=len(gpus) if on_cores else None, address=None), _bench(jobs) as bench:
+    with ray_session(cpus=len(gpus) if on_cores else None, address=None), contextlib.closing(Bench(jobs)) as bench:
         whole = _whole_estimate(bench, jobs)
         say(f"{len(jobs)} cells, about {whole / 60:.1f} min" + (f" of {seconds / 60:.1f}" if seconds else ""))
         for number, job in enumerate(jobs, start=1):
@@ -108,15 +109,6 @@ def _whole_estimate(bench: "Bench", jobs: Sequence[Job]) -> float:
     befores: list[Job | None] = [None, *jobs]
     pairs = zip(befores, jobs, strict=False)
     return sum(bench.estimate(job, engines_of(before.plan) if before else frozenset()) for before, job in pairs)
-
-
-@contextlib.contextmanager
-def _bench(jobs: Sequence[Job]) -> Iterator["Bench"]:
-    bench = Bench(jobs)
-    try:
-        yield bench
-    finally:
-        bench.close()
 
 
 class Bench:
@@ -173,6 +165,7 @@ class Bench:
         with MemoryWatch(fleet.devices) as watch:
             _run(job.plan, job.steps, backend, RunDirectory(scratch, tensorboard=False), Silent())
         found = _memory(watch.peaks, _on_processes(backend, _peak))
+        backend.close()  # the processes stay
         (scratch / "metrics.jsonl").replace(job.directory / "metrics.jsonl")
         timeline = Timeline.read(scratch / "timeline.json").model_copy(update={"warmup": job.warmup})
         return timeline, start, found
