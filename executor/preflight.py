@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from executor import pools, reward
+import ray
+
+from executor import gpus, pools, reward
 from executor.data import Dataset, PromptSource, Synthetic
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
@@ -26,10 +28,26 @@ def check(plan: Plan, *, local: bool) -> PromptSource:
     return load_prompts(plan.workload)
 
 
+def problems(plan: Plan) -> list[str]:
+    """All that `check` would refuse on this machine, one line each."""
+    workload, found = plan.workload, []
+    for step in (
+        lambda: check_machine(plan),
+        lambda: check_engine(plan),
+        lambda: check_models(workload),
+        lambda: reward.check(workload.reward) if isinstance(workload.reward, RewardFunction) else None,
+        lambda: load_prompts(workload),
+    ):
+        try:
+            step()
+        except UserError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
+
+
 def check_machine(plan: Plan) -> None:
-    """Whether this machine has what the plan runs on (a cluster is asked by `pools.reserve`)."""
+    """Whether this machine has what the plan runs on (a cluster is asked by `pools.Fleet`)."""
     wanted = pools.needed(plan)
-    kinds = sorted({plan.cluster.nodes[node].device for pool in plan.pools.values() for node, _ in pool.gpus})
     if pools.resource_of(plan) == "CPU":
         if (os.cpu_count() or 1) < wanted:
             raise UserError(
@@ -37,14 +55,38 @@ def check_machine(plan: Plan) -> None:
                 "search a plan for fewer GPUs, or use --rehearse"
             )
         return
+    there = gpus.found()
+    if len(there) < wanted:
+        kinds = sorted({plan.cluster.nodes[node].device for pool in plan.pools.values() for node, _ in pool.gpus})
+        raise UserError(
+            f"plan {plan.name!r} needs {wanted} GPUs of kind {' and '.join(kinds)} and this machine has {len(there)}; "
+            "run it where they are (--address for a Ray cluster), or play it here with --rehearse"
+        )
+    gpus.check_kind(plan, there)
+    check_driver(there[0].driver)
+    if not ray.is_initialized():  # else it may be us
+        gpus.check_free(there, gpus.users())
+
+
+def check_driver(driver: str) -> None:
+    """Whether torch can use GPUs with this version of their driver."""
     import torch
 
-    has = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if has < wanted:
+    if torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
         raise UserError(
-            f"plan {plan.name!r} needs {wanted} GPUs of kind {' and '.join(kinds)} and this machine has {has}; run it "
-            "where they are (--address for a Ray cluster), or play it here with --rehearse"
+            f"torch {torch.__version__} is built without CUDA, and the plan is for GPUs; install a build with CUDA"
         )
+    reason = "it says no more"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise UserError(
+        f"torch {torch.__version__} for CUDA {torch.version.cuda} cannot use this machine's GPUs with driver {driver} "
+        f"({reason}); update the driver, or install a torch for an older CUDA"
+    )
 
 
 def check_engine(plan: Plan) -> None:

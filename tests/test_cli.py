@@ -11,12 +11,13 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner, Result
-from conftest import SHAPE, colocated, make_workload, split
+from conftest import ROLES, SHAPE, colocated, make_plan, make_workload, split
 
 from planner.cli import KINDS, Commands, main
 from planner.commands.local import local_cluster, physical_cores
 from planner.predict.profile import Point, Profile
 from planner.predict.schedule import load_plan
+from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
@@ -198,6 +199,16 @@ def test_check_shows_the_memory_of_each_pool(written: Path) -> None:
     result = plan("check", written)
     assert result.exit_code == 0, result.output
     assert "peak GB" in result.stdout and "is sound" in result.stdout
+    assert "It can be run on this machine." in result.stdout
+
+
+def test_check_says_why_a_plan_cannot_be_run_here(tmp_path: Path) -> None:
+    cluster, roles = make_cluster(8), dict.fromkeys(ROLES, "all")
+    make_plan(make_workload(), {"all": 8}, roles, cluster=cluster).write(tmp_path / "large.json")
+    result = plan("check", tmp_path / "large.json")
+    assert result.exit_code == 0, result.output
+    assert "It cannot be run on this machine:\n- plan 'test' needs 8 GPUs of kind h200" in result.stdout
+    assert "needs 8 GPUs of kind h200" in one_line(plan("check", "--here", tmp_path / "large.json"))
 
 
 # --- search ---

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from planner.commands.execute import missing_extra
 from planner.commands.inputs import make_console
 from planner.predict.memory import check_memory, plan_memory
 from planner.predict.profile import Profile
@@ -27,17 +28,32 @@ KINDS: dict[str, type[File]] = {
 }
 
 
-def check(plan: Path) -> None:
-    """The file, its program, and the memory of each pool."""
+def check(plan: Path, here: bool) -> None:
+    """The file, its program, and the memory of each pool; and whether this machine could run it."""
     checked = load_plan(plan)
     try:
         check_memory(checked)
     except UserError as error:
         raise UserError(f"{plan}: {error}") from None
+    found = _missing_here(checked)
+    if here and found:
+        raise UserError(f"{plan} cannot be run on this machine: {'; '.join(found)}")
     console = make_console()
     console.print(memory_table({pool: (m.peak, m.allowed) for pool, m in plan_memory(checked).items()}))
     console.print()
     console.print(f"{plan} is sound: its program runs, with staleness {checked.staleness}, and its memory suffices.")
+    console.print("It cannot be run on this machine:" if found else "It can be run on this machine.")
+    for line in found:
+        console.print(f"- {line}", markup=False, soft_wrap=True)
+
+
+def _missing_here(plan: Plan) -> list[str]:
+    """What a run on this machine would end with before it starts anything."""
+    if missing := missing_extra():
+        return [f"{', '.join(missing)} not installed; pip install 'splitplan[execute]'"]
+    from executor.preflight import problems  # torch and ray are slow to load
+
+    return problems(plan)
 
 
 def schema(kind: str) -> None:
