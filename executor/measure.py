@@ -4,7 +4,6 @@ the very loop of a real run, and the median duration of each call. What is measu
 import contextlib
 import hashlib
 import platform
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from executor.processes import fleet_for
 from executor.run import Silent, loop
 from executor.session import ray_session
 from executor.step import Done, Training
+from executor.supervise import Deadlines
 from executor.worker import WorkerError, ask
 from planner.predict.profile import Point, Profile
 from planner.predict.schedule import Task, tasks_of
@@ -34,7 +34,6 @@ from planner.spec.timeline import Span
 from planner.spec.workload import Workload
 
 PACKAGES = ("torch", "transformers", "ray", "vllm")
-SHIPPED = ("h200", "h100", "a100")  # devices whose names are the vendor's
 Say = Callable[[str], None]
 
 
@@ -56,10 +55,7 @@ def profile(
     groups = groups_of(workload, cluster)
     if not groups:
         raise UserError(f"workload {workload.name!r} fits no {len(cluster.gpus)} GPUs of {cluster.name} as one plan")
-    for plan in _plans(groups):
-        preflight.check_machine(plan)
-    preflight.check(groups[0].plans[0], local=True)
-    _check_kind(cluster.nodes[0].device)
+    preflight.check(max(_plans(groups), key=pools.needed), local=True)
     missing = [group.only(batches) for group in groups if (batches := _missing(group, result))]
     _announce(missing, len(groups) - len(missing), minutes, progress)
     if not missing:
@@ -117,18 +113,6 @@ def _announce(missing: Sequence[Group], there: int, minutes: float | None, progr
         lost = [batch.name for batch in whole.batches if part is None or batch not in part.batches]
         if lost:
             progress(f"left out for lack of time: {whole.name}: {'; '.join(lost)}")
-
-
-def _check_kind(device: str) -> None:
-    """Raise UserError where the driver knows its GPUs by other names than the cluster does."""
-    try:
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        names = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=30).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return  # no such GPUs, or no way to know
-    other = sorted({name for name in names if device.lower() not in name.lower()})
-    if other and device in SHIPPED:
-        raise UserError(f"the cluster has {device} GPUs and this machine {', '.join(other)}; name them with --device")
 
 
 # --- the file ---
@@ -219,10 +203,10 @@ class Measured(Training):
     """Runs each step with its own batch, and keeps every step's sequences for their lengths and every call's peak of
     memory."""
 
-    def __init__(self, plan: Plan, batches: Sequence[Batch], fleet: pools.Fleet) -> None:
+    def __init__(self, plan: Plan, batches: Sequence[Batch], fleet: pools.Fleet, deadlines: Deadlines) -> None:
         synthetic = plan.workload.data is None
         prompts: PromptSource = Sized(plan.workload, batches) if synthetic else preflight.load_prompts(plan.workload)
-        super().__init__(plan, prompts, fleet)
+        super().__init__(plan, prompts, fleet, deadlines)
         self.batches = batches
         self.made: dict[int, Sequences] = {}
         self.memory: dict[int, dict[str, int]] = {}  # by task
@@ -273,11 +257,17 @@ def measure(group: Group, fleet: pools.Fleet, say: Say) -> tuple[list[Point], li
 def _measure(group: Group, fleet: pools.Fleet, say: Say) -> tuple[list[Point], list[Point]]:
     steps = group.steps
     batches = [batch for batch, _ in steps]
+    longest = max(group.step_seconds, default=0.0)
+
+    def deadlines(plan: Plan) -> Deadlines:
+        return Deadlines(plan=plan, predicted=lambda _: longest)
+
     with ThreadPoolExecutor(max_workers=len(group.plans)) as threads:
-        backends = list(threads.map(lambda plan: Measured(plan, batches, fleet), group.plans))
+        backends = list(threads.map(lambda plan: Measured(plan, batches, fleet, deadlines(plan)), group.plans))
         say("processes are ready")
         watchers = [Telling(batches, say), *(Silent() for _ in backends[1:])]
         ran = list(threads.map(_run, backends, watchers))
+        list(threads.map(Measured.close, backends))
     found: dict[bool, dict[Point, list[Sample]]] = {True: defaultdict(list), False: defaultdict(list)}
     for backend, spans in zip(backends, ran, strict=True):
         for index, span in spans.items():

@@ -1,5 +1,6 @@
 """The processes of a real run: trainers and engines on the GPUs of a plan, and the reward function's."""
 
+import contextlib
 from dataclasses import replace
 
 from executor import pools
@@ -9,9 +10,11 @@ from executor.supervise import Deadlines
 from executor.sync import WeightSync, channels
 from executor.trainer import Trainer
 from executor.vllm_engine import VllmWorker, made_for
-from executor.worker import Rank, ask, within
+from executor.worker import Rank, WorkerError, ask, within
 from planner.spec.plan import Plan
 from planner.spec.workload import RewardFunction
+
+LEAVING_SECONDS = 30.0
 
 
 class Processes:
@@ -88,9 +91,14 @@ class Processes:
             raise import_hangs(reward) from None
 
     def close(self) -> None:
-        """End all of them at once, whatever they are doing."""
+        """End all of them at once, whatever they are doing. Those of a fleet that stays open stay too, but the trainers
+        drop their models and leave their groups, which must not wait until one of them is used again or ended."""
         if self._own:
             self.fleet.close()
+        else:
+            trainers = [rank for ranks in self.trainers.values() for rank in ranks]
+            with contextlib.suppress(WorkerError, TimeoutError):  # they did not do what they were asked before either
+                ask(trainers, "leave", timeout=LEAVING_SECONDS)
 
 
 def fleet_for(plans: list[Plan]) -> pools.Fleet:

@@ -56,14 +56,19 @@ class Trainer(Worker):
 
     def configure(self, plan: Plan, pool: str, rank: int) -> None:
         """Become this rank of a plan's pool; whatever came before is dropped."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self.leave()
         self.plan, self.pool, self.rank = plan, pool, rank
         self.on_cpu = plan.device_of(pool).kind == "cpu"
         self.device = torch.device("cpu") if self.on_cpu else torch.device("cuda", 0)
         if self.on_cpu:
             torch.set_num_threads(1)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+    def leave(self) -> None:
+        """Leave the pool's group and drop the models. All ranks must do so at the same time: NCCL waits for them."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        self.group: Any = None
         self.roles: dict[str, Hosted] = {}
         self.window: weights.Window | None = None
         gc.collect()
