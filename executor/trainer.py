@@ -112,6 +112,8 @@ class Trainer(Worker):
                 mesh = _mesh(layout, self.device.type)  # a collective over the whole pool, idle ranks too
                 if self.rank < layout.gpus:
                     self.roles[role] = self._host(role, layout, mesh)
+        if not self.on_cpu:
+            torch.cuda.empty_cache()  # of whole parameters; an engine that starts on this GPU takes what is free
 
     def _host(self, role: str, layout: TrainerRole, mesh: DeviceMesh) -> Hosted:
         trained = role in models.TRAINED
