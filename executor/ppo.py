@@ -88,13 +88,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     V. Schulman et al. 2015 (arXiv:1506.02438).
     """
     rewards, values = _zero(rewards, mask), _zero(values, mask)
-    advantages = torch.zeros_like(rewards)
-    next_value = next_advantage = rewards.new_zeros(rewards.shape[0])
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantages[:, t] = torch.where(mask[:, t], delta + gamma * lam * next_advantage, 0.0)
-        next_value = torch.where(mask[:, t], values[:, t], next_value)
-        next_advantage = torch.where(mask[:, t], advantages[:, t], next_advantage)
+    tokens = mask.shape[1]
+    real = torch.where(mask, torch.arange(tokens, device=mask.device), tokens)
+    following = real.flip(1).cummin(dim=1).values.flip(1)[:, 1:]  # the next real token's place, or `tokens`
+    next_values = torch.nn.functional.pad(values, (0, 1)).gather(1, following)
+    deltas = rewards - values
+    deltas[:, :-1] += gamma * next_values
+    # Where masked, what follows is passed on. Time first: each step of the recurrence is one operation on one row.
+    deltas, decays = _zero(deltas, mask).T.contiguous(), torch.where(mask, gamma * lam, 1.0).T.contiguous()
+    for t in reversed(range(tokens - 1)):
+        deltas[t].addcmul_(decays[t], deltas[t + 1])
+    advantages = _zero(deltas.T, mask)
     return advantages, advantages + values
 
 

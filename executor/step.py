@@ -110,7 +110,9 @@ class Training:
             whiten_advantages=settings.whiten,
         )
         step.columns |= {"advantages": advantages.numpy(), "returns": returns.numpy()}
-        step.metrics |= metrics
+        # Between the engine's log-probs and the actor's: the engine's rounding where the data are fresh, else staleness.
+        gap = (columns["proximal_log_probs"] - columns["log_probs"]).abs()[mask].mean()
+        step.metrics |= {**metrics, "log_prob_gap": float(gap)}
         tokens = int(step.sequences.response_lengths.sum())
         return [Record(start=start, end=time.perf_counter())], tokens
 
