@@ -1,6 +1,7 @@
 """Pinned searches: what is pinned holds, costs time at most, and contradictions are one line."""
 
-import numpy as np
+import re
+
 import pytest
 from conftest import ROLES
 from hypothesis import given
@@ -8,8 +9,8 @@ from hypothesis import strategies as st
 from test_search import small_workload, tiny_cluster
 
 from planner.search import find
-from planner.search.pins import allows, parse_pins
-from planner.search.space import sizes, structures
+from planner.search.pins import parse_pins, restriction
+from planner.search.space import arrangements, sizes, structures
 from planner.spec.errors import UserError
 
 
@@ -53,19 +54,32 @@ PINS = st.one_of(
 
 
 @given(st.lists(PINS, min_size=1, max_size=4), st.integers(1, 6))
-def test_pins_are_refused_exactly_when_they_leave_nothing(pins, gpus):
+def test_pins_are_refused_exactly_when_they_leave_nothing(texts, gpus):
+    possible = any(
+        meets(texts, structure, counts)
+        for structure in structures(ROLES)
+        for used in range(1, gpus + 1)
+        for counts in sizes(used, len(structure)).tolist()
+    )
     try:
-        meet = allows(parse_pins(pins, ROLES, gpus))
+        parse_pins(texts, ROLES, tiny_cluster(gpus))
     except UserError:
-        meet = allows(parse_pins_unchecked(pins))
-        assert not any(meet(s, sizes(gpus, len(s))).any() for s in structures(ROLES))
+        assert not possible
     else:
-        assert any(meet(s, sizes(gpus, len(s))).any() for s in structures(ROLES))
+        assert possible
 
 
-def parse_pins_unchecked(pins):
-    """One by one on enough GPUs for each, so that only what they ask is read."""
-    return [pin for text in pins for pin in parse_pins([text.replace("=0", "=99")], ROLES, 400)]
+def meets(texts, structure, counts):
+    """What the pins say, of one placement."""
+    for text in texts:
+        role, sign, other = re.fullmatch(r"(\w+)([=+/])(\w+)", text).groups()
+        if sign == "=":
+            held = sum(count for roles, count in zip(structure, counts, strict=True) if role in roles)
+            if held != int(other):
+                return False
+        elif any({role, other} <= roles for roles in structure) != (sign == "+"):
+            return False
+    return True
 
 
 @pytest.mark.parametrize(
@@ -83,14 +97,14 @@ def parse_pins_unchecked(pins):
 )
 def test_a_pin_that_cannot_be_met_is_named(pins, message):
     with pytest.raises(UserError) as error:
-        parse_pins(pins, ROLES, 4)
+        parse_pins(pins, ROLES, tiny_cluster(4))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_sizes_are_the_sum_over_the_rollouts_pools():
+def test_the_rollouts_pools_together_have_what_is_pinned():
     structure = (frozenset({"actor", "rollout"}), frozenset({"critic", "rollout"}), frozenset({"reference", "reward"}))
-    assert allows(parse_pins(["rollout=3"], ROLES, 5))(structure, np.array([[1, 2, 2], [2, 2, 1]])).tolist() == [
-        True,
-        False,
-    ]
+    (arrangement,) = arrangements(structure, tiny_cluster(5))
+    pinned = restriction(parse_pins(["rollout=3"], ROLES, tiny_cluster(5)))(arrangement)
+    assert (pinned.rollout, pinned.limits) == (3, (((0, 1, 2), 5), ((0, 1), 3), ((2,), 2)))
+    assert restriction(parse_pins(["actor=1", "critic=2"], ROLES, tiny_cluster(5)))(arrangement).given == {0: 1, 1: 2}

@@ -12,12 +12,12 @@ import planner.predict.layouts as layouts
 from planner.predict.cost import CostModel
 from planner.predict.cycle import cycles
 from planner.predict.forecast import forecast, predict
-from planner.predict.layouts import rollout_layouts, trainer_layouts
+from planner.predict.layouts import rank_counts, rollout_layouts, trainer_layouts
 from planner.predict.memory import check_memory
 from planner.predict.schedule import check, staleness, steady_edges, unroll
 from planner.predict.simulate import simulate
 from planner.search import NAMES, baseline, find
-from planner.search.programs import bound_rates, orders, plain_programs, programs_below
+from planner.search.programs import best_naturals, bound_rates, natural_programs, orders, programs_below, unbeatable
 from planner.search.space import pack, parts_of, sizes, structures
 from planner.spec.cluster import Cluster, Device, Node, make_cluster
 from planner.spec.dataflow import ppo
@@ -108,17 +108,39 @@ def _random_order(rng, names):
     return tuple(Issue(call=name, offset=offset[name]) for name in order)
 
 
-def test_plain_programs_are_among_all():
+def test_natural_programs_are_among_all():
     flow = ppo(make_workload()).steady
     rng = np.random.default_rng(1)
     for structure in structures(ROLES)[10:170:40]:
         sharing = _sharing(flow, structure)
         seconds = rng.uniform(1, 9, len(flow.names))
         for k in (0, 1):
-            plain = min(float(program.cycles.periods(seconds)) for program in plain_programs(flow, sharing, k))
-            assert programs_below(flow, sharing, k, seconds, plain * (1 + 1e-9))
-            for program in programs_below(flow, sharing, k, seconds, plain * 0.999):
-                assert program.cycles.periods(seconds) < plain
+            natural = min(float(p.cycles.periods(seconds)) for p in best_naturals(flow, sharing, k, seconds, np.inf))
+            assert programs_below(flow, sharing, k, seconds, natural * (1 + 1e-6))
+            for program in programs_below(flow, sharing, k, seconds, natural * 0.999):
+                assert program.cycles.periods(seconds) < natural
+            if best := unbeatable(flow, sharing, k):
+                assert best.cycles.periods(seconds) == pytest.approx((bound_rates(flow, sharing, k) @ seconds).max())
+
+
+def test_event_graphs_made_at_once_are_those_of_the_one_rule():
+    """Every pair that shares a pool has an edge; the shortest paths, hence all periods, are the same."""
+    flow = ppo(make_workload()).steady
+    for structure in structures(ROLES)[::30]:
+        sharing = _sharing(flow, structure)
+        pools, listed = dict(sharing), natural_programs(flow, sharing, 1)
+        for items, steps in list(zip(*listed, strict=True))[::17]:
+            edges = steady_edges(flow, items, lambda call, pools=pools: pools[call.name])
+            single = np.full_like(steps, np.inf)
+            for (u, v), distance in edges.items():
+                single[flow.names.index(u), flow.names.index(v)] = distance
+            assert (_shortest(single) == _shortest(steps)).all()
+
+
+def _shortest(steps):
+    for via in range(len(steps)):
+        steps = np.minimum(steps, steps[:, via, None] + steps[None, via, :])
+    return steps
 
 
 def tiny_cluster(gpus, memory=80e9, flops=300e12):
@@ -170,7 +192,12 @@ def brute_force(workload, cluster):
                 workload, tuple(parts_of(gpus[i]) for i in generating), tuple(names[i] for i in generating), device
             )
             trainers = [
-                list(trainer_layouts(workload, role, int(counts[i]), names[i], device)) for role, i in home.items()
+                [
+                    layout
+                    for used in rank_counts(int(counts[i]), workload.minibatch, len(cluster.gpus))
+                    for layout in trainer_layouts(workload, role, used, names[i], device)
+                ]
+                for role, i in home.items()
             ]
             for rollout, *chosen in product(rollouts, *trainers):
                 roles = dict(zip(home, chosen, strict=True)) | {"rollout": rollout}

@@ -125,7 +125,8 @@ def test_dollars_are_those_of_all_gpus():
 def test_the_space_is_counted():
     found = count(make_workload(), tiny_cluster(4), 0)
     assert sum(structures for _, structures, _ in found.placements) == sum(len(s) <= 4 for s in structures(ROLES))
-    assert sum(many for *_, many in found.placements) == sum(len(sizes(4, len(s))) for s in structures(ROLES))
+    counted = sum(len(sizes(used, len(s))) for s in structures(ROLES) for used in range(1, 5))
+    assert sum(many for *_, many in found.placements) == counted
     assert [k for k, *_ in found.programs] == [0]
     assert all(1 <= kept <= listed for _, listed, kept in found.layouts)
 

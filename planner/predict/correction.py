@@ -5,9 +5,9 @@ points that are like it (same kind of call, model shape and head, device), inter
 its size (tokens per rank, sequences per engine) and held constant beyond the outermost points.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from planner.predict.generation import engine_speed, generation_seconds
 from planner.predict.memory import engine_weight_bytes, offloaded_bytes
 from planner.predict.profile import Point, Profile, head_of
-from planner.predict.roofline import Place, infer_cost, shares, sync_cost, train_cost
+from planner.predict.roofline import Place, infer_cost, shares, split_of, sync_cost, train_cost
 from planner.spec.cluster import Cluster, Device
 from planner.spec.plan import TrainerRole
 from planner.spec.workload import Shape
@@ -42,7 +42,7 @@ class Layout:
     the shard size or the tensor-parallel size; `preferred` are fields of Point, `exact` those that make it the same
     call."""
 
-    split: int
+    split: Any
     preferred: dict[str, object] = field(default_factory=dict)
     exact: dict[str, object] = field(default_factory=dict)
 
@@ -65,14 +65,11 @@ class Corrections:
         self, call: str, shape: Shape, role: str, device: Device, size: NDArray[np.float64], layout: Layout
     ) -> tuple[NDArray[np.float64], Source]:
         """Ratios like `size` (logarithms), and their source. 1 and `roofline` without any like point."""
-        found = self._points.get(_key(call, shape, role, device)) if self._points else None
+        found = self._alike(call, shape, role, device)
         if not found:
             return np.ones_like(size), "roofline"
-        nearest = min((abs(np.log(_split(m.point) / layout.split)), _split(m.point)) for m in found)[1]
-        alike = [m for m in found if _split(m.point) == nearest]
-        alike = [m for m in alike if m.point.role == role] or alike  # another role of that shape and head will do
-        for name, value in layout.preferred.items():
-            alike = [m for m in alike if getattr(m.point, name) == value] or alike
+        nearest = _nearest(found, layout.split)
+        alike = _like(found, nearest, role, layout.preferred)
         centre = float(size.mean())
         wanted = {**layout.preferred, **layout.exact}
         same = [
@@ -84,11 +81,66 @@ class Corrections:
         ]
         if same:
             return np.full_like(size, np.mean(same)), "measured"
-        sizes = np.unique([m.size for m in alike])
-        ratios = [np.mean([m.ratio for m in alike if m.size == known]) for known in sizes]
+        sizes, ratios = _curve(alike)
         inside = sizes[0] - SAME_SIZE <= centre <= sizes[-1] + SAME_SIZE
         source: Source = "interpolated" if inside and nearest == layout.split else "extrapolated"
         return np.interp(size, sizes, ratios), source
+
+    def ratios(
+        self, call: str, shape: Shape, role: str, device: Device, sizes: NDArray[np.float64], layout: Layout
+    ) -> NDArray[np.float64]:
+        """`ratio` of many calls [n] at once, `sizes` [n, S]; the fields of `layout` are columns [n], or one value."""
+        found = self._alike(call, shape, role, device)
+        ratios = np.ones_like(sizes)
+        if not found:
+            return ratios
+        splits, which = np.unique(np.broadcast_to(layout.split, len(sizes)), return_inverse=True)
+        columns = [which, *(np.broadcast_to(np.asarray(c), len(sizes)) for c in layout.preferred.values())]
+        for key in np.unique(np.column_stack([column.astype(np.int64) for column in columns]), axis=0).tolist():
+            rows = np.flatnonzero(np.all([column == value for column, value in zip(columns, key, strict=True)], axis=0))
+            split, preferred = int(splits[key[0]]), dict(zip(layout.preferred, key[1:], strict=True))
+            nearest = _nearest(found, split)
+            alike = _like(found, nearest, role, preferred)
+            ratios[rows] = np.interp(sizes[rows], *_curve(alike))
+            centres, same, times = sizes[rows].mean(axis=1), np.zeros(len(rows)), np.zeros(len(rows))
+            for m in alike if nearest == split else ():
+                if all(getattr(m.point, name) == value for name, value in preferred.items()):
+                    fits = np.abs(m.size - centres) < SAME_SIZE
+                    for name, column in layout.exact.items():
+                        fits &= np.broadcast_to(np.asarray(column), len(sizes))[rows] == getattr(m.point, name)
+                    same, times = same + fits * m.ratio, times + fits
+            measured = times > 0
+            ratios[rows[measured]] = (same[measured] / times[measured])[:, None]
+        return ratios
+
+    def least(self, call: str, shape: Shape, role: str, device: Device) -> float:
+        """The smallest ratio that any such call can have."""
+        found = self._alike(call, shape, role, device)
+        return min((m.ratio for m in found), default=1.0)
+
+    def _alike(self, call: str, shape: Shape, role: str, device: Device) -> list[Measured]:
+        return self._points.get(_key(call, shape, role, device), []) if self._points else []
+
+
+def _nearest(found: Sequence[Measured], split: int) -> int:
+    """The measured split that is nearest to this one, the smaller of two."""
+    return min((abs(np.log(_split(m.point) / split)), _split(m.point)) for m in found)[1]
+
+
+def _like(found: Sequence[Measured], split: int, role: str, preferred: Mapping[str, object]) -> list[Measured]:
+    """Of the points with this split those of the role, if any (another of its shape and head will do), and with what is
+    preferred, as far as there are any."""
+    alike = [m for m in found if _split(m.point) == split]
+    alike = [m for m in alike if m.point.role == role] or alike
+    for name, value in preferred.items():
+        alike = [m for m in alike if getattr(m.point, name) == value] or alike
+    return alike
+
+
+def _curve(alike: Sequence[Measured]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The mean ratio at each size that was measured."""
+    sizes = np.unique([m.size for m in alike])
+    return sizes, np.array([np.mean([m.ratio for m in alike if m.size == known]) for known in sizes])
 
 
 def _key(call: str, shape: Shape, role: str, device: Device) -> object:
@@ -115,6 +167,7 @@ def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Clus
         micro_batch_tokens=point.micro_batch_tokens or max(1, point.prompt_tokens + point.response_tokens),
         recompute=point.recompute,
     )
+    split = split_of(layout, place)
     if point.call == "host":
         return float(np.log(point.sequences)), float(
             host_seconds(np.array(point.prompt_tokens + point.response_tokens))
@@ -122,7 +175,7 @@ def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Clus
     if point.call == "transfer":
         size = np.log(point.gpus + point.engines * point.tensor_parallel)
         seconds = sync_cost(
-            shape, layout, place, cluster, point.tensor_parallel, same_node=point.nodes == 1, shared=point.shared,
+            shape, split, device, cluster, point.tensor_parallel, same_node=point.nodes == 1, shared=point.shared,
             separate=not point.shared,
         )  # fmt: skip
         return float(size), seconds
@@ -140,10 +193,10 @@ def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Clus
         return float(np.log(point.sequences / point.engines)), float(generated)
     head, total = head_of(point.role), prompts + responses
     if point.call == "infer":
-        cost = infer_cost(shape, head, layout, place, cluster, shares(total, point.sequences, point.gpus))
+        cost = infer_cost(shape, head, split, device, cluster, shares(total, point.sequences, point.gpus))
     else:
         work = shares(total, point.minibatch or point.sequences, point.gpus)
-        cost = train_cost(shape, head, layout, place, cluster, work, point.epochs)
+        cost = train_cost(shape, head, split, device, cluster, work, point.epochs)
     return float(np.log(total.sum() / point.gpus)), float(cost.compute[0] + cost.transfer[0])
 
 

@@ -7,15 +7,30 @@ estimate is the roofline's (`roofline.py`, `generation.py`), corrected by measur
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from itertools import chain, repeat
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.predict.correction import Corrections, Layout, Source, host_seconds
-from planner.predict.generation import engine_speed, generation_floor, generation_seconds
+from planner.predict.generation import Batch, Simulation, Speed, engine_speed
+from planner.predict.layouts import tensor_parallels
 from planner.predict.memory import engine_weight_bytes, offloaded_bytes
 from planner.predict.profile import Profile, head_of
-from planner.predict.roofline import Cost, Place, Seconds, Work, infer_cost, shares, sync_cost, train_cost
+from planner.predict.roofline import (
+    Cost,
+    Place,
+    Seconds,
+    Split,
+    Work,
+    dealt,
+    gather_seconds,
+    infer_cost,
+    longest_first,
+    split_of,
+    sync_cost,
+    train_cost,
+)
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Call
 from planner.spec.lengths import Fixed, sample
@@ -23,6 +38,9 @@ from planner.spec.plan import Plan, RolloutRole, TrainerRole
 from planner.spec.workload import RewardFunction, Workload
 
 __all__ = ["CostModel", "Estimate", "Place", "place_of"]
+
+Engines = tuple[tuple[Device, int], ...]  # how many on which device, in the order of the engines
+SEQUENCES, FEWEST_SCENARIOS = 2**18, 4  # in all scenarios together: those of a large batch differ little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +70,17 @@ class CostModel:
         fixed = isinstance(workload.prompt, Fixed) and isinstance(workload.response, Fixed)
         self.scenarios = 1 if fixed else scenarios
         batch, seed = workload.batch, workload.seed
+        self.scenarios = min(self.scenarios, max(FEWEST_SCENARIOS, SEQUENCES // batch))
         self.prompts = np.stack([sample(workload.prompt, batch, seed, s, 0) for s in range(self.scenarios)])
         self.responses = np.stack([sample(workload.response, batch, seed, s, 1) for s in range(self.scenarios)])
         self.tokens = (self.prompts + self.responses).sum(axis=1)
         self._corrections = Corrections(profiles, cluster)
         self._memo: dict[Hashable, Estimate] = {}
+        self._rows: dict[int, NDArray[np.int32]] = {}
         self._works: dict[tuple[int, int], Work] = {}
-        self._generations: dict[Hashable, Seconds] = {}
+        self.batch = Batch(self.prompts, self.responses)
+        self.generations: dict[tuple[int, int, Engines], Simulation] = {}
+        self._floors: dict[Hashable, Seconds] = {}
 
     def call(self, call: Call, plan: Plan) -> Estimate:
         """Any call of a plan. An evaluation is taken to be as large as a batch."""
@@ -96,50 +118,126 @@ class CostModel:
         workload, shape, head = self.workload, self.workload.models[role].shape, head_of(role)
         preferred: dict[str, object] = {"micro_batch_tokens": layout.micro_batch_tokens}
         exact: dict[str, object] = {"gpus": layout.gpus, "sequences": workload.batch}
+        split = split_of(layout, place)
         if call == "train":
             epochs, work = workload.ppo.epochs, self._work(workload.minibatch, layout.gpus)
-            cost = train_cost(shape, head, layout, place, self.cluster, work, epochs)
+            cost = train_cost(shape, head, split, place.device, self.cluster, work, epochs)
             preferred = {"recompute": layout.recompute, **preferred}
             exact |= {"minibatch": workload.minibatch, "epochs": epochs}
         else:
-            cost = infer_cost(shape, head, layout, place, self.cluster, self._work(workload.batch, layout.gpus))
+            work = self._work(workload.batch, layout.gpus)
+            cost = infer_cost(shape, head, split, place.device, self.cluster, work)
         size = np.log(self.tokens / layout.gpus)
         like = Layout(split=layout.shard, preferred=preferred, exact=exact)
         return _estimate(cost, *self._corrections.ratio(call, shape, role, place.device, size, like))
 
     def _work(self, minibatch: int, ranks: int) -> Work:
         key = minibatch, ranks
+        if minibatch not in self._rows:
+            self._rows[minibatch] = longest_first(self.prompts + self.responses, minibatch)
         if key not in self._works:
-            self._works[key] = shares(self.prompts + self.responses, minibatch, ranks)
+            self._works[key] = dealt(self._rows[minibatch], ranks)
         return self._works[key]
+
+    def trainer_seconds(self, kind: str, role: str, split: Split, device: Device) -> Seconds:
+        """Seconds [n, S] of a `train` or `infer` call of a role in many layouts at once, without the moves of what is
+        offloaded."""
+        workload, shape, head = self.workload, self.workload.models[role].shape, head_of(role)
+        train, epochs = kind == "train", workload.ppo.epochs
+        minibatch, gpus = workload.minibatch if train else workload.batch, split.shard * split.replicas
+        if not len(gpus):
+            return np.zeros((0, self.scenarios))
+        counts, which = np.unique(gpus, return_inverse=True)
+        works = [self._work(minibatch, int(count)) for count in counts]
+        work = Work(
+            tokens=np.stack([work.tokens for work in works])[which],
+            squares=np.stack([work.squares for work in works])[which],
+        )
+        preferred: dict[str, Any] = {"micro_batch_tokens": split.micro_batch_tokens}
+        exact: dict[str, Any] = {"gpus": gpus, "sequences": workload.batch}
+        if train:
+            cost = train_cost(shape, head, split, device, self.cluster, work, epochs)
+            preferred = {"recompute": split.recompute, **preferred}
+            exact |= {"minibatch": workload.minibatch, "epochs": epochs}
+        else:
+            cost = infer_cost(shape, head, split, device, self.cluster, work)
+        sizes = np.log(self.tokens / gpus[:, None])
+        like = Layout(split=split.shard, preferred=preferred, exact=exact)
+        seconds = cost.compute + cost.transfer
+        return seconds * self._corrections.ratios(kind, shape, role, device, sizes, like)
+
+    def move_seconds(self, role: str, shard: NDArray[np.int64], moved: NDArray[np.int64], device: Device) -> Seconds:
+        """Seconds [n] of bringing `moved` bytes per GPU to the device and back, in many layouts at once."""
+        shape, like = self.workload.model_of(role).shape, Layout(split=shard)
+        size = np.zeros((len(shard), 1))
+        ratios = [self._corrections.ratios(way, shape, role, device, size, like) for way in ("wake", "offload")]
+        return np.asarray((ratios[0] + ratios[1])[:, 0] * moved / device.host_bandwidth)
+
+    def least_sync(self, split: Split, device: Device) -> Seconds:
+        """Seconds [n] that no weight sync from the actor in these layouts is below, its moves and the handing over
+        apart."""
+        shape = self.workload.actor.shape
+        gathered = gather_seconds(shape, split, device, self.cluster)
+        return np.asarray(self.least_transfer_ratio(device) * (gathered + device.overhead_seconds))
+
+    def least_transfer_ratio(self, device: Device) -> float:
+        """What a weight sync takes at least, as a multiple of the roofline's."""
+        return self._corrections.least("transfer", self.workload.actor.shape, "actor", device)
 
     def generate(self, layout: RolloutRole, places: Sequence[Place]) -> Estimate:
         """The batch on the engines of all places (one per pool of the rollout)."""
-        engines, tensor_parallel = tuple(self._engines(layout, places)), layout.tensor_parallel
-        key = "generate", tensor_parallel, layout.concurrency, engines
-        alone = self._once(key, lambda: self._generate_alone(tensor_parallel, layout.concurrency, engines))
-        shape, device = self.workload.actor.shape, engines[0]
-        moved = engine_weight_bytes(shape, tensor_parallel, device) if layout.offload else 0
-        return _with_moves(alone, self._moves("rollout", tensor_parallel, device, moved))
+        engines, tensor_parallel = self.engines(layout, places), layout.tensor_parallel
 
-    def generate_floor(self, layout: RolloutRole, places: Sequence[Place]) -> float:
-        """Mean seconds that `generate` is not below, without simulating it."""
-        engines = tuple(self._engines(layout, places))
-        speeds = [engine_speed(self.workload.actor.shape, layout.tensor_parallel, device) for device in set(engines)]
-        speeds *= len(engines) // len(speeds)
-        seconds = generation_floor(self.prompts, self.responses, speeds, layout.concurrency)
-        return float(self._generate_from(seconds, layout.tensor_parallel, layout.concurrency, engines).seconds.mean())
+        def simulated() -> Estimate:
+            run = self.generation(tensor_parallel, layout.concurrency, engines)
+            while not run.done:
+                run.advance()
+            return self._generated(run.seconds, tensor_parallel, layout.concurrency, engines)
 
-    def _generate_alone(self, tensor_parallel: int, concurrency: int, engines: tuple[Device, ...]) -> Estimate:
-        """Without waking the engines and putting them to sleep."""
-        seconds = self._generation(tensor_parallel, concurrency, engines)
-        return self._generate_from(seconds, tensor_parallel, concurrency, engines)
+        alone = self._once(("generate", tensor_parallel, layout.concurrency, engines), simulated)
+        return _with_moves(alone, self._engine_moves(tensor_parallel, layout.offload, engines[0][0]))
 
-    def _generate_from(
-        self, seconds: Seconds, tensor_parallel: int, concurrency: int, engines: tuple[Device, ...]
-    ) -> Estimate:
+    def engines(self, layout: RolloutRole, places: Sequence[Place]) -> Engines:
+        """How many engines there are on which device, in the order of the places."""
+        found, left = list[tuple[Device, int]](), layout.replicas
+        for place in places:
+            count = min(left, sum(part // layout.tensor_parallel for part in place.parts))
+            if found and found[-1][0] == place.device:
+                found[-1] = place.device, found[-1][1] + count
+            else:
+                found.append((place.device, count))
+            left -= count
+        return tuple((device, count) for device, count in found if count)
+
+    def generation(self, tensor_parallel: int, concurrency: int, engines: Engines) -> Simulation:
+        """The simulation of some engines: floors until it has been run."""
+        count = sum(number for _, number in engines)
+        share = -(-self.workload.batch // count)
+        if concurrency > share and self.batch.even:
+            concurrency = share  # equal prompts are dealt evenly: further slots stay empty
+        key = tensor_parallel, concurrency, engines
+        if key not in self.generations:
+            shape, limit = self.workload.actor.shape, self.workload.response.longest
+            listed, floor = list[Speed](), None
+            for device, number in engines:
+                listed += [engine_speed(shape, tensor_parallel, device)] * number
+            if len(engines) == 1:
+                floor = self.floors(tensor_parallel, np.array([concurrency]), np.array([count]), engines[0][0])[0]
+            self.generations[key] = Simulation(self.batch, listed, concurrency, limit, floor)
+        return self.generations[key]
+
+    def generated(self, run: Simulation, layout: RolloutRole, engines: Engines) -> Seconds:
+        """Seconds [S] of the call `generate` with what is known of its simulation, moves included."""
+        alone = self._generated(run.seconds, layout.tensor_parallel, layout.concurrency, engines)
+        return alone.seconds + sum(self._engine_moves(layout.tensor_parallel, layout.offload, engines[0][0]).values())
+
+    def _engine_moves(self, tensor_parallel: int, offload: bool, device: Device) -> dict[str, float]:
+        moved = engine_weight_bytes(self.workload.actor.shape, tensor_parallel, device) if offload else 0
+        return self._moves("rollout", tensor_parallel, device, moved)
+
+    def _generated(self, seconds: Seconds, tensor_parallel: int, concurrency: int, engines: Engines) -> Estimate:
         """What the engines' seconds become with the call's overhead and what was measured."""
-        count, batch, device = len(engines), self.workload.batch, engines[0]
+        batch, device, count = self.workload.batch, engines[0][0], sum(number for _, number in engines)
         seconds = seconds + device.overhead_seconds
         like = Layout(
             split=tensor_parallel,
@@ -150,29 +248,47 @@ class CostModel:
         ratio = self._corrections.ratio("generate", self.workload.actor.shape, "rollout", device, size, like)
         return _estimate(Cost(compute=seconds, transfer=np.zeros_like(seconds)), *ratio)
 
-    def _engines(self, layout: RolloutRole, places: Sequence[Place]) -> list[Device]:
-        """The device of each engine."""
-        counts = [sum(part // layout.tensor_parallel for part in place.parts) for place in places]
-        held = chain.from_iterable(repeat(place.device, n) for place, n in zip(places, counts, strict=True))
-        return list(held)[: layout.replicas]
+    def floors(
+        self, tensor_parallel: int, concurrency: NDArray[np.int64], engines: NDArray[np.int64], device: Device
+    ) -> Seconds:
+        """Seconds [n, S] that the simulation of so many engines, each with so many slots, is not below."""
+        key = tensor_parallel, device
+        speed = engine_speed(self.workload.actor.shape, tensor_parallel, device)
+        found = self.batch.floors(speed, engines, concurrency)
+        if self.batch.even:
+            for at in np.flatnonzero(engines * concurrency >= self.workload.batch).tolist():
+                found[at] = np.maximum(found[at], self._wave_floor(int(engines[at]), key))
+        return found
 
-    def _generation(self, tensor_parallel: int, concurrency: int, engines: tuple[Device, ...]) -> Seconds:
-        share = -(-self.workload.batch // len(engines))
-        if concurrency > share and (self.prompts == self.prompts[0, 0]).all():
-            concurrency = share  # equal prompts are dealt evenly: further slots stay empty
-        key = tensor_parallel, concurrency, engines
-        if key not in self._generations:
-            speeds = {
-                device: engine_speed(self.workload.actor.shape, tensor_parallel, device) for device in set(engines)
-            }
-            self._generations[key] = generation_seconds(
-                self.prompts,
-                self.responses,
-                [speeds[device] for device in engines],
-                concurrency,
-                self.workload.response.longest,
-            )
-        return self._generations[key]
+    def _wave_floor(self, engines: int, key: tuple[int, Device]) -> Seconds:
+        """Of all engine sizes of a device at once: they share most of the work."""
+        shape, (tensor_parallel, device) = self.workload.actor.shape, key
+        if (engines, *key) not in self._floors:
+            splits = tensor_parallels(self.workload, device)
+            splits += [] if tensor_parallel in splits else [tensor_parallel]
+            found = self.batch.wave_floors([engine_speed(shape, split, device) for split in splits], engines)
+            for split, seconds in zip(splits, found, strict=True):
+                self._floors[engines, split, device] = seconds
+        return self._floors[engines, *key]
+
+    def generate_least(
+        self,
+        seconds: Seconds,
+        tensor_parallel: int,
+        concurrency: NDArray[np.int64],
+        engines: NDArray[np.int64],
+        device: Device,
+    ) -> Seconds:
+        """Seconds [n, S] of `generate` whose simulation takes `seconds` [n, S], if its engines do not sleep."""
+        seconds = seconds + device.overhead_seconds
+        like = Layout(
+            split=tensor_parallel,
+            preferred={"concurrency": concurrency},
+            exact={"engines": engines, "sequences": self.workload.batch},
+        )
+        sizes = np.broadcast_to(np.log(self.workload.batch / engines)[:, None], seconds.shape)
+        shape = self.workload.actor.shape
+        return seconds * self._corrections.ratios("generate", shape, "rollout", device, sizes, like)
 
     def sync(
         self,
@@ -204,8 +320,9 @@ class CostModel:
         """Without waking the actor and the engines."""
         shape, tensor_parallel = self.workload.actor.shape, rollout.tensor_parallel
         seconds = sync_cost(
-            shape, actor, place, self.cluster, tensor_parallel, same_node=same_node, shared=shared, separate=separate
-        )
+            shape, split_of(actor, place), place.device, self.cluster, tensor_parallel, same_node=same_node,
+            shared=shared, separate=separate,
+        )  # fmt: skip
         like = Layout(
             split=actor.shard,
             preferred={"shared": not separate, "tensor_parallel": tensor_parallel},

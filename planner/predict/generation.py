@@ -89,15 +89,136 @@ def generation_seconds(
     return np.array([_queued(p, r, engines, concurrency, limit) for p, r in rows])
 
 
-def generation_floor(prompts: Tokens, responses: Tokens, engines: Sequence[Speed], concurrency: int) -> Seconds:
-    """Seconds [S] that no way of dealing the requests undercuts: the work of full engines shared evenly, or the longest
-    sequence alone. A token costs least in a full step, since matrices(n) / n falls with n."""
-    least = min(engines, key=lambda speed: speed.matrices(concurrency))
-    squares = responses * (responses - 1) // 2
-    work = responses.sum(axis=1) * least.matrices(concurrency) / concurrency
-    work += min(speed.attention for speed in engines) * (prompts * responses + squares).sum(axis=1)
-    alone = responses.max(axis=1) * min(speed.matrices(1) for speed in engines)
-    return np.asarray(np.maximum(work / len(engines), alone))
+class Batch:
+    """The lengths of a batch in tokens, `prompts` and `responses` [S, B], with what floors ask of them often."""
+
+    FOLLOWED = 32  # of the longest responses: how many are looked at with those that share their engine
+    DEEPEST = 32  # waves of a queue: with more, the shared work is what counts
+
+    def __init__(self, prompts: Tokens, responses: Tokens) -> None:
+        self.prompts, self.responses = prompts, responses
+        self.contexts = prompts * responses + responses * (responses - 1) // 2  # over all steps of a sequence
+        self.even = bool((prompts == prompts[0, 0]).all())
+        self.longest = np.argsort(-responses, axis=1, kind="stable")[:, : self.FOLLOWED]
+        self._queues: dict[int, list[tuple[int, int]]] = {}
+        self._sums = [values.sum(axis=1) for values in (responses, self.contexts, prompts, prompts**2)]
+        self._rising = np.sort(responses, axis=1)
+
+    def floors(self, speed: Speed, engines: NDArray[np.int64], concurrency: NDArray[np.int64]) -> Seconds:
+        """Seconds [n, S] that generation on so many engines with so many slots each [n] is not below: the work of full
+        engines shared evenly, as a token costs least in a full step, since matrices(n) / n falls with n; or the steps
+        that pass at least, full ones as long as there is a queue (see `queue_floor`)."""
+        token = np.maximum(speed.weights, speed.arithmetic * concurrency) + speed.step + speed.sequence * concurrency
+        token, engines = (token / concurrency)[:, None], engines[:, None]
+        tokens, contexts, prompts, squares = self._sums
+        prefill = speed.prefill_token * prompts + speed.prefill_square * squares
+        shared = (tokens * token + speed.attention * contexts + prefill) / engines
+        slots = engines[:, 0] * concurrency
+        emptied, last = self._least_steps(slots)
+        prompt = int(self.prompts.min())
+        full = (token * concurrency[:, None]) + speed.attention * prompt * concurrency[:, None]
+        lone = speed.matrices(1) + speed.attention * prompt
+        return np.asarray(np.maximum(shared, emptied * (full - lone) + last * lone))
+
+    def _least_steps(self, slots: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
+        """Steps [n, S] that pass at least until the queue for so many slots [n] is empty, and until the last response
+        ends.
+
+        Request p starts when p - slots + 1 requests have ended. So many have ended earliest if the shortest are taken
+        first; then one after another in every slot, in the order of their lengths."""
+        batch = self.responses.shape[1]
+        emptied, last = np.zeros((2, len(slots), len(self.responses)), dtype=np.int64)
+        last[:] = self.responses.max(axis=1)
+        at = np.concatenate(
+            [self.longest[:, : self.FOLLOWED // 4], np.full((len(self.responses), 1), batch - 1)], axis=1
+        )
+        scenario = np.arange(len(at))[:, None]
+        for number, count in enumerate(slots.tolist()):
+            if count < batch <= self.DEEPEST * count:
+                places = at - count - count * np.arange(-(-batch // count))[:, None, None]
+                ended = np.where(places >= 0, self._rising[scenario, np.maximum(places, 0)], 0).sum(axis=0)
+                emptied[number] = ended[:, -1]
+                last[number] = np.maximum(last[number], (ended + self.responses[scenario, at]).max(axis=1))
+        return emptied, last
+
+    def queue_floor(self, speed: Speed, engines: int, slots: int) -> Seconds:
+        """Seconds [S] that generation with fewer slots than sequences is not below.
+
+        While there is a queue every slot is busy and every step is a full one. As jobs taken in their order start no
+        later if some of them get shorter, start times are not below those of jobs that take their length in full steps
+        with no contexts but prompts. After the queue is empty a step takes no less than that of a lone sequence."""
+        prompt = int(self.prompts.min())
+        full = speed.matrices(slots) + speed.attention * slots * prompt
+        lone = speed.matrices(1) + speed.attention * prompt
+        if engines * slots not in self._queues:
+            self._queues[engines * slots] = [_listed(row, engines * slots) for row in self.responses.tolist()]
+        emptied, last = np.array(self._queues[engines * slots]).T
+        return np.asarray(emptied * (full - lone) + last * lone)
+
+    def wave_floors(self, speeds: Sequence[Speed], engines: int) -> list[Seconds]:
+        """Seconds [S] for each speed that generation with a slot for every sequence is not below: those of the engines
+        that hold the longest sequences (where prompts are equal and so dealt in turn)."""
+        scenarios, batch = self.responses.shape
+        places = self.longest[:, :, None] % engines + engines * np.arange(-(-batch // engines))
+        inside, rows = places < batch, np.arange(scenarios)[:, None, None]
+        places = np.minimum(places, batch - 1)
+        lengths = self.responses[rows, places] * inside
+        most, total, count = lengths.max(axis=2), lengths.sum(axis=2), inside.sum(axis=2)
+        contexts = (self.contexts[rows, places] * inside).sum(axis=2)
+        prompt = int(self.prompts[0, 0])
+        return [
+            (
+                np.maximum(speed.weights * most, speed.arithmetic * total)
+                + speed.step * most
+                + speed.sequence * total
+                + speed.attention * contexts
+                + speed.prefill(prompt) * count
+            ).max(axis=1)
+            for speed in speeds
+        ]
+
+
+def _listed(responses: Sequence[int], slots: int) -> tuple[int, int]:
+    """Steps until the queue is empty and until the last response ends, if each starts in the slot that is free first
+    and every step takes as long."""
+    ends = sorted(responses[:slots])
+    last, emptied = ends[-1], 0
+    for response in responses[slots:]:
+        emptied = ends[0]
+        heapq.heapreplace(ends, emptied + response)
+        last = max(last, emptied + response)
+    return emptied, last
+
+
+class Simulation:
+    """Generation on some engines, simulated scenario by scenario as far as it is asked for: `seconds` [S] are floors
+    but for the first `known` scenarios."""
+
+    def __init__(
+        self, batch: Batch, engines: Sequence[Speed], concurrency: int, limit: int, floor: Seconds | None = None
+    ) -> None:
+        self._batch, self._engines, self._concurrency, self._limit = batch, engines, concurrency, limit
+        self.seconds = np.zeros(len(batch.responses)) if floor is None else floor.copy()
+        self.known, self._rough = 0, True
+
+    @property
+    def done(self) -> bool:
+        return self.known == len(self.seconds)
+
+    def advance(self) -> None:
+        """Simulate one more scenario; all of them where none waits for a slot. With a queue a better floor is found
+        first."""
+        batch, engines, slots = self._batch, self._engines, self._concurrency
+        if batch.responses.shape[1] <= len(engines) * slots:
+            self.seconds = generation_seconds(batch.prompts, batch.responses, engines, slots, self._limit)
+            self.known = len(self.seconds)
+        elif self._rough and _alike(engines):
+            self._rough = False
+            self.seconds = np.maximum(self.seconds, batch.queue_floor(engines[0], len(engines), slots))
+        else:
+            at = self.known
+            self.seconds[at] = _queued(batch.prompts[at], batch.responses[at].tolist(), engines, slots, self._limit)
+            self.known += 1
 
 
 def deal(prompts: Tokens, engines: int, concurrency: int, limit: int) -> tuple[Tokens, Tokens]:
@@ -119,6 +240,8 @@ def _one_wave(prompts: Tokens, responses: Tokens, engines: Sequence[Speed], conc
     """Every sequence starts at once. With an engine's sequences in the order of their lengths, the number of active
     ones is constant between two lengths; a sequence's contexts add up to p r + r (r - 1) / 2."""
     count, width = len(engines), min(concurrency, responses.shape[1])
+    if _alike(engines) and (prompts == prompts[0, 0]).all():
+        return _even_wave(int(prompts[0, 0]), responses, engines[0], count)
     falling = {speed: [speed.matrices(active) for active in range(width, 0, -1)] for speed in set(engines)}
     matrices = np.array([falling[speed] for speed in engines])
     attention = np.array([speed.attention for speed in engines])
@@ -135,6 +258,32 @@ def _one_wave(prompts: Tokens, responses: Tokens, engines: Sequence[Speed], conc
         prefill = token * np.bincount(engine, prompt, count) + square * np.bincount(engine, prompt**2, count)
         seconds[scenario] = (decoding + attention * contexts + prefill).max()
     return seconds
+
+
+def _alike(engines: Sequence[Speed]) -> bool:
+    return all(speed is engines[0] for speed in engines) or len(set(engines)) == 1
+
+
+def _even_wave(prompt: int, responses: Tokens, speed: Speed, engines: int) -> Seconds:
+    """Every sequence starts at once, equal prompts are dealt to equal engines in turn."""
+    scenarios, batch = responses.shape
+    width = -(-batch // engines)
+    lengths = np.zeros((scenarios, width * engines), dtype=np.int64)
+    lengths[:, :batch] = responses
+    lengths = lengths.reshape(scenarios, width, engines)
+    longest, total = lengths.max(axis=1), lengths.sum(axis=1)
+    if speed.arithmetic * width <= speed.weights:
+        read = speed.weights * longest
+    else:
+        rising = np.diff(
+            np.sort(lengths, axis=1), axis=1, prepend=0
+        )  # sequences that end in the order of their lengths
+        active = np.arange(width, 0, -1)
+        read = np.einsum("swe,w->se", rising, np.maximum(speed.weights, speed.arithmetic * active))
+    contexts = prompt * total + ((lengths**2).sum(axis=1) - total) // 2
+    count = (np.arange(width * engines) < batch).reshape(width, engines).sum(axis=0)
+    seconds = read + speed.step * longest + speed.sequence * total + speed.attention * contexts
+    return np.asarray((seconds + speed.prefill(prompt) * count).max(axis=1))
 
 
 def _queued(prompt_tokens: Tokens, responses: list[int], engines: Sequence[Speed], slots: int, limit: int) -> float:

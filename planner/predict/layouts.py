@@ -3,6 +3,10 @@ measures them."""
 
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner.predict.memory import rollout_fraction
 from planner.spec.cluster import Device
@@ -12,59 +16,107 @@ from planner.spec.workload import Workload
 MICRO_BATCH_TOKENS = (4096, 8192, 16384, 32768)
 CONCURRENCY = (64, 128, 256, 512)
 TENSOR_PARALLEL = (1, 2, 4, 8)
+OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
+EVERY_COUNT = 64  # up to so many ranks any number is considered, above only those that gain something
 
 
+@cache
 def divisors(number: int) -> tuple[int, ...]:
     return tuple(d for d in range(1, number + 1) if number % d == 0)
 
 
 @cache
-def used_gpus(gpus: int, minibatch: int) -> tuple[int, ...]:
-    """How many of a pool's GPUs a trained role may compute on: all of them, or the most that share a minibatch's
-    sequences evenly. More ranks than sequences would only idle."""
-    even = max(d for d in divisors(minibatch) if d <= gpus)
-    return tuple(sorted({even, min(gpus, minibatch)}, reverse=True))
+def rank_counts(gpus: int, sequences: int, node: int) -> tuple[int, ...]:
+    """On how many of `gpus` GPUs a trained or inference role may compute, in rising order: any number up to 64; above,
+    whole nodes, and the fewest ranks with a given number of a minibatch's `sequences` for the busiest one. More ranks
+    than sequences would only idle."""
+    most = min(gpus, sequences)
+    fewest = {-(-sequences // turns) for turns in range(1, sequences // EVERY_COUNT + 2)}
+    counts = {*range(1, EVERY_COUNT + 1), *range(node, most + 1, node), *fewest}
+    return tuple(sorted(count for count in counts if count <= most))
 
 
-def trainer_layouts(workload: Workload, role: str, gpus: int, pool: str, device: Device) -> Iterator[TrainerRole]:
-    """Layouts of a trained or inference role on a pool of `gpus` GPUs, the fastest kind first.
+@cache
+def shards(ranks: int, node: int) -> tuple[int, ...]:
+    """Over how many of its ranks a model may be sharded: within a node any divisor; across nodes an even part of a
+    node, one, two, four, ... nodes, or all ranks."""
+    if ranks <= node:
+        return divisors(ranks)
+    within = [d for d in divisors(node) if ranks % d == 0]
+    nodes = [node * 2**power for power in range((ranks // node).bit_length()) if ranks % (node * 2**power) == 0]
+    return tuple(sorted({*within, *nodes, ranks}))
+
+
+class Grid(NamedTuple):
+    """Layouts of a trained or inference role as columns [n]; `offload` indexes OFFLOADS."""
+
+    shard: NDArray[np.int64]
+    replicas: NDArray[np.int64]
+    micro_batch_tokens: NDArray[np.int64]
+    recompute: NDArray[np.bool_]
+    offload: NDArray[np.int64]
+
+    @property
+    def gpus(self) -> NDArray[np.int64]:
+        return self.shard * self.replicas
+
+    def take(self, rows: NDArray[np.int64] | slice) -> "Grid":
+        return Grid(*(column[rows] for column in self))  # type: ignore[arg-type]
+
+    def layout(self, row: int, pool: str) -> TrainerRole:
+        return TrainerRole(
+            pools=(pool,),
+            shard=int(self.shard[row]),
+            replicas=int(self.replicas[row]),
+            micro_batch_tokens=int(self.micro_batch_tokens[row]),
+            recompute=bool(self.recompute[row]),
+            offload=OFFLOADS[self.offload[row]],
+        )
+
+
+def trainer_grid(workload: Workload, role: str, ranks: tuple[int, ...], node: int, device: Device) -> Grid:
+    """All layouts of a trained or inference role that compute on one of these numbers of `ranks`, in that order; of one
+    number the least sharded first, with the largest micro-batches.
 
     A micro-batch holds at least one longest sequence. On a CPU nothing is saved by sharding less, recomputing or
     offloading: its memory is the host's."""
-    trained = role in ("actor", "critic")
-    rows = workload.batch if not trained else workload.minibatch
-    largest = rows * workload.longest
-    sizes = sorted({min(max(size, workload.longest), largest) for size in MICRO_BATCH_TOKENS}, reverse=True)
-    on_cpu = device.kind == "cpu"
-    offloads: tuple[Offload, ...] = ("none", "optimizer", "all") if trained else ("none", "all")
-    for used in used_gpus(gpus, workload.minibatch):
-        for shard in (used,) if on_cpu else divisors(used):
-            for tokens in sizes[:1] if on_cpu else sizes:
-                for recompute in (False, True) if trained and not on_cpu else (False,):
-                    for offload in offloads[:1] if on_cpu else offloads:
-                        yield TrainerRole(
-                            pools=(pool,),
-                            shard=shard,
-                            replicas=used // shard,
-                            micro_batch_tokens=tokens,
-                            recompute=recompute,
-                            offload=offload,
-                        )
+    trained, on_cpu = role in ("actor", "critic"), device.kind == "cpu"
+    largest = (workload.minibatch if trained else workload.batch) * workload.longest
+    tokens = sorted({min(max(size, workload.longest), largest) for size in MICRO_BATCH_TOKENS}, reverse=True)
+    pairs = [(count, shard) for count in ranks for shard in ((count,) if on_cpu else shards(count, node))]
+    options = [
+        (size, recompute, offload)
+        for size in (tokens[:1] if on_cpu else tokens)
+        for recompute in ((False, True) if trained and not on_cpu else (False,))
+        for offload in ((0,) if on_cpu else (0, 1, 2) if trained else (0, 2))
+    ]
+    used, shard = np.repeat(np.array(pairs, dtype=np.int64).reshape(-1, 2), len(options), axis=0).T
+    size, recompute, offload = np.tile(np.array(options, dtype=np.int64), (len(pairs), 1)).T
+    return Grid(shard, used // shard, size, recompute.astype(bool), offload)
+
+
+def trainer_layouts(
+    workload: Workload, role: str, gpus: int, pool: str, device: Device, node: int | None = None
+) -> Iterator[TrainerRole]:
+    """The layouts of a role that compute on all of `gpus` GPUs (of one node, unless `node` says how many one has), or
+    on as many as a minibatch has sequences."""
+    grid = trainer_grid(workload, role, (min(gpus, workload.minibatch),), node or gpus, device)
+    return (grid.layout(row, pool) for row in range(len(grid.shard)))
 
 
 def rollout_layouts(
     workload: Workload, parts: tuple[tuple[int, ...], ...], pools: tuple[str, ...], device: Device
 ) -> Iterator[RolloutRole]:
     """Layouts of the rollout on pools that have `parts[p]` GPUs per node: an engine lies within one node of one pool,
-    and every pool has one. Concurrency never exceeds an engine's even share of the batch by more than it must."""
-    shape = workload.actor.shape
+    and every pool has room for one. Concurrency never exceeds an engine's even share of the batch by more than it
+    must."""
     on_cpu = device.kind == "cpu"
-    for tensor_parallel in TENSOR_PARALLEL[:1] if on_cpu else TENSOR_PARALLEL:
+    for tensor_parallel in tensor_parallels(workload, device):
         engines = [sum(part // tensor_parallel for part in pool) for pool in parts]
-        if shape.heads % tensor_parallel or not all(engines):
+        if not all(engines):
             continue
-        share = -(-workload.batch // sum(engines))
-        for concurrency in sorted({min(share, c) for c in ((share,) if on_cpu else (*CONCURRENCY, share))}):
+        replicas = engine_counts(sum(engines), workload.batch)[-1]
+        for concurrency in concurrencies(workload, replicas, device):
             fraction = rollout_fraction(workload, tensor_parallel, concurrency, device)
             if not 0 < fraction <= 1:
                 continue
@@ -73,8 +125,26 @@ def rollout_layouts(
                     engine="transformers" if on_cpu else "vllm",
                     pools=pools,
                     tensor_parallel=tensor_parallel,
-                    replicas=sum(engines),
+                    replicas=replicas,
                     memory_fraction=fraction,
                     concurrency=concurrency,
                     offload=offload,
                 )
+
+
+@cache
+def engine_counts(most: int, sequences: int) -> tuple[int, ...]:
+    """How many engines a batch of `sequences` may be shared among, in rising order: any number up to 64; above, the
+    fewest with a given share for the busiest one."""
+    fewest = {-(-sequences // share) for share in range(1, sequences // EVERY_COUNT + 2)}
+    return tuple(sorted(count for count in {*range(1, EVERY_COUNT + 1), *fewest} if count <= most))
+
+
+def tensor_parallels(workload: Workload, device: Device) -> list[int]:
+    return [t for t in TENSOR_PARALLEL[: 1 if device.kind == "cpu" else None] if workload.actor.shape.heads % t == 0]
+
+
+def concurrencies(workload: Workload, engines: int, device: Device) -> list[int]:
+    """Sequences at once of each of some engines: the listed numbers up to an even share of the batch, and that."""
+    share = -(-workload.batch // engines)
+    return [share] if device.kind == "cpu" else sorted({min(share, listed) for listed in (*CONCURRENCY, share)})

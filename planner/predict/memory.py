@@ -9,13 +9,17 @@ copy only, 2N/s.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from planner.predict.profile import head_of
+import numpy as np
+
+from planner.predict.profile import Head, head_of
 from planner.spec.cluster import Device
 from planner.spec.errors import UserError
 from planner.spec.plan import Offload, Plan, RolloutRole, TrainerRole
 from planner.spec.workload import Shape, Workload
 
+Count = Any  # an int, or an array of them
 TRAINED = ("actor", "critic")
 LOGIT_CHUNK_TOKENS = 4096  # log-probs are taken so many tokens at a time: the full logits never exist
 COMMUNICATION_BYTES = 1_000_000_000  # per process on a GPU: NCCL's buffers, a packed buffer for weights
@@ -74,60 +78,77 @@ def activation_bytes(shape: Shape, device: Device) -> tuple[int, int]:
 
 def trainer_memory(workload: Workload, role: str, layout: TrainerRole, device: Device) -> RoleMemory:
     """Of an actor, critic, reference or reward model on one GPU of its pool, the process not counted."""
+    weights, optimizer = layout.offload == "all", layout.offload != "none"
+    idle, detail, offloaded = trainer_bytes(workload, role, layout, weights, optimizer, device)
+    sizes = {kind: int(size) for kind, size in detail.items()}
+    return RoleMemory(idle=int(idle), running=sum(sizes.values()), host=int(offloaded), detail=sizes)
+
+
+def trainer_bytes(
+    workload: Workload, role: str, layout: Any, weights_away: Count, optimizer_away: Count, device: Device
+) -> tuple[Count, dict[str, Count], Count]:
+    """Bytes that a role keeps while it idles, those of each kind while it runs, and those that it offloads. `layout` is
+    a TrainerRole, or has columns [n] of its fields for many layouts at once; so have the two that say what is
+    offloaded."""
     shape, head, size = workload.models[role].shape, head_of(role), compute_bytes(device)
     trained = role in TRAINED
     parameters = shape.parameters(head)
     weights = (4 if trained else size) * parameters // layout.shard
-    moments = 8 * parameters // layout.shard if trained else 0
-    offloaded = offloaded_bytes(shape, role, layout.shard, layout.offload, device, train=True)
+    moments = (8 if trained else 0) * parameters // layout.shard
+    offloaded = weights * weights_away + moments * optimizer_away
+    tokens = _micro_batch_tokens(workload, layout, trained)
     detail = {
         "weights": weights,
         "optimizer": moments,
-        "gradients": 4 * parameters // layout.shard if trained else 0,
-        "gathered": _gathered_bytes(shape, head, layout, size, trained),
-        "activations": _activations(workload, shape, layout, device, trained),
+        "gradients": (4 if trained else 0) * parameters // layout.shard,
+        "gathered": _gathered_bytes(shape, head, size, trained) * ((layout.shard > 1) | (size < 4)),
+        "activations": _activation_bytes(shape, layout.recompute, device, trained) * tokens,
         "weight window": max(SYNC_BYTES, 2 * shape.embedding_parameters) if role == "actor" and size == 2 else 0,
-        "logits": _logits(workload, shape, layout, size, trained) if head == "lm" else 0,
+        "logits": _logits(shape, tokens, size, trained) if head == "lm" else 0,
     }
-    idle = weights + moments - offloaded + detail["weight window"]
-    return RoleMemory(idle=idle, running=sum(detail.values()), host=offloaded, detail=detail)
+    return weights + moments - offloaded + detail["weight window"], detail, offloaded
 
 
 def offloaded_bytes(shape: Shape, role: str, shard: int, offload: Offload, device: Device, *, train: bool) -> int:
     """Bytes per GPU that a call moves to the device before it starts, and back after it: an update needs the optimizer
     and the weights, an inference the weights only."""
+    return int(moved_bytes(shape, role, shard, offload == "all", offload != "none", device, train=train))
+
+
+def moved_bytes(
+    shape: Shape, role: str, shard: Count, weights_away: Count, optimizer_away: Count, device: Device, *, train: bool
+) -> Count:
+    """As `offloaded_bytes`, of one layout or of many."""
     parameters, trained = shape.parameters(head_of(role)), role in TRAINED
-    weights = (4 if trained else compute_bytes(device)) * parameters // shard if offload == "all" else 0
-    moments = 8 * parameters // shard if trained and train and offload != "none" else 0
-    return weights + moments
+    weights = (4 if trained else compute_bytes(device)) * parameters // shard
+    moments = 8 * parameters // shard if trained and train else 0
+    return weights * weights_away + moments * optimizer_away
 
 
-def _micro_batch_tokens(workload: Workload, layout: TrainerRole, trained: bool) -> int:
+def _micro_batch_tokens(workload: Workload, layout: Any, trained: bool) -> Count:
     """A sequence is never cut, and a rank has no more than its share of a minibatch."""
     share = -(-(workload.minibatch if trained else workload.batch) // layout.gpus)
-    return min(max(layout.micro_batch_tokens, workload.longest), share * workload.longest)
+    return np.minimum(np.maximum(layout.micro_batch_tokens, workload.longest), share * workload.longest)
 
 
-def _activations(workload: Workload, shape: Shape, layout: TrainerRole, device: Device, trained: bool) -> int:
-    """A forward pass alone holds one block's; an update one block's and what the others have kept."""
+def _activation_bytes(shape: Shape, recompute: Count, device: Device, trained: bool) -> Count:
+    """Of a token. A forward pass alone holds one block's; an update one block's and what the others have kept."""
     full, kept = activation_bytes(shape, device)
-    if trained:
-        full += (kept if layout.recompute else full) * (shape.layers - (0 if layout.recompute else 1))
-    return full * _micro_batch_tokens(workload, layout, trained)
+    if not trained:
+        return full
+    return np.where(recompute, full + kept * shape.layers, full * shape.layers)
 
 
-def _logits(workload: Workload, shape: Shape, layout: TrainerRole, size: int, trained: bool) -> int:
+def _logits(shape: Shape, tokens: Count, size: int, trained: bool) -> Count:
     """Logits of a chunk and their fp32 copy; an update holds the gradients of both too."""
-    tokens = min(_micro_batch_tokens(workload, layout, trained), LOGIT_CHUNK_TOKENS)
-    return tokens * shape.vocab * (size + 4) * (2 if trained else 1)
+    return np.minimum(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab * (size + 4) * (2 if trained else 1)
 
 
-def _gathered_bytes(shape: Shape, head: str, layout: TrainerRole, size: int, trained: bool) -> int:
+def _gathered_bytes(shape: Shape, head: Head, size: int, trained: bool) -> int:
     """What FSDP2 has unsharded at once: the block that computes and the next, embedding and head throughout; in an
-    update also the gradients of one such group, before they are reduced in fp32."""
+    update also the gradients of one such group, before they are reduced in fp32. In fp32 a single shard has nothing to
+    gather and nothing to cast."""
     ends = shape.embedding_parameters * (1 if head == "scalar" or shape.tied_embeddings else 2)
-    if layout.shard == 1 and size == 4:
-        return 0  # nothing to gather and nothing to cast
     gradients = (size + 4) * max(shape.block_parameters, ends) if trained else 0
     return size * (2 * shape.block_parameters + ends) + gradients
 

@@ -13,6 +13,7 @@ and first block, are not hidden in truth: 1 to 4% of a 7B model's micro-batch on
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from planner.spec.plan import TrainerRole
 from planner.spec.workload import Shape
 
 Seconds = NDArray[np.float64]
+Count = Any  # an int, or an array of them
 
 LINK_LATENCY_SECONDS = 8e-6  # of one collective inside a node
 OPTIMIZER_BYTES = 32  # AdamW reads weight, gradient and both moments and writes three of them; the clip reads once more
@@ -41,22 +43,38 @@ class Place:
         return sum(self.parts)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """What a group of `ranks` reaches together: bytes/s per GPU, and seconds of latency of one collective."""
+class Split(NamedTuple):
+    """How a model is spread over ranks, one way or many (arrays [n]): shards, their replicas, tokens per micro-batch,
+    recomputation, and the nodes that a shard group and a replica group lie on."""
 
-    ranks: int
-    bandwidth: float
-    latency: float
+    shard: Count
+    replicas: Count
+    micro_batch_tokens: Count
+    recompute: Any
+    shard_nodes: Count
+    replica_nodes: Count
 
-    def seconds(self, count: float) -> float:
+
+def split_of(layout: TrainerRole, place: Place) -> Split:
+    nodes = nodes_spanned(place.parts, layout.shard, layout.replicas)
+    return Split(layout.shard, layout.replicas, layout.micro_batch_tokens, layout.recompute, *nodes)
+
+
+class Link(NamedTuple):
+    """What groups of `ranks` reach together: bytes/s per GPU, and seconds of latency of one collective."""
+
+    ranks: Count
+    bandwidth: Any
+    latency: Any
+
+    def seconds(self, count: Any) -> Any:
         """All-gather or reduce-scatter of `count` bytes in total; an all-reduce is both."""
-        return count * (self.ranks - 1) / self.ranks / self.bandwidth if self.ranks > 1 else 0.0
+        return count * (self.ranks - 1) / self.ranks / self.bandwidth
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The busiest rank's tokens and squared sequence lengths in each minibatch, [S, M]."""
+    """The busiest rank's tokens and squared sequence lengths in each minibatch, [S, M] (or [n, S, M])."""
 
     tokens: NDArray[np.int64]
     squares: NDArray[np.int64]
@@ -64,7 +82,8 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Seconds [S] of a call by what it waits for: arithmetic and memory, and communication that neither hides."""
+    """Seconds [S] (or [n, S]) of a call by what it waits for: arithmetic and memory, and communication that neither
+    hides."""
 
     compute: Seconds
     transfer: Seconds
@@ -73,19 +92,31 @@ class Cost:
 def shares(lengths: NDArray[np.int64], minibatch: int, ranks: int) -> Work:
     """Spread each minibatch of `lengths` [S, B] over ranks: longest first, back and forth, so that sequences are even
     to one and tokens nearly so. With fewer sequences than ranks some ranks idle."""
+    return dealt(longest_first(lengths, minibatch), ranks)
+
+
+def longest_first(lengths: NDArray[np.int64], minibatch: int) -> NDArray[np.int32]:
+    """The minibatches [S, M, sequences] of `lengths` [S, B], each with its longest sequence first."""
     scenarios, batch = lengths.shape
-    rows = -np.sort(-lengths.reshape(scenarios, batch // minibatch, minibatch), axis=2)
-    turns = -(-minibatch // ranks)
-    padded = np.zeros((*rows.shape[:2], turns * ranks), dtype=np.int64)
-    padded[..., :minibatch] = rows
-    dealt = padded.reshape(*rows.shape[:2], turns, ranks)
-    dealt[:, :, 1::2] = dealt[:, :, 1::2, ::-1]
-    tokens = dealt.sum(axis=2)
+    rows = lengths.astype(np.int32).reshape(scenarios, batch // minibatch, minibatch)
+    return np.ascontiguousarray(np.sort(rows, axis=2)[..., ::-1])
+
+
+def dealt(rows: NDArray[np.int32], ranks: int) -> Work:
+    """The busiest of some ranks that the rows [S, M, sequences] are dealt to, back and forth."""
+    turns = -(-rows.shape[2] // ranks)
+    padded = rows
+    if turns * ranks > rows.shape[2]:
+        padded = np.zeros((*rows.shape[:2], turns * ranks), dtype=np.int32)
+        padded[..., : rows.shape[2]] = rows
+    turned = padded.reshape(*rows.shape[:2], turns, ranks)
+    tokens = turned[:, :, ::2].sum(axis=2, dtype=np.int32)  # below 2^31: a batch has fewer tokens
+    tokens += turned[:, :, 1::2].sum(axis=2, dtype=np.int32)[..., ::-1]
     busiest = tokens.argmax(axis=2)[..., None]
-    squares = (dealt**2).sum(axis=2)
-    return Work(
-        tokens=np.take_along_axis(tokens, busiest, 2)[..., 0], squares=np.take_along_axis(squares, busiest, 2)[..., 0]
-    )
+    turn = np.arange(turns)
+    places = turn * ranks + np.where(turn % 2, ranks - 1 - busiest, busiest)
+    held = np.take_along_axis(padded, places, axis=2).astype(np.int64)
+    return Work(tokens=held.sum(axis=2), squares=(held**2).sum(axis=2))
 
 
 def matrix_parameters(shape: Shape, head: Head) -> int:
@@ -111,74 +142,93 @@ def nodes_spanned(parts: tuple[int, ...], shard: int, replicas: int) -> tuple[in
     return max(len(set(group)) for group in shard_groups), max(len(set(group)) for group in replica_groups)
 
 
-def link_of(ranks: int, nodes: int, device: Device, cluster: Cluster) -> Link:
+def link_of(ranks: Count, nodes: Count, device: Device, cluster: Cluster) -> Link:
     """Within a node its links; across nodes the ring leaves each node through as many network ports as it has ranks
-    there (one per GPU), unless the links are slower."""
-    bandwidth, latency = device.link_bandwidth, LINK_LATENCY_SECONDS
-    if nodes > 1:
-        bandwidth = min(bandwidth, cluster.network_bandwidth * ranks / nodes)
-        latency = cluster.network_latency_seconds * int(np.ceil(np.log2(nodes)))
-    return Link(ranks=ranks, bandwidth=bandwidth * device.efficiency_link, latency=latency)
+    there (one per GPU), unless the links are slower. No hop between nodes is quicker than one within."""
+    ranks, nodes = np.asarray(ranks), np.asarray(nodes)
+    ports = cluster.network_bandwidth * ranks / nodes
+    bandwidth = np.where(nodes > 1, np.minimum(device.link_bandwidth, ports), device.link_bandwidth)
+    hops = cluster.network_latency_seconds * np.ceil(np.log2(nodes))
+    latency = np.maximum(hops, LINK_LATENCY_SECONDS)
+    return Link(ranks, bandwidth * device.efficiency_link, latency)
 
 
-def links(layout: TrainerRole, place: Place, cluster: Cluster) -> tuple[Link, Link]:
+def _links(split: Split, device: Device, cluster: Cluster) -> tuple[Link, Link]:
     """Of a shard group and of a replica group."""
-    across_shards, across_replicas = nodes_spanned(place.parts, layout.shard, layout.replicas)
     return (
-        link_of(layout.shard, across_shards, place.device, cluster),
-        link_of(layout.replicas, across_replicas, place.device, cluster),
+        link_of(split.shard, split.shard_nodes, device, cluster),
+        link_of(split.replicas, split.replica_nodes, device, cluster),
     )
 
 
 # --- calls ---
 
 
-def infer_cost(shape: Shape, head: Head, layout: TrainerRole, place: Place, cluster: Cluster, work: Work) -> Cost:
+def infer_cost(shape: Shape, head: Head, split: Split, device: Device, cluster: Cluster, work: Work) -> Cost:
     """A forward pass over the batch (as one minibatch)."""
-    device = place.device
     compute = forward_flops(shape, head, work) / (device.flops * device.efficiency_compute)
-    micro_batches = np.ceil(work.tokens / layout.micro_batch_tokens)
-    shard, _ = links(layout, place, cluster)
+    micro_batches = np.ceil(work.tokens / _each(split.micro_batch_tokens))
+    shard, _ = _links(split, device, cluster)
     gathered = shard.seconds(compute_bytes(device) * shape.parameters(head)) + _latency(shape, shard)
-    exposed = np.maximum(micro_batches * gathered - compute, 0.0)
-    return Cost(compute=compute.sum(axis=1) + device.overhead_seconds, transfer=exposed.sum(axis=1))
+    exposed = np.maximum(micro_batches * _each(gathered) - compute, 0.0)
+    return Cost(compute=compute.sum(axis=-1) + device.overhead_seconds, transfer=exposed.sum(axis=-1))
 
 
 def train_cost(
-    shape: Shape, head: Head, layout: TrainerRole, place: Place, cluster: Cluster, work: Work, epochs: int
+    shape: Shape, head: Head, split: Split, device: Device, cluster: Cluster, work: Work, epochs: int
 ) -> Cost:
     """An optimizer step per minibatch: its micro-batches, the all-reduce of gradients between replicas, AdamW."""
-    device, parameters = place.device, shape.parameters(head)
-    passes = 4 if layout.recompute else 3
+    parameters = shape.parameters(head)
+    passes = _each(np.where(split.recompute, 4, 3))
     compute = passes * forward_flops(shape, head, work) / (device.flops * device.efficiency_compute)
-    micro_batches = np.ceil(work.tokens / layout.micro_batch_tokens)
-    shard, replica = links(layout, place, cluster)
+    micro_batches = np.ceil(work.tokens / _each(split.micro_batch_tokens))
+    shard, replica = _links(split, device, cluster)
     moved = shard.seconds((2 * compute_bytes(device) + 4) * parameters) + 3 * _latency(shape, shard)
-    exposed = np.maximum(micro_batches * moved - compute, 0.0)
-    exposed += 2 * replica.seconds(4 * parameters / layout.shard) + 2 * _latency(shape, replica)
-    optimizer = OPTIMIZER_BYTES * parameters / layout.shard / (device.memory_bandwidth * device.efficiency_memory)
+    exposed = np.maximum(micro_batches * _each(moved) - compute, 0.0)
+    exposed += _each(2 * replica.seconds(4 * parameters / split.shard) + 2 * _latency(shape, replica))
+    optimizer = OPTIMIZER_BYTES * parameters / split.shard / (device.memory_bandwidth * device.efficiency_memory)
     return Cost(
-        compute=epochs * (compute + optimizer).sum(axis=1) + device.overhead_seconds,
-        transfer=epochs * exposed.sum(axis=1),
+        compute=epochs * (compute + _each(optimizer)).sum(axis=-1) + device.overhead_seconds,
+        transfer=epochs * exposed.sum(axis=-1),
     )
 
 
-def _latency(shape: Shape, link: Link) -> float:
+def _each(values: Any) -> Any:
+    """A figure of every split beside [S, M] of each."""
+    return np.asarray(values)[..., None, None]
+
+
+def _latency(shape: Shape, link: Link) -> Any:
     """Of one collective per layer."""
-    return shape.layers * link.latency if link.ranks > 1 else 0.0
+    return np.where(np.asarray(link.ranks) > 1, shape.layers * link.latency, 0.0)
+
+
+def gather_seconds(shape: Shape, split: Split, device: Device, cluster: Cluster) -> Any:
+    """Of gathering a model over its shard groups, layer by layer."""
+    shard, _ = _links(split, device, cluster)
+    return shard.seconds(compute_bytes(device) * shape.parameters()) + _latency(shape, shard)
+
+
+def hand_over_seconds(
+    shape: Shape, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool, shared: bool,
+    separate: bool,
+) -> float:  # fmt: skip
+    """Of handing gathered weights to the engines: copied within the GPUs that both share, and broadcast to GPUs that
+    they do not."""
+    count = compute_bytes(device) * shape.parameters()
+    copy = 2 * count / tensor_parallel / (device.memory_bandwidth * device.efficiency_memory) if shared else 0.0
+    across = link_of(2, 1 if same_node else 2, device, cluster)
+    broadcast = float(count / across.bandwidth + shape.layers * across.latency) if separate else 0.0
+    return max(copy, broadcast)
 
 
 def sync_cost(
-    shape: Shape, layout: TrainerRole, place: Place, cluster: Cluster, tensor_parallel: int, *, same_node: bool,
+    shape: Shape, split: Split, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool,
     shared: bool, separate: bool,
 ) -> float:  # fmt: skip
-    """Seconds of moving the actor's weights to the engines: gathered over the shard group layer by layer, then copied
-    within the GPUs that both share, and broadcast to GPUs that they do not."""
-    device = place.device
-    count = compute_bytes(device) * shape.parameters()
-    shard, _ = links(layout, place, cluster)
-    gather = shard.seconds(count) + _latency(shape, shard)
-    copy = 2 * count / tensor_parallel / (device.memory_bandwidth * device.efficiency_memory) if shared else 0.0
-    across = link_of(2, 1 if same_node else 2, device, cluster)
-    broadcast = count / across.bandwidth + shape.layers * across.latency if separate else 0.0
-    return gather + max(copy, broadcast) + device.overhead_seconds
+    """Seconds of moving the actor's weights to the engines: gathered over the shard group, then handed over."""
+    gathered = float(gather_seconds(shape, split, device, cluster))
+    handed = hand_over_seconds(
+        shape, device, cluster, tensor_parallel, same_node=same_node, shared=shared, separate=separate
+    )
+    return gathered + handed + device.overhead_seconds

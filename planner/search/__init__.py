@@ -12,7 +12,7 @@ from planner.search.baselines import NAMES, best_of
 from planner.search.branch import search
 from planner.search.evaluate import Candidate
 from planner.search.options import Problem
-from planner.search.pins import allows, parse_pins
+from planner.search.pins import parse_pins, restriction
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -51,8 +51,8 @@ def find(
     nothing fits."""
     start = time.perf_counter()
     problem = problem_of(workload, cluster, profiles, max_staleness)
-    pinned = parse_pins(pins, workload.roles, len(cluster.gpus))
-    found = search(problem, keep, allows(pinned) if pinned else None)
+    pinned = parse_pins(pins, workload.roles, cluster)
+    found = search(problem, keep, restriction(pinned) if pinned else None)
     if not found.best:
         from planner.search.infeasible import nothing_fits  # which itself searches
 
@@ -78,7 +78,7 @@ def find(
         best=plans[0],
         runners_up=tuple(plans[1:]),
         baselines=baselines,
-        placements=found.placements,
+        placements=found.evaluated,
         seconds=seconds,
     )
 

@@ -2,16 +2,15 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from planner.predict.cycle import cycles
 from planner.predict.schedule import steady_edges
-from planner.search.bound import Bounds, sharing_of
-from planner.search.evaluate import Candidate, evaluate
+from planner.search.bound import sharing_of
+from planner.search.branch import best_of_arrangements
+from planner.search.evaluate import Candidate
 from planner.search.options import Problem
-from planner.search.pins import allows, parse_pins
-from planner.search.programs import Program, rates
-from planner.search.space import Structure, sizes
+from planner.search.pins import parse_pins, restriction
+from planner.search.programs import Program
+from planner.search.space import Arrangement, Structure, arrangements
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Wait
@@ -35,23 +34,21 @@ def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
         raise UserError(f"{name}: needs {len(structure)} pools, and there are {len(problem.cluster.gpus)} GPUs")
     if name == "one-step-off" and problem.max_staleness < 1:
         raise UserError(f"{name}: trains on sequences 1 update old, and the workload allows 0")
-    program = _program(name, problem, structure)
-    counts = np.array(_sizes(name, problem.cluster, len(structure)))
+    program, cluster = _program(name, problem, structure), problem.cluster
+    listed: list[Arrangement] = []
+    for a in arrangements(structure, cluster):
+        halves = _halves(name, a, cluster)
+        listed += [a._replace(given=dict(enumerate(halves)))] if halves else [] if halves == () else [a]
     if pins:
-        pinned = parse_pins(pins, problem.workload.roles, len(problem.cluster.gpus))
-        counts = counts[allows(pinned)(structure, counts)]
-    if not len(counts):
+        meet = restriction(parse_pins(pins, problem.workload.roles, cluster))
+        met = [(a, meet(a)) for a in listed]
+        listed = [b._replace(given={**a.given, **b.given}) for a, b in met if b is not None and _agree(a, b)]
+    if not listed:
         raise UserError(f"{name}: its pools cannot meet {' '.join(f'--pin {pin}' for pin in pins)}; change the pins")
-    bounds = Bounds(problem).at_rates(rates(program), structure, counts)
-    best: Candidate | None = None
-    for at in np.argsort(bounds, kind="stable"):
-        limit = best.seconds if best else np.inf
-        if bounds[at] >= limit or np.isinf(bounds[at]):
-            break
-        best = evaluate(problem, structure, counts[at].tolist(), limit, fixed=program)[0] or best
-    if best is None:
+    found = best_of_arrangements(problem, listed, 1, [program] * len(listed))
+    if not found.best:
         raise UserError(f"{name}: no layout fits into the GPUs' memory; use more GPUs or smaller models")
-    return best
+    return found.best[0]
 
 
 def _structure(name: str, roles: Sequence[str]) -> Structure:
@@ -69,15 +66,25 @@ def _structure(name: str, roles: Sequence[str]) -> Structure:
     return tuple(frozenset(pool & set(roles)) for pool in wanted[name] if pool & set(roles))
 
 
-def _sizes(name: str, cluster: Cluster, pools: int) -> list[tuple[int, ...]]:
-    """Pool sizes to try. A split gives each half whole nodes (or half of the only one); what is odd stays idle."""
-    total = len(cluster.gpus)
-    if name in ("split", "split-parallel") and pools == 2:
-        nodes = sorted((node.gpus for node in cluster.nodes), reverse=True)
-        half = total // 2 if len(nodes) == 1 else sum(nodes[: len(nodes) // 2])
-        other = total // 2 if len(nodes) == 1 else sum(nodes[len(nodes) // 2 : 2 * (len(nodes) // 2)])
-        return [(half, other)]
-    return [tuple(int(n) for n in counts) for counts in sizes(total, pools)]
+def _halves(name: str, a: Arrangement, cluster: Cluster) -> tuple[int, ...] | None:
+    """The sizes of a split's pools; None where they are free. Each half has whole nodes (or half of the only one); what
+    is odd stays idle. With two kinds of GPU each half is one of them."""
+    if name == "colocated":
+        return (a.limits[0][1],)
+    if name not in ("split", "split-parallel") or len(a.structure) != 2:
+        return None
+    if len(a.limits) == 2:
+        return tuple(next(most for pools, most in a.limits if i in pools) for i in range(2))
+    nodes = sorted((node.gpus for node in cluster.nodes if node.device == a.kinds[0]), reverse=True)
+    if len(nodes) == 1:
+        return (nodes[0] // 2,) * 2 if nodes[0] > 1 else ()
+    half = len(nodes) // 2
+    return sum(nodes[:half]), sum(nodes[half : 2 * half])
+
+
+def _agree(a: Arrangement, pinned: Arrangement) -> bool:
+    """Whether pins leave the sizes that a split has."""
+    return all(pinned.given.get(i, count) == count for i, count in a.given.items())
 
 
 def _program(name: str, problem: Problem, structure: Structure) -> Program:

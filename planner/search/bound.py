@@ -1,21 +1,31 @@
-"""Lower bounds on the step time of every pool size at once.
+"""Lower bounds on the step time of many placements at once, and of boxes of pool sizes.
 
-A bound takes for each call the least mean duration that any layout of its role allows on a pool of that size (one that
-fits beside the pool's other roles), and puts them into the rows that no program can beat (`programs.bound_rates`).
-The period is a maximum of sums of durations, hence convex: at mean durations it is at most the mean of the scenarios'
-periods, so the bound holds for the objective too.
+A bound takes for each call the least seconds that any layout of its role allows on a pool of that size (one that fits
+beside the pool's other roles), in each length scenario, and puts them into the rows that no program can beat
+(`programs.bound_rates`). So does a second bound with the least mean seconds of each call: a period is a maximum of
+sums, hence convex, and at means at most the mean of periods.
+
+A role may leave GPUs of its pool idle, so these seconds never rise with the pool's size: what holds for the largest
+sizes of a box holds for all of it.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.cost import Place
-from planner.predict.memory import RoleMemory
-from planner.search.options import Problem
-from planner.search.programs import Sharing, bound_rates
-from planner.search.space import Structure
+from planner.predict.layouts import concurrencies, engine_counts, tensor_parallels
+from planner.predict.memory import RoleMemory, process_bytes, rollout_fraction, rollout_memory
+from planner.predict.roofline import hand_over_seconds
+from planner.search.options import Array, Problem, bytes_of
+from planner.search.programs import Program, Sharing, bound_rates, rates
+from planner.search.space import Arrangement, Structure, gpus_of_kinds
+from planner.spec.plan import RolloutRole
+
+NEVER = 1e18  # seconds of what does not fit
+LEVELS = 32  # of memory, in which layouts are told apart
+LOOSE = 1.5  # times a floor of generation, which it may take
 
 
 def sharing_of(problem: Problem, structure: Structure) -> Sharing:
@@ -26,89 +36,422 @@ def sharing_of(problem: Problem, structure: Structure) -> Sharing:
     )
 
 
-class Least(NamedTuple):
-    """Of the roles of a pool, by its number of GPUs [G + 1]: 0 where they fit and infinity where not, and the least
-    mean seconds of each call."""
+class Rows(NamedTuple):
+    """Of some arrangements what their bounds need, padded to the most pools P and rows R: the table of each pool
+    [n, P], the pool of each column [n, C], whether a pool generates [n, P] and has the actor, the kind that generates,
+    that kind's GPUs per node, seconds of handing weights over within a node and between nodes [n, 2], and
+    rates [n, R, C]."""
 
-    fits: NDArray[np.float64]
-    seconds: dict[str, NDArray[np.float64]]
+    table: NDArray[np.int64]
+    home: NDArray[np.int64]
+    generates: NDArray[np.bool_]
+    acts: NDArray[np.bool_]
+    kind: NDArray[np.int64]
+    node: NDArray[np.int64]
+    hand_over: Array
+    rates: Array
 
 
 class Bounds:
-    """Tables of least durations over pool sizes 1..G, made when first asked for. No plan above `ceiling` seconds is of
-    interest: where generation alone exceeds it, its floor is enough."""
+    """Tables of least seconds by pool size for the pools of some arrangements; all of them on the same cluster."""
 
-    def __init__(self, problem: Problem, ceiling: float = np.inf) -> None:
-        self.problem, self.ceiling = problem, ceiling
-        self.gpus = len(problem.cluster.gpus)
-        self._tables: dict[frozenset[str], Least] = {}
-        self._generate: NDArray[np.float64] | None = None
+    def __init__(
+        self, problem: Problem, arrangements: Sequence[Arrangement], programs: Sequence[Program | None] | None = None
+    ) -> None:
+        self.problem, self.arrangements = problem, arrangements
+        there = gpus_of_kinds(problem.cluster)
+        self.kinds = tuple(there)
+        most = max(there.values())
+        self._made: dict[tuple[str, str], tuple[Array, Array, Array]] = {}
+        pools = sorted({pool for a in arrangements for pool in zip(a.structure, a.kinds, strict=True)}, key=_named)
+        self._number = {pool: number for number, pool in enumerate(pools)}
+        # The steps of a pool's size at which something changes: `step[kind, n]` of n GPUs, `first[kind, step]` back.
+        ranks = {kind: problem.ranks(kind) for kind in self.kinds}
+        self.first = np.full((len(self.kinds), max(map(len, ranks.values())) + 1), most + 1)
+        self.step = np.zeros((len(self.kinds), most + 1), dtype=np.int64)
+        for number, counts in enumerate(ranks.values()):
+            self.first[number, : len(counts)] = counts
+            self.step[number] = np.searchsorted(counts, np.arange(most + 1), "right") - 1
+        self.kind_of = np.array([self.kinds.index(kind) for _, kind in pools])
+        self.room = np.zeros((len(pools), self.first.shape[1]), dtype=np.int64)  # level of memory for an engine
+        # The least seconds of each call, and of all calls of a role together (one layout serves them all).
+        self.roles = [role for role in problem.workload.roles if role != "rollout"]
+        self.columns = (*problem.calls, *self.roles)
+        self.scenarios = problem.model.scenarios + 1  # the last stands for the mean
+        self.seconds = np.full((len(pools), len(self.columns), self.first.shape[1], self.scenarios), NEVER)
+        for (roles, kind), number in self._number.items():
+            self._fill(self.seconds[number], self.room[number], roles, kind)
+        self.generation = [Generation(problem, kind, there[kind]) for kind in self.kinds]
+        load = np.minimum(self.seconds[:, len(problem.calls) :].sum(axis=1), NEVER)
+        self.load = self._objective(load)  # [tables, steps]; falling, and no size is enough in the end
+        for number, kind in enumerate(self.kind_of):
+            self.load[number, len(ranks[self.kinds[kind]]) :] = -np.inf
+        self.rows = self._rows(programs or [None] * len(arrangements))
 
-    def of(self, structure: Structure, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Lower bounds [n] in seconds, for any program, of pool sizes [n, pools]; infinite where nothing fits."""
-        rates = bound_rates(self.problem.flow, sharing_of(self.problem, structure), self.problem.max_staleness)
-        return self.at_rates(rates, structure, sizes)
+    # --- the tables ---
 
-    def at_rates(
-        self, rates: NDArray[np.float64], structure: Structure, sizes: NDArray[np.int64]
-    ) -> NDArray[np.float64]:
-        """Lower bounds [n] of the largest of `rates` [rows, calls] times the calls' durations."""
+    def _fill(self, table: Array, room: NDArray[np.int64], roles: frozenset[str], kind: str) -> None:
+        """Least seconds [C, steps, S] of the calls of a pool's roles, and the room that they leave to an engine, by the
+        steps of its size."""
         problem = self.problem
-        row = {call: i for i, call in enumerate(problem.calls)}
-        seconds = np.zeros((len(row), len(sizes)))  # what has no table, the sync, is bounded by 0
-        for call in problem.flow.calls:
-            if not call.roles:
-                seconds[row[call.name]] = problem.model.host(call.name).seconds.mean()
-        generating = [i for i, roles in enumerate(structure) if "rollout" in roles]
-        seconds[row["generate"]] = self._generation()[sizes[:, generating].sum(axis=1)]
-        fits = np.zeros(len(sizes))
-        for i, roles in enumerate(structure):
-            least = self._least(roles)
-            fits += least.fits[sizes[:, i]]
-            for name, table in least.seconds.items():
-                seconds[row[name]] = table[sizes[:, i]]
-        return np.asarray((rates @ np.where(np.isfinite(seconds), seconds, 0.0)).max(axis=0) + fits)
+        held = [role for role in problem.workload.roles if role in roles and role != "rollout"]
+        engine = self._engine(kind) if "rollout" in roles else np.zeros(2)
+        allowed = problem.allowed(bool(held), "rollout" in roles, kind)
+        steps = len(problem.ranks(kind))
+        made = [self._role(role, kind) for role in held]
+        least = np.stack([memory for _, _, memory in made]) if made else np.zeros((0, steps, 2))
+        idle = least[:, :, 0].sum(axis=0) + engine[0]
+        surplus = np.maximum(least[:, :, 1].max(axis=0, initial=0.0), engine[1])
+        table[:] = 0.0
+        own = {*held, *(call for role in held for call in problem.calls_of(role))}
+        rows = [row for row, name in enumerate(self.columns) if name in own]
+        for number, (role, (alone, kept, _)) in enumerate(zip(held, made, strict=True)):
+            left = allowed - (idle - least[number, :, 0])
+            others = np.maximum(np.delete(least[:, :, 1], number, axis=0).max(axis=0, initial=0.0), engine[1])
+            levels = [_level(problem, kind, bytes_left) for bytes_left in (left, left - others)]
+            at = np.arange(steps)
+            found = np.maximum(alone[:, at, levels[0]], kept[:, at, levels[1]])
+            for name, seconds in zip((*problem.calls_of(role), role), found, strict=True):
+                table[self.columns.index(name), :steps] = seconds
+        table[np.ix_(np.array(rows or range(len(table))), np.flatnonzero(idle + surplus > allowed))] = NEVER
+        table[:, steps:] = NEVER
+        room[:steps] = _level(problem, kind, allowed - (idle - engine[0]))
 
-    def _least(self, roles: frozenset[str]) -> Least:
-        if roles not in self._tables:
-            trained = tuple(role for role in self.problem.workload.roles if role in roles and role != "rollout")
-            calls = [call for role in trained for call in self.problem.calls_of(role)]
-            infinite = np.full(self.gpus + 1, np.inf)
-            least = Least(infinite.copy(), {call: infinite.copy() for call in calls})
-            for gpus in range(1, self.gpus + 1):
-                place = self._compact(gpus)
-                for engine in self._smallest_engines(place) if "rollout" in roles else (None,):
-                    found = self.problem.least(trained, place, engine)
-                    if found is not None:
-                        least.fits[gpus] = 0.0
-                        for call, seconds in found.items():
-                            least.seconds[call][gpus] = min(least.seconds[call][gpus], seconds)
-            self._tables[roles] = least
-        return self._tables[roles]
+    def _role(self, role: str, kind: str) -> tuple[Array, Array, Array]:
+        """Of a role alone: least seconds [calls + 1, steps, levels, S] (the last of all its calls together) of the
+        layouts that need at most a level of memory while they run, the same of what they keep while they idle, and the
+        least memory [steps, 2]."""
+        if (role, kind) not in self._made:
+            problem = self.problem
+            layouts, counts = problem.layouts(role, kind), problem.ranks(kind)
+            step = np.searchsorted(counts, layouts.grid.gpus)
+            memory = np.full((len(counts), 2), NEVER)
+            np.minimum.at(memory, step, layouts.memory[:, :2])
+            tables = []
+            seconds = _with_mean(np.concatenate([layouts.seconds, layouts.seconds.sum(axis=0)[None]]))
+            for needed in (layouts.memory[:, :2].sum(axis=1), layouts.memory[:, 0]):
+                tables.append(_least(seconds, step, _level(problem, kind, needed), len(counts)))
+            self._made[role, kind] = tables[0], tables[1], np.minimum.accumulate(memory, axis=0)
+        return self._made[role, kind]
 
-    def _smallest_engines(self, place: Place) -> list[RoleMemory]:
-        """The engines' memory figures on a pool that none other undercuts."""
-        found = {(memory.idle, memory.running): memory for _, memory in self.problem.rollouts([place])}
-        least = [key for key in found if not any(o != key and o[0] <= key[0] and o[1] <= key[1] for o in found)]
-        return [found[key] for key in sorted(least)]
+    def _engine(self, kind: str) -> Array:
+        """The least resident bytes and the least surplus of an engine on a kind of GPU."""
+        problem, device = self.problem, self.problem.device(kind)
+        found = [np.full(2, NEVER)]
+        for split in tensor_parallels(problem.workload, device):
+            engines = gpus_of_kinds(problem.cluster)[kind] // split
+            for slots in concurrencies(problem.workload, engines, device)[:1] if engines else []:
+                found += [bytes_of(memory)[:2] for memory in _engine_memory(problem, kind, split, slots)]
+        return np.asarray(np.min(found, axis=0))
 
-    def _generation(self) -> NDArray[np.float64]:
-        """Least mean seconds of `generate` [G + 1] with that many GPUs, however they lie on pools."""
-        if self._generate is None:
-            table = np.full(self.gpus + 1, np.inf)
-            for gpus in range(1, self.gpus + 1):
-                places = [self._compact(gpus)]
-                layouts = [layout for layout, _ in self.problem.rollouts(places) if not layout.offload]
-                floors = [self.problem.model.generate_floor(layout, places) for layout in layouts]
-                if floors and min(floors) >= self.ceiling:
-                    table[gpus] = min(floors)
-                for at in np.argsort(floors, kind="stable"):
-                    if floors[at] >= table[gpus]:
-                        break
-                    table[gpus] = min(table[gpus], self.problem.model.generate(layouts[at], places).seconds.mean())
-            self._generate = np.minimum.accumulate(table)
-        return self._generate
+    def sharpen(self, number: int, sizes: NDArray[np.int64]) -> bool:
+        """Simulate generation on these sizes [1, P] as far as its floors decide the bound. Whether there was any to."""
+        one = np.array([number])
+        if (self.of(one, sizes, sizes) < self._objective(self.in_scenarios(one, sizes, sizes, LOOSE))).all():
+            return self.generation[int(self.rows.kind[number])].sharpen(*self._engine_pools(one, sizes))
+        return False
 
-    def _compact(self, gpus: int) -> Place:
-        """A pool as if all of its GPUs shared a node: no real packing has faster links or room for more engines."""
-        return Place(parts=(gpus,), device=self.problem.cluster.device_of(self.problem.cluster.gpus[0]))
+    def refresh(self) -> None:
+        """Take up what has been simulated meanwhile."""
+        for generation in self.generation:
+            generation.refresh()
+
+    def fewer_engines_are_faster(self, number: int, sizes: NDArray[np.int64]) -> bool:
+        """Whether generation on these sizes [1, P] may be slower than on smaller ones, as it happens to be dealt."""
+        return self.generation[int(self.rows.kind[number])].falls(*self._engine_pools(np.array([number]), sizes))
+
+    def _engine_pools(
+        self, number: NDArray[np.int64], sizes: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The sizes [n, P] of the generating pools, -1 for others, and the level of memory [n] that all leave."""
+        generates, table = self.rows.generates[number], self.rows.table[number]
+        room = np.where(generates, self.room[table, self.step[self.kind_of[table], sizes]], LEVELS)
+        return np.where(generates, sizes, -1), room.min(axis=1)
+
+    def _rows(self, programs: Sequence[Program | None]) -> Rows:
+        problem = self.problem
+        calls, pools = problem.calls, max(len(a.structure) for a in self.arrangements)
+        columns: list[list[object]] = [[] for _ in Rows._fields]
+        listed = []
+        for a, program in zip(self.arrangements, programs, strict=True):
+            own = zip(a.structure, a.kinds, strict=True)
+            pad = [0] * (pools - len(a.structure))
+            actor = next(i for i, roles in enumerate(a.structure) if "actor" in roles)
+            homes = [
+                next((i for i, roles in enumerate(a.structure) if role in roles), 0)
+                for role in (*((problem.flow[call].roles or ("",))[0] for call in calls), *self.roles)
+            ]
+            kind = a.kinds[a.generating[0]]
+            values: list[object] = [
+                [self._number[pool] for pool in own] + pad,
+                homes,
+                ["rollout" in roles for roles in a.structure] + [False] * len(pad),
+                [i == actor for i in range(pools)],
+                self.kinds.index(kind),
+                problem.node(kind) if kind == a.kinds[actor] else 0,
+                [self._hand_over(a, actor, same_node=same_node) for same_node in (True, False)],
+            ]
+            for column, value in zip(columns, values, strict=False):
+                column.append(value)
+            sharing = sharing_of(problem, a.structure)
+            listed.append(rates(program) if program else bound_rates(problem.flow, sharing, problem.max_staleness))
+        every = np.zeros((len(listed), max(map(len, listed)), len(self.columns)))
+        for number, found in enumerate(listed):
+            every[number, : len(found)] = self._by_role(found)
+        return Rows(*(np.array(column) for column in columns[:-1]), every)  # type: ignore[call-arg]
+
+    def _by_role(self, rates: Array) -> Array:
+        """Rows of rates [n, columns] in which roles stand for their calls where these count alike."""
+        calls = self.problem.calls
+        found = np.concatenate([rates, np.zeros((len(rates), len(self.roles)))], axis=1)
+        for number, role in enumerate(self.roles):
+            own = [calls.index(call) for call in self.problem.calls_of(role)]
+            alike = (rates[:, own] == rates[:, own[:1]]).all(axis=1)
+            found[alike, len(calls) + number] = rates[alike, own[0]]
+            found[np.ix_(alike, own)] = 0.0
+        return found
+
+    def _hand_over(self, a: Arrangement, actor: int, *, same_node: bool) -> float:
+        """Seconds that handing over the weights takes at least."""
+        problem, device = self.problem, self.problem.device(a.kinds[actor])
+        splits = tensor_parallels(problem.workload, problem.device(a.kinds[a.generating[0]]))
+        shared = actor in a.generating
+        seconds = min(
+            hand_over_seconds(
+                problem.workload.actor.shape, device, problem.cluster, split, same_node=same_node, shared=shared,
+                separate=len(a.generating) > shared,
+            )
+            for split in splits
+        )  # fmt: skip
+        return seconds * problem.model.least_transfer_ratio(device)
+
+    # --- bounds ---
+
+    def of(self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]) -> Array:
+        """Seconds [n] that no program of arrangement `number` [n] is below on pools of sizes between `low` and `high`
+        [n, P], which are 0 where there is no pool."""
+        return self._objective(self.in_scenarios(number, low, high))
+
+    def _objective(self, seconds: Array) -> Array:
+        """Of seconds [..., S + 1] in each scenario and at the mean."""
+        found = self.problem.statistic(seconds[..., :-1])
+        return found if self.problem.objective == "p95" else np.maximum(found, seconds[..., -1])
+
+    def in_scenarios(
+        self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], slower: float = 1.0
+    ) -> Array:
+        """The same in each scenario and at the mean [n, S + 1]; with generation so many times `slower`."""
+        rows, calls = self.rows, self.problem.calls
+        at = np.arange(len(number))[:, None]
+        home = rows.home[number]
+        table = rows.table[number][at, home]
+        step = self.step[self.kind_of[table], high[at, home]]
+        seconds = self.seconds[table, np.arange(len(self.columns)), step]
+        for row, name in enumerate(calls):
+            if not self.problem.flow[name].roles:
+                seconds[:, row] = _with_mean(self.problem.model.host(name).seconds)
+        seconds[:, calls.index("generate")] = slower * self._generate(number, high)
+        for name in ("sync_weights", "actor"):
+            seconds[:, self.columns.index(name)] += self._handed(number, low)[:, None]
+        return np.asarray(np.minimum((rows.rates[number] @ np.minimum(seconds, NEVER)).max(axis=1), NEVER))
+
+    def _generate(self, number: NDArray[np.int64], sizes: NDArray[np.int64]) -> Array:
+        """Seconds [n, S + 1] with all the engines that the generating pools have room for."""
+        found = np.full((len(number), self.scenarios), NEVER)
+        pools, room = self._engine_pools(number, sizes)
+        for kind, generation in enumerate(self.generation):
+            of_kind = np.flatnonzero(self.rows.kind[number] == kind)
+            if len(of_kind):
+                found[of_kind] = generation.least(pools[of_kind], room[of_kind])
+        return found
+
+    def _handed(self, number: NDArray[np.int64], low: NDArray[np.int64]) -> Array:
+        """Seconds [n] of handing over the weights; between nodes where these sizes are too many for one."""
+        rows = self.rows
+        gpus = np.where(rows.generates[number] | rows.acts[number], low, 0).sum(axis=1)
+        return np.asarray(np.where(gpus > rows.node[number], rows.hand_over[number, 1], rows.hand_over[number, 0]))
+
+    def may_share_a_node(
+        self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Whether some sizes of a box [n] hand weights over within a node, and others have to between nodes."""
+        near = self._handed(number, low) < self._handed(number, high)
+        return np.asarray(near & (low != high).any(axis=1))
+
+    def snapped(self, number: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The smallest sizes [n, P] that allow the same layouts to trained and inference roles."""
+        kind = self.kind_of[self.rows.table[number]]
+        return np.where(sizes > 0, self.first[kind, np.maximum(self.step[kind, sizes], 0)], 0)
+
+    def smallest(
+        self,
+        number: NDArray[np.int64],
+        low: NDArray[np.int64],
+        high: NDArray[np.int64],
+        limit: NDArray[np.float64],
+    ) -> NDArray[np.int64]:
+        """The least size of each pool [n, P] whose own load allows a step below `limit` [n] seconds, if generation has
+        at most all GPUs of its pools. More than there are where none does."""
+        rows = self.rows
+        left = np.repeat(limit[:, None], high.shape[1], axis=1)
+        if self.problem.objective != "p95":  # sums of percentiles are no percentiles of sums
+            seconds = self._generate(number, high)[:, -1]
+            left = left - np.where(rows.generates[number], seconds[:, None], 0.0)
+            left = left - np.where(rows.acts[number], self._handed(number, low)[:, None], 0.0)
+        found = np.zeros_like(high)
+        tables = rows.table[number]
+        for table in np.unique(tables).tolist():
+            where = tables == table
+            load = self.load[table]
+            enough = np.searchsorted(-load, -left[where], "left")
+            found[where] = self.first[self.kind_of[table]][np.minimum(enough, len(load) - 1)]
+        return found
+
+
+class Generation:
+    """What generation takes at least on the GPUs of a kind: tables [engine sizes, levels of memory, numbers of engines,
+    S + 1] of the least seconds of all layouts that need no more of either."""
+
+    def __init__(self, problem: Problem, kind: str, gpus: int) -> None:
+        self.problem, self.kind, self.device = problem, kind, problem.device(kind)
+        self.splits = [t for t in tensor_parallels(problem.workload, self.device) if t <= problem.node(kind)]
+        self.counts = np.array(engine_counts(gpus, problem.workload.batch))
+        self._row: dict[tuple[int, int, int], int] = {}  # (engine size, slots, engines)
+        columns = list[tuple[int, int, int, int]]()
+        for number, split in enumerate(self.splits):
+            for at, engines in enumerate(self.counts[: np.searchsorted(self.counts, gpus // split, "right")].tolist()):
+                for slots in concurrencies(problem.workload, engines, self.device):
+                    fraction = rollout_fraction(problem.workload, split, slots, self.device)
+                    if fraction <= 1:
+                        self._row[split, slots, engines] = len(columns)
+                        columns.append((number, at, slots, round(100 * fraction)))
+        self._number, self._at, self._slots, shares = np.array(columns).reshape(-1, 4).T.astype(np.int64)
+        needed = shares / 100 * self.device.memory_bytes - process_bytes(self.device)
+        self._level = _level(problem, kind, needed * (self.device.kind == "cuda"))
+        self._seconds = np.full((len(columns), problem.model.scenarios), NEVER)
+        self._least, self._objective = self._seconds.copy(), np.full(len(columns), NEVER)
+        for number, split in enumerate(self.splits):
+            rows = np.flatnonzero(self._number == number)
+            engines = self.counts[self._at[rows]]
+            self._seconds[rows] = problem.model.floors(split, self._slots[rows], engines, self.device)
+        self._known = 0
+        self._refilled(np.arange(len(columns)))
+
+    def _refilled(self, rows: NDArray[np.int64]) -> None:
+        """Make the tables anew after the seconds of some rows have changed."""
+        problem, device = self.problem, self.device
+        for split in {self.splits[number] for number in self._number[rows].tolist()}:
+            own = rows[self._number[rows] == self.splits.index(split)]
+            engines = self.counts[self._at[own]]
+            self._least[own] = problem.model.generate_least(
+                self._seconds[own], split, self._slots[own], engines, device
+            )
+        self._objective[rows] = problem.statistic(self._least[rows])
+        self.exact = np.full((len(self.splits), LEVELS + 1, len(self.counts), problem.model.scenarios + 1), NEVER)
+        np.minimum.at(self.exact, (self._number, self._level, self._at), _with_mean(self._least))
+        np.minimum.accumulate(self.exact, axis=1, out=self.exact)
+        self.table = np.minimum.accumulate(self.exact, axis=2)
+
+    def refresh(self) -> bool:
+        """Take up what has been simulated meanwhile; whether that is anything new."""
+        runs = self.problem.model.generations
+        known = sum(run.known for run in runs.values())
+        if known == self._known:
+            return False
+        changed = []
+        for (split, slots, engines), run in runs.items():
+            row = self._row.get((split, slots, engines[0][1])) if engines[0][0] == self.device else None
+            if row is not None and len(engines) == 1 and (run.seconds > self._seconds[row]).any():
+                self._seconds[row] = np.maximum(self._seconds[row], run.seconds)
+                changed.append(row)
+        self._known = known
+        if changed:
+            self._refilled(np.array(changed))
+        return bool(changed)
+
+    def sharpen(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> bool:
+        """Simulate, of what fits pools of these sizes [1, P], all that might be fastest; whether that told more."""
+        rows = np.concatenate([
+            np.flatnonzero((self._number == which) & (self._at <= count[0]) & (self._level <= room[0]))
+            for which, count, able in self._fitting(pools) if able[0]
+        ] or [np.zeros(0, np.int64)])  # fmt: skip
+        best = np.inf
+        queued = self._slots[rows] * self.counts[self._at[rows]] < self.problem.workload.batch  # slow to simulate
+        for row in rows[np.lexsort((self._objective[rows], queued))].tolist():
+            if self._objective[row] >= best:
+                continue
+            split, engines = self.splits[self._number[row]], int(self.counts[self._at[row]])
+            run = self.problem.model.generation(split, int(self._slots[row]), ((self.device, engines),))
+            while not run.done and float(self.problem.statistic(run.seconds)) < best:
+                run.advance()
+            best = min(best, float(self.problem.statistic(run.seconds)) if run.done else np.inf)
+        return self.refresh()
+
+    def falls(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> bool:
+        """Whether fewer engines than fit pools of these sizes [1, P] may be faster."""
+        return any(
+            bool((self.table[which, room[0], count[0]] < self.exact[which, room[0], count[0]]).any())
+            for which, count, able in self._fitting(pools) if able[0]
+        )  # fmt: skip
+
+    def _fitting(self, pools: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]:
+        """Of each engine size which number of engines fits pools of these sizes [n, P], and whether each has one."""
+        for which, split in enumerate(self.splits):
+            each = np.where(pools >= 0, pools // split, 0)
+            able = np.asarray(((each > 0) | (pools < 0)).all(axis=1), dtype=np.bool_)
+            yield which, np.searchsorted(self.counts, each.sum(axis=1), "right") - 1, able
+
+    def least(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> Array:
+        """Seconds [n, S + 1] with the engines that fit pools of these sizes [n, P] (-1: not the rollout's), each of
+        which needs one, in a level of memory [n]."""
+        found = np.full((len(pools), self.table.shape[3]), NEVER)
+        for which, count, able in self._fitting(pools):
+            found = np.minimum(found, np.where(able[:, None], self.table[which, room, count], NEVER))
+        return found
+
+
+def _with_mean(seconds: Array) -> Array:
+    """With the mean of [..., S] after the scenarios."""
+    return np.concatenate([seconds, seconds.mean(axis=-1, keepdims=True)], axis=-1)
+
+
+def _level(problem: Problem, kind: str, size: Any) -> NDArray[np.int64]:
+    """Levels of memory that so many bytes need: what fits has no higher a level than the room."""
+    share = np.asarray(size) / problem.device(kind).memory_bytes
+    return np.clip(np.ceil(share * LEVELS), 0, LEVELS).astype(np.int64)
+
+
+def _named(pool: tuple[frozenset[str], str]) -> tuple[list[str], str]:
+    return sorted(pool[0]), pool[1]
+
+
+def _least(seconds: Array, step: NDArray[np.int64], level: NDArray[np.int64], steps: int) -> Array:
+    """The least seconds [calls, steps, levels, S] of rows [calls, n, S] of at most a step and at most a level."""
+    found = np.full((seconds.shape[0], steps * (LEVELS + 1), seconds.shape[2]), NEVER)
+    cell = step * (LEVELS + 1) + level
+    order = np.argsort(cell, kind="stable")
+    cells, first = np.unique(cell[order], return_index=True)
+    if len(cells):
+        found[:, cells] = np.minimum.reduceat(seconds[:, order], first, axis=1)
+    table = found.reshape(seconds.shape[0], steps, LEVELS + 1, seconds.shape[2])
+    return np.asarray(np.minimum.accumulate(np.minimum.accumulate(table, axis=1), axis=2))
+
+
+def _engine_memory(problem: Problem, kind: str, tensor_parallel: int, slots: int) -> list[RoleMemory]:
+    """Of an engine of that size, awake and asleep while it idles; none if it does not fit."""
+    device = problem.device(kind)
+    fraction = rollout_fraction(problem.workload, tensor_parallel, slots, device)
+    if fraction > 1:
+        return []
+    on_cpu = device.kind == "cpu"
+    return [
+        rollout_memory(
+            problem.workload,
+            RolloutRole(
+                engine="transformers" if on_cpu else "vllm", pools=("p",), tensor_parallel=tensor_parallel, replicas=1,
+                memory_fraction=fraction, concurrency=slots, offload=offload,
+            ),
+            device,
+        )
+        for offload in ((False,) if on_cpu else (False, True))
+    ]  # fmt: skip

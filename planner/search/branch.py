@@ -1,73 +1,299 @@
-"""Best-first search: placements in the order of their bounds, until no bound is below the best plan found."""
+"""Branch and bound over boxes of pool sizes, of all structures at once."""
 
+import contextlib
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.search.bound import Bounds
+from planner.search.bound import NEVER, Bounds
 from planner.search.evaluate import SAME, Candidate, evaluate
 from planner.search.options import Problem
-from planner.search.pins import Allows
-from planner.search.space import sizes, structures
+from planner.search.pins import Restrict
+from planner.search.programs import Program
+from planner.search.space import Arrangement, Structure, arrangements, structures
+
+MUCH_SLOWER = 0.25  # than the best plan: such plans are not shown beside it
+AT_ONCE = 1024  # boxes that are halved together
 
 
 class Found(NamedTuple):
-    """The best candidates of different placements, the best first; the bound that no plan of the space is below; and
-    how many placements (structures with pool sizes) the space holds."""
+    """The best candidate of each of the best structures, the best first; the seconds that no plan of the space is
+    below; how many placements were evaluated; and whether the search was ended before its time."""
 
     best: tuple[Candidate, ...]
     bound: float
-    placements: int
+    evaluated: int
+    ended: bool = False
 
 
-def search(problem: Problem, keep: int, allowed: Allows | None = None) -> Found:
-    """The `keep` best placements (of those that are `allowed`), each with its best layouts and program. Empty if
-    nothing fits.
+class Boxes(NamedTuple):
+    """Boxes of pool sizes: the number of the arrangement [n], sizes from `low` to `high` [n, P] (0 where there is no
+    pool), and the seconds that nothing in them is below [n]."""
 
-    Placements are taken in the order of their bounds, first with a few natural programs; those that reach neither
-    their floor nor exceed the incumbent get every program afterwards."""
-    listed = structures(problem.workload.roles)
-    together, _ = evaluate(problem, (frozenset(problem.workload.roles),), (len(problem.cluster.gpus),), every=False)
-    bounds = Bounds(problem, together.seconds if together else np.inf)
-    nodes = [
-        (float(bound), number, tuple(int(n) for n in counts))
-        for number, structure in enumerate(listed)
-        for every in [sizes(len(problem.cluster.gpus), len(structure))]
-        for counts_of in [every if allowed is None else every[allowed(structure, every)]]
-        for bound, counts in zip(bounds.of(structure, counts_of), counts_of, strict=True)
-    ]
-    placements, nodes = len(nodes), sorted(node for node in nodes if np.isfinite(node[0]))
-    best: list[Candidate] = []
-    unsettled: list[tuple[int, tuple[int, ...]]] = []
-    bound = np.inf
-    for bound, number, counts in nodes:
-        if len(best) == keep and bound >= best[-1].seconds * (1 - SAME):
-            break
-        candidate, settled = evaluate(problem, listed[number], counts, _limit(best, keep), every=False)
-        _insert(best, candidate, keep)
-        if not settled:
-            unsettled.append((number, counts))
-    for number, counts in unsettled:
-        candidate, _ = evaluate(problem, listed[number], counts, _limit(best, keep), every=True)
-        _insert(best, candidate, keep)
-    lowest = best[0].seconds if best else 0.0
-    return Found(tuple(best), lowest, placements)
+    number: NDArray[np.int64]
+    low: NDArray[np.int64]
+    high: NDArray[np.int64]
+    bound: NDArray[np.float64]
+
+    def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> "Boxes":
+        return Boxes(*(column[which] for column in self))  # type: ignore[arg-type]
 
 
-def _limit(best: Sequence[Candidate], keep: int) -> float:
-    return best[-1].seconds if len(best) == keep else np.inf
+def search(problem: Problem, keep: int, restrict: Restrict | None = None, deadline: float = np.inf) -> Found:
+    """The best plan of each of the `keep` best structures; empty if nothing fits. `restrict` adds what an arrangement's
+    sizes must meet, or refuses it. Ends with what it has at the `deadline` (of time.perf_counter) or on Ctrl-C."""
+    listed = [a for structure in structures(problem.workload.roles) for a in arrangements(structure, problem.cluster)]
+    if restrict is not None:
+        listed = [restricted for a in listed if (restricted := restrict(a)) is not None]
+    return best_of_arrangements(problem, listed, keep, deadline=deadline)
 
 
-def _insert(best: list[Candidate], candidate: Candidate | None, keep: int) -> None:
-    """Keep the list sorted; of equal times the earlier (simpler) placement comes first. One entry per placement."""
-    if candidate is None:
-        return
-    same = [i for i, c in enumerate(best) if (c.structure, c.pools) == (candidate.structure, candidate.pools)]
-    if same and best[same[0]].seconds <= candidate.seconds:
-        return
-    for i in same:
-        del best[i]
-    at = next((i for i, c in enumerate(best) if candidate.seconds < c.seconds * (1 - SAME)), len(best))
-    best.insert(at, candidate)
-    del best[keep:]
+def best_of_arrangements(
+    problem: Problem,
+    listed: Sequence[Arrangement],
+    keep: int,
+    programs: Sequence[Program] | None = None,
+    deadline: float = np.inf,
+) -> Found:
+    """As `search`, of these arrangements; each with its own program if there are `programs`."""
+    if not listed:
+        return Found((), 0.0, 0)
+    run = _Search(problem, listed, programs, deadline)
+    ended = False
+    try:
+        run.branch()  # the best plan
+        run.settle()
+    except (_TimeUp, KeyboardInterrupt):
+        ended = True
+    bound = run.bound
+    if run.best and keep > 1 and not ended:
+        with contextlib.suppress(_TimeUp, KeyboardInterrupt):
+            run.widen(keep)
+            run.branch()
+    return Found(tuple(run.best), bound, run.evaluated, ended)
+
+
+class _TimeUp(Exception):
+    pass
+
+
+class _Search:
+    """`best` is sorted. `open` boxes are to be halved; `leaves` are boxes whose largest sizes can be had at once;
+    `unsettled` placements that a better program might improve: (bound, number, sizes)."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        listed: Sequence[Arrangement],
+        programs: Sequence[Program] | None,
+        deadline: float,
+    ) -> None:
+        self.problem, self.listed, self.programs, self.deadline = problem, listed, programs, deadline
+        self.keep, self.slowest = 1, NEVER / 1e3
+        self.best: list[Candidate] = []
+        self.unsettled: list[tuple[float, int, tuple[int, ...]]] = []
+        self.evaluated = 0
+        self.bounds, self.space = Bounds(problem, listed, programs), Space(listed)
+        roots = self.space.roots()
+        self.leaves = roots.take(np.zeros(0, dtype=np.int64))
+        self.open = self._bounded(roots)
+
+    def widen(self, keep: int) -> None:
+        """Look for the best plans of other structures too, as far as they are not much slower."""
+        self.keep, self.slowest = keep, (1 + MUCH_SLOWER) * self.best[0].seconds
+        self.unsettled.clear()
+        self.open = self._bounded(self.space.roots())
+
+    @property
+    def bound(self) -> float:
+        """Seconds that no plan is below, at any time of the search."""
+        left = [float(boxes.bound.min(initial=NEVER)) for boxes in (self.open, self.leaves)]
+        left += [self.best[0].seconds if self.best else NEVER, *(bound for bound, *_ in self.unsettled)]
+        found = min(left)
+        return found if found < NEVER / 1e3 else 0.0
+
+    def branch(self) -> None:
+        """Halve the boxes with the lowest bounds until none is below the best; evaluate placements in the order of
+        their bounds, as soon as no box has a lower one."""
+        while len(self.open.bound) or len(self.leaves.bound):
+            if time.perf_counter() > self.deadline:
+                raise _TimeUp
+            self.open = self.open.take(self.open.bound < self._limits(self.open.number))
+            lowest = self.leaves.bound.min(initial=NEVER)
+            if len(self.leaves.bound) and (not self.best or lowest <= self.open.bound.min(initial=NEVER)):
+                self._look_at_best_leaf()
+            elif len(self.open.bound):
+                order = np.argsort(self.open.bound, kind="stable")
+                halves = self._bounded(_halved(self.open.take(order[:AT_ONCE])))
+                self.open = _joined(self.open.take(order[AT_ONCE:]), halves)
+
+    def settle(self) -> None:
+        """Try every program on the placements where one might be better than the best plan."""
+        self.unsettled.sort()
+        while self.unsettled:
+            bound, number, sizes = self.unsettled[0]
+            if bound < self.best[0].seconds * (1 - SAME):
+                if time.perf_counter() > self.deadline:
+                    raise _TimeUp
+                program = self.programs[number] if self.programs else None
+                outcome = evaluate(self.problem, self.listed[number], sizes, self._limit(number), True, program)
+                self._insert(outcome.best)
+            del self.unsettled[0]
+
+    def _look_at_best_leaf(self) -> None:
+        """Sharpen the bound of the leaf that has the lowest, or evaluate it if that is as sharp as can be."""
+        leaves = self.leaves.take(self.leaves.bound < self._limits(self.leaves.number))
+        if len(leaves.bound):
+            order = np.lexsort((leaves.number, self.space.pools[leaves.number], leaves.bound))
+            number, corner = int(leaves.number[order[0]]), leaves.high[order[:1]]
+            if self.bounds.sharpen(number, corner):
+                near, far = leaves.take(order[:AT_ONCE]), leaves.take(order[AT_ONCE:])
+                near = near._replace(bound=np.maximum(near.bound, self.bounds.of(near.number, near.high, near.high)))
+                leaves = _joined(far, near)
+            else:
+                self._evaluate(leaves.take(order[:1]))
+                leaves = leaves.take(order[1:])
+        self.leaves = leaves
+
+    def _evaluate(self, leaf: Boxes) -> None:
+        """The placement of a leaf. Smaller sizes are no better where nothing but sizes matters: where every pool fills
+        its nodes. Elsewhere the rest of the box is looked at too."""
+        number, bound = int(leaf.number[0]), float(leaf.bound[0])
+        arrangement, program = self.listed[number], self.programs[number] if self.programs else None
+        sizes = padded(arrangement, leaf.high[0].tolist())
+        outcome = evaluate(self.problem, arrangement, sizes, self._limit(number), False, program)
+        self.evaluated += 1
+        self.bounds.refresh()
+        self._insert(outcome.best)
+        if program is None and outcome.bound < self._limit(number):
+            self.unsettled.append((max(bound, outcome.bound), number, sizes))
+        smaller = not outcome.filled or self.bounds.fewer_engines_are_faster(number, leaf.high)
+        if smaller and (leaf.low != leaf.high).any() and bound < self._limit(number):
+            rest = _without_corner(bound, number, leaf.low[0].tolist(), leaf.high[0].tolist())
+            self.open = _joined(self.open, self._bounded(rest))
+
+    # --- what is of interest ---
+
+    def _limit(self, number: int) -> float:
+        """Seconds that a placement must be below to be of interest: its structure's best, or the last one kept."""
+        return float(self._limits(np.array([number]))[0])
+
+    def _limits(self, number: NDArray[np.int64]) -> NDArray[np.float64]:
+        found = np.full(len(self.listed), self.best[-1].seconds if len(self.best) == self.keep else self.slowest)
+        for candidate in self.best:
+            own = self.space.same[candidate.structure]
+            found[own] = np.minimum(found[own], candidate.seconds)
+        return np.asarray(found[number] * (1 - SAME))
+
+    def _insert(self, candidate: Candidate | None) -> None:
+        """Keep the list sorted, the first found first among equals, with one entry per structure."""
+        if candidate is None:
+            return
+        self.best = [c for c in self.best if c.structure != candidate.structure]
+        at = next((i for i, c in enumerate(self.best) if candidate.seconds < c.seconds * (1 - SAME)), len(self.best))
+        self.best.insert(at, candidate)
+        del self.best[self.keep :]
+
+    # --- boxes ---
+
+    def _bounded(self, boxes: Boxes) -> Boxes:
+        """The boxes that may hold something of interest, tightened and bounded; those that are placements go to the
+        leaves."""
+        boxes = self._tightened(boxes)
+        boxes = boxes._replace(bound=np.maximum(boxes.bound, self.bounds.of(boxes.number, boxes.low, boxes.high)))
+        boxes = boxes.take(boxes.bound < self._limits(boxes.number))
+        single = self.space.possible(boxes) & ~self.bounds.may_share_a_node(boxes.number, boxes.low, boxes.high)
+        self.leaves = _joined(self.leaves, boxes.take(single))
+        return boxes.take(~single)
+
+    def _tightened(self, boxes: Boxes) -> Boxes:
+        """Boxes without sizes that are too small to be below the limit, that leave too few GPUs for the other pools, or
+        that are no better than a smaller one."""
+        for _ in range(2):
+            least = self.bounds.smallest(boxes.number, boxes.low, boxes.high, self._limits(boxes.number))
+            low = np.where(boxes.high > 0, np.maximum(boxes.low, least), 0)
+            high = np.minimum(boxes.high, low + self.space.slack(boxes.number, low))
+            boxes = boxes._replace(low=low, high=high)
+            boxes = boxes.take(np.flatnonzero((low <= high).all(axis=1)))
+        free = self.space.free[boxes.number] & ~self.bounds.rows.generates[boxes.number]
+        high = np.where(free, np.maximum(boxes.low, self.bounds.snapped(boxes.number, boxes.high)), boxes.high)
+        return boxes._replace(high=high)
+
+
+class Space:
+    """Of each arrangement what its sizes must meet, as arrays; `same` are the arrangements of a structure, `pools` how
+    many pools each has."""
+
+    def __init__(self, listed: Sequence[Arrangement]) -> None:
+        self.pools = np.array([len(a.structure) for a in listed])
+        groups, most = max(len(a.limits) for a in listed), int(self.pools.max())
+        self.group = np.zeros((len(listed), groups, most), dtype=np.int64)
+        self.most = np.full((len(listed), groups), np.iinfo(np.int32).max)
+        self.low, self.high = np.zeros((2, len(listed), most), dtype=np.int64)
+        self.free = np.zeros((len(listed), most), dtype=bool)
+        self.same: dict[Structure, list[int]] = {}
+        for number, a in enumerate(listed):
+            self.same.setdefault(a.structure, []).append(number)
+            for i, (pools, limit) in enumerate(a.limits):
+                self.group[number, i, list(pools)], self.most[number, i] = 1, limit
+            for i in range(len(a.structure)):
+                self.low[number, i] = a.given.get(i, 1)
+                self.high[number, i] = a.given.get(i, min(limit for pools, limit in a.limits if i in pools))
+                self.free[number, i] = i not in a.given
+
+    def roots(self) -> Boxes:
+        """All sizes of each arrangement."""
+        return Boxes(np.arange(len(self.low)), self.low, self.high, np.zeros(len(self.low)))
+
+    def slack(self, number: NDArray[np.int64], low: NDArray[np.int64]) -> NDArray[np.int64]:
+        """By how much each pool [n, P] may exceed `low` if the others do not; negative where `low` is too much."""
+        group = self.group[number]
+        left = self.most[number] - (group * low[:, None, :]).sum(axis=2)
+        return np.asarray(np.where(group > 0, left[:, :, None], np.iinfo(np.int32).max).min(axis=1))
+
+    def possible(self, boxes: Boxes) -> NDArray[np.bool_]:
+        """Whether the largest sizes of each box can be had at once."""
+        held = (self.group[boxes.number] * boxes.high[:, None, :]).sum(axis=2)
+        return np.asarray((held <= self.most[boxes.number]).all(axis=1), dtype=np.bool_)
+
+
+def padded(arrangement: Arrangement, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of the pools that there are; where those of the rollout must add up to more, the first that may takes
+    it."""
+    found = list(sizes[: len(arrangement.structure)])
+    if arrangement.rollout is not None:
+        missing = arrangement.rollout - sum(found[i] for i in arrangement.generating)
+        first = next((i for i in arrangement.generating if i not in arrangement.given), arrangement.generating[0])
+        found[first] += missing
+    return tuple(found)
+
+
+def _halved(boxes: Boxes) -> Boxes:
+    """Both halves of each box along its relatively widest side."""
+    ratio = np.where(boxes.high > 0, boxes.high / np.maximum(boxes.low, 1), 0.0)
+    side, at = ratio.argmax(axis=1), np.arange(len(boxes.number))
+    middle = (boxes.low[at, side] + boxes.high[at, side]) // 2
+    lower, upper = boxes.high.copy(), boxes.low.copy()
+    lower[at, side], upper[at, side] = middle, middle + 1
+    return _joined(boxes._replace(high=lower), boxes._replace(low=upper))
+
+
+def _without_corner(bound: float, number: int, low: list[int], high: list[int]) -> Boxes:
+    """A box without its largest sizes, as disjoint boxes."""
+    boxes = []
+    for i in range(len(low)):
+        if low[i] < high[i]:
+            boxes.append(([*high[:i], *low[i:]], [*high[:i], high[i] - 1, *high[i + 1 :]]))
+    return Boxes(
+        np.full(len(boxes), number),
+        np.array([below for below, _ in boxes]),
+        np.array([above for _, above in boxes]),
+        np.full(len(boxes), bound),
+    )
+
+
+def _joined(some: Boxes, more: Boxes) -> Boxes:
+    return Boxes(*(np.concatenate(pair) for pair in zip(some, more, strict=True)))

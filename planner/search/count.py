@@ -1,14 +1,14 @@
 """How large the space of a search is."""
 
 from dataclasses import dataclass
-from math import comb
+from math import comb, prod
 
 from planner.predict.cost import Place
-from planner.predict.layouts import trainer_layouts
+from planner.predict.layouts import trainer_grid
 from planner.search import problem_of
 from planner.search.bound import sharing_of
 from planner.search.programs import all_programs
-from planner.search.space import parts_of, structures
+from planner.search.space import arrangements, structures
 from planner.spec.cluster import Cluster
 from planner.spec.workload import Workload
 
@@ -30,22 +30,27 @@ def count(workload: Workload, cluster: Cluster, max_staleness: int | None = None
     """Count the space of `find` with these inputs. Layouts are those on GPUs of the first node's kind."""
     problem = problem_of(workload, cluster, (), max_staleness)
     listed, gpus = structures(workload.roles), len(cluster.gpus)
-    by_pools = {n: sum(len(s) == n for s in listed) for n in sorted({len(s) for s in listed})}
-    place = Place(parts=parts_of(cluster.gpus), device=cluster.device_of(cluster.gpus[0]))
+    ways = {s: sum(prod(comb(most, len(p)) for p, most in a.limits) for a in arrangements(s, cluster)) for s in listed}
+    possible = [s for s in listed if ways[s]]
+    kind = cluster.nodes[0].device
+    place = Place(parts=(gpus,), device=cluster.devices[kind])
     layouts = []
     for role in workload.roles:
         if role == "rollout":
             engines = len(problem.rollouts([place]))
             layouts.append((role, engines, engines))
         else:
-            every = trainer_layouts(workload, role, gpus, "pool", place.device)
-            layouts.append((role, sum(1 for _ in every), len(problem.choices(role, place))))
+            every = trainer_grid(workload, role, problem.ranks(kind), problem.node(kind), place.device)
+            layouts.append((role, len(every.shard), len(problem.layouts(role, kind).memory)))
     programs = []
     for k in range(min(problem.max_staleness, COUNTED) + 1):
-        counts = [len(all_programs(problem.flow, sharing_of(problem, s), k)[0]) for s in listed if len(s) <= gpus]
+        counts = [len(all_programs(problem.flow, sharing_of(problem, s), k).items) for s in possible]
         programs.append((k, sum(counts), max(counts)))
     return Space(
-        placements=tuple((n, many, many * comb(gpus - 1, n - 1)) for n, many in by_pools.items() if n <= gpus),
+        placements=tuple(
+            (n, sum(len(s) == n for s in possible), sum(ways[s] for s in possible if len(s) == n))
+            for n in sorted({len(s) for s in possible})
+        ),
         layouts=tuple(layouts),
         programs=tuple(programs),
         uncounted=problem.max_staleness > COUNTED,

@@ -1,23 +1,26 @@
 """One placement: the best layouts of its roles, jointly under memory, and the best program."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.predict.cost import Place
+from planner.predict.cycle import undominated
+from planner.predict.generation import Simulation
 from planner.predict.memory import RoleMemory, batch_bytes
-from planner.search.bound import sharing_of
-from planner.search.options import Array, Choice, Engines, Problem, bytes_of, together
-from planner.search.programs import Program, Sharing, bound_rates, plain_programs, programs_below, rates
-from planner.search.space import Structure, pack, parts_of
+from planner.search.bound import NEVER, sharing_of
+from planner.search.options import Array, Layouts, Problem, bytes_of, together
+from planner.search.programs import Program, best_naturals, bound_rates, programs_below, rates
+from planner.search.space import Arrangement, Structure, arrangements, pack, parts_of
 from planner.spec.plan import Gpu, RolloutRole, TrainerRole
 
 SAME = 1e-9  # relative difference below which two step times are taken as equal
 
 
 class Candidate(NamedTuple):
-    """A placement with layouts and program, and its step time in seconds (the mean over the length scenarios)."""
+    """A placement with layouts and program, and its step time in seconds (the objective over the length scenarios)."""
 
     seconds: float
     structure: Structure
@@ -27,104 +30,107 @@ class Candidate(NamedTuple):
     program: Program
 
 
-class Site(NamedTuple):
-    """A placement on real nodes."""
+class Outcome(NamedTuple):
+    """The best candidate of a placement, None if nothing fits or is below the limit; and what no program could be below
+    with the layouts that could still be better: where that is no less than the best, more programs need not be tried.
+    `filled`: every pool fills its nodes, so that no smaller pools could be better."""
 
-    structure: Structure
-    gpus: tuple[tuple[Gpu, ...], ...]
-    places: tuple[Place, ...]
-    held: tuple[tuple[str, ...], ...]  # trained and inference roles of each pool
-    generating: tuple[int, ...]
-    actor: int
+    best: Candidate | None
+    bound: float
+    filled: bool
+
+
+class Site:
+    """A placement on real nodes, with the layouts of each role on its pool."""
+
+    def __init__(self, problem: Problem, arrangement: Arrangement, counts: Sequence[int]) -> None:
+        self.problem, self.structure, self.kinds = problem, arrangement.structure, arrangement.kinds
+        self.gpus = pack(counts, problem.cluster, arrangement.kinds)
+        self.places = tuple(
+            Place(parts=parts_of(pool), device=problem.device(kind))
+            for pool, kind in zip(self.gpus, self.kinds, strict=True)
+        )
+        roles = [role for role in problem.workload.roles if role != "rollout"]
+        self.pool_of = {role: next(i for i, pool in enumerate(self.structure) if role in pool) for role in roles}
+        self.generating = arrangement.generating
+        self.layouts = {
+            role: problem.layouts_at(role, self.kinds[i], self.places[i]) for role, i in self.pool_of.items()
+        }
+        self.sharing = sharing_of(problem, self.structure)
 
     @property
     def same_node(self) -> bool:
-        return len({node for i in {self.actor, *self.generating} for node, _ in self.gpus[i]}) == 1
+        pools = {self.pool_of["actor"], *self.generating}
+        return len({node for i in pools for node, _ in self.gpus[i]}) == 1
+
+    @property
+    def filled(self) -> bool:
+        """Whether each pool lies on whole nodes of its kind's largest size, and what is left of it on one."""
+        nodes = [self.problem.node(kind) for kind in self.kinds]
+        return all(
+            all(part == node for part in place.parts[:-1]) for place, node in zip(self.places, nodes, strict=True)
+        )
+
+    def held(self, pool: int) -> list[str]:
+        """The trained and inference roles of a pool."""
+        return [role for role, i in self.pool_of.items() if i == pool]
+
+    def allowed(self, pool: int) -> int:
+        return self.problem.allowed(bool(self.held(pool)), pool in self.generating, self.kinds[pool])
+
+    def engine(self, pool: int, engine: Array) -> Array:
+        """Bytes [3] of the engine on a GPU of a pool."""
+        return engine if pool in self.generating else np.zeros(3)
 
 
-def _site(problem: Problem, structure: Structure, counts: Sequence[int]) -> Site:
-    gpus = pack(counts, problem.cluster)
-    return Site(
-        structure=structure,
-        gpus=gpus,
-        places=tuple(Place(parts=parts_of(pool), device=problem.cluster.device_of(pool[0])) for pool in gpus),
-        held=tuple(tuple(r for r in problem.workload.roles if r in roles and r != "rollout") for roles in structure),
-        generating=tuple(i for i, roles in enumerate(structure) if "rollout" in roles),
-        actor=next(i for i, roles in enumerate(structure) if "actor" in roles),
-    )
+class Engines(NamedTuple):
+    """A layout of the rollout, the memory of an engine on each GPU, and its simulation as far as it has been run."""
+
+    layout: RolloutRole
+    memory: RoleMemory
+    run: Simulation
+    seconds: Array
 
 
 def evaluate(
     problem: Problem,
-    structure: Structure,
+    arrangement: Arrangement | Structure,
     counts: Sequence[int],
     limit: float = np.inf,
     every: bool = True,
     fixed: Program | None = None,
-) -> tuple[Candidate | None, bool]:
-    """The best layouts and program of one placement (or the best layouts for a `fixed` program), and whether that is
-    settled: no program could make it faster and below `limit`. None if nothing fits or nothing is below `limit`."""
-    site, sharing = _site(problem, structure, counts), sharing_of(problem, structure)
-    floor = rates(fixed) if fixed else bound_rates(problem.flow, sharing, problem.max_staleness)
+) -> Outcome:
+    """The best layouts and program of one placement (or the best layouts for a `fixed` program); of the natural
+    programs only, unless `every` one is to be tried. A structure alone is taken on the first kinds that have room."""
+    if not isinstance(arrangement, Arrangement):
+        placed = _first_with_room(problem, arrangement, counts)
+        if placed is None:
+            return Outcome(None, NEVER, False)
+        arrangement = placed
+    site = Site(problem, arrangement, counts)
+    floor = rates(fixed) if fixed else bound_rates(problem.flow, site.sharing, problem.max_staleness)
     best: Candidate | None = None
-    settled = True
-    places = [site.places[i] for i in site.generating]
-    floors = [
-        (problem.model.generate_floor(layout, places), layout, memory) for layout, memory in problem.rollouts(places)
-    ]
-    for seconds_floor, layout, memory in sorted(floors, key=lambda entry: entry[0]):
-        engines = _engines(problem, site, layout, memory, seconds_floor, floor, _below(limit, best))
-        if engines is None:
-            continue
-        lightest = _lightest(problem, site, engines)
-        for picks in ([lightest] if lightest else [], None):  # first one that is surely good, then what may be better
-            if picks is None:
-                picks = _promising(problem, site, engines, floor, _below(limit, best))
-            if not picks:
+    bound = NEVER
+    for engines, least in _worth_trying(site, floor, lambda: _below(limit, best)):  # noqa: B023
+        for rough in (True, False):  # first what is surely good, then all that may be better
+            picks = _picks(site, engines, least, floor, _below(limit, best), rough)
+            if not len(picks):
                 continue
-            seconds = _seconds(problem, site, engines, picks)
-            least = seconds.min(axis=1).mean(axis=1)
-            for program in _programs(problem, sharing, least, _below(limit, best), every, fixed):
-                periods = program.cycles.periods(seconds).mean(axis=1)
+            seconds = _seconds(site, engines, picks)
+            lowest = seconds.min(axis=1)
+            if not rough:
+                bound = min(bound, float(problem.statistic((floor @ lowest).max(axis=0))))
+            for program in _programs(site, lowest.mean(axis=1), _below(limit, best), every, fixed):
+                periods = problem.statistic(program.cycles.periods(seconds))
                 n = int(periods.argmin())
                 if periods[n] < _below(limit, best):
-                    best = _candidate(float(periods[n]), site, engines, picks[n], program)
-            settled &= every or fixed is not None or bool((floor @ least).max() >= _below(limit, best))
-    return best, settled
+                    best = _candidate(float(periods[n]), site, engines, picks, n, program)
+    return Outcome(best, bound, site.filled)
 
 
-def _engines(
-    problem: Problem,
-    site: Site,
-    layout: RolloutRole,
-    memory: RoleMemory,
-    seconds_floor: float,
-    floor: Array,
-    threshold: float,
-) -> Engines | None:
-    """The engines of a rollout layout, unless even with the least seconds of all else no step below the threshold is
-    possible. Generation is simulated only where its own floor does not rule the layout out."""
-    least = _least(problem, site, memory, seconds_floor)
-    if least is None or (floor @ least).max() >= threshold:
-        return None
-    engines = problem.engines(layout, memory, [site.places[i] for i in site.generating])
-    least[problem.calls.index("generate")] = engines.seconds.mean()
-    return engines if (floor @ least).max() < threshold else None
-
-
-def _least(problem: Problem, site: Site, engine: RoleMemory, generate: float) -> Array | None:
-    """Mean seconds [calls] that no layouts of the other roles undercut beside this engine; None if nothing fits."""
-    least = dict.fromkeys(problem.calls, 0.0)
-    for i, (held, place) in enumerate(zip(site.held, site.places, strict=True)):
-        found = problem.least(held, place, engine if i in site.generating else None)
-        if found is None:
-            return None
-        least |= found
-    least |= {
-        call.name: float(problem.model.host(call.name).seconds.mean()) for call in problem.flow.calls if not call.roles
-    }
-    least["generate"] = generate
-    return np.array([least[call] for call in problem.calls])
+def _first_with_room(problem: Problem, structure: Structure, counts: Sequence[int]) -> Arrangement | None:
+    found = arrangements(structure, problem.cluster)
+    return next((a for a in found if all(sum(counts[i] for i in pools) <= most for pools, most in a.limits)), None)
 
 
 def _below(limit: float, best: Candidate | None) -> float:
@@ -132,128 +138,243 @@ def _below(limit: float, best: Candidate | None) -> float:
     return min(limit, best.seconds if best else np.inf) * (1 - SAME)
 
 
-def _programs(
-    problem: Problem, sharing: Sharing, least: Array, threshold: float, every: bool, fixed: Program | None
-) -> list[Program]:
-    """Programs that could be faster than `threshold` if each call took its least seconds, the freshest data first."""
-    if fixed:
-        return [fixed]
-    found: list[Program] = []
-    for k in range(problem.max_staleness + 1):
-        if every and np.isfinite(threshold):
-            found += programs_below(problem.flow, sharing, k, least, threshold)
-        else:
-            plain = plain_programs(problem.flow, sharing, k)
-            found += [program for program in plain if program.cycles.periods(least) < threshold]
+# --- the layouts that may be best ---
+
+
+def _worth_trying(site: Site, floor: Array, below: Callable[[], float]) -> Iterator[tuple[Engines, Array]]:
+    """The rollout layouts that may lead below the threshold, and what no layouts of the other roles undercut beside
+    each; the fastest generation first. Generation is simulated only where its own floor does not rule a layout out."""
+    problem = site.problem
+    model, places = problem.model, [site.places[i] for i in site.generating]
+    found = []
+    for layout, memory in problem.rollouts(places):
+        devices = model.engines(layout, places)
+        run = model.generation(layout.tensor_parallel, layout.concurrency, devices)
+        found.append((Engines(layout, memory, run, model.generated(run, layout, devices)), devices))
+    found.sort(key=lambda entry: float(problem.statistic(entry[0].seconds)))
+    for engines, devices in found:  # layouts may share a simulation
+        engines = engines._replace(seconds=model.generated(engines.run, engines.layout, devices))
+        least = _least(site, engines)
+        if least is None:
+            continue
+        while problem.statistic((floor @ least).max(axis=0)) < below():
+            if engines.run.done:
+                yield engines, least
+                break
+            engines.run.advance()
+            engines = engines._replace(seconds=model.generated(engines.run, engines.layout, devices))
+            least[problem.calls.index("generate")] = engines.seconds
+
+
+def _least(site: Site, engines: Engines) -> Array | None:
+    """Seconds [C, S] that no layouts of the other roles undercut beside this engine; None if nothing fits."""
+    problem = site.problem
+    least = np.zeros((len(problem.calls), problem.model.scenarios))
+    for i in range(len(site.structure)):
+        for role, fits in _fitting(site, i, bytes_of(engines.memory)).items():
+            if not len(fits):
+                return None
+            for call, seconds in zip(problem.calls_of(role), site.layouts[role].seconds, strict=True):
+                least[problem.calls.index(call)] = seconds[fits].min(axis=0)
+    return _with_others(site, engines, least)
+
+
+def _with_others(site: Site, engines: Engines, least: Array) -> Array:
+    """With the host's calls, generation, and what the sync takes beyond the actor's part of it."""
+    problem = site.problem
+    for row, name in enumerate(problem.calls):
+        if not problem.flow[name].roles:
+            least[row] = problem.model.host(name).seconds
+    least[problem.calls.index("generate")] = engines.seconds
+    return least
+
+
+def _fitting(site: Site, pool: int, engine: Array) -> dict[str, NDArray[np.int64]]:
+    """For each role of a pool the layouts that fit beside the engine and the smallest of each other role."""
+    held = site.held(pool)
+    sizes = [site.layouts[role].memory for role in held]
+    least = np.array([site.engine(pool, engine)[:2], *(rows[:, :2].min(axis=0, initial=np.inf) for rows in sizes)])
+    found = {}
+    for i, role in enumerate(held):
+        others = np.delete(least, i + 1, axis=0)
+        needed = sizes[i][:, 0] + others[:, 0].sum() + np.maximum(sizes[i][:, 1], others[:, 1].max())
+        found[role] = np.flatnonzero(needed <= site.allowed(pool))
     return found
 
 
-Picks = list[tuple[Choice, ...]]  # a layout of each trained and inference role, pool by pool
+def _kept(site: Site, engines: Engines, least: Array, floor: Array, threshold: float) -> dict[str, Layouts]:
+    """Of each role the layouts that fit and that do not by themselves exceed the threshold, undominated."""
+    problem = site.problem
+    found = {}
+    for i in range(len(site.structure)):
+        for role, fits in _fitting(site, i, bytes_of(engines.memory)).items():
+            layouts = site.layouts[role].take(fits)
+            own = [problem.calls.index(call) for call in problem.calls_of(role)]
+            if np.isfinite(threshold):
+                rest = floor @ np.where(np.isin(np.arange(len(least)), own)[:, None], 0.0, least)
+                load = np.einsum("rc,cns->nrs", floor[:, own], layouts.seconds) + rest
+                layouts = layouts.take(np.flatnonzero(problem.statistic(load.max(axis=1)) < threshold))
+                columns = [layouts.memory, *layouts.seconds]
+                if role == "actor":  # what a sync really takes may depend on the shards
+                    columns += [layouts.grid.shard[:, None], -layouts.grid.shard[:, None]]
+            else:
+                columns = [layouts.memory, layouts.seconds.mean(axis=2).sum(axis=0)[:, None]]
+            found[role] = layouts.take(undominated(-np.concatenate(columns, axis=1)))
+    return found
 
 
-def _lightest(problem: Problem, site: Site, engines: Engines) -> tuple[Choice, ...] | None:
-    """On each pool the joint layouts with the least load; None if some pool has none that fit."""
-    picked: tuple[Choice, ...] = ()
-    for i, (held, place) in enumerate(zip(site.held, site.places, strict=True)):
-        found = problem.lightest(held, place, engines.memory if i in site.generating else None)
-        if found is None:
-            return None
-        picked += found
-    return picked if _hosts_hold(problem, site, engines, [picked])[0] else None
+class Picks(NamedTuple):
+    """Combinations of layouts: of each role the rows [n] of its layouts."""
+
+    layouts: dict[str, Layouts]
+    rows: dict[str, NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return min(map(len, self.rows.values()))
+
+    def take(self, which: NDArray[np.int64]) -> "Picks":
+        return Picks(self.layouts, {role: rows[which] for role, rows in self.rows.items()})
 
 
-def _promising(problem: Problem, site: Site, engines: Engines, floor: Array, threshold: float) -> Picks:
-    """All combinations of layouts that fit and whose bound `floor` [rows, calls] is below the threshold.
+def _picks(site: Site, engines: Engines, least: Array, floor: Array, threshold: float, rough: bool) -> Picks:
+    """Combinations of layouts that fit their pools and hosts: with `rough` the one with the least load on each pool,
+    else all whose bound is below the threshold."""
+    engine = bytes_of(engines.memory)
+    kept = _kept(site, engines, least, floor, threshold)
+    picks = Picks(kept, dict.fromkeys(kept, np.zeros(0, np.int64)))
+    if not all(len(layouts.memory) for layouts in kept.values()):
+        return picks
+    if rough:
+        for i in range(len(site.structure)):
+            picks.rows.update(_lightest(site, i, kept, engine))
+    else:
+        picks = Picks(kept, _promising(site, engines, kept, floor, threshold))
+    return picks.take(_hosts_hold(site, engine, picks)) if len(picks) else picks
+
+
+def _lightest(site: Site, pool: int, kept: dict[str, Layouts], engine: Array) -> dict[str, NDArray[np.int64]]:
+    """The joint layouts of a pool's roles with the least seconds of all calls together; empty if none fit."""
+    memory, load = site.engine(pool, engine)[None], np.zeros(1)
+    picks = dict[str, NDArray[np.int64]]()
+    for role in site.held(pool):
+        layouts = kept[role]
+        own = layouts.seconds.mean(axis=2).sum(axis=0)
+        old, new = (grid.ravel() for grid in np.mgrid[: len(load), : len(own)])
+        memory, load = together(memory[old], layouts.memory[new]), load[old] + own[new]
+        fits = np.flatnonzero(memory[:, 0] + memory[:, 1] <= site.allowed(pool))
+        best = fits[undominated(-np.column_stack([memory, load])[fits])] if len(fits) else fits
+        picks = {other: rows[old[best]] for other, rows in picks.items()} | {role: new[best]}
+        memory, load = memory[best], load[best]
+    first = load.argmin() if len(load) else 0
+    return {role: rows[first : first + 1] for role, rows in picks.items()}
+
+
+def _promising(
+    site: Site, engines: Engines, kept: dict[str, Layouts], floor: Array, threshold: float
+) -> dict[str, NDArray[np.int64]]:
+    """All combinations whose bound `floor` [rows, calls] is below the threshold.
 
     Roles are added one by one, the busiest pool's first; those to come count with their least seconds and bytes."""
+    problem, engine = site.problem, bytes_of(engines.memory)
     row = {call: i for i, call in enumerate(problem.calls)}
-    steps = [(i, role) for i, held in enumerate(site.held) for role in held]
-    choices = {role: problem.choices(role, site.places[i]) for i, role in steps}
-    synced = [_sync(problem, site, engines, choice).mean() for choice in choices["actor"]]
-    least = _least(problem, site, engines.memory, float(engines.seconds.mean()))
-    if least is None:
-        return []
-    least[row["sync_weights"]] = min(synced)
-    busy = [sum(least[row[call]] for role in held for call in problem.calls_of(role)) for held in site.held]
-    steps.sort(key=lambda step: -busy[step[0]])
-    smallest = {
-        role: np.array([bytes_of(c.memory) for c in listed], float).min(axis=0) for role, listed in choices.items()
+    means = _with_others(site, engines, np.zeros((len(row), problem.model.scenarios))).mean(axis=1)
+    for role, layouts in kept.items():
+        for call, seconds in zip(problem.calls_of(role), layouts.seconds.mean(axis=2), strict=True):
+            means[row[call]] = seconds.min()
+    busy = {
+        role: sum(means[row[call]] for other in site.held(i) for call in problem.calls_of(other))
+        for role, i in site.pool_of.items()
     }
-    engine = np.array(bytes_of(engines.memory), dtype=float)
-    means = least[None, :]
-    indices = np.zeros((1, 0), dtype=np.int64)
-    memory = np.stack([engine if i in site.generating else np.zeros(3) for i in range(len(site.places))])[None]
-    for number, (i, role) in enumerate(steps):
-        added = np.array([bytes_of(choice.memory) for choice in choices[role]], dtype=float)
-        old, new = (grid.ravel() for grid in np.mgrid[: len(means), : len(added)])
-        means, memory = means[old], memory[old]
-        for at, name in enumerate(problem.calls_of(role)):
-            means[:, row[name]] = np.array([choice.seconds[at].mean() for choice in choices[role]])[new]
-        if role == "actor":
-            means[:, row["sync_weights"]] = np.array(synced)[new]
-        memory[:, i] = together(memory[:, i], added[new])
+    order = sorted(kept, key=lambda role: -busy[role])
+    smallest = {role: layouts.memory.min(axis=0) for role, layouts in kept.items()}
+    found, picks = means[None, :], dict[str, NDArray[np.int64]]()
+    memory = np.stack([site.engine(i, engine) for i in range(len(site.structure))])[None]
+    above = threshold if problem.objective != "p95" else np.inf
+    for number, role in enumerate(order):
+        layouts, i = kept[role], site.pool_of[role]
+        old, new = (grid.ravel() for grid in np.mgrid[: len(found), : len(layouts.memory)])
+        found, memory = found[old], memory[old]
+        for call, seconds in zip(problem.calls_of(role), layouts.seconds.mean(axis=2), strict=True):
+            found[:, row[call]] = seconds[new]
+        memory[:, i] = together(memory[:, i], layouts.memory[new])
         most = memory[:, i]
-        for _, later in (step for step in steps[number + 1 :] if step[0] == i):
-            most = together(most, smallest[later])
-        has_engine = engines.memory if i in site.generating else None
-        allowed = problem.allowed(site.held[i], site.places[i], has_engine)
-        kept = (most[:, 0] + most[:, 1] <= allowed) & ((means @ floor.T).max(axis=1) < threshold)
-        means, memory, indices = means[kept], memory[kept], np.column_stack([indices[old], new])[kept]
-    order = [steps.index((i, role)) for i, held in enumerate(site.held) for role in held]
-    roles = [role for held in site.held for role in held]
-    picks = [tuple(choices[role][pick[at]] for at, role in zip(order, roles, strict=True)) for pick in indices.tolist()]
-    return [pick for pick, holds in zip(picks, _hosts_hold(problem, site, engines, picks), strict=True) if holds]
+        for later in order[number + 1 :]:
+            if site.pool_of[later] == i:
+                most = together(most, smallest[later])
+        fits = np.flatnonzero((most[:, 0] + most[:, 1] <= site.allowed(i)) & ((found @ floor.T).max(axis=1) < above))
+        picks = {other: rows[old][fits] for other, rows in picks.items()} | {role: new[fits]}
+        found, memory = found[fits], memory[fits]
+    return {role: picks[role] for role in kept}
 
 
-def _sync(problem: Problem, site: Site, engines: Engines, actor: Choice) -> Array:
-    """Seconds [S] of a weight sync."""
-    places = [site.places[i] for i in site.generating]
-    return problem.model.sync(
-        actor.layout,
-        site.places[site.actor],
-        engines.layout,
-        places,
-        same_node=site.same_node,
-        shared=site.actor in site.generating,
-    ).seconds
+def _hosts_hold(site: Site, engine: Array, picks: Picks) -> NDArray[np.int64]:
+    """The combinations for which every node's host memory holds what the pools offload and the batches in flight."""
+    problem = site.problem
+    nodes = np.zeros((len(site.structure), len(problem.cluster.nodes)))
+    for i, gpus in enumerate(site.gpus):
+        np.add.at(nodes[i], [node for node, _ in gpus], 1.0)
+    pinned = np.zeros((len(picks), len(site.structure)))
+    for role, rows in picks.rows.items():
+        pinned[:, site.pool_of[role]] += picks.layouts[role].memory[rows, 2]
+    pinned[:, list(site.generating)] += engine[2]
+    needed = pinned @ nodes
+    needed[:, 0] += batch_bytes(problem.workload, problem.max_staleness)
+    there = np.array([node.host_memory_bytes for node in problem.cluster.nodes], dtype=np.float64)
+    return np.flatnonzero((needed <= there).all(axis=1))
 
 
-def _seconds(problem: Problem, site: Site, engines: Engines, picks: Picks) -> Array:
-    """Durations [calls, n, S] of every call for each pick."""
+# --- what they take ---
+
+
+def _programs(site: Site, least: Array, threshold: float, every: bool, fixed: Program | None) -> list[Program]:
+    """Programs that could be faster than `threshold` if each call took its least mean seconds, the freshest data
+    first."""
+    problem, found = site.problem, list[Program]()
+    if fixed:
+        return [fixed]
+    threshold = np.inf if problem.objective == "p95" else threshold
+    for k in range(problem.max_staleness + 1):
+        if every and np.isfinite(threshold):
+            found += programs_below(problem.flow, site.sharing, k, least, threshold)
+        else:
+            found += best_naturals(problem.flow, site.sharing, k, least, threshold)
+    return found
+
+
+def _seconds(site: Site, engines: Engines, picks: Picks) -> Array:
+    """Durations [calls, n, S] of every call for each combination."""
+    problem = site.problem
     row = {call: i for i, call in enumerate(problem.calls)}
     seconds = np.zeros((len(row), len(picks), problem.model.scenarios))
-    seconds[row["generate"]] = engines.seconds
     for call in problem.flow.calls:
         if not call.roles:
             seconds[row[call.name]] = problem.model.host(call.name).seconds
-    for at, role in enumerate(role for held in site.held for role in held):
-        for number, name in enumerate(problem.calls_of(role)):
-            seconds[row[name]] = [pick[at].seconds[number] for pick in picks]
-        if role == "actor":
-            seconds[row["sync_weights"]] = [_sync(problem, site, engines, pick[at]) for pick in picks]
+    seconds[row["generate"]] = engines.seconds
+    for role, rows in picks.rows.items():
+        for name, found in zip(problem.calls_of(role), picks.layouts[role].seconds, strict=True):
+            seconds[row[name]] = found[rows]
+    actors, which = np.unique(picks.rows["actor"], return_inverse=True)
+    synced = [_sync(site, engines, picks.layouts["actor"].layout(int(actor), "p")) for actor in actors]
+    seconds[row["sync_weights"]] = np.array(synced)[which]
     return seconds
 
 
-def _candidate(seconds: float, site: Site, engines: Engines, pick: tuple[Choice, ...], program: Program) -> Candidate:
-    homes = [(f"p{i}", role) for i, held in enumerate(site.held) for role in held]
+def _sync(site: Site, engines: Engines, actor: TrainerRole) -> Array:
+    """Seconds [S] of a weight sync."""
+    home = site.pool_of["actor"]
+    return site.problem.model.sync(
+        actor,
+        site.places[home],
+        engines.layout,
+        [site.places[i] for i in site.generating],
+        same_node=site.same_node,
+        shared=home in site.generating,
+    ).seconds
+
+
+def _candidate(seconds: float, site: Site, engines: Engines, picks: Picks, n: int, program: Program) -> Candidate:
     trainers = {
-        role: choice.layout.model_copy(update={"pools": (pool,)})
-        for (pool, role), choice in zip(homes, pick, strict=True)
+        role: picks.layouts[role].layout(int(rows[n]), f"p{site.pool_of[role]}") for role, rows in picks.rows.items()
     }
     rollout = engines.layout.model_copy(update={"pools": tuple(f"p{i}" for i in site.generating)})
     return Candidate(seconds, site.structure, site.gpus, trainers, rollout, program)
-
-
-def _hosts_hold(problem: Problem, site: Site, engines: Engines, picks: Picks) -> list[bool]:
-    """Whether every node's host memory holds what the pools offload and the batches in flight, for each pick."""
-    found = []
-    for pick in picks:
-        held = dict.fromkeys(range(len(problem.cluster.nodes)), 0.0)
-        held[0] = batch_bytes(problem.workload, problem.max_staleness)
-        pinned = iter(choice.memory.host for choice in pick)
-        for i, gpus in enumerate(site.gpus):
-            per_gpu = sum(next(pinned) for _ in site.held[i]) + engines.memory.host * (i in site.generating)
-            for node, _ in gpus:
-                held[node] += per_gpu
-        found.append(all(held[node] <= spec.host_memory_bytes for node, spec in enumerate(problem.cluster.nodes)))
-    return found

@@ -79,7 +79,7 @@ def ladder(plan: Plan, problem: Problem) -> tuple[Rung, ...]:
         options = [
             (what, after, candidate)
             for what, after in _decisions(state, target, left)
-            for candidate in [evaluate(replace(problem, max_staleness=after.staleness), *after[:2])[0]]
+            for candidate in [evaluate(replace(problem, max_staleness=after.staleness), *after[:2]).best]
             if candidate is not None
         ]
         if not options:  # what lies between does not fit
@@ -122,7 +122,7 @@ def _rung(what: str, candidate: Candidate, problem: Problem) -> Rung:
 
 
 def _improved(what: str, state: State, problem: Problem) -> list[Rung]:
-    candidate, _ = evaluate(problem, state.structure, state.counts)
+    candidate = evaluate(problem, state.structure, state.counts).best
     return [_rung(what, candidate, problem)] if candidate else []
 
 

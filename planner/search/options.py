@@ -1,4 +1,4 @@
-"""The layouts of roles on pools: those worth considering for each role, and jointly for a pool under its memory.
+"""The layouts of roles on pools: what each role could have, with its memory and its seconds, as columns.
 
 One layout dominates another if it needs no more of any kind of memory and its calls take no longer in any scenario. A
 step time only grows with each duration, so what is dominated need not be considered.
@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.cost import CostModel, Place
-from planner.predict.cycle import undominated
-from planner.predict.layouts import rollout_layouts, trainer_layouts
-from planner.predict.memory import RoleMemory, pool_peak, rollout_memory, trainer_memory
-from planner.spec.cluster import Cluster
+from planner.predict.layouts import Grid, rank_counts, rollout_layouts, trainer_grid
+from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, rollout_memory, trainer_bytes
+from planner.predict.roofline import Split, nodes_spanned
+from planner.search.space import gpus_of_kinds
+from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import RolloutRole, TrainerRole
 from planner.spec.workload import Workload
@@ -23,37 +24,36 @@ from planner.spec.workload import Workload
 Array = NDArray[np.float64]
 
 
-class Choice(NamedTuple):
-    """A layout of a trained or inference role on a pool: its memory, the seconds [calls of the role, S] of its calls,
-    and the mean seconds that a weight sync takes beyond what all layouts share (of the actor)."""
+class Layouts(NamedTuple):
+    """Layouts of a trained or inference role: memory [n, 3] (resident bytes, the surplus while the role runs, pinned
+    host bytes), and seconds [calls of the role, n, S]. Of the actor the last row is what a weight sync takes at least,
+    its handing over apart."""
 
-    layout: TrainerRole
-    memory: RoleMemory
+    grid: Grid
+    memory: Array
     seconds: Array
-    sync: float
 
+    def take(self, rows: NDArray[np.int64] | slice) -> "Layouts":
+        return Layouts(self.grid.take(rows), self.memory[rows], self.seconds[:, rows])
 
-class Engines(NamedTuple):
-    """A layout of the rollout on its pools: the memory of an engine on each GPU, and the seconds [S] to generate."""
-
-    layout: RolloutRole
-    memory: RoleMemory
-    seconds: Array
+    def layout(self, row: int, pool: str) -> TrainerRole:
+        return self.grid.layout(row, pool)
 
 
 @dataclass(kw_only=True)
 class Problem:
-    """One workload on one cluster, with everything memoised that the search asks for more than once."""
+    """One workload on one cluster, with everything memoised that the search asks for more than once. `objective` is
+    what is minimised: the `mean` step time over the length scenarios, its 95th percentile (`p95`), or the `cost` of a
+    step; all GPUs of the cluster are paid for, idle ones too, so the cost is the mean times a constant."""
 
     workload: Workload
     cluster: Cluster
     model: CostModel
     flow: Dataflow  # without monitors
     max_staleness: int
-    _choices: dict[object, tuple[Choice, ...]] = field(default_factory=dict)
+    objective: str = "mean"
+    _layouts: dict[object, Layouts] = field(default_factory=dict)
     _rollouts: dict[object, list[tuple[RolloutRole, RoleMemory]]] = field(default_factory=dict)
-    _least: dict[object, dict[str, float] | None] = field(default_factory=dict)
-    _lightest: dict[object, tuple[Choice, ...] | None] = field(default_factory=dict)
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -61,33 +61,104 @@ class Problem:
         return self.flow.names
 
     def calls_of(self, role: str) -> tuple[str, ...]:
-        """Calls that a trained or inference role runs alone (not the sync, which depends on the rollout too)."""
-        return tuple(call.name for call in self.flow.calls if call.roles == (role,))
+        """Calls that a trained or inference role runs, the sync last."""
+        found = tuple(call.name for call in self.flow.calls if call.roles == (role,))
+        return (*found, "sync_weights") if role == "actor" else found
 
-    def choices(self, role: str, place: Place) -> tuple[Choice, ...]:
-        """The undominated layouts of a role that fit a pool of its own."""
-        key = (role, place.parts, id(place.device))
-        if key not in self._choices:
-            layouts = trainer_layouts(self.workload, role, place.gpus, "pool", place.device)
-            allowed = place.device.memory_bytes - pool_peak((), True, False, place.device)
-            memory = ((layout, trainer_memory(self.workload, role, layout, place.device)) for layout in layouts)
-            found = [self._choice(role, *sized, place) for sized in memory if sized[1].running <= allowed]
-            rows = [[*bytes_of(choice.memory), *choice.seconds.ravel(), choice.sync] for choice in found]
-            self._choices[key] = tuple(found[i] for i in undominated(-np.array(rows))) if rows else ()
-        return self._choices[key]
+    def statistic(self, periods: Array) -> Array:
+        """The objective in seconds of periods [..., S]."""
+        if self.objective == "p95":
+            return np.asarray(np.percentile(periods, 95, axis=-1))
+        return np.asarray(periods.mean(axis=-1))
 
-    def _choice(self, role: str, layout: TrainerRole, memory: RoleMemory, place: Place) -> Choice:
-        rows = []
-        for name in self.calls_of(role):
-            estimate = self.model.train if self.flow[name].kind == "train" else self.model.infer
-            rows.append(np.broadcast_to(estimate(role, layout, place).seconds, (self.model.scenarios,)))
-        sync = 0.0
-        if role == "actor":  # which engines receive the weights adds the same to every layout of the actor
-            engines = RolloutRole(
-                engine="vllm", pools=("pool",), tensor_parallel=1, replicas=1, memory_fraction=1, concurrency=1
+    def device(self, kind: str) -> Device:
+        return self.cluster.devices[kind]
+
+    def node(self, kind: str) -> int:
+        """GPUs of the largest node of a kind."""
+        return max(node.gpus for node in self.cluster.nodes if node.device == kind)
+
+    def ranks(self, kind: str) -> tuple[int, ...]:
+        """On how many GPUs of a kind a trained or inference role may compute."""
+        return rank_counts(gpus_of_kinds(self.cluster)[kind], self.workload.minibatch, self.node(kind))
+
+    def layouts(self, role: str, kind: str) -> Layouts:
+        """Of a role on all GPUs of a kind and on any fewer, in the order of the ranks, as if every pool filled its
+        nodes: no other packing has faster links, since a group of s ranks lies on s / node nodes at least."""
+        if (role, kind) not in self._layouts:
+            device, node = self.device(kind), self.node(kind)
+            grid = trainer_grid(self.workload, role, self.ranks(kind), node, device)
+            inside = np.maximum(node // grid.shard, 1)  # members of a replica group on a node
+            nodes = np.where(grid.shard > 1, -(-grid.shard // node), 1)
+            across = np.where(grid.gpus <= node, 1, -(-grid.replicas // inside))
+            self._layouts[role, kind] = self._made(role, grid, nodes, across, device)
+        return self._layouts[role, kind]
+
+    def layouts_at(self, role: str, kind: str, place: Place) -> Layouts:
+        """Of a role on a pool on real nodes, on all of its GPUs and on any fewer."""
+        full = self.layouts(role, kind)
+        known = full.take(slice(0, int(np.searchsorted(full.grid.gpus, place.gpus, "right"))))
+        parts, node = place.parts, self.node(kind)
+        whole = next((i for i, part in enumerate(parts) if part < node), len(parts))
+        alike = sum(parts[: whole + 1])  # so many ranks lie as if the nodes were filled
+        if alike >= place.gpus or not (known.grid.gpus > alike).any():
+            return known
+        if (role, kind, parts) not in self._layouts:
+            first = int(np.searchsorted(known.grid.gpus, alike, "right"))
+            grid = known.grid.take(np.arange(first, len(known.memory)))
+            splits = zip(grid.shard.tolist(), grid.replicas.tolist(), strict=True)
+            shard_nodes, replica_nodes = np.array([nodes_spanned(parts, *split) for split in splits]).reshape(-1, 2).T
+            other = self._made(role, grid, shard_nodes, replica_nodes, place.device, prune=False)
+            self._layouts[role, kind, parts] = Layouts(
+                known.grid,
+                known.memory,
+                np.concatenate([known.seconds[:, :first], other.seconds], axis=1),
             )
-            sync = float(self.model.sync(layout, place, engines, [place], same_node=True, shared=True).seconds.mean())
-        return Choice(layout, memory, np.stack(rows), sync)
+        return self._layouts[role, kind, parts]
+
+    def _made(
+        self,
+        role: str,
+        grid: Grid,
+        shard_nodes: NDArray[np.int64],
+        replica_nodes: NDArray[np.int64],
+        device: Device,
+        prune: bool = True,
+    ) -> Layouts:
+        """Layouts with their memory and seconds; pruned of those that do not fit a GPU alone and those that another one
+        with the same shards and offload dominates."""
+        away, half = grid.offload == 2, grid.offload > 0
+        idle, detail, host = trainer_bytes(self.workload, role, grid, away, half, device)
+        running = sum(detail.values())
+        memory = np.stack([idle, running - idle, host], axis=1).astype(np.float64)
+        if prune:
+            allowed = device.memory_bytes - pool_peak((), True, False, device)
+            fits = np.flatnonzero(running <= allowed)
+            grid, memory, away, half = grid.take(fits), memory[fits], away[fits], half[fits]
+            shard_nodes, replica_nodes = shard_nodes[fits], replica_nodes[fits]
+        split = Split(*grid[:4], shard_nodes, replica_nodes)
+        rows = []
+        timed, each = _distinct_splits(split)
+        for name in self.calls_of(role):
+            train = self.flow[name].kind == "train"
+            moved = moved_bytes(self.workload.model_of(role).shape, role, grid.shard, away, half, device, train=train)
+            if name == "sync_weights":
+                alone = self.model.least_sync(timed, device)[:, None]
+            else:
+                alone = self.model.trainer_seconds("train" if train else "infer", role, timed, device)
+            moves = self.model.move_seconds(role, grid.shard, moved, device)
+            rows.append(np.broadcast_to(alone[each] + moves[:, None], (len(each), self.model.scenarios)))
+        found = Layouts(grid, memory, np.stack(rows))
+        return found.take(_best_of_alike(found)) if prune else found
+
+    def least_memory(self, roles: Sequence[str], kind: str, gpus: int) -> Array:
+        """Bytes [roles, 2] that each role keeps and adds while it runs, at least, on a pool of so many GPUs."""
+        found = np.empty((len(roles), 2))
+        for i, role in enumerate(roles):
+            layouts = self.layouts(role, kind)
+            rows = int(np.searchsorted(layouts.grid.gpus, gpus, "right"))
+            found[i] = layouts.memory[:rows, :2].min(axis=0) if rows else np.inf
+        return found
 
     def rollouts(self, places: Sequence[Place]) -> list[tuple[RolloutRole, RoleMemory]]:
         """All layouts of the rollout on pools p0, p1, ... and the memory of an engine."""
@@ -98,68 +169,48 @@ class Problem:
             self._rollouts[key] = [(layout, rollout_memory(self.workload, layout, device)) for layout in layouts]
         return self._rollouts[key]
 
-    def engines(self, layout: RolloutRole, memory: RoleMemory, places: Sequence[Place]) -> Engines:
-        seconds = self.model.generate(layout, places).seconds
-        return Engines(layout, memory, np.broadcast_to(seconds, (self.model.scenarios,)))
-
-    def least(self, roles: tuple[str, ...], place: Place, engine: RoleMemory | None) -> dict[str, float] | None:
-        """The least mean seconds of each call that some layout allows beside the other roles' smallest ones; None if
-        not even the smallest fit together. Below what any joint choice reaches."""
-        key = (roles, place.parts, id(place.device), engine and bytes_of(engine))
-        if key not in self._least:
-            self._least[key] = self._find_least(roles, place, engine)
-        return self._least[key]
-
-    def _find_least(self, roles: tuple[str, ...], place: Place, engine: RoleMemory | None) -> dict[str, float] | None:
-        allowed = self.allowed(roles, place, engine)
-        listed = [self.choices(role, place) for role in roles]
-        if not all(listed):
-            return None
-        memory = [np.array([bytes_of(choice.memory)[:2] for choice in choices], dtype=float) for choices in listed]
-        floor = np.array(
-            [bytes_of(engine)[:2] if engine else (0, 0), *(rows.min(axis=0) for rows in memory)], dtype=float
-        )
-        found: dict[str, float] = {}
-        for i, (role, choices) in enumerate(zip(roles, listed, strict=True)):
-            others = np.delete(floor, i + 1, axis=0)
-            needed = memory[i][:, 0] + others[:, 0].sum() + np.maximum(memory[i][:, 1], others[:, 1].max())
-            fits = np.flatnonzero(needed <= allowed)
-            if not len(fits):
-                return None
-            means = np.array([choices[n].seconds.mean(axis=1) for n in fits])
-            found.update(zip(self.calls_of(role), means.min(axis=0).tolist(), strict=True))
-        return found if floor[:, 0].sum() + floor[:, 1].max() <= allowed else None
-
-    def lightest(self, roles: tuple[str, ...], place: Place, engine: RoleMemory | None) -> tuple[Choice, ...] | None:
-        """The joint layouts of a pool that fit with the least seconds of all calls together; None if none fit."""
-        key = (roles, place.parts, id(place.device), engine and bytes_of(engine))
-        if key not in self._lightest:
-            allowed = self.allowed(roles, place, engine)
-            memory = np.array([bytes_of(engine) if engine else (0, 0, 0)], dtype=float)
-            total, picked = np.zeros(1), [()]
-            for role in roles:
-                choices = self.choices(role, place)
-                added = np.array([bytes_of(choice.memory) for choice in choices], dtype=float).reshape(-1, 3)
-                load = np.array([choice.seconds.mean(axis=1).sum() for choice in choices])
-                old, new = (grid.ravel() for grid in np.mgrid[: len(picked), : len(choices)])
-                memory, total = together(memory[old], added[new]), total[old] + load[new]
-                fits = np.flatnonzero(memory[:, 0] + memory[:, 1] <= allowed)
-                kept = fits[undominated(-np.column_stack([memory, total])[fits])]
-                picked = [(*picked[old[i]], choices[new[i]]) for i in kept]
-                memory, total = memory[kept], total[kept]
-            self._lightest[key] = picked[int(total.argmin())] if picked else None
-        return self._lightest[key]
-
-    def allowed(self, roles: tuple[str, ...], place: Place, engine: RoleMemory | None) -> int:
+    def allowed(self, roles: bool, engine: bool, kind: str) -> int:
         """Bytes of a GPU that are left beside the contexts of its processes."""
-        return place.device.memory_bytes - pool_peak((), bool(roles), engine is not None, place.device)
+        device = self.device(kind)
+        return device.memory_bytes - pool_peak((), roles, engine, device)
 
 
-def bytes_of(memory: RoleMemory) -> tuple[int, int, int]:
-    """Resident bytes, the surplus while the role runs, and pinned host bytes."""
-    return memory.idle, memory.running - memory.idle, memory.host
+def _distinct_splits(split: Split) -> tuple[Split, NDArray[np.int64]]:
+    """The splits without repetition (what is offloaded does not matter to them), and which one each row has."""
+    columns = np.column_stack([np.asarray(column, dtype=np.int64) for column in split])
+    order = np.lexsort(columns.T)
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (columns[order][1:] != columns[order][:-1]).any(axis=1)
+    each = np.empty(len(order), dtype=np.int64)
+    each[order] = np.cumsum(new) - 1
+    first = order[new]
+    return Split(*(np.asarray(column)[first] for column in split)), each
+
+
+def _best_of_alike(layouts: Layouts) -> NDArray[np.int64]:
+    """The rows that no other row with the same shards, replicas and offload dominates (of equal rows the first)."""
+    grid, count = layouts.grid, len(layouts.memory)
+    key = np.column_stack([grid.shard, grid.replicas, grid.offload])
+    order = np.lexsort((np.arange(count), *key.T))
+    same = (key[order][1:] == key[order][:-1]).all(axis=1)
+    group = np.concatenate([[0], np.cumsum(~same)]) if count else np.zeros(0, np.int64)
+    kept = np.ones(count, dtype=bool)
+    cost = np.concatenate([layouts.memory, *layouts.seconds], axis=1)[order]
+    for step in range(1, int(np.bincount(group).max()) if count else 0):
+        near = np.flatnonzero(group[step:] == group[:-step])
+        first, second = near, near + step
+        worse = (cost[first] <= cost[second]).all(axis=1)
+        kept[second[worse]] = False
+        better = (cost[second] <= cost[first]).all(axis=1) & ~worse
+        kept[first[better]] = False
+    return np.sort(order[kept])
 
 
 def together(memory: Array, more: Array) -> Array:
     """Memory [n, 3] of roles on one pool: residents and host copies add up, of the surpluses the largest counts."""
     return np.where([True, False, True], memory + more, np.maximum(memory, more))
+
+
+def bytes_of(memory: RoleMemory) -> Array:
+    """[3], as in `Layouts.memory`."""
+    return np.array([memory.idle, memory.running - memory.idle, memory.host], dtype=np.float64)

@@ -1,17 +1,15 @@
 """Constraints on placements: `actor=8` (GPUs of a role's pools), `actor+critic` (together), `actor/critic` (apart)."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-import numpy as np
-from numpy.typing import NDArray
-
-from planner.search.space import Structure, structures
+from planner.search.space import Arrangement, Structure, arrangements, structures
+from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 
-Allows = Callable[[Structure, NDArray[np.int64]], NDArray[np.bool_]]
+Restrict = Callable[[Arrangement], Arrangement | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +27,19 @@ class Pin:
         return self.gpus is not None or shared == self.together
 
 
-def parse_pins(texts: Sequence[str], roles: Sequence[str], gpus: int) -> tuple[Pin, ...]:
-    """Pins of a workload with these roles on that many GPUs. Raises UserError for one that cannot be read or met, and
-    for pins that contradict each other."""
+def parse_pins(texts: Sequence[str], roles: Sequence[str], cluster: Cluster) -> tuple[Pin, ...]:
+    """Pins of a workload with these roles on a cluster. Raises UserError for one that cannot be read or met, and for
+    pins that contradict each other."""
     pins = tuple(_parse(text, roles) for text in texts)
     for count in sorted({1, 2, len(pins)} - {0}):
         for some in combinations(pins, count):
-            if not any(_possible(structure, some, gpus) for structure in structures(roles)):
+            meet = restriction(some)
+            if not any(meet(a) for s in structures(roles) for a in arrangements(s, cluster)):
                 texts_of = " ".join(f"--pin {pin.text}" for pin in some)
                 together = "cannot be met" if count == 1 else "cannot be met together"
                 raise UserError(
-                    f"{texts_of} {together} on {gpus} GPUs, all of which are shared out with at least one for each "
-                    f"pool; change {'it' if count == 1 else 'one of them'}"
+                    f"{texts_of} {together} on {len(cluster.gpus)} GPUs, of which every pool needs one at least; "
+                    f"change {'it' if count == 1 else 'one of them'}"
                 )
     return pins
 
@@ -62,40 +61,44 @@ def _parse(text: str, roles: Sequence[str]) -> Pin:
     return Pin(text=text, roles=(role, other), together=how == "+")
 
 
-def _possible(structure: Structure, pins: Sequence[Pin], gpus: int) -> bool:
-    """Whether some pool sizes of a structure meet the pins: pools of a pinned trained or inference role have its size;
-    those of a pinned rollout, and then all pools, must add up."""
-    wanted = {(pin.roles[0], pin.gpus) for pin in pins if pin.gpus is not None}
-    if not all(pin.admits(structure) for pin in pins) or len({role for role, _ in wanted}) < len(wanted):
-        return False
-    fixed: dict[int, int] = {}
-    pools_of_rollout, every, of_rollout = set[int](), set(range(len(structure))), 0
-    for role, count in wanted:
-        pools = {i for i in every if role in structure[i]}
-        if len(pools) > 1:
-            pools_of_rollout, of_rollout = pools, count
-        elif fixed.setdefault(min(pools), count) != count or count < 1:
-            return False
-    return _adds_up(of_rollout, pools_of_rollout, fixed) and _adds_up(
-        gpus - of_rollout, every - pools_of_rollout, fixed
-    )
+def restriction(pins: Sequence[Pin]) -> Restrict:
+    """What pins make of an arrangement: None where no sizes meet them all."""
+
+    def restrict(a: Arrangement) -> Arrangement | None:
+        wanted = {(pin.roles[0], pin.gpus) for pin in pins if pin.gpus is not None}
+        if not all(pin.admits(a.structure) for pin in pins) or len({role for role, _ in wanted}) < len(wanted):
+            return None
+        given: dict[int, int] = {}
+        rollout: int | None = None
+        for role, count in wanted:
+            pools = [i for i, roles in enumerate(a.structure) if role in roles]
+            if len(pools) > 1:
+                rollout = count
+            elif given.setdefault(pools[0], count) != count:
+                return None
+        limits = a.limits if rollout is None else (*a.limits, *_shares(a, rollout))
+        pinned = a._replace(limits=limits, given=given, rollout=rollout)
+        return pinned if _possible(pinned) else None
+
+    return restrict
 
 
-def _adds_up(total: int, pools: set[int], fixed: dict[int, int]) -> bool:
-    left = total - sum(fixed.get(pool, 0) for pool in pools)
-    free = len(pools - fixed.keys())
-    return left >= free if free else left == 0
+def _shares(a: Arrangement, rollout: int) -> Iterator[tuple[tuple[int, ...], int]]:
+    """What the rollout's pools have together, and what they leave to the others of their kind."""
+    yield a.generating, rollout
+    kind = a.kinds[a.generating[0]]
+    others = tuple(i for i in range(len(a.structure)) if a.kinds[i] == kind and i not in a.generating)
+    for pools, most in a.limits:
+        if set(others) & set(pools):
+            yield others, most - rollout
+        elif set(a.generating) & set(pools) and most < rollout:
+            yield a.generating, 0
 
 
-def allows(pins: Sequence[Pin]) -> Allows:
-    """Of a structure and pool sizes [n, pools]: which [n] meet all pins."""
-
-    def meet(structure: Structure, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        met = np.full(len(sizes), all(pin.admits(structure) for pin in pins))
-        for pin in pins:
-            if pin.gpus is not None:
-                pools = [i for i, roles in enumerate(structure) if pin.roles[0] in roles]
-                met &= sizes[:, pools].sum(axis=1) == pin.gpus
-        return met
-
-    return meet
+def _possible(a: Arrangement) -> bool:
+    """Whether there are sizes that meet all limits: given ones, and one GPU at least for every other pool."""
+    least = [a.given.get(i, 1) for i in range(len(a.structure))]
+    within = all(sum(least[i] for i in pools) <= most for pools, most in a.limits)
+    free = any(i not in a.given for i in a.generating)
+    exact = a.rollout is None or free or sum(least[i] for i in a.generating) == a.rollout
+    return min(least) > 0 and within and exact

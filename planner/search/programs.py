@@ -5,7 +5,7 @@ schedule; hence the programs searched have none. What order the calls have matte
 pool; of all orders that induce the same event graph one is kept.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import permutations, product
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.cycle import Cycles, Edges, cycles
+from planner.predict.cycle import Cycles, cycles
 from planner.predict.schedule import steady_edges
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import Issue, Wait
@@ -29,66 +29,118 @@ class Program(NamedTuple):
     cycles: Cycles
 
 
+class Listed(NamedTuple):
+    """Programs with event graphs of their own: the steps [n, u, v] by which v lags behind u, infinite where it need not
+    wait for it."""
+
+    items: tuple[tuple[Issue, ...], ...]
+    steps: NDArray[np.float64]
+
+
 @cache
-def plain_programs(flow: Dataflow, sharing: Sharing, k: int) -> tuple[Program, ...]:
-    """A few natural programs of staleness k; one alone if nothing can beat it, whatever the costs."""
-    calls = tuple(call for call, _ in sharing)
-    floor = bound_rates(flow, sharing, k)
-    found: list[Program] = []
-    for items, edges in _distinct(flow, sharing, _natural_orders(flow, dict(sharing), k)):
-        program = Program(items, k, cycles(calls, edges))
+def natural_programs(flow: Dataflow, sharing: Sharing, k: int) -> Listed:
+    """A few natural programs of staleness k, as many as have event graphs of their own."""
+    return _listed(flow, sharing, _natural_orders(flow, tuple(call for call, _ in sharing), k))
+
+
+def _graphs(
+    flow: Dataflow, sharing: Sharing, place: NDArray[np.int64], offset: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """`schedule.steady_edges` of many programs without waits at once, from the place in the round and the offset of
+    each call [n, calls]; with an edge for every pair that shares a pool, as its shortest path says."""
+    pools, index = dict(sharing), {call: at for at, (call, _) in enumerate(sharing)}
+    behind = offset[:, None, :] - offset[:, :, None] + (place[:, :, None] >= place[:, None, :])
+    shared = np.array([[bool(set(pools[u]) & set(pools[v])) for v in index] for u in index])
+    steps = np.where(shared, behind.astype(np.float64), np.inf)
+    for call in flow.calls:
+        for read in call.reads:
+            if writer := flow.writer(read.data):
+                u, v = index[writer.name], index[call.name]
+                lag = behind[:, u, v] if read.latest else float(read.lag)
+                steps[:, u, v] = np.minimum(steps[:, u, v], lag)
+    return steps
+
+
+@cache
+def unbeatable(flow: Dataflow, sharing: Sharing, k: int) -> Program | None:
+    """A natural program of staleness k that no other can beat, whatever the costs; None if none is known."""
+    calls, floor = tuple(call for call, _ in sharing), bound_rates(flow, sharing, k)
+    listed = natural_programs(flow, sharing, k)
+    left = np.arange(len(listed.items))
+    for seconds in np.random.default_rng(0).uniform(0.1, 1, (4, len(calls))):  # most fail at some costs
+        left = left[_below(listed.steps[left], seconds, float((floor @ seconds).max()) * (1 + 1e-9))]
+    for at in left:
+        program = _program(flow, sharing, listed.items[at], k)
         if dominates(floor, rates(program)):
-            return (program,)
-        found.append(program)
-    return _undominated(found)
+            return program
+    return None
 
 
 @cache
-def all_programs(flow: Dataflow, sharing: Sharing, k: int) -> tuple[tuple[tuple[Issue, ...], ...], NDArray[np.float64]]:
-    """Every program of staleness k with an event graph of its own, and the graphs: the steps [programs, u, v] by which
-    v lags behind u, infinite where it need not wait for it. Independent of costs."""
-    index = {call: i for i, (call, _) in enumerate(sharing)}
-    found = list(_distinct(flow, sharing, orders(flow, dict(sharing), k)))
-    steps = np.full((len(found), len(index), len(index)), np.inf)
-    for number, (_, edges) in enumerate(found):
-        for (u, v), distance in edges.items():
-            steps[number, index[u], index[v]] = distance
-    return tuple(items for items, _ in found), steps
+def all_programs(flow: Dataflow, sharing: Sharing, k: int) -> Listed:
+    """Every program of staleness k with an event graph of its own. Independent of costs."""
+    return _listed(flow, sharing, list(orders(flow, dict(sharing), k)))
+
+
+def _listed(flow: Dataflow, sharing: Sharing, programs: Sequence[tuple[Issue, ...]]) -> Listed:
+    """Programs without waits and their event graphs, one program for each graph."""
+    calls = {call: at for at, (call, _) in enumerate(sharing)}
+    place, offset = np.zeros((2, len(programs), len(calls)), dtype=np.int64)
+    for number, items in enumerate(programs):
+        for at, item in enumerate(items):
+            place[number, calls[item.call]], offset[number, calls[item.call]] = at, item.offset
+    steps = _graphs(flow, sharing, place, offset)
+    _, first = np.unique(steps.reshape(len(steps), -1), axis=0, return_index=True)
+    first.sort()
+    return Listed(tuple(programs[at] for at in first), steps[first])
 
 
 def programs_below(
     flow: Dataflow, sharing: Sharing, k: int, seconds: NDArray[np.float64], threshold: float
 ) -> list[Program]:
-    """The programs of staleness k whose period at durations [calls] is below `threshold` seconds.
+    """The programs of staleness k whose period at durations [calls] is below `threshold` seconds."""
+    listed = all_programs(flow, sharing, k)
+    return [_program(flow, sharing, listed.items[at], k) for at in _below(listed.steps, seconds, threshold)]
+
+
+def best_naturals(
+    flow: Dataflow, sharing: Sharing, k: int, seconds: NDArray[np.float64], threshold: float, keep: int = 4
+) -> list[Program]:
+    """The natural program that no other can beat, or else the few fastest at durations [calls]; none whose period is
+    not below `threshold` seconds (which may be infinite)."""
+    best = unbeatable(flow, sharing, k)
+    if best is not None:
+        return [best] if best.cycles.periods(seconds) < threshold else []
+    listed = natural_programs(flow, sharing, k)
+    low = float((bound_rates(flow, sharing, k) @ seconds).max())
+    high = min(threshold, float(seconds.sum()) * 1.001)
+    left = _below(listed.steps, seconds, high)
+    while len(left) > keep and high - low > 1e-6 * high:
+        middle = (low + high) / 2
+        faster = left[_below(listed.steps[left], seconds, middle)]
+        if len(faster):
+            high, left = middle, faster
+        else:
+            low = middle
+    return [_program(flow, sharing, listed.items[at], k) for at in left[:keep]]
+
+
+@cache
+def _program(flow: Dataflow, sharing: Sharing, items: tuple[Issue, ...], k: int) -> Program:
+    pools = dict(sharing)
+    edges = steady_edges(flow, items, lambda call: pools[call.name])
+    return Program(items, k, cycles(tuple(pools), edges))
+
+
+def _below(steps: NDArray[np.float64], seconds: NDArray[np.float64], threshold: float) -> NDArray[np.int64]:
+    """Which event graphs [n, u, v] have a period below `threshold` at durations [calls].
 
     A period is at least that exactly if the graph with weights seconds(u) - threshold * steps has a cycle that is not
     negative; the longest walks of all graphs are found at once (Floyd 1962)."""
-    listed, steps = all_programs(flow, sharing, k)
     walks = seconds[None, :, None] - threshold * steps
     for via in range(len(seconds)):
         walks = np.maximum(walks, walks[:, :, via, None] + walks[:, None, via, :])
-    below = np.flatnonzero(walks.diagonal(axis1=1, axis2=2).max(axis=1) < 0)
-    pools, calls = dict(sharing), tuple(call for call, _ in sharing)
-    graphs = [steady_edges(flow, listed[i], lambda call: pools[call.name]) for i in below]
-    return [Program(listed[i], k, cycles(calls, edges)) for i, edges in zip(below, graphs, strict=True)]
-
-
-def _distinct(
-    flow: Dataflow, sharing: Sharing, candidates: Iterable[tuple[Issue, ...]]
-) -> Iterator[tuple[tuple[Issue, ...], Edges]]:
-    """Programs and their event graphs, one for each graph. What has the same order on every pool has the same graph."""
-    pools = dict(sharing)
-    occupied = sorted({pool for names in pools.values() for pool in names})
-    seen: set[object] = set()
-    for items in candidates:
-        in_pools = tuple(tuple((i.call, i.offset) for i in items if pool in pools[i.call]) for pool in occupied)
-        if in_pools in seen:
-            continue
-        edges = steady_edges(flow, items, lambda call: pools[call.name])
-        graph = frozenset(edges.items())
-        if graph not in seen:
-            seen.update((in_pools, graph))
-            yield items, edges
+    return np.flatnonzero(walks.diagonal(axis1=1, axis2=2).max(axis=1) < 0)
 
 
 def rates(program: Program) -> NDArray[np.float64]:
@@ -101,16 +153,7 @@ def dominates(greater: NDArray[np.float64], less: NDArray[np.float64]) -> bool:
     return bool(all(((row <= greater + 1e-12).all(axis=1)).any() for row in less))
 
 
-def _undominated(found: list[Program]) -> tuple[Program, ...]:
-    kept: list[Program] = []
-    for program in found:
-        if any(dominates(rates(program), rates(other)) for other in kept):
-            continue
-        kept = [other for other in kept if not dominates(rates(other), rates(program))]
-        kept.append(program)
-    return tuple(kept)
-
-
+@cache
 def bound_rates(flow: Dataflow, sharing: Sharing, k: int) -> NDArray[np.float64]:
     """Rows [n, calls] that no program of staleness at most k can beat: period >= max(rows @ seconds).
 
@@ -133,22 +176,37 @@ def bound_rates(flow: Dataflow, sharing: Sharing, k: int) -> NDArray[np.float64]
     return np.array(sorted({tuple(scale * (call in row) for call in calls) for row, scale in scaled}))
 
 
-def _natural_orders(flow: Dataflow, pools: dict[str, tuple[str, ...]], k: int) -> Iterator[tuple[Issue, ...]]:
+@cache
+def _natural_orders(flow: Dataflow, calls: tuple[str, ...], k: int) -> tuple[tuple[Issue, ...], ...]:
     """Inference of one step as a block, before or after the updates of an earlier one; the critic's update before,
     beside or after the actor's and the sync."""
     infer = [call.name for call in flow.calls if call.kind == "infer" or call.name == "score"]
-    tail = [call for call in ("update_critic", "update_actor", "sync_weights") if call in pools]
+    tail = [call for call in ("update_critic", "update_actor", "sync_weights") if call in calls]
+    found: dict[tuple[Issue, ...], None] = {}
     for ahead, critic in product(range(k + 1), range(-1, k + 1)):
         offset = dict.fromkeys(infer, ahead) | {"generate": k, "advantages": ahead, "update_critic": critic}
         offset |= {"update_actor": 0, "sync_weights": 0}
-        before = _precedence(flow, {call: offset[call] for call in pools})
+        offset = {call: offset[call] for call in calls}
+        before = _precedence(flow, offset)
         if before is None:
             continue
         for first, last in product(permutations(infer), permutations(tail)):
-            preference = ("generate", *first, "advantages", *last)
-            order = next(_extensions(preference, before, dict.fromkeys(pools, ("all",))), None)
+            order = _in_order(("generate", *first, "advantages", *last), before)
             if order is not None:
-                yield _issues(order, offset)
+                found[_issues(order, offset)] = None
+    return tuple(found)
+
+
+def _in_order(preference: Sequence[str], before: dict[str, set[str]]) -> tuple[str, ...] | None:
+    """The calls in an order that `before` allows, always the first that may come next; None if there is none."""
+    left, order = list(preference), list[str]()
+    while left:
+        call = next((call for call in left if before[call].issubset(order)), None)
+        if call is None:
+            return None
+        left.remove(call)
+        order.append(call)
+    return tuple(order)
 
 
 def _issues(order: Sequence[str], offset: dict[str, int]) -> tuple[Issue, ...]:

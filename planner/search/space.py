@@ -1,8 +1,10 @@
-"""The space of placements: which roles share a pool, how many GPUs each pool has, and on which nodes they lie."""
+"""The space of placements: which roles share a pool, on which kind of GPU it lies, how many GPUs it has and on which
+nodes."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import combinations
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, product
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +42,42 @@ def _with_rollout(pools: tuple[frozenset[str], ...]) -> Iterator[Structure]:
                 yield (*shared, frozenset({"rollout"})) if own else shared
 
 
+class Arrangement(NamedTuple):
+    """A structure with the kind of GPU of each pool, and what its sizes must meet: some pools have no more GPUs
+    together than `limits` says, those in `given` have exactly so many, and the rollout's together `rollout` if that is
+    not None."""
+
+    structure: Structure
+    kinds: tuple[str, ...]
+    limits: tuple[tuple[tuple[int, ...], int], ...]
+    given: Mapping[int, int] = {}
+    rollout: int | None = None
+
+    @property
+    def generating(self) -> tuple[int, ...]:
+        """The pools of the rollout."""
+        return tuple(i for i, roles in enumerate(self.structure) if "rollout" in roles)
+
+
+def arrangements(structure: Structure, cluster: Cluster) -> Iterator[Arrangement]:
+    """A structure on every choice of kinds that the cluster has enough GPUs for, one for each pool. A pool is of one
+    kind, and so are all pools of the rollout: its engines are alike."""
+    there = gpus_of_kinds(cluster)
+    for kinds in product(there, repeat=len(structure)):
+        limits = tuple((tuple(i for i, own in enumerate(kinds) if own == kind), there[kind]) for kind in there)
+        generates = {kind for kind, roles in zip(kinds, structure, strict=True) if "rollout" in roles}
+        if len(generates) == 1 and all(len(pools) <= most for pools, most in limits):
+            yield Arrangement(structure, kinds, tuple(limit for limit in limits if limit[0]))
+
+
+def gpus_of_kinds(cluster: Cluster) -> dict[str, int]:
+    """How many GPUs of each kind there are, in the order of the nodes."""
+    there: Counter[str] = Counter()
+    for node in cluster.nodes:
+        there[node.device] += node.gpus
+    return dict(there)
+
+
 def sizes(gpus: int, pools: int) -> NDArray[np.int64]:
     """All ways [n, pools] to give every pool at least one GPU and use each GPU of the cluster."""
     if gpus < pools:
@@ -50,22 +88,25 @@ def sizes(gpus: int, pools: int) -> NDArray[np.int64]:
     return np.diff(edges, axis=1)
 
 
-def pack(counts: Sequence[int], cluster: Cluster) -> tuple[tuple[Gpu, ...], ...]:
-    """The GPUs of each pool, packed onto nodes canonically: larger pools first, each on the fullest node that holds it
-    whole, else on the emptiest nodes one after the other. Deterministic."""
-    free = {node: list(range(spec.gpus)) for node, spec in enumerate(cluster.nodes)}
+def pack(counts: Sequence[int], cluster: Cluster, kinds: Sequence[str] = ()) -> tuple[tuple[Gpu, ...], ...]:
+    """The GPUs of each pool, packed onto the nodes of its kind (any kind if none are given) canonically: larger pools
+    first, each on the fullest node that holds it whole, else on the emptiest nodes one after the other, and what is
+    left again on the fullest node that holds it. Deterministic."""
+    used = [0] * len(cluster.nodes)
     packed: dict[int, tuple[Gpu, ...]] = {}
     for pool in sorted(range(len(counts)), key=lambda i: (-counts[i], i)):
+        nodes = [n for n, spec in enumerate(cluster.nodes) if not kinds or spec.device == kinds[pool]]
+        free = sorted(((cluster.nodes[n].gpus - used[n], n) for n in nodes), key=lambda node: (-node[0], node[1]))
         taken: list[Gpu] = []
-        while len(taken) < counts[pool]:
-            wanted = counts[pool] - len(taken)
-            holding = [node for node in free if len(free[node]) >= wanted]
-            if holding:
-                node = min(holding, key=lambda n: (len(free[n]), n))
-            else:
-                node = max(free, key=lambda n: (len(free[n]), -n))
-            assert free[node], "more GPUs asked for than the cluster has"
-            taken += [(node, free[node].pop(0)) for _ in range(min(wanted, len(free[node])))]
+        wanted, at = counts[pool], 0
+        while wanted:
+            most, node = free[at]
+            assert most, "more GPUs asked for than the cluster has"
+            if most >= wanted:
+                node = min((there, n) for there, n in free[at:] if there >= wanted)[1]
+            count = min(wanted, most)
+            taken += [(node, index) for index in range(used[node], used[node] + count)]
+            used[node], wanted, at = used[node] + count, wanted - count, at + 1
         packed[pool] = _fullest_first(taken)
     return tuple(packed[pool] for pool in range(len(counts)))
 

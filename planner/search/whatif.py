@@ -3,16 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from planner.predict.profile import Profile, check_profiles
 from planner.search import assemble, problem_of
 from planner.search.branch import search
 from planner.search.changes import resized, with_models, with_network, with_response, with_tail
+from planner.search.evaluate import SAME
 from planner.search.infeasible import what_binds
 from planner.search.ladder import pools_of
-from planner.search.space import Structure
+from planner.search.space import Arrangement
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -80,10 +78,12 @@ def what_if(plan: Plan, condition: Condition, profiles: Sequence[Profile] = ()) 
     best = found.best[0]
     own = frozenset(pools_of(plan)[0])
 
-    def as_in_plan(structure: Structure, sizes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return np.full(len(sizes), frozenset(structure) == own)
+    def as_in_plan(arrangement: Arrangement) -> Arrangement | None:
+        return arrangement if frozenset(arrangement.structure) == own else None
 
     kept = [best] if frozenset(best.structure) == own else search(problem, 1, as_in_plan).best
+    if kept and kept[0].seconds <= best.seconds * (1 + SAME):
+        best = kept[0]  # as good as any other
     tokens = float(problem.model.tokens.mean())
     name = "best" if condition.what == "as it is" else condition.what
     return Outcome(
