@@ -96,6 +96,14 @@ def profiles_of_plan(command: Command) -> Command:
 @click.option(
     "--max-staleness", type=int, metavar="K", help="Updates that sequences may lag (default: the workload's)."
 )
+@click.option(
+    "--objective",
+    type=click.Choice(["mean", "p95", "cost"]),
+    default="mean",
+    show_default=True,
+    help="What is minimised over the length scenarios: the mean step time, its 95th percentile, or dollars per step.",
+)
+@click.option("--time-limit", type=float, metavar="SECONDS", help="End the search then, with the best plan so far.")
 @click.option("--keep", type=int, default=3, show_default=True, metavar="N", help="Runners-up to show.")
 @click.option(
     "--pin",

@@ -1,5 +1,6 @@
 """The search against brute force, and its programs against programs drawn at random."""
 
+import time
 from itertools import product
 
 import numpy as np
@@ -9,16 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import planner.predict.layouts as layouts
-from planner.predict.cost import CostModel
+from planner.predict.cost import CostModel, Place
 from planner.predict.cycle import cycles
 from planner.predict.forecast import forecast, predict
 from planner.predict.layouts import rank_counts, rollout_layouts, trainer_layouts
-from planner.predict.memory import check_memory
+from planner.predict.memory import check_memory, trainer_memory
 from planner.predict.schedule import check, staleness, steady_edges, unroll
 from planner.predict.simulate import simulate
-from planner.search import NAMES, baseline, find
+from planner.search import NAMES, baseline, find, problem_of
+from planner.search.bound import Bounds
+from planner.search.branch import search
+from planner.search.evaluate import evaluate
 from planner.search.programs import best_naturals, bound_rates, natural_programs, orders, programs_below, unbeatable
-from planner.search.space import pack, parts_of, sizes, structures
+from planner.search.space import arrangements, pack, parts_of, sizes, structures
 from planner.spec.cluster import Cluster, Device, Node, make_cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -331,3 +335,95 @@ def test_workloads_with_fewer_roles():
         plan = find(workload, tiny_cluster(4)).best
         check(plan)
         assert set(plan.roles) == set(workload.roles)
+
+
+# --- objectives, time limits, clusters of all sorts ---
+
+
+def varied(**changes):
+    return small_workload(response={"kind": "lognormal", "mean": 256, "sigma": 0.8, "max": 1024}, **changes)
+
+
+def test_each_objective_is_best_at_its_own():
+    workload, cluster = varied(), tiny_cluster(4)
+    mean, p95, cost = (find(workload, cluster, objective=objective).best for objective in ("mean", "p95", "cost"))
+    assert mean.predicted.step_seconds <= p95.predicted.step_seconds * (1 + 1e-9)
+    assert p95.predicted.step_seconds_p95 <= mean.predicted.step_seconds_p95 * (1 + 1e-9)
+    assert p95.predicted.lower_bound_seconds == pytest.approx(p95.predicted.step_seconds_p95)
+    assert (cost.pools, cost.roles, cost.program) == (mean.pools, mean.roles, mean.program)
+    assert [plan.predicted.proof.objective for plan in (mean, p95, cost)] == ["mean", "p95", "cost"]
+
+
+def test_a_search_that_is_ended_keeps_its_best_plan_with_an_honest_gap():
+    problem = problem_of(default()[0], make_cluster(32), (), None)
+    full = search(problem, 1)
+    for deadline in (0.0, 0.4):
+        found = search(problem_of(default()[0], make_cluster(32), (), None), 1, None, time.perf_counter() + deadline)
+        assert found.bound <= full.best[0].seconds * (1 + 1e-9)
+        assert not found.best or found.best[0].seconds >= full.best[0].seconds * (1 - 1e-9)
+    assert not full.ended
+
+
+def test_a_pool_is_of_one_kind():
+    kind = tiny_cluster(1).devices["g"]
+    slow = kind.model_copy(update={"flops": 100e12, "memory_bandwidth": 1e12})
+    nodes = tuple(Node(gpus=2, device=name, host_memory_bytes=10**12) for name in ("g", "s"))
+    cluster = Cluster(name="two", nodes=nodes, devices={"g": kind, "s": slow})
+    result = find(small_workload(), cluster)
+    alone = find(small_workload(), tiny_cluster(2)).best.predicted.step_seconds
+    plans = [result.best, *result.runners_up, *(p for p in result.baselines.values() if isinstance(p, Plan))]
+    assert len(plans) >= 5
+    for plan in plans:
+        check_memory(plan)
+        for pool in plan.pools.values():
+            assert len({node for node, _ in pool.gpus}) == 1  # a node of each kind
+    assert result.best.predicted.step_seconds < alone
+    assert result.best.predicted.gap == pytest.approx(0, abs=1e-9)
+
+
+def test_nodes_of_unequal_size_equal_brute_force(monkeypatch):
+    monkeypatch.setattr(layouts, "MICRO_BATCH_TOKENS", (8192,))
+    monkeypatch.setattr(layouts, "CONCURRENCY", (32,))
+    monkeypatch.setattr(layouts, "TENSOR_PARALLEL", (1, 2))
+    device = tiny_cluster(1).devices["g"]
+    nodes = tuple(Node(gpus=gpus, device="g", host_memory_bytes=10**12) for gpus in (2, 1))
+    workload, cluster = small_workload(), Cluster(name="uneven", nodes=nodes, devices={"g": device})
+    found = find(workload, cluster).best
+    assert found.predicted.step_seconds == pytest.approx(brute_force(workload, cluster), rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["actor", "critic", "reference", "reward"])
+def test_layouts_as_columns_are_those_one_by_one(name):
+    """Seconds and bytes of the tables are the models' own, on filled nodes and on others."""
+    workload, cluster = default()
+    problem = problem_of(workload, cluster, (), None)
+    calls = problem.calls_of(name)[: 2 if name in ("actor", "critic") else 1]
+    for parts in ((8, 4), (5, 4, 3)):
+        place = Place(parts=parts, device=problem.device("h200"))
+        found = problem.layouts_at(name, "h200", place)
+        for row in range(0, len(found.memory), 7):
+            layout = found.layout(row, "p")
+            memory = trainer_memory(workload, name, layout, place.device)
+            assert found.memory[row].tolist() == [memory.idle, memory.running - memory.idle, memory.host]
+            for call, seconds in zip(calls, found.seconds, strict=False):
+                estimate = problem.model.train if problem.flow[call].kind == "train" else problem.model.infer
+                assert seconds[row] == pytest.approx(estimate(name, layout, place).seconds, rel=1e-12)
+
+
+def test_bounds_are_never_above_what_a_placement_takes():
+    workload, cluster = default()
+    problem = problem_of(workload, cluster, (), None)
+    rng, ran = np.random.default_rng(0), 0
+    listed = [a for structure in structures(ROLES) for a in arrangements(structure, cluster)]
+    bounds = Bounds(problem, listed)
+    for number in rng.permutation(len(listed))[:25]:
+        pools = len(listed[number].structure)
+        counts = rng.multinomial(16 - pools, np.ones(pools) / pools) + 1
+        sizes_of = np.zeros((1, max(len(a.structure) for a in listed)), dtype=np.int64)
+        sizes_of[0, :pools] = counts
+        best = evaluate(problem, listed[number], counts.tolist(), every=False).best
+        if best is not None:
+            bounds.refresh()
+            assert bounds.of(np.array([number]), sizes_of, sizes_of)[0] <= best.seconds * (1 + 1e-9)
+            ran += 1
+    assert ran > 15

@@ -1,6 +1,6 @@
 """`plan search`, `plan space` and `plan baseline`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from planner.predict.forecast import forecast
 from planner.report.insight import space_tables
 from planner.report.tables import bottleneck, figures, plans_table, pools_table, seconds
 from planner.search import baseline as find_baseline
-from planner.search import find
+from planner.search import Objective, find, tied
 from planner.search.count import COUNTED, count
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -20,6 +20,8 @@ PICTURE_STEPS = 8  # simulated; the picture shows a few of them after the warm-u
 def search(
     *,
     max_staleness: int | None,
+    objective: Objective,
+    time_limit: float | None,
     keep: int,
     pins: Sequence[str],
     out: Path,
@@ -31,6 +33,8 @@ def search(
     _check_staleness(max_staleness)
     if keep < 0:
         raise UserError(f"--keep {keep}: must be at least 0")
+    if time_limit is not None and not time_limit > 0:
+        raise UserError(f"--time-limit {time_limit:g}: must be more than 0 seconds; leave it out to search to the end")
     inputs = read_inputs(**options)
     with make_console(stderr=True).status("searching"):
         result = find(
@@ -39,8 +43,10 @@ def search(
             profiles=inputs.profiles,
             profile_hashes=inputs.provenance,
             max_staleness=max_staleness,
-            keep=keep,
+            keep=keep + 1,
             pins=pins,
+            objective=objective,
+            time_limit=time_limit,
             command=command,
         )
     best = _named(result.best, out)
@@ -51,10 +57,33 @@ def search(
     console.print()
     console.print(pools_table(best))
     console.print()
-    for sentence in (bottleneck(best), *figures(best)):
+    for sentence in (bottleneck(best), *figures(best), *_notes(best, result.runners_up, inputs)):
         console.print(sentence, soft_wrap=True)
-    console.print(f"Considered {result.placements:,} placements in {seconds(result.seconds)} s. Wrote {written}.",
+    console.print(f"Evaluated {result.placements:,} placements in {seconds(result.seconds)} s. Wrote {written}.",
                   soft_wrap=True)  # fmt: skip
+
+
+def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[str]:
+    """What was minimised, how many GPUs the plan uses, and what is as good."""
+    assert best.predicted
+    cluster = inputs.cluster
+    price = sum(cluster.device_of(gpu).price_per_hour for gpu in cluster.gpus) / 3600 * best.predicted.step_seconds
+    objective = {
+        "mean": "the mean step time",
+        "p95": "the 95th percentile of the step time",
+        "cost": f"the cost of a step, {price:.3g} dollars with all GPUs of the cluster paid for, used or not",
+    }[best.predicted.proof.objective]
+    yield f"Minimised: {objective}."
+    used = sum(len(pool.gpus) for pool in best.pools.values())
+    if used < len(cluster.gpus):
+        yield f"The plan uses {used:,} of {len(cluster.gpus):,} GPUs: it would be no faster with more."
+    if len(cluster.gpus) > inputs.workload.minibatch:
+        yield (
+            f"A minibatch of {inputs.workload.minibatch:,} sequences gives {len(cluster.gpus):,} GPUs less than one each: "
+            f"no trained role can use more than {inputs.workload.minibatch:,} of them; a larger minibatch would."
+        )
+    if names := tied(best, runners_up, inputs.profiles):
+        yield f"Within the error of what was measured as good: {', '.join(names)}."
 
 
 def baseline(*, name: str, out: Path, command: str, **options: Any) -> None:

@@ -14,9 +14,10 @@ from planner.spec.plan import Plan, Predicted, Proof
 from planner.spec.timeline import Span, Timeline
 
 
-def durations(plan: Plan, profiles: Sequence[Profile] = ()) -> dict[str, Estimate]:
-    """The estimate of every call of a plan, seconds over the length scenarios [S]."""
-    model = CostModel(plan.workload, plan.cluster, profiles)
+def durations(plan: Plan, profiles: Sequence[Profile] = (), model: CostModel | None = None) -> dict[str, Estimate]:
+    """The estimate of every call of a plan, seconds over the length scenarios [S]; from a `model` of its workload and
+    cluster, if there is one."""
+    model = model or CostModel(plan.workload, plan.cluster, profiles)
     return {call.name: model.call(call, plan) for call in plan.dataflow.calls}
 
 
@@ -57,15 +58,23 @@ def _with_parts(span: Span, estimate: Estimate) -> Span:
     )
 
 
-def predict(plan: Plan, profiles: Sequence[Profile] = (), proof: Proof | None = None, bound: float = 0.0) -> Predicted:
-    """The figures of a plan: its exact period in each length scenario, their mean and 95th percentile.
+def predict(
+    plan: Plan,
+    profiles: Sequence[Profile] = (),
+    proof: Proof | None = None,
+    bound: float = 0.0,
+    model: CostModel | None = None,
+) -> Predicted:
+    """The figures of a plan: its exact period in each length scenario, their mean and 95th percentile. `bound` is one of
+    what the proof's objective says.
 
     Evaluations and other monitors are left out of the step time."""
-    estimates = durations(plan, profiles)
+    estimates = durations(plan, profiles, model)
     names = plan.dataflow.steady.names
     drawn = np.stack([np.broadcast_to(estimates[name].seconds, _scenarios(estimates)) for name in names])
     edges = steady_edges(plan.dataflow, plan.program, plan.pools_of)
     periods = cycles(names, edges).periods(drawn)
+    p95 = float(np.percentile(periods, 95))
     step, mean = float(periods.mean()), dict(zip(names, drawn.mean(axis=1).tolist(), strict=True))
     calls = {call.name: call for call in plan.dataflow.calls}
     busy = {pool: sum(mean[n] for n in names if pool in plan.pools_of(calls[n])) / step for pool in plan.pools}
@@ -75,10 +84,10 @@ def predict(plan: Plan, profiles: Sequence[Profile] = (), proof: Proof | None = 
         by_source[source] = by_source.get(source, 0.0) + mean[name] / sum(mean.values())
     return Predicted(
         step_seconds=step,
-        step_seconds_p95=float(np.percentile(periods, 95)),
-        tokens_per_second=tokens_per_step(plan) / step,
+        step_seconds_p95=p95,
+        tokens_per_second=(float(model.tokens.mean()) if model else tokens_per_step(plan)) / step,
         lower_bound_seconds=bound,
-        gap=max(0.0, step / bound - 1.0) if bound else 0.0,
+        gap=max(0.0, (p95 if proof and proof.objective == "p95" else step) / bound - 1.0) if bound else 0.0,
         proof=proof or Proof(status="none", scenarios=drawn.shape[1]),
         memory_bytes={pool: memory.peak for pool, memory in plan_memory(plan).items()},
         call_seconds=mean,

@@ -17,6 +17,7 @@ MICRO_BATCH_TOKENS = (4096, 8192, 16384, 32768)
 CONCURRENCY = (64, 128, 256, 512)
 TENSOR_PARALLEL = (1, 2, 4, 8)
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
+LARGE_BATCH = 1024  # sequences
 EVERY_COUNT = 64  # up to so many ranks any number is considered, above only those that gain something
 
 
@@ -116,10 +117,8 @@ def rollout_layouts(
         if not all(engines):
             continue
         replicas = engine_counts(sum(engines), workload.batch)[-1]
-        for concurrency in concurrencies(workload, replicas, device):
+        for concurrency in concurrencies(workload, tensor_parallel, replicas, device):
             fraction = rollout_fraction(workload, tensor_parallel, concurrency, device)
-            if not 0 < fraction <= 1:
-                continue
             for offload in (False,) if on_cpu else (False, True):
                 yield RolloutRole(
                     engine="transformers" if on_cpu else "vllm",
@@ -144,7 +143,11 @@ def tensor_parallels(workload: Workload, device: Device) -> list[int]:
     return [t for t in TENSOR_PARALLEL[: 1 if device.kind == "cpu" else None] if workload.actor.shape.heads % t == 0]
 
 
-def concurrencies(workload: Workload, engines: int, device: Device) -> list[int]:
-    """Sequences at once of each of some engines: the listed numbers up to an even share of the batch, and that."""
+def concurrencies(workload: Workload, tensor_parallel: int, engines: int, device: Device) -> list[int]:
+    """Sequences at once of each of some engines: the listed numbers up to an even share of the batch, and that, as far
+    as a GPU's memory holds them. Of a large batch only the most: fewer slots gain nothing but memory, of which a large
+    cluster has enough, and a long queue takes long to simulate."""
     share = -(-workload.batch // engines)
-    return [share] if device.kind == "cpu" else sorted({min(share, listed) for listed in (*CONCURRENCY, share)})
+    listed = {share} if device.kind == "cpu" else {min(share, slots) for slots in (*CONCURRENCY, share)}
+    fitting = [s for s in sorted(listed) if 0 < rollout_fraction(workload, tensor_parallel, s, device) <= 1]
+    return fitting if workload.batch <= LARGE_BATCH else fitting[-1:]

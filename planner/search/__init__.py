@@ -3,6 +3,9 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+from statistics import median
+from typing import Literal
 
 from planner import __version__
 from planner.predict.cost import CostModel
@@ -10,7 +13,7 @@ from planner.predict.forecast import predict
 from planner.predict.profile import Profile, check_profiles
 from planner.search.baselines import NAMES, best_of
 from planner.search.branch import search
-from planner.search.evaluate import Candidate
+from planner.search.evaluate import SAME, Candidate
 from planner.search.options import Problem
 from planner.search.pins import parse_pins, restriction
 from planner.spec.cluster import Cluster
@@ -19,6 +22,7 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Plan, Pool, Proof, Provenance, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
+Objective = Literal["mean", "p95", "cost"]
 SPACE = (
     "staleness 0..{k}, one round per step; all role partitions, rollout on any union, all pool sizes; "
     "canonical packing, listed layouts"
@@ -45,33 +49,40 @@ def find(
     max_staleness: int | None = None,
     keep: int = 4,
     pins: Sequence[str] = (),
+    objective: Objective = "mean",
+    time_limit: float | None = None,
     command: str = "",
 ) -> Result:
-    """The plan with the shortest mean step time, runners-up and the baselines, which no pin binds. Raises UserError if
-    nothing fits."""
+    """The best plan by the objective (see `options.Problem`), runners-up and the baselines, which no pin binds. Ends
+    after `time_limit` seconds, or on Ctrl-C, with the best plan so far. Raises UserError if nothing fits or none was
+    found in that time."""
     start = time.perf_counter()
-    problem = problem_of(workload, cluster, profiles, max_staleness)
+    problem = problem_of(workload, cluster, profiles, max_staleness, objective)
     pinned = parse_pins(pins, workload.roles, cluster)
-    found = search(problem, keep, restriction(pinned) if pinned else None)
+    deadline = start + time_limit if time_limit is not None else inf
+    found = search(problem, keep, restriction(pinned) if pinned else None, deadline)
+    if found.ended and not found.best:
+        raise UserError("the search was ended before it found any plan; give it more time")
     if not found.best:
         from planner.search.infeasible import nothing_fits  # which itself searches
 
         raise UserError(nothing_fits(problem, pins))
     seconds = time.perf_counter() - start
+    gap = found.best[0].seconds > found.bound * (1 + SAME)
     proof = Proof(
-        status="optimal",
-        objective="mean",
+        status="time_limit" if found.ended else "gap" if gap else "optimal",
+        objective=objective,
         scenarios=problem.model.scenarios,
         space=SPACE.format(k=problem.max_staleness) + "".join(f", {pin.text}" for pin in pinned),
     )
     provenance = Provenance(version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {})
     plans = [assemble(c, "best" if i == 0 else f"runner-up-{i}", problem) for i, c in enumerate(found.best)]
-    plans = [_complete(plan, provenance, profiles, proof, found.bound, seconds) for plan in plans]
+    plans = [_complete(plan, provenance, problem, proof, found.bound, seconds) for plan in plans]
     baselines: dict[str, Plan | str] = {}
     for name in NAMES:
         try:
             plan = assemble(best_of(name, problem), name, problem)
-            baselines[name] = _complete(plan, provenance, profiles, None, found.bound, 0.0)
+            baselines[name] = _complete(plan, provenance, problem, None, found.bound, 0.0)
         except UserError as error:
             baselines[name] = str(error)
     return Result(
@@ -98,13 +109,17 @@ def baseline(
     problem = problem_of(workload, cluster, profiles, None)
     plan = assemble(best_of(name, problem, pins), name, problem)
     provenance = Provenance(version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {})
-    return _complete(plan, provenance, profiles, None, 0.0, 0.0)
+    return _complete(plan, provenance, problem, None, 0.0, 0.0)
 
 
-def problem_of(workload: Workload, cluster: Cluster, profiles: Sequence[Profile], max_staleness: int | None) -> Problem:
+def problem_of(
+    workload: Workload,
+    cluster: Cluster,
+    profiles: Sequence[Profile],
+    max_staleness: int | None,
+    objective: Objective = "mean",
+) -> Problem:
     check_profiles(profiles, workload, cluster)
-    if len({node.device for node in cluster.nodes}) > 1:
-        raise UserError(f"cluster {cluster.name!r} has GPUs of several kinds, which is not supported yet; plan for one")
     if max_staleness is not None:
         workload = workload.model_copy(update={"max_staleness": max_staleness})
     return Problem(
@@ -113,6 +128,7 @@ def problem_of(workload: Workload, cluster: Cluster, profiles: Sequence[Profile]
         model=CostModel(workload, cluster, profiles),
         flow=ppo(workload).steady,
         max_staleness=workload.max_staleness,
+        objective=objective,
     )
 
 
@@ -139,10 +155,20 @@ def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
 
 
 def _complete(
-    plan: Plan, provenance: Provenance, profiles: Sequence[Profile], proof: Proof | None, bound: float, seconds: float
+    plan: Plan, provenance: Provenance, problem: Problem, proof: Proof | None, bound: float, seconds: float
 ) -> Plan:
-    predicted = predict(plan, profiles, proof, bound).model_copy(update={"search_seconds": seconds})
+    predicted = predict(plan, (), proof, bound, problem.model).model_copy(update={"search_seconds": seconds})
     return plan.model_copy(update={"predicted": predicted, "provenance": provenance})
 
 
-__all__ = ["NAMES", "Result", "baseline", "find"]
+def tied(best: Plan, others: Sequence[Plan], profiles: Sequence[Profile]) -> tuple[str, ...]:
+    """The names of the plans whose margin is smaller than the profiles' own error: the median of their points' spreads,
+    relative to the seconds. Without profiles only equal times are ties."""
+    spreads = [point.spread / point.seconds for profile in profiles for point in profile.points if point.repeats > 1]
+    error = max(SAME, median(spreads)) if spreads else SAME
+    assert best.predicted
+    most = best.predicted.step_seconds * (1 + error)
+    return tuple(plan.name for plan in others if plan.predicted and plan.predicted.step_seconds <= most)
+
+
+__all__ = ["NAMES", "Result", "baseline", "find", "tied"]

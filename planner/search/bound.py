@@ -140,7 +140,7 @@ class Bounds:
         found = [np.full(2, NEVER)]
         for split in tensor_parallels(problem.workload, device):
             engines = gpus_of_kinds(problem.cluster)[kind] // split
-            for slots in concurrencies(problem.workload, engines, device)[:1] if engines else []:
+            for slots in concurrencies(problem.workload, split, engines, device)[:1] if engines else []:
                 found += [bytes_of(memory)[:2] for memory in _engine_memory(problem, kind, split, slots)]
         return np.asarray(np.min(found, axis=0))
 
@@ -320,11 +320,10 @@ class Generation:
         columns = list[tuple[int, int, int, int]]()
         for number, split in enumerate(self.splits):
             for at, engines in enumerate(self.counts[: np.searchsorted(self.counts, gpus // split, "right")].tolist()):
-                for slots in concurrencies(problem.workload, engines, self.device):
+                for slots in concurrencies(problem.workload, split, engines, self.device):
                     fraction = rollout_fraction(problem.workload, split, slots, self.device)
-                    if fraction <= 1:
-                        self._row[split, slots, engines] = len(columns)
-                        columns.append((number, at, slots, round(100 * fraction)))
+                    self._row[split, slots, engines] = len(columns)
+                    columns.append((number, at, slots, round(100 * fraction)))
         self._number, self._at, self._slots, shares = np.array(columns).reshape(-1, 4).T.astype(np.int64)
         needed = shares / 100 * self.device.memory_bytes - process_bytes(self.device)
         self._level = _level(problem, kind, needed * (self.device.kind == "cuda"))

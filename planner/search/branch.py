@@ -16,11 +16,12 @@ from planner.search.programs import Program
 from planner.search.space import Arrangement, Structure, arrangements, structures
 
 MUCH_SLOWER = 0.25  # than the best plan: such plans are not shown beside it
+MORE = 8  # placements to evaluate for each plan beside the best: these are good, and not proven to be next
 AT_ONCE = 1024  # boxes that are halved together
 
 
 class Found(NamedTuple):
-    """The best candidate of each of the best structures, the best first; the seconds that no plan of the space is
+    """The best candidate, and good ones of other structures, the best first; the seconds that no plan of the space is
     below; how many placements were evaluated; and whether the search was ended before its time."""
 
     best: tuple[Candidate, ...]
@@ -43,8 +44,9 @@ class Boxes(NamedTuple):
 
 
 def search(problem: Problem, keep: int, restrict: Restrict | None = None, deadline: float = np.inf) -> Found:
-    """The best plan of each of the `keep` best structures; empty if nothing fits. `restrict` adds what an arrangement's
-    sizes must meet, or refuses it. Ends with what it has at the `deadline` (of time.perf_counter) or on Ctrl-C."""
+    """The best plan, and good ones of other structures, `keep` in all; empty if nothing fits. `restrict` adds what an
+    arrangement's sizes must meet, or refuses it. Ends with what it has at the `deadline` (of time.perf_counter) or
+    on Ctrl-C."""
     listed = [a for structure in structures(problem.workload.roles) for a in arrangements(structure, problem.cluster)]
     if restrict is not None:
         listed = [restricted for a in listed if (restricted := restrict(a)) is not None]
@@ -72,7 +74,7 @@ def best_of_arrangements(
     if run.best and keep > 1 and not ended:
         with contextlib.suppress(_TimeUp, KeyboardInterrupt):
             run.widen(keep)
-            run.branch()
+            run.branch(most=run.evaluated + MORE * keep)
     return Found(tuple(run.best), bound, run.evaluated, ended)
 
 
@@ -115,10 +117,10 @@ class _Search:
         found = min(left)
         return found if found < NEVER / 1e3 else 0.0
 
-    def branch(self) -> None:
+    def branch(self, most: float = np.inf) -> None:
         """Halve the boxes with the lowest bounds until none is below the best; evaluate placements in the order of
-        their bounds, as soon as no box has a lower one."""
-        while len(self.open.bound) or len(self.leaves.bound):
+        their bounds, as soon as no box has a lower one. Not more than `most` in all."""
+        while (len(self.open.bound) or len(self.leaves.bound)) and self.evaluated < most:
             if time.perf_counter() > self.deadline:
                 raise _TimeUp
             self.open = self.open.take(self.open.bound < self._limits(self.open.number))

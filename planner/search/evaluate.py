@@ -112,8 +112,11 @@ def evaluate(
     best: Candidate | None = None
     bound = NEVER
     for engines, least in _worth_trying(site, floor, lambda: _below(limit, best)):  # noqa: B023
+        kept = _kept(site, engines, least, floor, _below(limit, best))
         for rough in (True, False):  # first what is surely good, then all that may be better
-            picks = _picks(site, engines, least, floor, _below(limit, best), rough)
+            if not rough and limit == np.inf:
+                kept = _kept(site, engines, least, floor, _below(limit, best))
+            picks = _picks(site, engines, kept, floor, _below(limit, best), rough)
             if not len(picks):
                 continue
             seconds = _seconds(site, engines, picks)
@@ -147,7 +150,10 @@ def _worth_trying(site: Site, floor: Array, below: Callable[[], float]) -> Itera
     problem = site.problem
     model, places = problem.model, [site.places[i] for i in site.generating]
     found = []
+    shared = any(site.held(i) for i in site.generating)
     for layout, memory in problem.rollouts(places):
+        if layout.offload and not shared:
+            continue  # there is nothing to make room for
         devices = model.engines(layout, places)
         run = model.generation(layout.tensor_parallel, layout.concurrency, devices)
         found.append((Engines(layout, memory, run, model.generated(run, layout, devices)), devices))
@@ -208,17 +214,22 @@ def _kept(site: Site, engines: Engines, least: Array, floor: Array, threshold: f
     found = {}
     for i in range(len(site.structure)):
         for role, fits in _fitting(site, i, bytes_of(engines.memory)).items():
-            layouts = site.layouts[role].take(fits)
             own = [problem.calls.index(call) for call in problem.calls_of(role)]
+            layouts = site.layouts[role]
             if np.isfinite(threshold):
                 rest = floor @ np.where(np.isin(np.arange(len(least)), own)[:, None], 0.0, least)
+                if problem.objective != "p95":  # means first: there are fewer
+                    load = floor[:, own] @ layouts.means[:, fits] + rest.mean(axis=1)[:, None]
+                    fits = fits[load.max(axis=0) < threshold]
+                layouts = layouts.take(fits)
                 load = np.einsum("rc,cns->nrs", floor[:, own], layouts.seconds) + rest
                 layouts = layouts.take(np.flatnonzero(problem.statistic(load.max(axis=1)) < threshold))
                 columns = [layouts.memory, *layouts.seconds]
                 if role == "actor":  # what a sync really takes may depend on the shards
                     columns += [layouts.grid.shard[:, None], -layouts.grid.shard[:, None]]
             else:
-                columns = [layouts.memory, layouts.seconds.mean(axis=2).sum(axis=0)[:, None]]
+                layouts = layouts.take(fits)
+                columns = [layouts.memory, layouts.means.sum(axis=0)[:, None]]
             found[role] = layouts.take(undominated(-np.concatenate(columns, axis=1)))
     return found
 
@@ -236,11 +247,12 @@ class Picks(NamedTuple):
         return Picks(self.layouts, {role: rows[which] for role, rows in self.rows.items()})
 
 
-def _picks(site: Site, engines: Engines, least: Array, floor: Array, threshold: float, rough: bool) -> Picks:
+def _picks(
+    site: Site, engines: Engines, kept: dict[str, Layouts], floor: Array, threshold: float, rough: bool
+) -> Picks:
     """Combinations of layouts that fit their pools and hosts: with `rough` the one with the least load on each pool,
     else all whose bound is below the threshold."""
     engine = bytes_of(engines.memory)
-    kept = _kept(site, engines, least, floor, threshold)
     picks = Picks(kept, dict.fromkeys(kept, np.zeros(0, np.int64)))
     if not all(len(layouts.memory) for layouts in kept.values()):
         return picks
@@ -258,7 +270,7 @@ def _lightest(site: Site, pool: int, kept: dict[str, Layouts], engine: Array) ->
     picks = dict[str, NDArray[np.int64]]()
     for role in site.held(pool):
         layouts = kept[role]
-        own = layouts.seconds.mean(axis=2).sum(axis=0)
+        own = layouts.means.sum(axis=0)
         old, new = (grid.ravel() for grid in np.mgrid[: len(load), : len(own)])
         memory, load = together(memory[old], layouts.memory[new]), load[old] + own[new]
         fits = np.flatnonzero(memory[:, 0] + memory[:, 1] <= site.allowed(pool))
@@ -279,7 +291,7 @@ def _promising(
     row = {call: i for i, call in enumerate(problem.calls)}
     means = _with_others(site, engines, np.zeros((len(row), problem.model.scenarios))).mean(axis=1)
     for role, layouts in kept.items():
-        for call, seconds in zip(problem.calls_of(role), layouts.seconds.mean(axis=2), strict=True):
+        for call, seconds in zip(problem.calls_of(role), layouts.means, strict=True):
             means[row[call]] = seconds.min()
     busy = {
         role: sum(means[row[call]] for other in site.held(i) for call in problem.calls_of(other))
@@ -294,7 +306,7 @@ def _promising(
         layouts, i = kept[role], site.pool_of[role]
         old, new = (grid.ravel() for grid in np.mgrid[: len(found), : len(layouts.memory)])
         found, memory = found[old], memory[old]
-        for call, seconds in zip(problem.calls_of(role), layouts.seconds.mean(axis=2), strict=True):
+        for call, seconds in zip(problem.calls_of(role), layouts.means, strict=True):
             found[:, row[call]] = seconds[new]
         memory[:, i] = together(memory[:, i], layouts.memory[new])
         most = memory[:, i]

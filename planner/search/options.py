@@ -26,15 +26,16 @@ Array = NDArray[np.float64]
 
 class Layouts(NamedTuple):
     """Layouts of a trained or inference role: memory [n, 3] (resident bytes, the surplus while the role runs, pinned
-    host bytes), and seconds [calls of the role, n, S]. Of the actor the last row is what a weight sync takes at least,
-    its handing over apart."""
+    host bytes), and seconds [calls of the role, n, S] with their means [calls, n]. Of the actor the last row is what a
+    weight sync takes at least, its handing over apart."""
 
     grid: Grid
     memory: Array
     seconds: Array
+    means: Array
 
     def take(self, rows: NDArray[np.int64] | slice) -> "Layouts":
-        return Layouts(self.grid.take(rows), self.memory[rows], self.seconds[:, rows])
+        return Layouts(self.grid.take(rows), self.memory[rows], self.seconds[:, rows], self.means[:, rows])
 
     def layout(self, row: int, pool: str) -> TrainerRole:
         return self.grid.layout(row, pool)
@@ -113,6 +114,7 @@ class Problem:
                 known.grid,
                 known.memory,
                 np.concatenate([known.seconds[:, :first], other.seconds], axis=1),
+                np.concatenate([known.means[:, :first], other.means], axis=1),
             )
         return self._layouts[role, kind, parts]
 
@@ -148,7 +150,7 @@ class Problem:
                 alone = self.model.trainer_seconds("train" if train else "infer", role, timed, device)
             moves = self.model.move_seconds(role, grid.shard, moved, device)
             rows.append(np.broadcast_to(alone[each] + moves[:, None], (len(each), self.model.scenarios)))
-        found = Layouts(grid, memory, np.stack(rows))
+        found = Layouts(grid, memory, np.stack(rows), np.stack(rows).mean(axis=2))
         return found.take(_best_of_alike(found)) if prune else found
 
     def least_memory(self, roles: Sequence[str], kind: str, gpus: int) -> Array:
