@@ -8,8 +8,8 @@ from planner.commands.inputs import Inputs, check_target, make_console, read_inp
 from planner.predict.forecast import forecast
 from planner.report.insight import space_tables
 from planner.report.tables import bottleneck, figures, plans_table, pools_table, seconds
-from planner.search import baseline as find_baseline
 from planner.search import Objective, find, tied
+from planner.search import baseline as find_baseline
 from planner.search.count import COUNTED, count
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -79,8 +79,8 @@ def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[s
         yield f"The plan uses {used:,} of {len(cluster.gpus):,} GPUs: it would be no faster with more."
     if len(cluster.gpus) > inputs.workload.minibatch:
         yield (
-            f"A minibatch of {inputs.workload.minibatch:,} sequences gives {len(cluster.gpus):,} GPUs less than one each: "
-            f"no trained role can use more than {inputs.workload.minibatch:,} of them; a larger minibatch would."
+            f"A minibatch of {inputs.workload.minibatch:,} sequences gives {len(cluster.gpus):,} GPUs less than one "
+            f"each: no trained role can use more than {inputs.workload.minibatch:,} of them; a larger minibatch would."
         )
     if names := tied(best, runners_up, inputs.profiles):
         yield f"Within the error of what was measured as good: {', '.join(names)}."

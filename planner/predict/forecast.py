@@ -65,8 +65,8 @@ def predict(
     bound: float = 0.0,
     model: CostModel | None = None,
 ) -> Predicted:
-    """The figures of a plan: its exact period in each length scenario, their mean and 95th percentile. `bound` is one of
-    what the proof's objective says.
+    """The figures of a plan: its exact period in each length scenario, their mean and 95th percentile. `bound` is
+    one of what the proof's objective says.
 
     Evaluations and other monitors are left out of the step time."""
     estimates = durations(plan, profiles, model)
