@@ -102,7 +102,7 @@ def _on_cores(workload: Workload, cluster: Cluster) -> Iterator[Group]:
     """For each number of cores all roles on one pool, as often as there is room, and the tutorial's two pools with a
     rollout over both, whose updates and weights go from one pool to the other."""
     count = len(cluster.gpus)
-    batches = (Batch(sequences=workload.batch, repeats=4),)
+    batches = (Batch(sequences=workload.batch, repeats=6),)  # cores are noisier than GPUs
     for size in (2**power for power in range(count.bit_length())):
         places = (range(first, first + size) for first in range(0, count - size + 1, size))
         yield from _group(batches, *(_shared(workload, cluster, cores, size, 1) for cores in places))

@@ -13,7 +13,7 @@ from planner.predict.schedule import check, staleness, steady_edges, tasks_of, u
 from planner.predict.simulate import simulate
 from planner.spec.dataflow import Call, Dataflow, Read, ppo
 from planner.spec.plan import Issue, Wait
-from planner.spec.timeline import Timeline, busy_shares, step_seconds
+from planner.spec.timeline import Timeline, step_seconds
 
 MODEL = {"shape": SHAPE, "random_weights": True}
 SECONDS = {
@@ -90,12 +90,6 @@ def test_one_step_ahead_takes_the_longer_of_generation_and_training():
     assert step_seconds(run(plan, 6, warmup=2)) == pytest.approx(training)
     slow = SECONDS | {"generate": 40.0}
     assert step_seconds(run(plan, 6, slow, warmup=2)) == pytest.approx(40.5)  # the sync holds the rollout's pool too
-
-
-def test_busy_shares():
-    timeline = run(split(make_workload()), 4)
-    shares = busy_shares(timeline)
-    assert shares["b"] == pytest.approx((1 + 3 + 6) / (10 + 4.5 + 0.25 + 7 + 0.5), rel=0.02)
 
 
 @st.composite

@@ -70,14 +70,3 @@ def mean_call_seconds(timeline: Timeline) -> dict[str, float]:
 def _durations(timeline: Timeline, call: str) -> list[float]:
     every = [span for span in timeline.spans if span.call == call]
     return [span.seconds for span in every if span.step >= timeline.warmup] or [span.seconds for span in every]
-
-
-def busy_shares(timeline: Timeline) -> dict[str, float]:
-    """Share of the makespan after the warm-up in which each pool runs a call."""
-    ends = [s.end for s in timeline.spans if s.call == "update_actor" and s.step == timeline.warmup - 1]
-    begin, end = max(ends, default=0.0), timeline.makespan
-    busy: dict[str, float] = {}
-    for span in timeline.spans:
-        for pool in span.pools:
-            busy[pool] = busy.get(pool, 0.0) + max(0.0, min(span.end, end) - max(span.start, begin))
-    return {pool: seconds / (end - begin) if end > begin else 0.0 for pool, seconds in busy.items()}
