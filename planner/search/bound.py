@@ -25,7 +25,7 @@ from planner.spec.plan import RolloutRole
 
 NEVER = 1e18  # seconds of what does not fit
 LEVELS = 32  # of memory, in which layouts are told apart
-LOOSE = 1.5  # times a floor of generation, which it may take
+LOOSE = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it may take
 
 
 def sharing_of(problem: Problem, structure: Structure) -> Sharing:
@@ -144,12 +144,18 @@ class Bounds:
                 found += [bytes_of(memory)[:2] for memory in _engine_memory(problem, kind, split, slots)]
         return np.asarray(np.min(found, axis=0))
 
-    def sharpen(self, number: int, sizes: NDArray[np.int64]) -> bool:
-        """Simulate generation on these sizes [1, P] as far as its floors decide the bound. Whether there was any to."""
+    def sharpen(self, number: int, sizes: NDArray[np.int64], limit: float) -> bool:
+        """Simulate generation on these sizes [1, P] as far as its floors decide whether the bound is below `limit`
+        seconds. Whether there was any to."""
         one = np.array([number])
-        if (self.of(one, sizes, sizes) < self._objective(self.in_scenarios(one, sizes, sizes, LOOSE))).all():
-            return self.generation[int(self.rows.kind[number])].sharpen(*self._engine_pools(one, sizes))
-        return False
+
+        def slower(times: float) -> float:
+            return float(self._objective(self.in_scenarios(one, sizes, sizes, times))[0])
+
+        if slower(1.0) >= slower(LOOSE[-1]):
+            return False
+        times = next((times for times in LOOSE if slower(times) >= limit), LOOSE[-1])
+        return self.generation[int(self.rows.kind[number])].sharpen(*self._engine_pools(one, sizes), times)
 
     def refresh(self) -> None:
         """Take up what has been simulated meanwhile."""
@@ -368,22 +374,23 @@ class Generation:
             self._refilled(np.array(changed))
         return bool(changed)
 
-    def sharpen(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> bool:
-        """Simulate, of what fits pools of these sizes [1, P], all that might be fastest; whether that told more."""
+    def sharpen(self, pools: NDArray[np.int64], room: NDArray[np.int64], times: float) -> bool:
+        """Simulate, of what fits pools of these sizes [1, P], all that might be fastest, and no more than so many
+        `times` as long as the least floor; whether that told more."""
         rows = np.concatenate([
             np.flatnonzero((self._number == which) & (self._at <= count[0]) & (self._level <= room[0]))
             for which, count, able in self._fitting(pools) if able[0]
         ] or [np.zeros(0, np.int64)])  # fmt: skip
-        best = np.inf
+        floors = self.problem.statistic(self._seconds[rows])
         queued = self._slots[rows] * self.counts[self._at[rows]] < self.problem.workload.batch  # slow to simulate
-        for row in rows[np.lexsort((self._objective[rows], queued))].tolist():
-            if self._objective[row] >= best:
-                continue
-            split, engines = self.splits[self._number[row]], int(self.counts[self._at[row]])
-            run = self.problem.model.generation(split, int(self._slots[row]), ((self.device, engines),))
-            while not run.done and float(self.problem.statistic(run.seconds)) < best:
-                run.advance()
-            best = min(best, float(self.problem.statistic(run.seconds)) if run.done else np.inf)
+        best = 1.001 * times * float(floors.min(initial=NEVER))
+        for at in np.lexsort((floors, queued)).tolist():
+            if floors[at] < best:
+                split, engines = self.splits[self._number[rows[at]]], int(self.counts[self._at[rows[at]]])
+                run = self.problem.model.generation(split, int(self._slots[rows[at]]), ((self.device, engines),))
+                while not run.done and float(self.problem.statistic(run.seconds)) < best:
+                    run.advance()
+                best = min(best, float(self.problem.statistic(run.seconds)))
         return self.refresh()
 
     def falls(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> bool:

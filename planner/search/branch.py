@@ -22,11 +22,13 @@ AT_ONCE = 1024  # boxes that are halved together
 
 class Found(NamedTuple):
     """The best candidate, and good ones of other structures, the best first; the seconds that no plan of the space is
-    below; how many placements were evaluated; and whether the search was ended before its time."""
+    below; how many placements were evaluated; when (of time.perf_counter) the best was proven; and whether the search
+    was ended before its time."""
 
     best: tuple[Candidate, ...]
     bound: float
     evaluated: int
+    proven: float = 0.0
     ended: bool = False
 
 
@@ -70,12 +72,12 @@ def best_of_arrangements(
         run.settle()
     except (_TimeUp, KeyboardInterrupt):
         ended = True
-    bound = run.bound
+    bound, proven = run.bound, time.perf_counter()
     if run.best and keep > 1 and not ended:
         with contextlib.suppress(_TimeUp, KeyboardInterrupt):
             run.widen(keep)
             run.branch(most=run.evaluated + MORE * keep)
-    return Found(tuple(run.best), bound, run.evaluated, ended)
+    return Found(tuple(run.best), bound, run.evaluated, proven, ended)
 
 
 class _TimeUp(Exception):
@@ -151,7 +153,7 @@ class _Search:
         if len(leaves.bound):
             order = np.lexsort((leaves.number, self.space.pools[leaves.number], leaves.bound))
             number, corner = int(leaves.number[order[0]]), leaves.high[order[:1]]
-            if self.bounds.sharpen(number, corner):
+            if self.best and self.bounds.sharpen(number, corner, self._limit(number)):
                 near, far = leaves.take(order[:AT_ONCE]), leaves.take(order[AT_ONCE:])
                 near = near._replace(bound=np.maximum(near.bound, self.bounds.of(near.number, near.high, near.high)))
                 leaves = _joined(far, near)
