@@ -8,7 +8,7 @@ program (the calls by their starts modulo the period) and every program has one:
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
+from itertools import chain, combinations
 
 import numpy as np
 import pytest
@@ -119,10 +119,12 @@ class Placement:
 
 
 def placements(workload, cluster):
+    """Every size of every pool; what no pool has is idle."""
     return [
         Placement(structure, pack(counts, cluster))
         for structure in structures(workload.roles)
-        for counts in sizes(len(cluster.gpus), len(structure)).tolist()
+        for gpus in range(1, len(cluster.gpus) + 1)
+        for counts in sizes(gpus, len(structure)).tolist()
     ]
 
 
@@ -168,7 +170,11 @@ class Given:
                 yield Option(parts, layout, rollout_memory(self.workload, layout, self.device), {"generate": seconds})
             return
         (on_nodes,) = parts
-        for layout in trainer_layouts(self.workload, role, sum(on_nodes), "p", self.device):
+        node = max(node.gpus for node in self.cluster.nodes)
+        for layout in chain.from_iterable(
+            trainer_layouts(self.workload, role, ranks, "p", self.device, node)
+            for ranks in range(1, min(sum(on_nodes), self.workload.minibatch) + 1)
+        ):
             seconds = {
                 call: getattr(self.model, self.flow[call].kind)(role, layout, self.place(on_nodes)).seconds
                 for call in self.calls_of(role)
@@ -408,6 +414,12 @@ def few_scenarios(monkeypatch):
 @pytest.mark.parametrize("seed", range(QUICK))
 def test_the_search_finds_the_auditors_optimum(seed):
     audit(*instance(seed))
+
+
+@pytest.mark.xfail(reason="layouts that another one dominates on full nodes only are dropped for split pools too")
+def test_a_layout_that_pays_only_on_split_nodes_is_found():
+    """A pool of 2 + 1 + 1 GPUs where larger micro-batches save gathers that 2 + 2 GPUs hide behind the computation."""
+    audit(*instance(146))
 
 
 @pytest.mark.nightly
