@@ -148,12 +148,12 @@ def fill(root: nn.Module, model: nn.Module, source: Source, device: torch.device
     for name, buffer in root.named_buffers():
         buffer.copy_(buffers[name])
     for names, parameter in parameters(model):
-        local, begin = parameter.to_local() if isinstance(parameter, DTensor) else parameter, _first_row(parameter)
+        local, begin = parameter.to_local() if isinstance(parameter, DTensor) else parameter, first_row(parameter)
         if local.numel():
             local.copy_(source.rows(names, parameter.shape, begin, begin + len(local), device))
 
 
-def _first_row(parameter: Tensor) -> int:
+def first_row(parameter: Tensor) -> int:
     """Of this rank's shard. fully_shard cuts the first dimension as torch.chunk does: every shard but the last ones
     has the rows that are left over."""
     if not isinstance(parameter, DTensor):

@@ -6,11 +6,12 @@ from dataclasses import replace
 from executor import pools
 from executor.reward import RewardWorker, import_hangs
 from executor.rollout import EngineWorker
+from executor.shards import Saved
 from executor.supervise import Deadlines
 from executor.sync import WeightSync, channels
 from executor.trainer import Trainer
 from executor.vllm_engine import VllmWorker, made_for
-from executor.worker import Rank, WorkerError, ask, within
+from executor.worker import Rank, Record, WorkerError, ask, within
 from planner.spec.plan import Plan
 from planner.spec.workload import RewardFunction
 
@@ -23,8 +24,14 @@ class Processes:
 
     A fleet that is given stays open at the end. Raises Overdue if they have not started by the deadline."""
 
-    def __init__(self, plan: Plan, fleet: pools.Fleet | None = None, deadlines: Deadlines | None = None) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        plan: Plan,
+        fleet: pools.Fleet | None = None,
+        deadlines: Deadlines | None = None,
+        saved: Saved | None = None,
+    ) -> None:
+        self.plan, self._saved = plan, saved
         self.deadlines = deadlines or Deadlines(plan=plan)
         self._own = fleet is None
         self.fleet = fleet or fleet_for([plan])
@@ -43,6 +50,19 @@ class Processes:
         """The ranks that a training or inference role runs on."""
         layout = self.plan.trainers[role]
         return self.trainers[layout.pools[0]][: layout.gpus]
+
+    @property
+    def training(self) -> list[Rank]:
+        """The ranks of all pools."""
+        return [rank for ranks in self.trainers.values() for rank in ranks]
+
+    def sync_weights(self, version: int) -> list[Record]:
+        """Install the actor's weights of this version in all engines."""
+        if self.sync is not None:
+            return self.sync(version)
+        gathered = ask(self.of("actor"), "gather", "actor", version)
+        weights = gathered.results[0]  # a reference, from rank 0
+        return gathered.records + ask(self.engines, "install", [weights], version).records
 
     def _start(self) -> None:
         """All at once, for most of their start is loading libraries."""
@@ -67,20 +87,21 @@ class Processes:
         for home in (*self.trainers.values(), self.engines, self.judge):
             home[:] = pools.connect(home)
         trainers = [(pool, rank, i) for pool, ranks in self.trainers.items() for i, rank in enumerate(ranks)]
-        everyone = [rank for _, rank, _ in trainers]
+        everyone = self.training
         ask(everyone, "configure", plan, each=[(pool, i) for pool, _, i in trainers])
         address = {pool: ask(ranks[:1], "listen").results[0] for pool, ranks in self.trainers.items()}
         ask(everyone, "join", self.deadlines.of_collective, each=[address[pool] for pool, _, _ in trainers])
         vllm = plan.rollout.engine == "vllm"
         # vLLM loads its library beside the trainers' models, and starts when they have taken their memory.
-        ask([*everyone, *self.engines] if vllm else everyone, "load")
+        loading = [*everyone, *self.engines] if vllm else everyone
+        ask(loading, "load", each=[(self._saved,) if rank in everyone else () for rank in loading])
         pools_of, gpus_of = zip(*self.plan.engine_gpus(), strict=True)
         ways = channels(plan, gpus_of)
         each = [(pool, way) if vllm else (pool,) for pool, way in zip(pools_of, ways, strict=True)]
         self.eos: list[int] = ask(self.engines, "start", plan, each=each).results[0]
         self.sync = WeightSync(plan, self.of("actor"), self.engines, ways) if vllm else None
-        if self.sync is not None:
-            self.sync(0)
+        if self.sync is not None or self._saved is not None:
+            self.sync_weights(self._saved.roles["actor"].version if self._saved else 0)
         if isinstance(plan.workload.reward, RewardFunction):
             self._load_reward(plan.workload.reward)
 
@@ -96,9 +117,8 @@ class Processes:
         if self._own:
             self.fleet.close()
         else:
-            trainers = [rank for ranks in self.trainers.values() for rank in ranks]
             with contextlib.suppress(WorkerError, TimeoutError):  # they did not do what they were asked before either
-                ask(trainers, "leave", timeout=LEAVING_SECONDS)
+                ask(self.training, "leave", timeout=LEAVING_SECONDS)
 
 
 def fleet_for(plans: list[Plan]) -> pools.Fleet:

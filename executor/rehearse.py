@@ -47,6 +47,9 @@ class Rehearsal:
     def end_step(self, step: int) -> dict[str, Any]:
         return {"step": step}
 
+    def snapshot(self, directory: Path) -> Any:
+        raise AssertionError("a rehearsal has nothing to save")
+
     def export(self, directory: Path) -> None:
         """There are no models."""
 

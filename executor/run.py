@@ -1,25 +1,32 @@
 """Running a plan: the one loop, and what each call of a PPO step does."""
 
 import contextlib
+import math
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from executor import pools
 from executor.rehearse import Rehearsal
-from executor.rundir import RunDirectory, check_free, log
+from executor.rundir import RunDirectory, check_free, log, timeline_of
 from executor.session import ray_session
+from executor.stops import Stops
 from executor.supervise import EARLY_CALLS, FLOOR_SECONDS, Deadlines, one_line
-from executor.worker import Record, WorkerError, within
+from executor.worker import OutOfMemory, Record, WorkerError, within
 from planner.predict.schedule import Task, check, tasks_of
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
-from planner.spec.timeline import Span
+from planner.spec.timeline import Span, Timeline
+
+if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
+    from executor.checkpoint import Checkpoint, Saver, Snapshot
 
 
 class Progress(Protocol):
@@ -28,6 +35,7 @@ class Progress(Protocol):
     def on_start(self, task: Task) -> None: ...
     def on_end(self, span: Span) -> None: ...
     def on_step(self, metrics: dict[str, Any]) -> None: ...
+    def on_note(self, text: str) -> None: ...
 
 
 class Silent:
@@ -36,14 +44,15 @@ class Silent:
     def on_start(self, task: Task) -> None: ...
     def on_end(self, span: Span) -> None: ...
     def on_step(self, metrics: dict[str, Any]) -> None: ...
+    def on_note(self, text: str) -> None: ...
 
 
 class _Recorded:
     """Progress that also writes the metrics of each step, with its speed."""
 
-    def __init__(self, directory: RunDirectory, progress: Progress) -> None:
+    def __init__(self, directory: RunDirectory, progress: Progress, past: Sequence[Span]) -> None:
         self._directory, self._progress = directory, progress
-        self._ends: dict[int, float] = {-1: 0.0}  # of each step's update of the actor
+        self._ends = {span.step: span.end for span in past if span.call == "update_actor"}
 
     def on_start(self, task: Task) -> None:
         self._progress.on_start(task)
@@ -54,13 +63,17 @@ class _Recorded:
         self._progress.on_end(span)
 
     def on_step(self, metrics: dict[str, Any]) -> None:
-        seconds = self._ends[metrics["step"]] - self._ends.pop(metrics["step"] - 1)
+        seconds = self._ends[metrics["step"]] - self._ends.pop(metrics["step"] - 1, 0.0)
         metrics = {**metrics, "seconds": seconds}
         if "tokens" in metrics:
             metrics["tokens_per_second"] = metrics["tokens"] / seconds
         log.info("step %d ended, %.3g s", metrics["step"], seconds)
         self._directory.write_metrics(metrics)
         self._progress.on_step(metrics)
+
+    def on_note(self, text: str) -> None:
+        log.info(text)
+        self._progress.on_note(text)
 
 
 class Backend(Protocol):
@@ -76,6 +89,10 @@ class Backend(Protocol):
         """Every call of a step has ended: its metrics."""
         ...
 
+    def snapshot(self, directory: Path) -> "Snapshot":
+        """Between calls: what a checkpoint is to hold; processes write their parts into `directory`."""
+        ...
+
     def export(self, directory: Path) -> None:
         """All steps are done: write what is to outlive the run."""
         ...
@@ -85,43 +102,69 @@ class Backend(Protocol):
         ...
 
 
-def loop(tasks: Sequence[Task], backend: Backend, spans: dict[int, Span], progress: Progress) -> None:
-    """Start each task as soon as all tasks in its `after` have ended, in order of issue; fill `spans` by index.
+@dataclass(kw_only=True)
+class Course:
+    """How far a run is. `began` is the zero of its spans on our clock, `since` when its processes were ready."""
+
+    ended: set[int] = field(default_factory=set)  # tasks
+    newest: int = -1  # the latest task that was started
+    issued: Counter[str] = field(default_factory=Counter)  # how often each call was, since the processes started
+    began: float = field(default_factory=time.perf_counter)
+    since: float = 0.0
+
+
+def loop(
+    tasks: Sequence[Task],
+    backend: Backend,
+    spans: dict[int, Span],
+    progress: Progress,
+    course: Course | None = None,
+    until: Callable[[int], float] = lambda newest: math.inf,
+) -> None:
+    """Start each task as soon as all tasks in its `after` have ended, in order of issue, up to `until(newest)`; fill
+    `spans` by index. Returns when nothing runs that could let more start.
 
     Calls run in threads, for they wait for other processes. Raises UserError, with the task named, for a call that
     fails on its processes or passes its deadline, and what else a call raised."""
-    graph = TopologicalSorter({task.index: task.after for task in tasks})
-    graph.prepare()
-    unfinished = Counter(task.step for task in tasks)
-    next_step = 0
-    issued: Counter[str] = Counter()
+    course = course or Course()
+    graph = _graph(tasks, course)
+    unfinished = Counter(task.step for task in tasks if task.index not in course.ended)
+    next_step = min(unfinished, default=0)
+    held: list[int] = []
     running: dict[Future[tuple[list[Record], int]], Task] = {}
     threads = ThreadPoolExecutor(max_workers=64)
-    began = time.perf_counter()
     try:
-        while graph.is_active():
-            for index in sorted(graph.get_ready()):
-                task = tasks[index]
-                early = issued[task.call.name] < EARLY_CALLS
-                issued[task.call.name] += 1
-                running[threads.submit(_call, backend, task, early)] = task
+        while True:
+            ready, limit = sorted([*held, *graph.get_ready()]), until(course.newest)
+            held = [index for index in ready if index >= limit]
+            for task in [tasks[index] for index in ready if index < limit]:
+                running[threads.submit(_call, backend, task, course.issued[task.call.name] < EARLY_CALLS)] = task
+                course.issued[task.call.name] += 1
+                course.newest = max(course.newest, task.index)
                 progress.on_start(task)
             while next_step in unfinished and not unfinished[next_step]:
                 progress.on_step(backend.end_step(next_step))
                 next_step += 1
+            if not running:
+                break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 task = running.pop(future)
                 records, tokens = future.result()
-                spans[task.index] = _span(task, records, tokens, spans, began)
+                spans[task.index] = _span(task, records, tokens, spans, course)
                 graph.done(task.index)
+                course.ended.add(task.index)
                 unfinished[task.step] -= 1
                 progress.on_end(spans[task.index])
-        while next_step in unfinished:
-            progress.on_step(backend.end_step(next_step))
-            next_step += 1
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _graph(tasks: Sequence[Task], course: Course) -> TopologicalSorter[int]:
+    left = [task for task in tasks if task.index not in course.ended]
+    graph = TopologicalSorter({task.index: [i for i in task.after if i not in course.ended] for task in left})
+    graph.prepare()
+    return graph
 
 
 def _call(backend: Backend, task: Task, early: bool) -> tuple[list[Record], int]:
@@ -134,10 +177,10 @@ def _call(backend: Backend, task: Task, early: bool) -> tuple[list[Record], int]
         return backend.run(task)
 
 
-def _span(task: Task, records: Sequence[Record], tokens: int, spans: dict[int, Span], began: float) -> Span:
+def _span(task: Task, records: Sequence[Record], tokens: int, spans: dict[int, Span], course: Course) -> Span:
     """From the earliest process's start to the latest one's end; the parts are those of the process that had most."""
-    start = min(record.start for record in records) - began
-    end = max(record.end for record in records) - began
+    start = min(record.start for record in records) - course.began
+    end = max(record.end for record in records) - course.began
     parts = {name: max(record.parts.get(name, 0.0) for record in records) for name in ("wake", "transfer", "offload")}
     parts["compute"] = max(0.0, end - start - sum(parts.values()))
     return Span(
@@ -147,14 +190,24 @@ def _span(task: Task, records: Sequence[Record], tokens: int, spans: dict[int, S
         step=task.step,
         chunk=task.chunk,
         attempt=task.attempt,
-        issued=max((spans[index].end for index in task.waits), default=0.0),
-        ready=max((spans[index].end for index in task.after), default=0.0),
+        issued=max((spans[index].end for index in task.waits if index in spans), default=course.since),
+        ready=max((spans[index].end for index in task.after if index in spans), default=course.since),
         start=start,
         end=end,
         weights_version=task.weights_version,
         tokens=tokens,
         parts={name: seconds for name, seconds in parts.items() if seconds or name == "compute"},
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survival:
+    """A checkpoint every `save_every` steps (0: never), of which the last `keep` stay; after a failure of processes the
+    run starts again from the last one by itself, at most `max_restarts` times."""
+
+    save_every: int = 10
+    keep: int = 2
+    max_restarts: int = 3
 
 
 def execute(
@@ -169,34 +222,91 @@ def execute(
     address: str | None = None,
     progress: Progress | None = None,
     deadline_floor: float = FLOOR_SECONDS,
+    survival: Survival = Survival(),
 ) -> Path:
     """Run `steps` steps (default: the workload's) of a plan and return the run directory `runs/name`.
 
     With `rehearse` every GPU is a process that sleeps for `seconds(task)`. Without `address` Ray is started on this
-    machine's loopback. A call that takes ten times its predicted seconds, and more than `deadline_floor`, ends the run.
-    Raises UserError, before anything is started where that can be known before."""
+    machine's loopback. A call that takes ten times its predicted seconds, and more than `deadline_floor`, counts as
+    failed. Raises UserError, before anything is started where that can be known before."""
     check(plan)
     steps = steps or plan.workload.steps
     if seed is not None:
         plan = plan.model_copy(update={"workload": plan.workload.model_copy(update={"seed": seed})})
-    path = check_free(runs, name)
+    path, progress = check_free(runs, name), progress or Silent()
     deadlines = Deadlines(plan=plan, floor=deadline_floor, predicted=seconds)
+    if not rehearse:
+        _train(plan, path, steps, address, progress, deadlines, survival, None)
+        return path
+    assert seconds is not None, "a rehearsal needs durations"
     with contextlib.ExitStack() as stack:
-        backend: Backend
-        if rehearse:
-            assert seconds is not None, "a rehearsal needs durations"
-            stack.enter_context(ray_session(cpus=pools.needed(plan), address=address))
-            backend = _started(deadlines, path, lambda: Rehearsal(plan, seconds, deadlines))
-        else:
-            from executor import preflight, step  # torch and transformers, which a rehearsal does without
-
-            prompts = preflight.check(plan, local=address is None)
-            on_cores = pools.resource_of(plan) == "CPU"
-            stack.enter_context(ray_session(cpus=pools.needed(plan) if on_cores else None, address=address))
-            backend = _started(deadlines, path, lambda: step.Training(plan, prompts, deadlines=deadlines))
+        stack.enter_context(ray_session(cpus=pools.needed(plan), address=address))
+        backend = _started(deadlines, path, lambda: Rehearsal(plan, seconds, deadlines))
         stack.callback(backend.close)
-        _run(plan, steps, backend, RunDirectory(path, tensorboard=not rehearse), progress or Silent())
+        _run(plan, steps, backend, RunDirectory(path, tensorboard=False), progress)
     return path
+
+
+def resume(
+    resumed: "Checkpoint",
+    *,
+    plan: Plan | None = None,
+    steps: int | None = None,
+    address: str | None = None,
+    progress: Progress | None = None,
+    deadline_floor: float = FLOOR_SECONDS,
+    survival: Survival = Survival(),
+) -> Path:
+    """Go on with a run from one of its checkpoints, up to `steps` steps in all (default: the workload's), under its own
+    plan or another one; later checkpoints and metrics of the run are dropped. Raises UserError."""
+    plan = plan or resumed.plan
+    check(plan)
+    resumed.check(plan)
+    steps = steps or plan.workload.steps
+    if steps <= resumed.manifest.step and not resumed.manifest.done:
+        raise UserError(f"{resumed.directory}: all {steps} steps are done; choose more --steps")
+    deadlines = Deadlines(plan=plan, floor=deadline_floor)
+    _train(plan, resumed.run, steps, address, progress or Silent(), deadlines, survival, resumed)
+    return resumed.run
+
+
+def _train(
+    plan: Plan,
+    path: Path,
+    steps: int,
+    address: str | None,
+    progress: Progress,
+    deadlines: Deadlines,
+    survival: Survival,
+    resumed: "Checkpoint | None",
+) -> None:
+    """Attempts to do all steps, each from the last checkpoint of the one before."""
+    from executor import checkpoint, preflight, step  # torch and transformers, which a rehearsal does without
+
+    prompts = preflight.check(plan, local=address is None)
+    on_cores = pools.resource_of(plan) == "CPU"
+    saver = checkpoint.Saver(path / "checkpoints", survival.keep) if survival.save_every else None
+    with ray_session(cpus=pools.needed(plan) if on_cores else None, address=address):
+        for restarts in count():
+            make = lambda at=resumed: step.Training(plan, prompts, deadlines=deadlines, resumed=at)  # noqa: E731
+            backend = _started(deadlines, path, make)
+            directory = RunDirectory(path, tensorboard=True, again=restarts > 0 or resumed is not None)
+            try:
+                with contextlib.closing(backend):
+                    _run(plan, steps, backend, directory, progress, survival.save_every, saver, resumed)
+                return
+            except UserError as error:
+                if saver is None or restarts == survival.max_restarts or not _of_processes(error):
+                    raise
+                saver.wait()
+                resumed = checkpoint.latest(path) or resumed
+                where = f"step {resumed.manifest.step}" if resumed else "the beginning"
+                progress.on_note(f"{error}. Restart {restarts + 1} of {survival.max_restarts}, from {where}")
+
+
+def _of_processes(error: UserError) -> bool:
+    """Whether fresh processes may help: one died, failed or hung, but not for want of memory."""
+    return isinstance(error.__cause__, WorkerError) and not isinstance(error.__cause__, OutOfMemory)
 
 
 def _started(deadlines: Deadlines, path: Path, make: Callable[[], Backend]) -> Backend:
@@ -206,7 +316,7 @@ def _started(deadlines: Deadlines, path: Path, make: Callable[[], Backend]) -> B
         with one_line(plan, "the start", tuple(plan.pools), "start", f" ({deadlines.of_start:.3g} s allowed)"):
             return make()
     except UserError as error:
-        if isinstance(error.__cause__, WorkerError):
+        if isinstance(error.__cause__, WorkerError) and not path.exists():
             with contextlib.closing(RunDirectory(path, tensorboard=False)) as directory:
                 directory.open(plan)
                 _log_end(error)
@@ -219,20 +329,90 @@ def _log_end(error: BaseException) -> None:
         log.error("".join(traceback.format_exception(error.__cause__)))
 
 
-def _run(plan: Plan, steps: int, backend: Backend, directory: RunDirectory, progress: Progress) -> None:
-    """The loop and what outlives it; whatever way they end, the timeline holds what was done."""
+def _run(
+    plan: Plan,
+    steps: int,
+    backend: Backend,
+    directory: RunDirectory,
+    progress: Progress,
+    save_every: int = 0,
+    saver: "Saver | None" = None,
+    resumed: "Checkpoint | None" = None,
+) -> None:
+    """The loop, checkpoints, and what outlives it; whatever way they end, the timeline holds what was done."""
+    tasks, course, cut = tasks_of(plan, steps), Course(), 0
+    past: Sequence[Span] = ()
+    if resumed is not None:
+        tasks, course.ended, cut = resumed.left(tasks)
+        if resumed.is_of(plan):
+            past = resumed.spans
+    course.since = max((span.end for span in past), default=0.0)
+    course.began -= course.since
     spans: dict[int, Span] = {}
-    try:
+    stops = Stops(tasks, save_every, passed=cut)
+    recorded = _Recorded(directory, progress, past)
+    with contextlib.ExitStack() as stack:
+        try:
+            _open(directory, plan, resumed)
+            log.info("plan %s, %d steps, %d GPUs", plan.name, steps, pools.needed(plan))
+            if saver is not None:
+                stack.enter_context(stops.on_signals(recorded.on_note))
+            while True:
+                loop(tasks, backend, spans, recorded, course, until=stops)
+                if (arrived := stops.arrive(course.newest)) is None or saver is None:
+                    break
+                timeline = timeline_of(plan, steps, [*past, *_ordered(spans)])
+                _save(backend, saver, *arrived, tasks, timeline, directory, plan)
+                if stops.asked:
+                    saver.wait()
+                    raise KeyboardInterrupt
+            limit, everywhere = backend.deadlines.of_start, tuple(plan.pools)
+            line = one_line(plan, "export of the models", everywhere, "export", f" ({limit:.3g} s allowed)")
+            with line, within(limit):
+                backend.export(directory.path / "checkpoints" / "final")
+            if saver is not None:
+                saver.wait()
+            log.info("done")
+        except BaseException as error:
+            _log_end(error)
+            raise
+        finally:
+            directory.write_timeline(timeline_of(plan, steps, [*past, *_ordered(spans)]))
+            directory.close()
+
+
+def _ordered(spans: dict[int, Span]) -> list[Span]:
+    return [spans[index] for index in sorted(spans)]
+
+
+def _open(directory: RunDirectory, plan: Plan, resumed: "Checkpoint | None") -> None:
+    if resumed is None:
         directory.open(plan)
-        log.info("plan %s, %d steps, %d GPUs", plan.name, steps, pools.needed(plan))
-        loop(tasks_of(plan, steps), backend, spans, _Recorded(directory, progress))
-        limit, everywhere = backend.deadlines.of_start, tuple(plan.pools)
-        with one_line(plan, "export of the models", everywhere, "export", f" ({limit:.3g} s allowed)"), within(limit):
-            backend.export(directory.path / "checkpoints" / "final")
-        log.info("done")
-    except BaseException as error:
-        _log_end(error)
-        raise
-    finally:
-        directory.write_timeline(plan, steps, [spans[index] for index in sorted(spans)])
-        directory.close()
+        return
+    resumed.take_up(plan)
+    directory.open(plan, metrics=resumed.metrics, step=resumed.manifest.step)
+    log.info("resumed from %s", resumed.directory)
+
+
+def _save(
+    backend: Backend,
+    saver: "Saver",
+    cut: int,
+    step: int,
+    tasks: Sequence[Task],
+    timeline: Timeline,
+    directory: RunDirectory,
+    plan: Plan,
+) -> None:
+    from executor.checkpoint import in_flight
+
+    limit = backend.deadlines.of_start
+    with one_line(plan, "a checkpoint", tuple(plan.pools), "save", f" ({limit:.3g} s allowed)"), within(limit):
+        saver.save(
+            backend.snapshot,
+            step=step,
+            done=in_flight(tasks, cut),
+            plan=plan,
+            timeline=timeline,
+            metrics=directory.path / "metrics.jsonl",
+        )

@@ -31,7 +31,8 @@ class RunDirectory:
 
     The directory exists when this is constructed; `open` puts into it what a run begins with."""
 
-    def __init__(self, path: Path, *, tensorboard: bool) -> None:
+    def __init__(self, path: Path, *, tensorboard: bool, again: bool = False) -> None:
+        """`again`: the directory is there, and the run goes on in it."""
         self.path = path
         self._files = contextlib.ExitStack()
         self._events: Any = None
@@ -41,12 +42,14 @@ class RunDirectory:
 
             self._writer = SummaryWriter
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=again)
         except OSError as error:
             raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --name or --runs") from None
 
-    def open(self, plan: Plan) -> None:
+    def open(self, plan: Plan, *, metrics: bytes = b"", step: int = 0) -> None:
+        """Begin with the `metrics` of the steps before `step`."""
         plan.write(self.path / "plan.json")
+        write_atomic(self.path / "metrics.jsonl", metrics)
         handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
         self._files.callback(handler.close)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -56,7 +59,7 @@ class RunDirectory:
         log.propagate = False
         self._metrics = self._files.enter_context((self.path / "metrics.jsonl").open("a", encoding="utf-8"))
         if self._writer is not None:
-            self._events = self._writer(str(self.path))
+            self._events = self._writer(str(self.path), purge_step=step or None)
             self._files.callback(self._events.close)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
@@ -68,11 +71,17 @@ class RunDirectory:
                 if isinstance(value, int | float) and key != "step":
                     self._events.add_scalar(key, value, metrics["step"])
 
-    def write_timeline(self, plan: Plan, steps: int, spans: Iterable[Span]) -> None:
-        """`steps` were asked for. The pipeline fills for `staleness` steps, and the first calls load libraries."""
-        warmup = min(plan.staleness + 1, max(0, steps - 1))
-        timeline = Timeline(source="measured", plan=plan.name, steps=steps, warmup=warmup, spans=tuple(spans))
+    def write_timeline(self, timeline: Timeline) -> None:
         write_atomic(self.path / "timeline.json", timeline.to_json())
 
     def close(self) -> None:
         self._files.close()
+
+
+def timeline_of(plan: Plan, steps: int, spans: Iterable[Span]) -> Timeline:
+    """What was measured of `steps` steps that were asked for. The pipeline fills for `staleness` steps, and the first
+    calls load libraries."""
+    found = tuple(spans)
+    first = min((span.step for span in found), default=0)
+    warmup = min(first + plan.staleness + 1, max(0, steps - 1))
+    return Timeline(source="measured", plan=plan.name, steps=steps, warmup=warmup, spans=found)

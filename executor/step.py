@@ -2,7 +2,7 @@
 the mathematics is in `ppo.py`; what happens on the GPUs is in `trainer.py` and `rollout.py`."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from executor import checkpoint, ppo
+from executor.checkpoint import Checkpoint, Snapshot
 from executor.data import Prompts, PromptSource, Sequences, assign, collate, join, minibatches, spread
 from executor.pools import Fleet
 from executor.processes import Processes
@@ -37,19 +38,46 @@ class StepData:
     columns: COLUMNS = field(default_factory=dict)  # [B, R] by the name of the datum
     metrics: dict[str, Any] = field(default_factory=dict)
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a checkpoint keeps of it, beside the metrics; prompts can be had again."""
+        found = {f"sequences/{f.name}": getattr(self.sequences, f.name) for f in fields(Sequences)}
+        found |= {f"columns/{name}": column for name, column in self.columns.items()}
+        return found if self.scores is None else {**found, "scores": self.scores}
+
+    @classmethod
+    def restored(cls, prompts: Prompts, arrays: dict[str, NDArray[Any]], metrics: dict[str, Any]) -> "StepData":
+        sequences = Sequences(**{f.name: arrays[f"sequences/{f.name}"] for f in fields(Sequences)})
+        columns = {name.removeprefix("columns/"): x for name, x in arrays.items() if name.startswith("columns/")}
+        return cls(
+            prompts=prompts,
+            sequences=sequences,
+            batch=ray.put(sequences),
+            scores=arrays.get("scores"),
+            columns=columns,
+            metrics=metrics,
+        )
+
 
 class Training:
     """A plan's processes and the data of the steps under way. Each call is a method of its name; it waits for its
     processes and returns their records and its tokens."""
 
     def __init__(
-        self, plan: Plan, prompts: PromptSource, fleet: Fleet | None = None, deadlines: Deadlines | None = None
+        self,
+        plan: Plan,
+        prompts: PromptSource,
+        fleet: Fleet | None = None,
+        deadlines: Deadlines | None = None,
+        resumed: Checkpoint | None = None,
     ) -> None:
         self.plan, self.workload, self.settings, self.prompts = plan, plan.workload, plan.workload.ppo, prompts
         self.steps: dict[int, StepData] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
         self.deadlines = deadlines or Deadlines(plan=plan)
-        self.processes = Processes(plan, fleet, self.deadlines)
+        self.skipped: dict[str, int] = {}  # optimizer steps in a row without finite gradients, by role
+        self.processes = Processes(plan, fleet, self.deadlines, resumed.saved if resumed else None)
+        if resumed:
+            self._restore(resumed)
 
     def run(self, task: Task) -> Done:
         call = getattr(self, task.call.name)
@@ -110,7 +138,7 @@ class Training:
             whiten_advantages=settings.whiten,
         )
         step.columns |= {"advantages": advantages.numpy(), "returns": returns.numpy()}
-        # Between the engine's log-probs and the actor's: the engine's rounding where the data are fresh, else staleness.
+        # Engine against actor: the engine's rounding where the data are fresh, staleness where they are not.
         gap = (columns["proximal_log_probs"] - columns["log_probs"]).abs()[mask].mean()
         step.metrics |= {**metrics, "log_prob_gap": float(gap)}
         tokens = int(step.sequences.response_lengths.sum())
@@ -126,12 +154,8 @@ class Training:
         return self._train(task, "actor", tuple(columns))
 
     def sync_weights(self, task: Task) -> Done:
-        if self.processes.sync is not None:
-            return self.processes.sync(task.weights_version), 0
-        gathered = ask(self.processes.of("actor"), "gather", "actor", task.weights_version)
-        weights = gathered.results[0]  # a reference, from rank 0
-        installed = ask(self.processes.engines, "install", [weights], task.weights_version)
-        return gathered.records + installed.records, 0
+        assert task.weights_version is not None
+        return self.processes.sync_weights(task.weights_version), 0
 
     def evaluate(self, task: Task) -> Done:
         """Greedy responses to the held-out prompts: the share that equals the answer."""
@@ -211,6 +235,31 @@ class Training:
             "weights_version": int(versions.max()),
             "tokens": int(step.sequences.lengths.sum()),
         }
+
+    def snapshot(self, directory: Path) -> Snapshot:
+        """Between calls: copy the state off the devices; the ranks go on to write their parts into `directory`."""
+        ranks = self.processes.training
+        ask(ranks, "snapshot", directory)
+
+        def written() -> list[Any] | None:
+            parts = ask(ranks, "written").results
+            return None if None in parts else parts
+
+        return Snapshot(
+            arrays={f"{number}/{name}": x for number, step in self.steps.items() for name, x in step.arrays().items()},
+            metrics={number: dict(step.metrics) for number, step in self.steps.items()},
+            evaluations=dict(self.evaluations),
+            skipped=dict(self.skipped),
+            written=written,
+        )
+
+    def _restore(self, resumed: Checkpoint) -> None:
+        manifest, arrays = resumed.manifest, resumed.arrays()
+        self.evaluations, self.skipped = dict(manifest.evaluations), dict(manifest.skipped)
+        for number, metrics in manifest.metrics.items():
+            own = {name.removeprefix(f"{number}/"): x for name, x in arrays.items() if name.startswith(f"{number}/")}
+            kept = {name: checkpoint.metric(value) for name, value in metrics.items()}
+            self.steps[number] = StepData.restored(self.prompts.step(number), own, kept)
 
     def export(self, directory: Path) -> None:
         """Actor and critic as Hugging Face directories under `directory`."""

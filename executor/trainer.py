@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from executor import loading, memory, models, ppo, vllm_engine, weights
+from executor import loading, memory, models, ppo, shards, vllm_engine, weights
 from executor.data import Rows, Sequences
 from executor.offload import Parking
 from executor.packing import Packed, pack
@@ -105,22 +105,23 @@ class Trainer(Worker):
         timeout = timedelta(seconds=collective_seconds)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, timeout=timeout)
 
-    def load(self) -> None:
-        """Load and shard the pool's models."""
+    def load(self, saved: shards.Saved | None = None) -> None:
+        """Load and shard the pool's models, those that train as a checkpoint holds them if one is given."""
         for role, layout in self.plan.trainers.items():
             if layout.pools == (self.pool,):
                 mesh = _mesh(layout, self.device.type)  # a collective over the whole pool, idle ranks too
                 if self.rank < layout.gpus:
-                    self.roles[role] = self._host(role, layout, mesh)
+                    self.roles[role] = self._host(role, layout, mesh, saved)
         if not self.on_cpu:
             torch.cuda.empty_cache()  # of whole parameters; an engine that starts on this GPU takes what is free
 
-    def _host(self, role: str, layout: TrainerRole, mesh: DeviceMesh) -> Hosted:
+    def _host(self, role: str, layout: TrainerRole, mesh: DeviceMesh, saved: shards.Saved | None) -> Hosted:
         trained = role in models.TRAINED
         workload = self.plan.workload
         dtype = torch.float32 if self.on_cpu or trained else torch.bfloat16
         model = models.empty(role, workload.models[role], dtype)
-        source = models.weights_of(role, workload.models[role], workload.seed, model)
+        restored = shards.Restored(role, saved) if trained and saved else None
+        source = restored or models.weights_of(role, workload.models[role], workload.seed, model)
         module = models.wrap(role, model, workload.ppo.temperature).requires_grad_(trained)
         if trained and layout.recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -142,7 +143,10 @@ class Trainer(Worker):
                 module.parameters(), lr=lr, weight_decay=workload.ppo.weight_decay, fused=True
             )
         hosted = Hosted(layout=layout, module=module, optimizer=optimizer)
-        self._rest(hosted, moments=False)
+        if restored and optimizer is not None:
+            restored.restore(model, optimizer, self.device)
+            hosted.version = restored.state.version
+        self._rest(hosted, moments=restored is not None)
         return hosted
 
     # --- calls ---
@@ -292,6 +296,22 @@ class Trainer(Worker):
             state = {name: tensor.cpu() for name, tensor in weights.whole(model) if self.rank == 0}
             if self.rank == 0:
                 models.export(model, state, directory)
+
+    def snapshot(self, directory: Path) -> None:
+        """Copy this rank's shards of what trains off the device, and begin to write them there."""
+        copies = {}
+        for role in self.roles:
+            if role in models.TRAINED:
+                with self._awake(role, None, train=True) as hosted:
+                    assert hosted.optimizer is not None
+                    copied = shards.copy(role, hosted.module.model, hosted.optimizer, hosted.version, self.rank)
+                if copied is not None:
+                    copies[role] = copied
+        self.writer = shards.Writer(copies, directory)
+
+    def written(self) -> tuple[dict[str, shards.RoleState], dict[str, shards.FileEntry]] | None:
+        """What came of it, None while it is being written. Raises UserError if it could not be."""
+        return self.writer.finished()
 
     def _columns(self, column: NDArray[np.float32], rows: Rows, batch: Packed) -> Tensor:
         """The micro-batch's part of a column `[B, R]`: `[n, W]`; any row's for an empty one, whose mask is false."""

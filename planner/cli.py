@@ -204,7 +204,7 @@ def simulate(**options: Any) -> None:
 
 
 @main.command()
-@click.argument("plan", type=_file("PLAN"))
+@click.argument("plan", type=_file("PLAN"), required=False)
 @click.option("--name", default="", metavar="NAME", help="Name of the run (default: the plan's).")
 @click.option("--steps", type=int, metavar="N", help="Steps to run (default: the workload's; 3 for a rehearsal).")
 @click.option("--rehearse", is_flag=True, help="Replace every GPU by a light process that sleeps the predicted time.")
@@ -218,6 +218,18 @@ def simulate(**options: Any) -> None:
     metavar="SECONDS",
     help="A call may take ten times its predicted time, but at least this long; ten times that in the beginning.",
 )
+@click.option("--save-every", type=int, default=10, show_default=True, metavar="N", help="Steps between checkpoints.")
+@click.option("--keep", type=int, default=2, show_default=True, metavar="K", help="Checkpoints to keep.")
+@click.option(
+    "--max-restarts",
+    type=int,
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="How often to start again from the last checkpoint when processes fail.",
+)
+@click.option("--resume", type=_file("RUN_DIR"), help="Go on with a run, or from one of its checkpoints.")
+@click.option("--plan", "other_plan", type=_file(), help="With --resume: go on under this plan.")
 @profiles_of_plan
 def execute(**options: Any) -> None:
     """Run the job as the plan says, with live progress."""

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from planner.commands.inputs import make_console, positive, profiles_of
 from planner.predict.forecast import task_seconds
@@ -30,25 +33,45 @@ def missing_extra() -> list[str]:
 
 
 def execute(
-    plan: Path,
+    plan: Path | None,
     name: str,
     steps: int | None,
     rehearse: bool,
     runs: Path,
     address: str | None,
     deadline_floor: float,
+    save_every: int,
+    keep: int,
+    max_restarts: int,
+    resume: Path | None,
+    other_plan: Path | None,
     profiles: Sequence[Path],
 ) -> None:
     need_extra("plan execute")
     positive("--steps", steps)
+    positive("--keep", keep)
     if not 0 < deadline_floor < float("inf"):
         raise UserError(f"--deadline-floor {deadline_floor:g}: choose a positive number of seconds")
+    for option, value in (("--save-every", save_every), ("--max-restarts", max_restarts)):
+        if value < 0:
+            raise UserError(f"{option} {value}: choose 0 (never) or more")
+    survival = {"save_every": save_every, "keep": keep, "max_restarts": max_restarts}
+    options: dict[str, Any] = {"steps": steps, "address": address, "deadline_floor": deadline_floor}
+    if resume is not None:
+        if plan is not None or rehearse or name:
+            raise UserError(
+                "--resume goes on with a run: leave out PLAN, --name and --rehearse; --plan is another plan"
+            )
+        run, console, progress = _resume(resume, other_plan, survival, options)
+        return _report(run, run / "plan.json", console, progress)
+    if plan is None or other_plan is not None:
+        raise UserError("name the PLAN to run; --plan is for going on with a run under another one, with --resume")
     checked = load_plan(plan)
     seconds = None
     if rehearse:
         steps = steps or REHEARSED_STEPS
         seconds = task_seconds(checked, profiles_of(checked, plan, profiles, make_console(stderr=True)))
-    from executor.run import execute  # ray and torch are slow to load
+    from executor.run import Survival, execute  # ray and torch are slow to load
 
     console = make_console()
     with LiveProgress(checked, steps or checked.workload.steps, console) as progress:
@@ -56,14 +79,32 @@ def execute(
             checked,
             name=name or free_name(runs, checked.name),
             runs=runs,
-            steps=steps,
             rehearse=rehearse,
             seconds=seconds,
-            address=address,
             progress=progress,
-            deadline_floor=deadline_floor,
+            survival=Survival(**survival),
+            **{**options, "steps": steps},
         )
-    timeline = Timeline.read(run / "timeline.json")
+    _report(run, plan, console, progress)
+
+
+def _resume(
+    path: Path, other: Path | None, survival: dict[str, int], options: dict[str, Any]
+) -> tuple[Path, Console, LiveProgress]:
+    from executor import checkpoint  # torch is slow to load
+    from executor.run import Survival, resume
+
+    found = checkpoint.find(path)
+    plan = load_plan(other) if other is not None else found.plan
+    console = make_console()
+    console.print(f"Going on from {found.directory}.", markup=False, soft_wrap=True)
+    with LiveProgress(plan, options["steps"] or plan.workload.steps, console) as progress:
+        run = resume(found, plan=plan, progress=progress, survival=Survival(**survival), **options)
+    return run, console, progress
+
+
+def _report(run: Path, plan: Path, console: Console, progress: LiveProgress) -> None:
+    checked, timeline = progress.plan, Timeline.read(run / "timeline.json")
     console.print(summary(checked, timeline, progress), soft_wrap=True)
     trace.write(timeline, run / "trace.json")
     from planner.report.gantt import draw  # matplotlib is slow to load

@@ -55,6 +55,9 @@ class LiveProgress:
         if not self.console.is_terminal:
             self.console.print(self._headline(), soft_wrap=True)
 
+    def on_note(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
     def _headline(self) -> str:
         parts = [f"step {self.done}/{self.steps}"]
         parts += [f"{title} {_number(self.metrics[key])}" for key, title in SHOWN if key in self.metrics]

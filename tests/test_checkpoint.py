@@ -1,0 +1,239 @@
+"""Runs that are interrupted and gone on with, as if nothing had happened; what is broken is never taken for whole."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROLES, make_plan, make_workload, split
+from safetensors.torch import save_file
+
+from executor import checkpoint, shards
+from executor.run import Survival, execute, resume
+from executor.rundir import timeline_of
+from planner.predict.schedule import tasks_of
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.timeline import Timeline
+
+STEPS = 4
+SURVIVAL = Survival(save_every=2, keep=2, max_restarts=0)
+WORKLOAD = make_workload(steps=STEPS, ppo={"actor_lr": 1e-3, "critic_lr": 1e-3, "epochs": 1})
+
+
+def one_step_off(**more: Any) -> Plan:
+    """Sequences of the next step are made, scored and valued beside the updates, so there are many in flight."""
+    roles = more.pop("homes", {"rollout": "g", "actor": "t", "critic": "t", "reference": "t", "reward": "g"})
+    order = ["generate", "score", "ref_logprobs", "old_logprobs", "values", "advantages", "update_critic"]
+    order += ["update_actor", "sync_weights"]
+    offsets = {"generate": 1, "score": 1, "ref_logprobs": 0 if more.pop("late_reference", False) else 1}
+    pools = more.pop("pools", {"g": 1, "t": 1})
+    return make_plan(WORKLOAD, pools, roles, order=order, offsets=offsets, staleness=1, name="one-step-off", **more)
+
+
+TIMED = ("seconds", "tokens_per_second")
+
+
+def metrics_of(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+@pytest.fixture(scope="module", params=["split", "one-step-off"])
+def whole(request: pytest.FixtureRequest, ray_two: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without interruption, with checkpoints at its steps 2 and 4."""
+    plan = split(WORKLOAD) if request.param == "split" else one_step_off()
+    return execute(plan, name="r", runs=tmp_path_factory.mktemp("whole"), survival=SURVIVAL)
+
+
+def at_step_2(whole: Path, tmp_path: Path) -> checkpoint.Checkpoint:
+    """Of a copy of the run. What came later is there still, as after an interruption, and must not count."""
+    return checkpoint.find(Path(shutil.copytree(whole, tmp_path / "r")) / "checkpoints" / "step-000002")
+
+
+def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Path) -> None:
+    found = at_step_2(whole, tmp_path)
+    assert found.manifest.step == 2 and bool(found.manifest.done) == (found.plan.staleness == 1)
+    run = resume(found, survival=SURVIVAL)
+    assert metrics_of(run) == metrics_of(whole) and len(metrics_of(run)) == STEPS
+    spans = Timeline.read(run / "timeline.json").spans
+    assert len({(span.call, span.step) for span in spans}) == len(spans) == 9 * STEPS
+    assert [path.name for path in checkpoint.listed(run / "checkpoints")] == ["step-000002", "step-000004"]
+    for role in ("actor", "critic"):
+        model = Path("checkpoints/final") / role / "model.safetensors"
+        assert (run / model).read_bytes() == (whole / model).read_bytes()
+
+
+def test_another_plan_goes_on_from_resharded_weights(whole: Path, tmp_path: Path) -> None:
+    """On other pools, with other shards; a pipeline is filled anew if the program would not have filled it so."""
+    found = at_step_2(whole, tmp_path)
+    shards_of_two = one_step_off(pools={"all": 2}, homes=dict.fromkeys(ROLES, "all"))
+    run = resume(found, plan=shards_of_two, survival=SURVIVAL)
+    ours, theirs = metrics_of(run), metrics_of(whole)
+    assert [line["step"] for line in ours] == [0, 1, 2, 3] and ours[:2] == theirs[:2]
+    equal = 2 if found.plan.staleness else 1  # steps with the same versions: split has no staleness
+    for a, b in zip(ours[2 : 2 + equal], theirs[2 : 2 + equal], strict=True):
+        assert a == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in b.items()}
+    assert ours[3]["staleness"] == 1
+    assert Plan.read(run / "plan-until-000002.json").pools == found.plan.pools
+    assert {span.step for span in Timeline.read(run / "timeline-until-000002.json").spans} >= {0, 1}
+    assert {span.step for span in Timeline.read(run / "timeline.json").spans} == {2, 3}
+
+
+# --- without processes: what is read, and what is refused ---
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """A run with two small checkpoints, as `Saver` writes them."""
+    plan, run = one_step_off(), tmp_path / "run"
+    saver = checkpoint.Saver(run / "checkpoints", keep=2)
+    run.mkdir()
+    tasks = tasks_of(plan, 9)
+    for step in (2, 4, 6):
+        (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(step)))
+        cut = next(task.index + 1 for task in tasks if (task.call.name, task.step) == ("sync_weights", step - 1))
+        done = checkpoint.in_flight(tasks, cut)
+        timeline = timeline_of(plan, 9, [])
+        saver.save(
+            lambda directory, step=step: snapshot(directory, step),
+            step=step,
+            done=done,
+            plan=plan,
+            timeline=timeline,
+            metrics=run / "metrics.jsonl",
+        )
+    saver.wait()
+    assert saver.error is None
+    return run
+
+
+def snapshot(directory: Path, step: int, rows: int = 8) -> checkpoint.Snapshot:
+    writers = []
+    for rank in range(2):
+        model = torch.nn.Linear(3, rows, bias=False)
+        copied = shards.copy("actor", model, torch.optim.AdamW(model.parameters()), step, rank)
+        assert copied is not None
+        writers.append(shards.Writer({"actor": copied}, directory))
+
+    def written() -> Any:
+        parts = [writer.finished() for writer in writers]
+        return None if None in parts else parts
+
+    arrays = {f"{step}/scores": np.arange(4, dtype=np.float32)}
+    return checkpoint.Snapshot(
+        arrays=arrays, metrics={step: {"kl": float("nan")}}, evaluations={}, skipped={}, written=written
+    )
+
+
+def names(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_the_last_ones_are_kept_and_what_they_hold_is_read(two: Path) -> None:
+    assert names(two) == ["step-000004", "step-000006"]
+    found = checkpoint.find(two)
+    assert found.manifest.step == 6 and found.metrics.count(b"\n") == 6 and found.plan == one_step_off()
+    assert list(found.arrays()) == ["6/scores"] and found.manifest.metrics == {6: {"kl": None}}
+    assert checkpoint.find(two / "checkpoints" / "step-000004").manifest.step == 4
+    assert ("generate", 6, 5) in found.manifest.done and {step for _, step, _ in found.manifest.done} == {6}
+
+
+@pytest.mark.parametrize("name", ["actor-00000.safetensors", "metrics.jsonl", "plan.json", "checkpoint.json"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "missing"])
+def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_offered(two: Path, name: str, how: str) -> None:
+    path = two / "checkpoints" / "step-000006" / name
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "flipped":
+        place = content.index(b'"step": 6') + 8 if name == "checkpoint.json" else len(content) - 5
+        content[place] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    with pytest.raises(UserError) as error:
+        checkpoint.find(two)
+    line = str(error.value)
+    assert str(path) in line and line.endswith(f"--resume {two}/checkpoints/step-000004") and "\n" not in line
+    latest = checkpoint.latest(two)
+    assert latest is not None and latest.manifest.step == 4
+
+
+def test_a_checkpoint_that_was_being_written_is_none(two: Path) -> None:
+    shutil.copytree(two / "checkpoints/step-000006", two / "checkpoints/.step-000008")
+    assert checkpoint.find(two).manifest.step == 6
+    for name in names(two):
+        shutil.rmtree(two / "checkpoints" / name)
+    with pytest.raises(UserError, match="no checkpoint in it"):
+        checkpoint.find(two)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+from test_checkpoint import one_step_off, snapshot
+from executor import checkpoint
+from executor.rundir import timeline_of
+run = Path({run!r})
+saver = checkpoint.Saver(run / "checkpoints", keep=2)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+plan = one_step_off()
+saver.save(lambda d: snapshot(d, 8, rows=10_000), step=8, done=(), plan=plan, timeline=timeline_of(plan, 9, []),
+           metrics=run / "metrics.jsonl")
+saver.wait()
+print(saver.error)
+"""
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(two: Path) -> None:
+    """A limit on the size of files stands in for the disk: writing fails in the middle of a file, too."""
+    code = FULL.format(tests=str(Path(__file__).parent), run=str(two))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert "File too large" in done.stdout, done
+    assert names(two) == ["step-000004", "step-000006"]
+    assert checkpoint.find(two).manifest.step == 6
+
+
+def test_rows_are_read_from_the_pieces_that_hold_them(tmp_path: Path) -> None:
+    """Three ranks wrote; any other number of them reads, moments too."""
+    whole = torch.arange(21.0).view(7, 3)
+    parts = []
+    for rank, (begin, end) in enumerate([(0, 3), (3, 6), (6, 7)]):
+        file = f"actor-{rank}.safetensors"
+        save_file({"weights/w": whole[begin:end].contiguous()}, tmp_path / file)
+        stored = shards.Stored(shape=(7, 3), moments=False, pieces=(shards.Piece(file=file, begin=begin, end=end),))
+        parts.append(shards.RoleState(version=5, optimizer_steps=9, tensors={"w": stored}))
+    saved = shards.Saved(directory=tmp_path, roles={"actor": shards.merge(parts)})
+    restored = shards.Restored("actor", saved)
+    for begin, end in [(0, 7), (0, 4), (4, 7), (2, 3), (5, 7)]:
+        rows = restored.rows(["tied", "w"], torch.Size([7, 3]), begin, end, torch.device("cpu"))
+        assert torch.equal(rows, whole[begin:end])
+    with pytest.raises(UserError, match=r"no w of shape \[8, 3\]"):
+        restored.rows(["w"], torch.Size([8, 3]), 0, 1, torch.device("cpu"))
+
+
+def test_a_plan_for_another_job_is_refused(two: Path) -> None:
+    found = checkpoint.find(two)
+    other = split(make_workload(seed=8, batch=16))
+    with pytest.raises(UserError, match=r"another workload .* batch, seed differ"):
+        found.check(other)
+    found.check(split(make_workload(steps=99)))
+
+
+def test_another_program_does_every_task_that_is_left_once(two: Path) -> None:
+    found = checkpoint.find(two / "checkpoints" / "step-000004")
+    tasks, ended, cut = found.left(tasks_of(one_step_off(), 9))
+    assert ended == set(range(cut)) and cut > 0
+    for plan in (split(WORKLOAD), one_step_off(late_reference=True)):
+        tasks, ended, cut = found.left(tasks_of(plan, 9))
+        left = [task for task in tasks if task.index not in ended]
+        assert {task.step for task in left} == set(range(4, 9)) and len(left) == 9 * 5
+        made = [task.weights_version for task in left if task.call.name == "generate"]
+        assert made == ([4, 5, 6, 7, 8] if plan.name == "split" else [4, 4, 5, 6, 7])
