@@ -417,7 +417,6 @@ def test_the_search_finds_the_auditors_optimum(seed):
     audit(*instance(seed))
 
 
-@pytest.mark.xfail(reason="layouts that another one dominates on full nodes only are dropped for split pools too")
 def test_a_layout_that_pays_only_on_split_nodes_is_found():
     """A pool of 2 + 1 + 1 GPUs where larger micro-batches save gathers that 2 + 2 GPUs hide behind the computation."""
     audit(*instance(146))

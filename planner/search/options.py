@@ -87,35 +87,44 @@ class Problem:
         """Of a role on all GPUs of a kind and on any fewer, in the order of the ranks, as if every pool filled its
         nodes: no other packing has faster links, since a group of s ranks lies on s / node nodes at least."""
         if (role, kind) not in self._layouts:
+            fitting = self._fitting(role, kind)
+            self._layouts[role, kind] = fitting.take(_best_of_alike(fitting))
+        return self._layouts[role, kind]
+
+    def _fitting(self, role: str, kind: str) -> Layouts:
+        """As `layouts`, also those that others dominate on full nodes: across nodes they may be the better ones."""
+        if (role, kind, ()) not in self._layouts:
             device, node = self.device(kind), self.node(kind)
             grid = trainer_grid(self.workload, role, self.ranks(kind), node, device)
             inside = np.maximum(node // grid.shard, 1)  # members of a replica group on a node
             nodes = np.where(grid.shard > 1, -(-grid.shard // node), 1)
             across = np.where(grid.gpus <= node, 1, -(-grid.replicas // inside))
-            self._layouts[role, kind] = self._made(role, grid, nodes, across, device)
-        return self._layouts[role, kind]
+            self._layouts[role, kind, ()] = self._made(role, grid, nodes, across, device)
+        return self._layouts[role, kind, ()]
 
     def layouts_at(self, role: str, kind: str, place: Place) -> Layouts:
         """Of a role on a pool on real nodes, on all of its GPUs and on any fewer."""
-        full = self.layouts(role, kind)
-        known = full.take(slice(0, int(np.searchsorted(full.grid.gpus, place.gpus, "right"))))
         parts, node = place.parts, self.node(kind)
         whole = next((i for i, part in enumerate(parts) if part < node), len(parts))
         alike = sum(parts[: whole + 1])  # so many ranks lie as if the nodes were filled
+        full = self.layouts(role, kind)
+        known = full.take(slice(0, int(np.searchsorted(full.grid.gpus, place.gpus, "right"))))
         if alike >= place.gpus or not (known.grid.gpus > alike).any():
             return known
         if (role, kind, parts) not in self._layouts:
-            first = int(np.searchsorted(known.grid.gpus, alike, "right"))
-            grid = known.grid.take(np.arange(first, len(known.memory)))
-            splits = zip(grid.shard.tolist(), grid.replicas.tolist(), strict=True)
+            fitting = self._fitting(role, kind)
+            first, last = np.searchsorted(fitting.grid.gpus, (alike, place.gpus), "right").tolist()
+            near, far = fitting.take(slice(0, first)), fitting.take(slice(first, last))
+            splits = zip(far.grid.shard.tolist(), far.grid.replicas.tolist(), strict=True)
             shard_nodes, replica_nodes = np.array([nodes_spanned(parts, *split) for split in splits]).reshape(-1, 2).T
-            other = self._made(role, grid, shard_nodes, replica_nodes, place.device, prune=False)
-            self._layouts[role, kind, parts] = Layouts(
-                known.grid,
-                known.memory,
-                np.concatenate([known.seconds[:, :first], other.seconds], axis=1),
-                np.concatenate([known.means[:, :first], other.means], axis=1),
+            far = self._made(role, far.grid, shard_nodes, replica_nodes, place.device)
+            both = Layouts(
+                fitting.grid.take(slice(0, last)),
+                np.concatenate([near.memory, far.memory]),
+                np.concatenate([near.seconds, far.seconds], axis=1),
+                np.concatenate([near.means, far.means], axis=1),
             )
+            self._layouts[role, kind, parts] = both.take(_best_of_alike(both))
         return self._layouts[role, kind, parts]
 
     def _made(
@@ -125,19 +134,15 @@ class Problem:
         shard_nodes: NDArray[np.int64],
         replica_nodes: NDArray[np.int64],
         device: Device,
-        prune: bool = True,
     ) -> Layouts:
-        """Layouts with their memory and seconds; pruned of those that do not fit a GPU alone and those that another one
-        with the same shards and offload dominates."""
+        """Layouts with their memory and seconds, without those that do not fit a GPU alone."""
         away, half = grid.offload == 2, grid.offload > 0
         idle, detail, host = trainer_bytes(self.workload, role, grid, away, half, device)
         running = sum(detail.values())
         memory = np.stack([idle, running - idle, host], axis=1).astype(np.float64)
-        if prune:
-            allowed = device.memory_bytes - pool_peak((), True, False, device)
-            fits = np.flatnonzero(running <= allowed)
-            grid, memory, away, half = grid.take(fits), memory[fits], away[fits], half[fits]
-            shard_nodes, replica_nodes = shard_nodes[fits], replica_nodes[fits]
+        fits = np.flatnonzero(running <= device.memory_bytes - pool_peak((), True, False, device))
+        grid, memory, away, half = grid.take(fits), memory[fits], away[fits], half[fits]
+        shard_nodes, replica_nodes = shard_nodes[fits], replica_nodes[fits]
         split = Split(*grid[:4], shard_nodes, replica_nodes)
         rows = []
         timed, each = _distinct_splits(split)
@@ -150,8 +155,7 @@ class Problem:
                 alone = self.model.trainer_seconds("train" if train else "infer", role, timed, device)
             moves = self.model.move_seconds(role, grid.shard, moved, device)
             rows.append(np.broadcast_to(alone[each] + moves[:, None], (len(each), self.model.scenarios)))
-        found = Layouts(grid, memory, np.stack(rows), np.stack(rows).mean(axis=2))
-        return found.take(_best_of_alike(found)) if prune else found
+        return Layouts(grid, memory, np.stack(rows), np.stack(rows).mean(axis=2))
 
     def least_memory(self, roles: Sequence[str], kind: str, gpus: int) -> Array:
         """Bytes [roles, 2] that each role keeps and adds while it runs, at least, on a pool of so many GPUs."""
