@@ -39,6 +39,15 @@ class Parking:
         self._parked = []
         _wait()
 
+    def peek(self, tensor: Tensor) -> Tensor:
+        """A tensor's data (this rank's) where they are now: on the host while it is parked."""
+        local = _local(tensor)
+        for storage, buffer in self._parked:
+            if storage._cdata == local.untyped_storage()._cdata:
+                host = buffer[: len(buffer) // local.element_size() * local.element_size()].view(local.dtype)
+                return host.as_strided(local.shape, local.stride(), local.storage_offset())
+        return local
+
     def _buffer(self, size: int) -> Tensor:
         free = self._buffers.setdefault(size, [])
         return free.pop() if free else torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())

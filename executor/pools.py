@@ -56,6 +56,12 @@ class Fleet:
             self._processes[key] = start(worker, [self._seats[gpu] for gpu in gpus])
         return self._processes[key]
 
+    def again(self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...], made_for: str = "") -> Rank:
+        """A fresh process in the place of one that died or hangs."""
+        if (old := self._processes.pop((worker, gpus, made_for), None)) is not None:
+            stop([old])
+        return self.process(worker, gpus, made_for)
+
     def retire(
         self, worker: Callable[[], Worker], gpus: Sequence[Gpu], keep: Sequence[tuple[tuple[Gpu, ...], str]]
     ) -> None:

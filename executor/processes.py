@@ -1,18 +1,23 @@
 """The processes of a real run: trainers and engines on the GPUs of a plan, and the reward function's."""
 
 import contextlib
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+
+import ray
 
 from executor import pools
 from executor.reward import RewardWorker, import_hangs
 from executor.rollout import EngineWorker
+from executor.rundir import log
 from executor.shards import Saved
 from executor.supervise import Deadlines
 from executor.sync import WeightSync, channels
 from executor.trainer import Trainer
 from executor.vllm_engine import VllmWorker, made_for
-from executor.worker import Rank, Record, WorkerError, ask, within
-from planner.spec.plan import Plan
+from executor.worker import Rank, Record, Worker, WorkerError, ask, within
+from planner.spec.plan import Gpu, Plan
 from planner.spec.workload import RewardFunction
 
 LEAVING_SECONDS = 30.0
@@ -34,10 +39,12 @@ class Processes:
         self.plan, self._saved = plan, saved
         self.deadlines = deadlines or Deadlines(plan=plan)
         self._own = fleet is None
+        self._closed, self._lock = False, threading.Lock()
         self.fleet = fleet or fleet_for([plan])
         self.trainers: dict[str, list[Rank]] = {}
         self.engines: list[Rank] = []
         self.judge: list[Rank] = []
+        self._installed: tuple[list[ray.ObjectRef], int] | None = None  # what the engines on the CPU have
         try:
             with within(self.deadlines.of_start):
                 self._start()
@@ -62,7 +69,39 @@ class Processes:
             return self.sync(version)
         gathered = ask(self.of("actor"), "gather", "actor", version)
         weights = gathered.results[0]  # a reference, from rank 0
-        return gathered.records + ask(self.engines, "install", [weights], version).records
+        installed = ask(self.engines, "install", [weights], version, revive=self.revive)
+        self._installed = [weights], version
+        return gathered.records + installed.records
+
+    @property
+    def revive(self) -> Callable[[int], Rank] | None:
+        """How to start an engine again that died, with the weights that it had. Only the weights of engines on the CPU
+        lie in the object store; vLLM's come straight from the trainers, which may be in the middle of an update."""
+        return self._revive if self.sync is None else None
+
+    def _revive(self, number: int) -> Rank:
+        pool, gpus = self.plan.engine_gpus()[number]
+        name = self.engines[number].name
+        log.warning("%s died; it is started again", name)
+        (engine,) = pools.connect([self._again(EngineWorker, gpus, name)])
+        ask([engine], "start", self.plan, pool)
+        if self._installed is not None:
+            ask([engine], "install", *self._installed)
+        self.engines[number] = engine
+        return engine
+
+    def restart_judge(self) -> None:
+        """A fresh process for the reward function, in the place of one that hangs or died."""
+        assert isinstance(self.plan.workload.reward, RewardFunction)
+        self.judge[:] = pools.connect([self._again(RewardWorker, (), self.judge[0].name)])
+        self._load_reward(self.plan.workload.reward)
+
+    def _again(self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...], name: str) -> Rank:
+        """A fresh process, unless all are being ended: a call that this interrupts sees its processes die."""
+        with self._lock:
+            if self._closed:
+                raise WorkerError(f"{name} was ended")
+            return replace(self.fleet.again(worker, gpus), name=name)
 
     def _start(self) -> None:
         """All at once, for most of their start is loading libraries."""
@@ -114,6 +153,8 @@ class Processes:
     def close(self) -> None:
         """End all of them at once, whatever they are doing. Those of a fleet that stays open stay too, but the trainers
         drop their models and leave their groups, which must not wait until one of them is used again or ended."""
+        with self._lock:
+            self._closed = True
         if self._own:
             self.fleet.close()
         else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from executor import pools
 from executor.rehearse import Rehearsal
@@ -364,8 +364,7 @@ def _run(
                 timeline = timeline_of(plan, steps, [*past, *_ordered(spans)])
                 _save(backend, saver, *arrived, tasks, timeline, directory, plan)
                 if stops.asked:
-                    saver.wait()
-                    raise KeyboardInterrupt
+                    _end_asked(saver, recorded, directory.path)
             limit, everywhere = backend.deadlines.of_start, tuple(plan.pools)
             line = one_line(plan, "export of the models", everywhere, "export", f" ({limit:.3g} s allowed)")
             with line, within(limit):
@@ -379,6 +378,16 @@ def _run(
         finally:
             directory.write_timeline(timeline_of(plan, steps, [*past, *_ordered(spans)]))
             directory.close()
+
+
+def _end_asked(saver: "Saver", progress: Progress, path: Path) -> NoReturn:
+    saver.wait()
+    if saver.error is not None:
+        raise UserError(
+            f"interrupted, and the last checkpoint could not be written ({saver.error}); see {path}/log.txt"
+        )
+    progress.on_note(f"saved; go on with: plan execute --resume {path}")
+    raise KeyboardInterrupt
 
 
 def _ordered(spans: dict[int, Span]) -> list[Span]:

@@ -3,6 +3,7 @@ lie in which file. Nothing here unpickles; any rank of any layout reads the rows
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -68,19 +69,28 @@ class Copied:
     tensors: dict[str, Tensor]
 
 
-def copy(role: str, model: nn.Module, optimizer: torch.optim.Optimizer, version: int, rank: int) -> Copied | None:
-    """A rank's shards of a model and of its moments, copied off the device; None on replicas, which hold the same."""
+def copy(
+    role: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    version: int,
+    rank: int,
+    peek: Callable[[Tensor], Tensor] | None = None,
+) -> Copied | None:
+    """A rank's shards of a model and of its moments, copied off the device; None on replicas, which hold the same.
+    `peek` finds the data of tensors that are parked on the host: an engine may have taken their place on the device."""
+    peek = peek or _local
     tensors: dict[str, Tensor] = {}
     stored: dict[str, Stored] = {}
     steps, file = 0, f"{role}-{rank:05d}.safetensors"
     for names, parameter in loading.parameters(model):
         if not _is_first_replica(parameter):
             return None
-        shard = _local(parameter)
+        shard = peek(parameter)
         if not shard.numel():
             continue
         state = optimizer.state.get(parameter, {})
-        parts = {"weights": shard, **{name: _local(state[name]) for name in MOMENTS if name in state}}
+        parts = {"weights": shard, **{name: peek(state[name]) for name in MOMENTS if name in state}}
         for part, tensor in parts.items():
             tensors[f"{part}/{names[0]}"] = tensor.to("cpu", copy=True).contiguous()
         steps = max(steps, int(state.get("step", 0)))

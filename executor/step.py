@@ -2,7 +2,7 @@
 the mathematics is in `ppo.py`; what happens on the GPUs is in `trainer.py` and `rollout.py`."""
 
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from executor import checkpoint, ppo
 from executor.checkpoint import Checkpoint, Snapshot
 from executor.data import Prompts, PromptSource, Sequences, assign, collate, join, minibatches, spread
+from executor.judge import judge
 from executor.pools import Fleet
 from executor.processes import Processes
 from executor.supervise import Deadlines
@@ -24,6 +25,7 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.workload import RewardFunction
 
+MOST_SKIPPED = 8  # optimizer steps in a row without finite gradients
 Done = tuple[list[Record], int]  # the records of a call's processes, and its tokens
 
 
@@ -37,6 +39,17 @@ class StepData:
     scores: NDArray[np.float32] | None = None  # [B]
     columns: COLUMNS = field(default_factory=dict)  # [B, R] by the name of the datum
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    def drop_unscored(self) -> None:
+        """Sequences without a score become prompts with empty responses, from which nothing is learned."""
+        assert self.scores is not None
+        unscored = np.isnan(self.scores)
+        self.metrics["dropped"] = int(unscored.sum())
+        if unscored.any():
+            lengths = np.where(unscored, 0, self.sequences.response_lengths).astype(np.int32)
+            self.sequences = replace(self.sequences, response_lengths=lengths)
+            self.batch = ray.put(self.sequences)
+            self.scores = np.where(unscored, np.float32(0), self.scores)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """What a checkpoint keeps of it, beside the metrics; prompts can be had again."""
@@ -98,9 +111,9 @@ class Training:
             step.scores, done = self._infer(task, "reward")
             return done
         responses = self.prompts.decode(step.sequences.responses())
-        outcome = self._judge(step.prompts, responses)
-        step.scores = np.array(outcome.results[0], dtype=np.float32)
-        return outcome.records, int(step.sequences.lengths.sum())
+        assert isinstance(self.workload.reward, RewardFunction)
+        step.scores, records = judge(self.processes, self.workload.reward, step.prompts, responses)
+        return records, int(step.sequences.lengths.sum())
 
     def ref_logprobs(self, task: Task) -> Done:
         self.steps[task.step].columns["ref_log_probs"], done = self._infer(task, "reference")
@@ -117,6 +130,7 @@ class Training:
     def advantages(self, task: Task) -> Done:
         start = time.perf_counter()
         step, settings = self.steps[task.step], self.settings
+        step.drop_unscored()
         step.columns["log_probs"] = step.sequences.log_probs
         step.columns.setdefault("proximal_log_probs", step.sequences.log_probs)
         ended = step.prompts.requests.exact | step.sequences.ended(self.processes.eos)
@@ -174,23 +188,11 @@ class Training:
         requests, engines = prompts.requests, self.processes.engines
         shares = assign(requests.lengths, len(engines), self.workload.response.longest)
         each = [(requests.take(rows), temperature) for rows in shares]
-        outcome = ask(engines, "generate", each=each)
+        outcome = ask(engines, "generate", each=each, revive=self.processes.revive)
         sequences = collate(requests, shares, outcome.results)
         used = set(sequences.weights_versions.tolist())
         assert used == {task.weights_version}, f"sampled with weights {used}, the plan says {task.weights_version}"
         return sequences, outcome
-
-    def _judge(self, prompts: Prompts, responses: list[str]) -> Outcome:
-        reward = self.workload.reward
-        assert isinstance(reward, RewardFunction)
-        timeout = reward.timeout_seconds
-        try:
-            return ask(self.processes.judge, "score", prompts.texts, responses, prompts.answers, timeout=timeout)
-        except TimeoutError:
-            raise UserError(
-                f"reward function {reward.function!r} took longer than {timeout:g} s for {len(responses)} responses; "
-                "make it faster or raise timeout_seconds"
-            ) from None
 
     def _infer(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:
         step, most, ranks = self.steps[task.step], self.micro_batch_tokens(task, role), self.processes.of(role)
@@ -215,7 +217,18 @@ class Training:
         args = (role, task.weights_version, [step.batch, needed])
         outcome = ask(ranks, "train", *args, each=[(share,) for share in each])
         step.metrics |= _train_metrics(role, outcome.results)
+        self._count_skipped(task, role, [part["grad_norm"] for part in outcome.results[0]])
         return outcome.records, int(lengths.sum()) * self.settings.epochs
+
+    def _count_skipped(self, task: Task, role: str, norms: list[float]) -> None:
+        for norm in norms:
+            self.skipped[role] = 0 if np.isfinite(norm) else self.skipped.get(role, 0) + 1
+            if self.skipped[role] >= MOST_SKIPPED:
+                raise UserError(
+                    f"{task.call.name} of step {task.step}: loss or gradient was not finite in {MOST_SKIPPED} "
+                    f"optimizer steps in a row, which were left out; look at the rewards and the {role}'s learning "
+                    "rate, and resume from the last checkpoint"
+                )
 
     def micro_batch_tokens(self, task: Task, role: str) -> int:
         """The most tokens of one forward pass of a call."""
@@ -270,10 +283,15 @@ class Training:
 
 
 def _train_metrics(role: str, ranks: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Means over minibatches of what the ranks summed; the gradient norm is the same on every rank."""
+    """Means over minibatches of what the ranks summed; the gradient norm is the same on every rank. Minibatches that
+    were left out are `skipped` and do not count, unless all of them were."""
     means: list[dict[str, float]] = []
-    for parts in zip(*ranks, strict=True):
+    finite = [bool(np.isfinite(part["grad_norm"])) for part in ranks[0]]
+    for counts, *parts in zip(finite, *ranks, strict=True):
+        if any(finite) and not counts:
+            continue
         sums = {name: sum(part[name] for part in parts) for name in parts[0] if name != "grad_norm"}
         means.append({"grad_norm": parts[0]["grad_norm"], **ppo.mean_stats(sums)})
     names = [name for name in means[0] if name != "tokens"]
-    return {f"{role}/{name}": float(np.mean([mean[name] for mean in means])) for name in names}
+    found = {f"{role}/{name}": float(np.mean([mean[name] for mean in means])) for name in names}
+    return {**found, f"{role}/skipped": float(finite.count(False))}

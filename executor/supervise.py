@@ -18,6 +18,7 @@ EARLY_CALLS = 2  # of each name
 UNPREDICTED_SECONDS = 1800.0
 READ_BYTES_PER_SECOND = 1e8  # a slow shared file system
 MARGIN_SECONDS = 120.0
+ONE_IN = 8  # samples of a batch may fail in the reward function; more count as a function that is wrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,8 @@ class Deadlines:
         floor = self.floor * (EARLY if early else 1.0)
         reward = self.plan.workload.reward
         if task.call.name == "score" and isinstance(reward, RewardFunction):
-            return reward.timeout_seconds + floor  # its own limit comes first
+            tries = 2 + self.plan.workload.batch // ONE_IN  # of which each has its own limit, which comes first
+            return tries * reward.timeout_seconds + floor
         expected = self.expected(task)
         return max(floor, UNPREDICTED_SECONDS if expected is None else FACTOR * expected)
 

@@ -50,6 +50,10 @@ class Hosted:
     weights: Parking = field(default_factory=Parking)
     moments: Parking = field(default_factory=Parking)
 
+    def peek(self, tensor: Tensor) -> Tensor:
+        """The data of a parameter or a moment, on the host while it is parked there."""
+        return self.moments.peek(self.weights.peek(tensor))
+
 
 class Trainer(Worker):
     """A rank of a pool's torch.distributed group. A role runs on the first `shard * replicas` ranks."""
@@ -168,7 +172,7 @@ class Trainer(Worker):
         self, role: str, version: int, refs: list[ray.ObjectRef], minibatches: list[Minibatch]
     ) -> list[dict[str, float]]:
         """An optimizer step per minibatch, which makes the weights of this version out of the one before; this rank's
-        sums of the loss statistics, and the gradient norm."""
+        sums of the loss statistics, and the gradient norm. Where that is not finite the step is left out."""
         sequences, further = self.fetch(refs)
         with self._awake(role, version - 1, train=True) as hosted:
             hosted.module.train()
@@ -193,7 +197,8 @@ class Trainer(Worker):
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
         norm = nn.utils.clip_grad_norm_(hosted.module.parameters(), self.plan.workload.ppo.grad_clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        hosted.optimizer.step()
+        if norm.isfinite():  # it is the same on every rank
+            hosted.optimizer.step()
         hosted.optimizer.zero_grad()
         return {"grad_norm": float(norm), **{name: float(value) for name, value in sums.items()}}
 
@@ -300,13 +305,13 @@ class Trainer(Worker):
     def snapshot(self, directory: Path) -> None:
         """Copy this rank's shards of what trains off the device, and begin to write them there."""
         copies = {}
-        for role in self.roles:
-            if role in models.TRAINED:
-                with self._awake(role, None, train=True) as hosted:
-                    assert hosted.optimizer is not None
-                    copied = shards.copy(role, hosted.module.model, hosted.optimizer, hosted.version, self.rank)
-                if copied is not None:
-                    copies[role] = copied
+        for role, hosted in self.roles.items():
+            if hosted.optimizer is None:
+                continue
+            model, peek = hosted.module.model, hosted.peek
+            copied = shards.copy(role, model, hosted.optimizer, hosted.version, self.rank, peek)
+            if copied is not None:
+                copies[role] = copied
         self.writer = shards.Writer(copies, directory)
 
     def written(self) -> tuple[dict[str, shards.RoleState], dict[str, shards.FileEntry]] | None:

@@ -3,14 +3,14 @@ so that a rehearsal's processes start quickly."""
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from planner.spec.errors import UserError
 
@@ -96,6 +96,10 @@ class WorkerError(Exception):
     """A worker failed; the message says which one, in which method and why."""
 
 
+class Died(WorkerError):
+    """A worker's process is gone."""
+
+
 class Overdue(WorkerError):
     """Workers have not answered by the deadline; the message says which ones, in which method and for how long."""
 
@@ -161,12 +165,15 @@ def ask(
     *args: Any,
     each: Sequence[tuple[Any, ...]] | None = None,
     timeout: float | None = None,
+    revive: Callable[[int], Rank] | None = None,
 ) -> Outcome:
     """Call a method on all ranks at once, with `each[i]` as further arguments of rank i, and wait for all of them.
 
     Raises UserError as the worker raised it, and WorkerError for any other failure; the first failure counts, for the
     others may be waiting for the failed rank. Raises Overdue at the deadline that `within` sets, and TimeoutError if a
-    rank has not answered after `timeout` seconds; those ranks go on nevertheless."""
+    rank has not answered after `timeout` seconds; those ranks go on nevertheless. With `revive` a rank whose process
+    died is asked once more: the one that `revive(number)` puts in its place."""
+    ranks = list(ranks)
     extra = each if each is not None else [()] * len(ranks)
     sent = {
         rank.handle.call.remote(method, *args, *more): number
@@ -184,7 +191,16 @@ def ask(
                 raise TimeoutError(f"{method} took longer than {timeout} s on {names[0]}")
             raise _overdue(names, method, time.monotonic() - began)
         for ref in done:
-            answers[sent[ref]] = _answer(ref, ranks[sent[ref]], method)
+            number = sent[ref]
+            try:
+                answers[number] = _answer(ref, ranks[number], method)
+            except Died:
+                if revive is None:
+                    raise
+                ranks[number] = revive(number)
+                again = ranks[number].handle.call.remote(method, *args, *extra[number])
+                sent[again] = number
+                waiting.append(again)
     ordered = [answers[number] for number in range(len(ranks))]
     records = [rank.on_our_clock(record) for rank, (_, record) in zip(ranks, ordered, strict=True)]
     return Outcome(results=[result for result, _ in ordered], records=records)
@@ -216,7 +232,8 @@ def _answer(ref: ray.ObjectRef, rank: Rank, method: str) -> Any:
     except RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = lines[-1 if "creation task" in lines[0] else 0] if lines else type(error).__name__
-        raise WorkerError(f"{rank.name} died in {method} ({reason})") from error
+        kind = Died if isinstance(error, RayActorError) else WorkerError
+        raise kind(f"{rank.name} died in {method} ({reason})") from error
 
 
 def measure_offset(rank: Rank) -> float:

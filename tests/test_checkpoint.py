@@ -14,6 +14,7 @@ from conftest import ROLES, make_plan, make_workload, split
 from safetensors.torch import save_file
 
 from executor import checkpoint, shards
+from executor.offload import Parking
 from executor.run import Survival, execute, resume
 from executor.rundir import timeline_of
 from planner.predict.schedule import tasks_of
@@ -217,6 +218,21 @@ def test_rows_are_read_from_the_pieces_that_hold_them(tmp_path: Path) -> None:
         assert torch.equal(rows, whole[begin:end])
     with pytest.raises(UserError, match=r"no w of shape \[8, 3\]"):
         restored.rows(["w"], torch.Size([8, 3]), 0, 1, torch.device("cpu"))
+
+
+def test_what_is_parked_on_the_host_is_saved_from_there() -> None:
+    model = torch.nn.Linear(3, 5)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    straight = shards.copy("actor", model, optimizer, 1, 0)
+    weights, moments = Parking(), Parking()
+    weights.park(model.parameters())
+    moments.park(x for state in optimizer.state.values() for x in state.values() if x.dim())
+    parked = shards.copy("actor", model, optimizer, 1, 0, lambda tensor: moments.peek(weights.peek(tensor)))
+    assert straight is not None and parked is not None and straight.state == parked.state
+    assert len(parked.tensors) == 6
+    assert all(torch.equal(parked.tensors[name], tensor) for name, tensor in straight.tensors.items())
 
 
 def test_a_plan_for_another_job_is_refused(two: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import colocated, cpu_cluster, make_plan, make_workload, split
 
+from executor import checkpoint
 from executor.rehearse import Rehearsal
 from executor.run import Silent, _run, execute, loop
 from executor.rundir import RunDirectory
@@ -200,7 +201,11 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals, 
         while any(map(running, children)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert len(children) > 5 and not [pid for pid in children if running(pid)]
-        assert read_data(tmp_path / "r" / "timeline.json")["steps"] == 5000
+        timeline = Timeline.read(tmp_path / "r" / "timeline.json")
+        assert timeline.steps == 5000
+        if not rehearse:  # all that was begun before the last checkpoint has ended
+            ended = max(span.step for span in timeline.spans if span.call == "sync_weights")
+            assert checkpoint.find(tmp_path / "r").manifest.step == ended + 1
     finally:
         for pid in [process.pid, *children]:
             with contextlib.suppress(ProcessLookupError):

@@ -174,7 +174,18 @@ def length(prompts, responses, answers):
 
 def late_failure(prompts, responses, answers):
     late_failure.calls = getattr(late_failure, "calls", 0) + 1
-    return [0.0] * (len(responses) - (late_failure.calls == 2))
+    return [0.0] * (len(responses) - (late_failure.calls >= 2))
+
+
+def sometimes(prompts, responses, answers):
+    import os, time
+
+    sometimes.calls = getattr(sometimes, "calls", 0) + 1
+    if "3 4" in prompts and sometimes.calls == 1:
+        time.sleep(1000)
+    if "5 6" in prompts:
+        return [float("nan")] * len(prompts)
+    return length(prompts, responses, answers)
 
 
 def hang(prompts, responses, answers):
@@ -215,7 +226,9 @@ def test_a_failure_in_the_middle_keeps_what_was_done(
     ray_two: None, tmp_path: Path, model_directories: dict[str, Path]
 ) -> None:
     plan = split(with_files(tmp_path, model_directories, "late_failure"))
-    with pytest.raises(UserError, match="7 rewards for 8 responses"):
+    with pytest.raises(
+        UserError, match=r"2 of the first 2 samples failed twice, the last one prompt .*0 rewards for 1 resp"
+    ):
         execute(plan, name="r", runs=tmp_path)
     spans = Timeline.read(tmp_path / "r" / "timeline.json").spans
     assert {span.step for span in spans if span.call == "sync_weights"} == {0}
@@ -229,10 +242,25 @@ def test_a_reward_function_that_hangs_ends_the_run(
     assert isinstance(workload.reward, RewardFunction)
     impatient = workload.reward.model_copy(update={"timeout_seconds": 0.5})
     plan = split(workload.model_copy(update={"reward": impatient}))
-    with pytest.raises(UserError, match=r"reward.py:hang' took longer than 0.5 s for 8 responses"):
+    with pytest.raises(UserError, match=r"reward.py:hang' took longer than 0.5 s for 1 responses"):
         execute(plan, name="r", runs=tmp_path)
     done = {span.call for span in Timeline.read(tmp_path / "r" / "timeline.json").spans}
     assert "generate" in done and "score" not in done
+
+
+def test_a_sample_without_a_reward_is_dropped_and_counted(
+    ray_two: None, tmp_path: Path, model_directories: dict[str, Path]
+) -> None:
+    """A batch hangs once: its samples are tried again. One of them never gets a finite number."""
+    workload = with_files(tmp_path, model_directories, "sometimes")
+    assert isinstance(workload.reward, RewardFunction)
+    reward = workload.reward.model_copy(update={"timeout_seconds": 5.0})
+    workload = workload.model_copy(update={"reward": reward, "data": workload.data})
+    path = execute(split(workload), name="r", runs=tmp_path)
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line["dropped"] for line in metrics) in (1, 2)  # of nine prompts sixteen are drawn
+    assert all(np.isfinite(line["actor/grad_norm"]) and line["actor/skipped"] == 0 for line in metrics)
+    assert "dropped the sample of prompt '5 6'" in (path / "log.txt").read_text()
 
 
 @pytest.mark.bench

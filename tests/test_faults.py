@@ -1,0 +1,188 @@
+"""Faults that are really injected: processes killed and stopped, numbers that are none. The run goes on or says why."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import colocated, make_workload, split
+from test_checkpoint import SURVIVAL, WORKLOAD, metrics_of
+from test_executor_loop import descendants, running
+
+from executor import checkpoint, preflight
+from executor.run import Silent, Survival, execute, loop, resume
+from executor.step import Done, Training
+from planner.predict.forecast import predict
+from planner.predict.schedule import Task, tasks_of
+from planner.spec.errors import UserError
+from planner.spec.timeline import Timeline
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+
+
+@pytest.fixture(scope="module")
+def whole(ray_two: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run to which nothing happened."""
+    return execute(split(WORKLOAD), name="r", runs=tmp_path_factory.mktemp("whole"), survival=Survival(save_every=0))
+
+
+WORKERS = ("Trainer", "EngineWorker", "RewardWorker")
+
+
+def working(pids: Iterable[int], names: tuple[str, ...] = WORKERS) -> list[int]:
+    """Those that are processes of these classes, as Ray titles them: `ray::Trainer.call` while it is called."""
+    titles = tuple(f"ray::{name}".encode() for name in names)
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(titles) and running(pid):
+                found.append(pid)
+    return sorted(found)
+
+
+def called(name: str) -> list[int]:
+    """Our own ones of a class."""
+    return working(descendants(os.getpid()), (name,))
+
+
+def left_after(seconds: float) -> list[int]:
+    """Our own ones that are there after so long; Ray's kill does not wait for them to end."""
+    deadline = time.monotonic() + seconds
+    while (left := working(descendants(os.getpid()))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+class Faults(Silent):
+    """Sends signals to a process of a class when a call starts for the first time."""
+
+    def __init__(self, faults: dict[tuple[str, int], tuple[str, signal.Signals]]) -> None:
+        self.faults, self.seen = dict(faults), {}
+        self.notes: list[str] = []
+
+    def on_start(self, task: Task) -> None:
+        if fault := self.faults.pop((task.call.name, task.step), None):
+            name, number = fault
+            self.seen[name] = called("Trainer")
+            os.kill(called(name)[-1], number)
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def close(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
+    return [{k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in line.items()} for line in b] == a
+
+
+def test_a_killed_engine_is_started_again_with_the_current_weights(whole: Path, tmp_path: Path) -> None:
+    engine = "EngineWorker", signal.SIGKILL
+    faults = Faults({("generate", 1): engine, ("sync_weights", 2): engine})
+    nothing = Survival(save_every=0, max_restarts=0)
+    run = execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=nothing)
+    assert metrics_of(run) == metrics_of(whole)
+    assert (run / "log.txt").read_text().count("engine 0 in pool a died; it is started again") == 2
+    assert not faults.notes and faults.seen  # trainers were not started again
+    assert len(Timeline.read(run / "timeline.json").spans) == 36
+
+
+def test_a_killed_rank_and_one_that_hangs_restart_from_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
+    plan = colocated(WORKLOAD, cores=2)
+    plan = plan.model_copy(update={"predicted": predict(plan)})
+    faults = Faults(
+        {("update_actor", 2): ("Trainer", signal.SIGSTOP), ("update_actor", 3): ("Trainer", signal.SIGKILL)}
+    )
+    run = execute(
+        plan,
+        name="r",
+        runs=tmp_path,
+        progress=faults,
+        deadline_floor=6.0,
+        survival=Survival(save_every=2, keep=2, max_restarts=2),
+    )
+    assert close(metrics_of(run), metrics_of(whole))
+    hung, killed = faults.notes
+    assert "update_actor of step 2 on pool all: no answer to 'train'" in hung and "Restart 1 of 2, from step 2" in hung
+    assert "update_actor of step 3" in killed and "Restart 2 of 2, from step 2" in killed
+    spans = Timeline.read(run / "timeline.json").spans
+    assert len({(span.call, span.step) for span in spans}) == len(spans) == 36
+    assert not left_after(20)
+
+
+def test_too_many_restarts_end_the_run(ray_two: None, tmp_path: Path) -> None:
+    faults = Faults({("update_actor", 0): ("Trainer", signal.SIGKILL)})
+    with pytest.raises(UserError, match=r"update_(actor|critic) of step 0 on pool [ab]: .*died in train"):
+        execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=SURVIVAL)
+    assert not left_after(20)
+
+
+def test_a_killed_controller_leaves_a_run_that_can_be_resumed(whole: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    split(WORKLOAD).write(plan)
+    command = [sys.executable, "-m", "planner.cli", "execute", str(plan), "--name", "r", "--runs", str(tmp_path)]
+    temporary = set(Path("/tmp").glob("splitplan-*"))
+    process = subprocess.Popen([*command, "--save-every", "1"], start_new_session=True, cwd=Path(__file__).parents[1])
+    children: list[int] = []
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "r/checkpoints/step-000001").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        children = descendants(process.pid)
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 30
+        while (left := working(children)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert len(children) > 5 and not left  # Ray's agents notice later
+    finally:
+        for pid in [process.pid, *children]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for left in set(Path("/tmp").glob("splitplan-*")) - temporary:
+            shutil.rmtree(left, ignore_errors=True)
+    assert not (tmp_path / "r/timeline.json").exists()
+    found = checkpoint.find(tmp_path / "r")
+    assert 1 <= found.manifest.step < 4
+    assert metrics_of(resume(found, survival=SURVIVAL)) == metrics_of(whole)
+
+
+class Poisoned(Training):
+    """One minibatch of step 1 and all from step 3 on train on what is no number."""
+
+    def advantages(self, task: Task) -> Done:
+        done = super().advantages(task)
+        column = self.steps[task.step].columns["advantages"].copy()
+        if task.step == 1:
+            column[0, 0] = np.inf
+        elif task.step >= 3:
+            column[:] = np.nan
+        self.steps[task.step].columns["advantages"] = column
+        return done
+
+
+class Watching(Silent):
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, Any]] = []
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        self.metrics.append(metrics)
+
+
+def test_steps_without_finite_gradients_are_left_out_and_counted(ray_two: None) -> None:
+    plan = colocated(make_workload(critic=None, reference=None), cores=2)
+    backend, watching = Poisoned(plan, preflight.check(plan, local=True)), Watching()
+    try:
+        with pytest.raises(UserError, match="update_actor of step 6: loss or gradient was not finite in 8 optimizer"):
+            loop(tasks_of(plan, 8), backend, {}, watching)
+    finally:
+        backend.close()
+    assert [line["actor/skipped"] for line in watching.metrics] == [0, 1, 0, 2, 2, 2]
+    assert all(np.isfinite(line["actor/grad_norm"]) for line in watching.metrics[:3])
