@@ -271,6 +271,19 @@ def profile(**options: Any) -> None:
 
 
 @main.command()
+@click.argument("profiles", type=_file("PROFILE"), nargs=-1, required=True)
+@click.option("--cluster", metavar="FILE|local", help="What they were measured on, if its device is not shipped.")
+@click.option("--out", type=_file(), help="Write a page (.md) with it; what it says under '## Notes' is kept.")
+def judge(**options: Any) -> None:
+    """Say how good estimates from profiles are.
+
+    Per call, the errors of what is estimated without knowing the measured points, and those of the roofline alone."""
+    from planner.commands.judge import judge
+
+    judge(command=_command_line(), **options)
+
+
+@main.command()
 @click.argument("study", type=_file("STUDY"))
 @click.option("--out", type=_file("DIR"), help="Where plans and results lie (default: STUDY without its suffix).")
 @click.option("--minutes", type=float, metavar="M", help="Start no cell that would not end within M minutes.")

@@ -85,7 +85,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
     assert result.exit_code == 0
     lines = [line.split()[0] for line in result.stdout.partition("Commands:")[2].splitlines() if line]
     first = ["search", "baseline", "check", "explain", "what-if", "pareto", "simulate", "execute", "compare"]
-    assert lines == [*first, "profile", "study", "task", "space", "schema"]
+    assert lines == [*first, "profile", "judge", "study", "task", "space", "schema"]
     assert all(plan(name, "--help").exit_code == 0 for name in lines)
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from planner.commands.execute import need_extra
 from planner.commands.inputs import check_target, make_console, read_cluster, read_workload
+from planner.predict.judge import judge
+from planner.report.judged import tables
 from planner.spec.errors import UserError
 
 
@@ -35,4 +37,6 @@ def profile(
         command=command,
         progress=lambda text: console.print(text, markup=False, soft_wrap=True),
     )
+    for table in tables(judge((found,), there)):
+        console.print(table)
     console.print(f"Wrote {out}: {len(found.points)} points.", markup=False, soft_wrap=True)

@@ -158,15 +158,7 @@ def _split(point: Point) -> int:
 
 def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Cluster) -> tuple[float, float]:
     """Logarithm of a point's size, and what the roofline says of it."""
-    each, left = divmod(point.gpus, point.nodes)
-    place = Place(parts=tuple(each + (node < left) for node in range(point.nodes)), device=device)
-    layout = TrainerRole(
-        pools=("measured",),
-        shard=point.shard,
-        replicas=point.gpus // point.shard,
-        micro_batch_tokens=point.micro_batch_tokens or max(1, point.prompt_tokens + point.response_tokens),
-        recompute=point.recompute,
-    )
+    layout, place = trainer_of(point, device)
     split = split_of(layout, place)
     if point.call == "host":
         return float(np.log(point.sequences)), float(
@@ -185,7 +177,7 @@ def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Clus
         else:
             count = offloaded_bytes(shape, point.role, point.shard, point.offload, device, train=True)
         return 0.0, max(1, count) / device.host_bandwidth
-    prompts, responses = _lengths(point)
+    prompts, responses = lengths_of(point)
     if point.call == "generate":
         engines = [engine_speed(shape, point.tensor_parallel, device)] * point.engines
         slots, limit = point.concurrency or point.sequences, int(responses.max())
@@ -200,7 +192,22 @@ def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Clus
     return float(np.log(total.sum() / point.gpus)), float(cost.compute[0] + cost.transfer[0])
 
 
-def _lengths(point: Point) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def trainer_of(point: Point, device: Device) -> tuple[TrainerRole, Place]:
+    """The trainer's layout that a point was measured with, and its GPUs, as evenly over the nodes as they go."""
+    each, left = divmod(point.gpus, point.nodes)
+    place = Place(parts=tuple(each + (node < left) for node in range(point.nodes)), device=device)
+    layout = TrainerRole(
+        pools=("measured",),
+        shard=point.shard,
+        replicas=point.gpus // point.shard,
+        micro_batch_tokens=point.micro_batch_tokens or max(1, point.prompt_tokens + point.response_tokens),
+        recompute=point.recompute,
+        offload=point.offload,
+    )
+    return layout, place
+
+
+def lengths_of(point: Point) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Prompt and response lengths [1, sequences] of a point; totals are spread evenly."""
     prompts = _evenly(point.prompt_tokens, point.sequences)
     responses = np.array(point.response_lengths or _evenly(point.response_tokens, point.sequences), dtype=np.int64)

@@ -61,18 +61,20 @@ def place_of(plan: Plan, pools: Sequence[str]) -> Place:
 
 class CostModel:
     """`scenarios` is 1 where all lengths are fixed. `prompts` and `responses` [S, B] are tokens of each sequence,
-    `tokens` [S] their sum. Everything is memoised: asking again is free."""
+    `tokens` [S] their sum; `lengths` gives the first two instead of drawing them. Everything is memoised: asking again
+    is free."""
 
     def __init__(
-        self, workload: Workload, cluster: Cluster, profiles: Sequence[Profile] = (), scenarios: int = 16
+        self,
+        workload: Workload,
+        cluster: Cluster,
+        profiles: Sequence[Profile] = (),
+        scenarios: int = 16,
+        lengths: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     ) -> None:
         self.workload, self.cluster = workload, cluster
-        fixed = isinstance(workload.prompt, Fixed) and isinstance(workload.response, Fixed)
-        self.scenarios = 1 if fixed else scenarios
-        batch, seed = workload.batch, workload.seed
-        self.scenarios = min(self.scenarios, max(FEWEST_SCENARIOS, SEQUENCES // batch))
-        self.prompts = np.stack([sample(workload.prompt, batch, seed, s, 0) for s in range(self.scenarios)])
-        self.responses = np.stack([sample(workload.response, batch, seed, s, 1) for s in range(self.scenarios)])
+        self.prompts, self.responses = lengths or _drawn(workload, scenarios)
+        self.scenarios = len(self.prompts)
         self.tokens = (self.prompts + self.responses).sum(axis=1)
         self._corrections = Corrections(profiles, cluster)
         self._memo: dict[Hashable, Estimate] = {}
@@ -361,6 +363,15 @@ class CostModel:
         if key not in self._memo:
             self._memo[key] = make()
         return self._memo[key]
+
+
+def _drawn(workload: Workload, scenarios: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Prompts and responses [S, B] of the scenarios; scenario s depends on the seed and s alone."""
+    batch, seed = workload.batch, workload.seed
+    fixed = isinstance(workload.prompt, Fixed) and isinstance(workload.response, Fixed)
+    count = range(1 if fixed else min(scenarios, max(FEWEST_SCENARIOS, SEQUENCES // batch)))
+    prompts = np.stack([sample(workload.prompt, batch, seed, s, 0) for s in count])
+    return prompts, np.stack([sample(workload.response, batch, seed, s, 1) for s in count])
 
 
 def _estimate(cost: Cost, ratio: Seconds, source: Source) -> Estimate:
