@@ -136,10 +136,10 @@ def forward_flops(shape: Shape, head: Head, work: Work) -> Seconds:
 @cache
 def nodes_spanned(parts: tuple[int, ...], shard: int, replicas: int) -> tuple[int, int]:
     """Nodes that the most scattered shard group (neighbouring ranks) and replica group (every shard-th) lie on."""
-    node = [number for number, gpus in enumerate(parts) for _ in range(gpus)][: shard * replicas]
-    shard_groups = (node[first : first + shard] for first in range(0, len(node), shard))
-    replica_groups = (node[first::shard] for first in range(shard))
-    return max(len(set(group)) for group in shard_groups), max(len(set(group)) for group in replica_groups)
+    node = np.repeat(np.arange(len(parts)), parts)[: shard * replicas].reshape(replicas, shard)  # rising along both
+    across = (np.count_nonzero(np.diff(node, axis=axis), axis=axis).max() for axis in (1, 0))
+    shard_nodes, replica_nodes = (int(changes) + 1 for changes in across)
+    return shard_nodes, replica_nodes
 
 
 def link_of(ranks: Count, nodes: Count, device: Device, cluster: Cluster) -> Link:

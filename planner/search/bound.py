@@ -19,12 +19,13 @@ from planner.predict.layouts import concurrencies, engine_counts, tensor_paralle
 from planner.predict.memory import RoleMemory, process_bytes, rollout_fraction, rollout_memory
 from planner.predict.roofline import hand_over_seconds
 from planner.search.options import Array, Problem, bytes_of
-from planner.search.programs import Program, Sharing, bound_rates, rates
+from planner.search.programs import Program, Sharing, bound_rates, rates, unbeaten
 from planner.search.space import Arrangement, Structure, gpus_of_kinds
 from planner.spec.plan import RolloutRole
 
 NEVER = 1e18  # seconds of what does not fit
 LEVELS = 32  # of memory, in which layouts are told apart
+AT_ONCE = 1024  # boxes that are bounded together
 LOOSE = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it may take
 
 
@@ -86,6 +87,7 @@ class Bounds:
         self.load = self._objective(load)  # [tables, steps]; falling, and no size is enough in the end
         for number, kind in enumerate(self.kind_of):
             self.load[number, len(ranks[self.kinds[kind]]) :] = -np.inf
+        self._programs = dict[int, Array]()  # rates [programs, rows, columns] of an arrangement
         self.rows = self._rows(programs or [None] * len(arrangements))
 
     # --- the tables ---
@@ -247,6 +249,13 @@ class Bounds:
         self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], slower: float = 1.0
     ) -> Array:
         """The same in each scenario and at the mean [n, S + 1]; with generation so many times `slower`."""
+        seconds = self._least(number, low, high, slower)
+        return np.asarray(np.minimum((self.rows.rates[number] @ seconds).max(axis=1), NEVER))
+
+    def _least(
+        self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], slower: float = 1.0
+    ) -> Array:
+        """Least seconds [n, C, S + 1] of the calls, and of each role's calls together."""
         rows, calls = self.rows, self.problem.calls
         at = np.arange(len(number))[:, None]
         home = rows.home[number]
@@ -259,7 +268,25 @@ class Bounds:
         seconds[:, calls.index("generate")] = slower * self._generate(number, high)
         for name in ("sync_weights", "actor"):
             seconds[:, self.columns.index(name)] += self._handed(number, low)[:, None]
-        return np.asarray(np.minimum((rows.rates[number] @ np.minimum(seconds, NEVER)).max(axis=1), NEVER))
+        return np.minimum(seconds, NEVER)
+
+    def with_programs(self, number: int, low: NDArray[np.int64], high: NDArray[np.int64]) -> Array:
+        """As `of` [n], of one arrangement: what every single one of its programs is above, not only what all of them
+        have in common."""
+        if number not in self._programs:
+            sharing = sharing_of(self.problem, self.arrangements[number].structure)
+            listed = unbeaten(self.problem.flow, sharing, self.problem.max_staleness)
+            table = np.zeros((len(listed), max(map(len, listed)), len(self.columns)))
+            for at, found in enumerate(listed):
+                table[at, : len(found)] = self._by_role(found)
+            self._programs[number] = table
+        table, bound = self._programs[number], np.empty(len(low))
+        for first in range(0, len(low), AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            seconds = self._least(np.full(len(low[part]), number), low[part], high[part])
+            periods = (table.reshape(-1, table.shape[2]) @ seconds).reshape(len(seconds), *table.shape[:2], -1)
+            bound[part] = self._objective(periods.max(axis=2)).min(axis=1)
+        return np.minimum(bound, NEVER)
 
     def _generate(self, number: NDArray[np.int64], sizes: NDArray[np.int64]) -> Array:
         """Seconds [n, S + 1] with all the engines that the generating pools have room for."""

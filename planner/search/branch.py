@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.search.bound import NEVER, Bounds
-from planner.search.evaluate import SAME, Candidate, evaluate
+from planner.search.evaluate import SAME, Candidate, evaluate, guess, ideal_seconds
 from planner.search.options import Problem
 from planner.search.pins import Restrict
 from planner.search.programs import Program
@@ -18,6 +18,7 @@ from planner.search.space import Arrangement, Structure, arrangements, structure
 MUCH_SLOWER = 0.25  # than the best plan: such plans are not shown beside it
 MORE = 8  # placements to evaluate for each plan beside the best: these are good, and not proven to be next
 AT_ONCE = 1024  # boxes that are halved together
+LISTED = 1  # the greatest staleness whose programs are all tried on leaves: there are ever more of them
 
 
 class Found(NamedTuple):
@@ -85,8 +86,9 @@ class _TimeUp(Exception):
 
 
 class _Search:
-    """`best` is sorted. `open` boxes are to be halved; `leaves` are boxes whose largest sizes can be had at once;
-    `unsettled` placements that a better program might improve: (bound, number, sizes)."""
+    """`best` is sorted. `open` boxes are to be halved; `leaves` are boxes whose largest sizes can be had at once; of the
+    `close` arrangements, those whose leaves have had the lowest bound, every program is looked at in bounds; `unsettled`
+    are placements that a better program might improve: (bound, number, sizes)."""
 
     def __init__(
         self,
@@ -99,7 +101,8 @@ class _Search:
         self.keep, self.slowest = 1, NEVER / 1e3
         self.best: list[Candidate] = []
         self.unsettled: list[tuple[float, int, tuple[int, ...]]] = []
-        self.evaluated = 0
+        self.guessed, self.close, self.evaluated = set[int](), set[int](), 0
+        self.all_programs = not programs and problem.objective != "p95" and problem.max_staleness <= LISTED
         self.bounds, self.space = Bounds(problem, listed, programs), Space(listed)
         roots = self.space.roots()
         self.leaves = roots.take(np.zeros(0, dtype=np.int64))
@@ -108,13 +111,14 @@ class _Search:
     def widen(self, keep: int) -> None:
         """Look for the best plans of other structures too, as far as they are not much slower."""
         self.keep, self.slowest = keep, (1 + MUCH_SLOWER) * self.best[0].seconds
+        self.all_programs = False  # they are not proven to be the best
         self.unsettled.clear()
         self.open = self._bounded(self.space.roots())
 
     @property
     def bound(self) -> float:
         """Seconds that no plan is below, at any time of the search."""
-        left = [float(boxes.bound.min(initial=NEVER)) for boxes in (self.open, self.leaves)]
+        left = [_lowest(boxes) for boxes in (self.open, self.leaves)]
         left += [self.best[0].seconds if self.best else NEVER, *(bound for bound, *_ in self.unsettled)]
         found = min(left)
         return found if found < NEVER / 1e3 else 0.0
@@ -122,14 +126,18 @@ class _Search:
     def branch(self, most: float = np.inf) -> None:
         """Halve the boxes with the lowest bounds until none is below the best; evaluate placements in the order of
         their bounds, as soon as no box has a lower one. Not more than `most` in all."""
-        while (len(self.open.bound) or len(self.leaves.bound)) and self.evaluated < most:
+        while self.evaluated < most:
             if time.perf_counter() > self.deadline:
                 raise _TimeUp
-            self.open = self.open.take(self.open.bound < self._limits(self.open.number))
-            lowest = self.leaves.bound.min(initial=NEVER)
-            if len(self.leaves.bound) and (not self.best or lowest <= self.open.bound.min(initial=NEVER)):
+            self.open, self.leaves = (
+                boxes.take(boxes.bound < self._limits(boxes.number)) for boxes in (self.open, self.leaves)
+            )
+            opened, leaf = _lowest(self.open), _lowest(self.leaves)
+            if min(opened, leaf) >= NEVER:
+                break
+            if leaf <= opened or (leaf < NEVER and not self.best):
                 self._look_at_best_leaf()
-            elif len(self.open.bound):
+            else:
                 order = np.argsort(self.open.bound, kind="stable")
                 halves = self._bounded(_halved(self.open.take(order[:AT_ONCE])))
                 self.open = _joined(self.open.take(order[AT_ONCE:]), halves)
@@ -142,42 +150,54 @@ class _Search:
             if bound < self.best[0].seconds * (1 - SAME):
                 if time.perf_counter() > self.deadline:
                     raise _TimeUp
-                program = self.programs[number] if self.programs else None
+                program = self._program(number)
                 outcome = evaluate(self.problem, self.listed[number], sizes, self._limit(number), True, program)
                 self._insert(outcome.best)
             del self.unsettled[0]
 
     def _look_at_best_leaf(self) -> None:
-        """Sharpen the bound of the leaf that has the lowest, or evaluate it if that is as sharp as can be."""
-        leaves = self.leaves.take(self.leaves.bound < self._limits(self.leaves.number))
-        if len(leaves.bound):
-            order = np.lexsort((leaves.number, self.space.pools[leaves.number], leaves.bound))
-            number, corner = int(leaves.number[order[0]]), leaves.high[order[:1]]
-            if self.best and self.bounds.sharpen(number, corner, self._limit(number)):
-                near, far = leaves.take(order[:AT_ONCE]), leaves.take(order[AT_ONCE:])
-                near = near._replace(bound=np.maximum(near.bound, self.bounds.of(near.number, near.high, near.high)))
-                leaves = _joined(far, near)
-            else:
-                self._evaluate(leaves.take(order[:1]))
-                leaves = leaves.take(order[1:])
-        self.leaves = leaves
+        """Take the leaf that has the lowest bound one step further: a quick plan, if it is the first of its structure;
+        then a sharper bound; and if that is as sharp as can be, its best plan."""
+        leaves = self.leaves
+        order = np.lexsort((leaves.number, self.space.pools[leaves.number], leaves.bound))
+        number, leaf = int(leaves.number[order[0]]), leaves.take(order[:1])
+        if number not in self.guessed:
+            self.guessed.add(number)
+            sizes, program = padded(self.listed[number], leaf.high[0].tolist()), self._program(number)
+            self._insert(guess(self.problem, self.listed[number], sizes, self._limit(number), program))
+        elif self.all_programs and self.best and number not in self.close:
+            self.close.add(number)
+            self.open, self.leaves = self._sharper(self.open), self._sharper(leaves)
+        elif self.best and self.bounds.sharpen(number, leaf.high, self._limit(number)):
+            near, far = leaves.take(order[:AT_ONCE]), leaves.take(order[AT_ONCE:])
+            self.leaves = _joined(far, self._sharper(near))
+        else:
+            self.leaves = leaves.take(order[1:])
+            self._evaluate(leaf)
+
+    def _program(self, number: int) -> Program | None:
+        return self.programs[number] if self.programs else None
 
     def _evaluate(self, leaf: Boxes) -> None:
         """The placement of a leaf. Smaller sizes are no better where nothing but sizes matters: where every pool fills
-        its nodes. Elsewhere the rest of the box is looked at too."""
+        its nodes, or would be no better if it did. Elsewhere the rest of the box is looked at too."""
         number, bound = int(leaf.number[0]), float(leaf.bound[0])
-        arrangement, program = self.listed[number], self.programs[number] if self.programs else None
-        sizes = padded(arrangement, leaf.high[0].tolist())
-        outcome = evaluate(self.problem, arrangement, sizes, self._limit(number), False, program)
+        arrangement, program = self.listed[number], self._program(number)
+        sizes, single = padded(arrangement, leaf.high[0].tolist()), bool((leaf.low == leaf.high).all())
+        every = self.all_programs and bool(self.best)
         self.evaluated += 1
+        fewer = not single and self.bounds.fewer_engines_are_faster(number, leaf.high)
+        if every and not single and not fewer:
+            bound = max(bound, ideal_seconds(self.problem, arrangement, sizes, self._limit(number)))
+        if bound < self._limit(number):
+            outcome = evaluate(self.problem, arrangement, sizes, self._limit(number), every, program)
+            self._insert(outcome.best)
+            if program is None and not every and outcome.bound < self._limit(number):
+                self.unsettled.append((max(bound, outcome.bound), number, sizes))
+            if not single and not (outcome.filled and not fewer) and bound < self._limit(number):
+                rest = _without_corner(bound, number, leaf.low[0].tolist(), leaf.high[0].tolist())
+                self.open = _joined(self.open, self._bounded(rest))
         self.bounds.refresh()
-        self._insert(outcome.best)
-        if program is None and outcome.bound < self._limit(number):
-            self.unsettled.append((max(bound, outcome.bound), number, sizes))
-        smaller = not outcome.filled or self.bounds.fewer_engines_are_faster(number, leaf.high)
-        if smaller and (leaf.low != leaf.high).any() and bound < self._limit(number):
-            rest = _without_corner(bound, number, leaf.low[0].tolist(), leaf.high[0].tolist())
-            self.open = _joined(self.open, self._bounded(rest))
 
     # --- what is of interest ---
 
@@ -206,12 +226,22 @@ class _Search:
     def _bounded(self, boxes: Boxes) -> Boxes:
         """The boxes that may hold something of interest, tightened and bounded; those that are placements go to the
         leaves."""
-        boxes = self._tightened(boxes)
-        boxes = boxes._replace(bound=np.maximum(boxes.bound, self.bounds.of(boxes.number, boxes.low, boxes.high)))
+        boxes = self._sharper(self._tightened(boxes))
         boxes = boxes.take(boxes.bound < self._limits(boxes.number))
         single = self.space.possible(boxes) & ~self.bounds.may_share_a_node(boxes.number, boxes.low, boxes.high)
         self.leaves = _joined(self.leaves, boxes.take(single))
         return boxes.take(~single)
+
+    def _sharper(self, boxes: Boxes) -> Boxes:
+        """With their bounds anew, of close arrangements with all programs where that may decide."""
+        bound = np.maximum(boxes.bound, self.bounds.of(boxes.number, boxes.low, boxes.high))
+        limits = self._limits(boxes.number)
+        for number in self.close:
+            rows = np.flatnonzero((boxes.number == number) & (bound < limits))
+            if len(rows):
+                found = self.bounds.with_programs(number, boxes.low[rows], boxes.high[rows])
+                bound[rows] = np.maximum(bound[rows], found)
+        return boxes._replace(bound=bound)
 
     def _tightened(self, boxes: Boxes) -> Boxes:
         """Boxes without sizes that are too small to be below the limit, that leave too few GPUs for the other pools, or
@@ -297,6 +327,10 @@ def _without_corner(bound: float, number: int, low: list[int], high: list[int]) 
         np.array([above for _, above in boxes]),
         np.full(len(boxes), bound),
     )
+
+
+def _lowest(boxes: Boxes) -> float:
+    return float(boxes.bound.min(initial=NEVER))
 
 
 def _joined(some: Boxes, more: Boxes) -> Boxes:

@@ -1,6 +1,7 @@
 """One placement: the best layouts of its roles, jointly under memory, and the best program."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -41,14 +42,21 @@ class Outcome(NamedTuple):
 
 
 class Site:
-    """A placement on real nodes, with the layouts of each role on its pool."""
+    """A placement on real nodes, with the layouts of each role on its pool; or an `ideal` one, as if every pool filled
+    nodes of its own and hosts had any memory, which no placement of these sizes or smaller ones is better than."""
 
-    def __init__(self, problem: Problem, arrangement: Arrangement, counts: Sequence[int]) -> None:
+    def __init__(self, problem: Problem, arrangement: Arrangement, counts: Sequence[int], ideal: bool = False) -> None:
         self.problem, self.structure, self.kinds = problem, arrangement.structure, arrangement.kinds
-        self.gpus = pack(counts, problem.cluster, arrangement.kinds)
+        self.counts, self.ideal = tuple(counts), ideal
+        parts: Iterable[tuple[int, ...]]
+        if ideal:
+            self.gpus: tuple[tuple[Gpu, ...], ...] = ()
+            parts = (_filled(count, problem.node(kind)) for count, kind in zip(counts, self.kinds, strict=True))
+        else:
+            self.gpus = pack(counts, problem.cluster, arrangement.kinds)
+            parts = map(parts_of, self.gpus)
         self.places = tuple(
-            Place(parts=parts_of(pool), device=problem.device(kind))
-            for pool, kind in zip(self.gpus, self.kinds, strict=True)
+            Place(parts=found, device=problem.device(kind)) for found, kind in zip(parts, self.kinds, strict=True)
         )
         roles = [role for role in problem.workload.roles if role != "rollout"]
         self.pool_of = {role: next(i for i, pool in enumerate(self.structure) if role in pool) for role in roles}
@@ -58,9 +66,12 @@ class Site:
         }
         self.sharing = sharing_of(problem, self.structure)
 
-    @property
+    @cached_property
     def same_node(self) -> bool:
         pools = {self.pool_of["actor"], *self.generating}
+        if self.ideal:
+            kinds = {self.kinds[i] for i in pools}
+            return len(kinds) == 1 and sum(self.counts[i] for i in pools) <= self.problem.node(*kinds)
         return len({node for i in pools for node, _ in self.gpus[i]}) == 1
 
     @property
@@ -81,6 +92,11 @@ class Site:
     def engine(self, pool: int, engine: Array) -> Array:
         """Bytes [3] of the engine on a GPU of a pool."""
         return engine if pool in self.generating else np.zeros(3)
+
+
+def _filled(gpus: int, node: int) -> tuple[int, ...]:
+    """GPUs per node of nodes that are filled one after the other."""
+    return (node,) * (gpus // node) + ((gpus % node,) if gpus % node else ())
 
 
 class Engines(NamedTuple):
@@ -107,8 +123,55 @@ def evaluate(
         if placed is None:
             return Outcome(None, NEVER, False)
         arrangement = placed
+    return _best_at(Site(problem, arrangement, counts), limit, every, fixed)
+
+
+def ideal_seconds(problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float) -> float:
+    """What no placement of these sizes or smaller ones is below, were it not for generation that is faster on fewer
+    engines; `limit` seconds if that is no less."""
+    best = _best_at(Site(problem, arrangement, counts, ideal=True), limit, True, None).best
+    return best.seconds if best else limit
+
+
+def guess(
+    problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float, fixed: Program | None
+) -> Candidate | None:
+    """Some good plan of a placement that is below `limit` seconds, quickly: on all GPUs that a role can use, with the
+    first engines that do."""
     site = Site(problem, arrangement, counts)
-    floor = rates(fixed) if fixed else bound_rates(problem.flow, site.sharing, problem.max_staleness)
+    for role, layouts in site.layouts.items():
+        used = layouts.grid.gpus
+        site.layouts[role] = layouts.take(np.flatnonzero(used == used.max(initial=0)))
+    floor = _floor(site, fixed)
+    for engines, least in _worth_trying(site, floor, lambda: limit):
+        kept = _kept(site, engines, least, floor, limit)
+        if len(picks := _picks(site, engines, kept, floor, limit, True)):
+            return _best_of(site, engines, picks, limit, False, fixed)
+    return None
+
+
+def _floor(site: Site, fixed: Program | None) -> Array:
+    """Rows of rates that no program is below."""
+    return rates(fixed) if fixed else bound_rates(site.problem.flow, site.sharing, site.problem.max_staleness)
+
+
+def _best_of(
+    site: Site, engines: Engines, picks: "Picks", limit: float, every: bool, fixed: Program | None
+) -> Candidate | None:
+    """The best of some combinations of layouts, if it is below `limit` seconds."""
+    best = None
+    seconds = _seconds(site, engines, picks)
+    for program in _programs(site, seconds.min(axis=1).mean(axis=1), limit, every, fixed):
+        periods = site.problem.statistic(program.cycles.periods(seconds))
+        n = int(periods.argmin())
+        if periods[n] < _below(limit, best):
+            best = _candidate(float(periods[n]), site, engines, picks, n, program)
+    return best
+
+
+def _best_at(site: Site, limit: float, every: bool, fixed: Program | None) -> Outcome:
+    problem = site.problem
+    floor = _floor(site, fixed)
     best: Candidate | None = None
     bound = NEVER
     for engines, least in _worth_trying(site, floor, lambda: _below(limit, best)):  # noqa: B023
@@ -261,7 +324,7 @@ def _picks(
             picks.rows.update(_lightest(site, i, kept, engine))
     else:
         picks = Picks(kept, _promising(site, engines, kept, floor, threshold))
-    return picks.take(_hosts_hold(site, engine, picks)) if len(picks) else picks
+    return picks.take(_hosts_hold(site, engine, picks)) if len(picks) and not site.ideal else picks
 
 
 def _lightest(site: Site, pool: int, kept: dict[str, Layouts], engine: Array) -> dict[str, NDArray[np.int64]]:
@@ -365,9 +428,12 @@ def _seconds(site: Site, engines: Engines, picks: Picks) -> Array:
     for role, rows in picks.rows.items():
         for name, found in zip(problem.calls_of(role), picks.layouts[role].seconds, strict=True):
             seconds[row[name]] = found[rows]
-    actors, which = np.unique(picks.rows["actor"], return_inverse=True)
-    synced = [_sync(site, engines, picks.layouts["actor"].layout(int(actor), "p")) for actor in actors]
-    seconds[row["sync_weights"]] = np.array(synced)[which]
+    grid = picks.layouts["actor"].grid  # what a sync takes does not depend on its other columns
+    kinds = np.column_stack([grid.shard, grid.replicas, grid.offload])[picks.rows["actor"]]
+    _, first, which = np.unique(kinds, axis=0, return_index=True, return_inverse=True)
+    actors = picks.rows["actor"][first].tolist()
+    synced = [_sync(site, engines, picks.layouts["actor"].layout(actor, "p")) for actor in actors]
+    seconds[row["sync_weights"]] = np.array(synced)[which.ravel()]
     return seconds
 
 

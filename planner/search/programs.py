@@ -103,6 +103,58 @@ def programs_below(
     return [_program(flow, sharing, listed.items[at], k) for at in _below(listed.steps, seconds, threshold)]
 
 
+@cache
+def unbeaten(flow: Dataflow, sharing: Sharing, k: int) -> tuple[NDArray[np.float64], ...]:
+    """The `rates` of programs of staleness at most k of which some one is as fast as any program, whatever the costs:
+    period >= the minimum over these of max(rates @ seconds). Of programs whose cycles all lie on longer ones of another
+    program, that other one is left out."""
+    steps = np.concatenate([all_programs(flow, sharing, staleness).steps for staleness in range(k + 1)])
+    programs = dict.fromkeys(_binding_cycles(graph) for graph in _without_detours(steps))
+    left: list[tuple[tuple[int, int], ...]] = []
+    for program in programs:
+        if not any(_never_slower(other, program) for other in left):
+            left = [other for other in left if not _never_slower(program, other)] + [program]
+    calls = np.arange(len(sharing))
+    return tuple(np.array([(on >> calls & 1) / distance for on, distance in program]) for program in left)
+
+
+def _never_slower(one: tuple[tuple[int, int], ...], other: tuple[tuple[int, int], ...]) -> bool:
+    return all(any(on & there == on and distance >= least for there, least in other) for on, distance in one)
+
+
+def _without_detours(steps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Event graphs [n, u, v] without the edges that a path of no more steps implies (as `cycle.cycles` leaves out)."""
+    reach, through = steps.copy(), np.full_like(steps, np.inf)
+    for via in range(steps.shape[1]):
+        path = reach[:, :, via, None] + reach[:, None, via, :]
+        path[:, via], path[:, :, via] = np.inf, np.inf
+        through, reach = np.minimum(through, path), np.minimum(reach, path)
+    own = np.eye(steps.shape[1], dtype=bool)
+    return np.where(own | (through > steps), steps, np.inf)
+
+
+def _binding_cycles(steps: NDArray[np.float64]) -> tuple[tuple[int, int], ...]:
+    """The cycles of one event graph [u, v] that can bind: the calls on each, as bits, and the steps that it spans."""
+    after = [[(v, int(row[v])) for v in np.flatnonzero(np.isfinite(row)).tolist()] for row in steps]
+    least = dict[int, int]()
+
+    def walk(first: int, at: int, on: int, distance: int) -> None:
+        for to, lag in after[at]:
+            if to == first:
+                least[on] = min(least.get(on, distance + lag), distance + lag)
+            elif to > first and not on >> to & 1:
+                walk(first, to, on | 1 << to, distance + lag)
+
+    for first in range(len(after)):
+        walk(first, first, 1 << first, 0)
+    found = sorted(least.items(), key=lambda cycle: (cycle[1], -cycle[0].bit_count(), cycle[0]))
+    kept: list[tuple[int, int]] = []
+    for on, distance in found:
+        if not any(on & longer == on and distance >= spans for longer, spans in kept):
+            kept.append((on, distance))
+    return tuple(sorted(kept))
+
+
 def best_naturals(
     flow: Dataflow, sharing: Sharing, k: int, seconds: NDArray[np.float64], threshold: float, keep: int = 4
 ) -> list[Program]:
@@ -137,9 +189,11 @@ def _below(steps: NDArray[np.float64], seconds: NDArray[np.float64], threshold: 
 
     A period is at least that exactly if the graph with weights seconds(u) - threshold * steps has a cycle that is not
     negative; the longest walks of all graphs are found at once (Floyd 1962)."""
-    walks = seconds[None, :, None] - threshold * steps
+    walks = seconds[:, None] - threshold * steps
+    path = np.empty_like(walks)
     for via in range(len(seconds)):
-        walks = np.maximum(walks, walks[:, :, via, None] + walks[:, None, via, :])
+        np.add(walks[:, :, via, None], walks[:, None, via, :], out=path)
+        np.maximum(walks, path, out=walks)
     return np.flatnonzero(walks.diagonal(axis1=1, axis2=2).max(axis=1) < 0)
 
 
@@ -157,23 +211,64 @@ def dominates(greater: NDArray[np.float64], less: NDArray[np.float64]) -> bool:
 def bound_rates(flow: Dataflow, sharing: Sharing, k: int) -> NDArray[np.float64]:
     """Rows [n, calls] that no program of staleness at most k can beat: period >= max(rows @ seconds).
 
-    The load of each pool; the data path generate -> what a pool has to infer (in turn) -> advantages -> update_actor ->
-    sync_weights, which spans k + 1 steps because generation uses weights k updates old; and the recurrence of each
-    trained role, which infers and updates with its own weights every step."""
+    Calls of which no two ever run at the same time, because they share a pool or because each step of one lies between
+    two steps of the other: every step takes at least their sum. Among these are the load of each pool and the
+    recurrence of a trained role, which infers and updates with its own weights every step. And the data path generate
+    -> what a pool has to infer (in turn) -> advantages -> update_actor -> sync_weights, which spans k + 1 steps because
+    generation uses weights k updates old."""
     pools = dict(sharing)
     calls = tuple(pools)
-    rows = [{call for call in calls if pool in pools[call]} for pool in {p for ps in pools.values() for p in ps}]
-    scaled = [(row, 1.0) for row in rows]
+    scaled = [({calls[at] for at in row}, 1.0) for row in _cliques(_never_beside(flow, sharing, k))]
     needed = {flow.writer(read.data) for read in flow["advantages"].reads}
     before = {call.name for call in needed if call is not None} - {"generate"}
     path = {"generate", "advantages", "update_actor", "sync_weights"}
     groups = [{call for call in before if pool in pools[call]} for pool in {p for c in before for p in pools[c]}]
     groups += [{call} for call in before if not pools[call]] or [set()]
-    scaled += [(path | group, 1.0 / (k + 1)) for group in groups]
-    for infer, train in (("values", "update_critic"), ("old_logprobs", "update_actor")):
-        if infer in calls and train in calls:
-            scaled.append(({infer, "advantages", train}, 1.0))
+    scaled += [(path | group, 1.0 / (k + 1)) for group in groups] if k else []
     return np.array(sorted({tuple(scale * (call in row) for call in calls) for row, scale in scaled}))
+
+
+def _never_beside(flow: Dataflow, sharing: Sharing, k: int) -> NDArray[np.bool_]:
+    """Which calls [n, n] never run at the same time as which others, whatever the program of staleness at most k."""
+    pools = dict(sharing)
+    lags = _least_lags(flow, tuple(pools), k)
+    shared = np.array([[bool(set(own) & set(other)) for other in pools.values()] for own in pools.values()])
+    return np.asarray((shared | (lags + lags.T <= 1)) & ~np.eye(len(pools), dtype=bool))
+
+
+@cache
+def _least_lags(flow: Dataflow, calls: tuple[str, ...], k: int) -> NDArray[np.float64]:
+    """The least d [u, v] for which v of step t always starts after u of step t - d has ended, in programs of staleness
+    at most k. A state is read before it is overwritten: by a call of the role that it belongs to, on the same pool."""
+    lags = np.full((len(calls), len(calls)), np.inf)
+    index = {call: at for at, call in enumerate(calls)}
+    for call in flow.calls:
+        for read in call.reads:
+            if (writer := flow.writer(read.data)) is None:
+                continue
+            u, v = index[writer.name], index[call.name]
+            lags[u, v] = min(lags[u, v], k + 1 if read.latest else read.lag)
+            if read.data in flow.state and not read.latest and set(writer.roles) & set(call.roles):
+                lags[v, u] = min(lags[v, u], 1 - read.lag)
+    for via in range(len(calls)):
+        lags = np.minimum(lags, lags[:, via, None] + lags[None, via, :])
+    return lags
+
+
+def _cliques(near: NDArray[np.bool_]) -> Iterator[frozenset[int]]:
+    """The largest sets of which all are near each other (Bron and Kerbosch 1973)."""
+    neighbours = [frozenset(np.flatnonzero(row).tolist()) for row in near]
+
+    def grow(chosen: frozenset[int], able: frozenset[int], done: frozenset[int]) -> Iterator[frozenset[int]]:
+        if not able and not done:
+            yield chosen
+            return
+        pivot = max(able | done, key=lambda at: (len(neighbours[at] & able), -at))
+        for at in sorted(able - neighbours[pivot]):
+            yield from grow(chosen | {at}, able & neighbours[at], done & neighbours[at])
+            able, done = able - {at}, done | {at}
+
+    return grow(frozenset(), frozenset(range(len(neighbours))), frozenset())
 
 
 @cache
