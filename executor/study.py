@@ -18,8 +18,9 @@ import ray
 
 from executor import memory, pools, preflight
 from executor.data import PromptSource
+from executor.execute import _run
 from executor.processes import fleet_for
-from executor.run import Silent, _run
+from executor.run import Silent
 from executor.rundir import RunDirectory
 from executor.session import ray_session
 from executor.step import Training

@@ -14,8 +14,8 @@ from conftest import ROLES, make_plan, make_workload, split
 from safetensors.torch import save_file
 
 from executor import checkpoint, shards
+from executor.execute import Survival, execute, resume
 from executor.offload import Parking
-from executor.run import Survival, execute, resume
 from executor.rundir import timeline_of
 from planner.predict.schedule import tasks_of
 from planner.spec.errors import UserError

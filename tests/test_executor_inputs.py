@@ -9,8 +9,8 @@ import pytest
 from conftest import SHAPE, colocated, cpu_cluster, make_plan, make_workload, split
 
 from executor import preflight, reward, session
+from executor.execute import execute
 from executor.pools import Fleet
-from executor.run import execute
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan

@@ -12,8 +12,9 @@ import pytest
 from conftest import colocated, cpu_cluster, make_plan, make_workload, split
 
 from executor import checkpoint
+from executor.execute import _run, execute
 from executor.rehearse import Rehearsal
-from executor.run import Silent, _run, execute, loop
+from executor.run import Silent, loop
 from executor.rundir import RunDirectory
 from executor.supervise import Deadlines
 from executor.worker import Record

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from executor import preflight
 from executor.data import Generated, Synthetic, collate
+from executor.execute import execute
 from executor.pools import Fleet
 from executor.processes import fleet_for
-from executor.run import Silent, execute, loop
+from executor.run import Silent, loop
 from executor.step import Training
 from executor.trainer import Minibatch, Trainer
 from planner.predict.schedule import tasks_of

@@ -18,7 +18,8 @@ from test_checkpoint import SURVIVAL, WORKLOAD, metrics_of
 from test_executor_loop import descendants, running
 
 from executor import checkpoint, preflight
-from executor.run import Silent, Survival, execute, loop, resume
+from executor.execute import Survival, execute, resume
+from executor.run import Silent, loop
 from executor.step import Done, Training
 from planner.predict.forecast import predict
 from planner.predict.schedule import Task, tasks_of

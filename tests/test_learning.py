@@ -6,7 +6,7 @@ import json
 import pytest
 
 from executor import ppo, task
-from executor.run import execute
+from executor.execute import execute
 from planner.search import find
 from planner.spec.timeline import Timeline
 from planner.spec.workload import load_workload

@@ -12,8 +12,9 @@ import torch
 from conftest import colocated, make_plan, make_workload, split
 
 from executor import pools, preflight
+from executor.execute import _run, _started
 from executor.rehearse import Rehearsal
-from executor.run import Silent, _run, _started, loop
+from executor.run import Silent, loop
 from executor.rundir import RunDirectory
 from executor.step import Training
 from executor.supervise import Deadlines, one_line

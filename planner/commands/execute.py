@@ -71,7 +71,7 @@ def execute(
     if rehearse:
         steps = steps or REHEARSED_STEPS
         seconds = task_seconds(checked, profiles_of(checked, plan, profiles, make_console(stderr=True)))
-    from executor.run import Survival, execute  # ray and torch are slow to load
+    from executor.execute import Survival, execute  # ray and torch are slow to load
 
     console = make_console()
     with LiveProgress(checked, steps or checked.workload.steps, console) as progress:
@@ -92,7 +92,7 @@ def _resume(
     path: Path, other: Path | None, survival: dict[str, int], options: dict[str, Any]
 ) -> tuple[Path, Console, LiveProgress]:
     from executor import checkpoint  # torch is slow to load
-    from executor.run import Survival, resume
+    from executor.execute import Survival, resume
 
     found = checkpoint.find(path)
     plan = load_plan(other) if other is not None else found.plan
