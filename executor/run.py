@@ -1,4 +1,4 @@
-"""Running a plan: the one loop over its tasks. What each call does is in `step.py`, what lies around it in `execute.py`."""
+"""The one loop over the tasks of a run. What each call does is in `step.py`, what lies around it in `execute.py`."""
 
 import math
 import time
