@@ -59,8 +59,11 @@ def search(
     console.print()
     for sentence in (bottleneck(best), *figures(best), *_notes(best, result.runners_up, inputs)):
         console.print(sentence, soft_wrap=True)
-    console.print(f"Evaluated {result.placements:,} placements in {seconds(result.seconds)} s. Wrote {written}.",
-                  soft_wrap=True)  # fmt: skip
+    console.print(
+        f"The space has {result.placements:,} placements, each with many layouts and programs. The bounds left "
+        f"{result.evaluated:,} to evaluate, in {seconds(result.seconds)} s. Wrote {written}.",
+        soft_wrap=True,
+    )
 
 
 def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[str]:

@@ -16,6 +16,7 @@ from planner.search.branch import search
 from planner.search.evaluate import SAME, Candidate
 from planner.search.options import Problem
 from planner.search.pins import parse_pins, restriction
+from planner.search.space import placements, structures
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -31,13 +32,14 @@ SPACE = (
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a search found, and the seconds until the best plan was proven. A baseline that cannot be is there with the
-    reason instead of a plan."""
+    """What a search found, how many `placements` the space has (whatever is pinned) and how many were `evaluated`, and
+    the seconds until the best plan was proven. A baseline that cannot be is there with the reason instead of a plan."""
 
     best: Plan
     runners_up: tuple[Plan, ...]
     baselines: dict[str, Plan | str]
     placements: int
+    evaluated: int
     seconds: float
 
 
@@ -90,7 +92,8 @@ def find(
         best=plans[0],
         runners_up=tuple(plans[1:]),
         baselines=baselines,
-        placements=found.evaluated,
+        placements=sum(placements(structure, cluster) for structure in structures(workload.roles)),
+        evaluated=found.evaluated,
         seconds=seconds,
     )
 

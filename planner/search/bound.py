@@ -253,7 +253,12 @@ class Bounds:
         return np.asarray(np.minimum((self.rows.rates[number] @ seconds).max(axis=1), NEVER))
 
     def _least(
-        self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], slower: float = 1.0
+        self,
+        number: NDArray[np.int64],
+        low: NDArray[np.int64],
+        high: NDArray[np.int64],
+        slower: float = 1.0,
+        alone: bool = False,
     ) -> Array:
         """Least seconds [n, C, S + 1] of the calls, and of each role's calls together."""
         rows, calls = self.rows, self.problem.calls
@@ -265,14 +270,14 @@ class Bounds:
         for row, name in enumerate(calls):
             if not self.problem.flow[name].roles:
                 seconds[:, row] = _with_mean(self.problem.model.host(name).seconds)
-        seconds[:, calls.index("generate")] = slower * self._generate(number, high)
+        seconds[:, calls.index("generate")] = slower * self._generate(number, high, alone)
         for name in ("sync_weights", "actor"):
             seconds[:, self.columns.index(name)] += self._handed(number, low)[:, None]
         return np.minimum(seconds, NEVER)
 
-    def with_programs(self, number: int, low: NDArray[np.int64], high: NDArray[np.int64]) -> Array:
+    def with_programs(self, number: int, low: NDArray[np.int64], high: NDArray[np.int64], alone: bool = False) -> Array:
         """As `of` [n], of one arrangement: what every single one of its programs is above, not only what all of them
-        have in common."""
+        have in common. With the largest sizes `alone`, generation does not take what it might on fewer engines."""
         if number not in self._programs:
             sharing = sharing_of(self.problem, self.arrangements[number].structure)
             listed = unbeaten(self.problem.flow, sharing, self.problem.max_staleness)
@@ -283,19 +288,20 @@ class Bounds:
         table, bound = self._programs[number], np.empty(len(low))
         for first in range(0, len(low), AT_ONCE):
             part = slice(first, first + AT_ONCE)
-            seconds = self._least(np.full(len(low[part]), number), low[part], high[part])
+            seconds = self._least(np.full(len(low[part]), number), low[part], high[part], alone=alone)
             periods = (table.reshape(-1, table.shape[2]) @ seconds).reshape(len(seconds), *table.shape[:2], -1)
             bound[part] = self._objective(periods.max(axis=2)).min(axis=1)
         return np.minimum(bound, NEVER)
 
-    def _generate(self, number: NDArray[np.int64], sizes: NDArray[np.int64]) -> Array:
-        """Seconds [n, S + 1] with all the engines that the generating pools have room for."""
+    def _generate(self, number: NDArray[np.int64], sizes: NDArray[np.int64], alone: bool = False) -> Array:
+        """Seconds [n, S + 1] with all the engines that the generating pools have room for, or any fewer; not any fewer
+        on these sizes `alone`."""
         found = np.full((len(number), self.scenarios), NEVER)
         pools, room = self._engine_pools(number, sizes)
         for kind, generation in enumerate(self.generation):
             of_kind = np.flatnonzero(self.rows.kind[number] == kind)
             if len(of_kind):
-                found[of_kind] = generation.least(pools[of_kind], room[of_kind])
+                found[of_kind] = generation.least(pools[of_kind], room[of_kind], alone)
         return found
 
     def _handed(self, number: NDArray[np.int64], low: NDArray[np.int64]) -> Array:
@@ -434,12 +440,12 @@ class Generation:
             able = np.asarray(((each > 0) | (pools < 0)).all(axis=1), dtype=np.bool_)
             yield which, np.searchsorted(self.counts, each.sum(axis=1), "right") - 1, able
 
-    def least(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> Array:
+    def least(self, pools: NDArray[np.int64], room: NDArray[np.int64], alone: bool = False) -> Array:
         """Seconds [n, S + 1] with the engines that fit pools of these sizes [n, P] (-1: not the rollout's), each of
-        which needs one, in a level of memory [n]."""
-        found = np.full((len(pools), self.table.shape[3]), NEVER)
+        which needs one, in a level of memory [n]; or with any fewer engines, unless with all of them `alone`."""
+        found, table = np.full((len(pools), self.table.shape[3]), NEVER), self.exact if alone else self.table
         for which, count, able in self._fitting(pools):
-            found = np.minimum(found, np.where(able[:, None], self.table[which, room, count], NEVER))
+            found = np.minimum(found, np.where(able[:, None], table[which, room, count], NEVER))
         return found
 
 

@@ -86,9 +86,10 @@ class _TimeUp(Exception):
 
 
 class _Search:
-    """`best` is sorted. `open` boxes are to be halved; `leaves` are boxes whose largest sizes can be had at once; of the
-    `close` arrangements, those whose leaves have had the lowest bound, every program is looked at in bounds; `unsettled`
-    are placements that a better program might improve: (bound, number, sizes)."""
+    """`best` is sorted. `open` boxes are to be halved; `leaves` are boxes whose largest sizes can be had at once;
+    `unsettled` are placements that a better program might improve: (bound, number, sizes). The `guessed` arrangements
+    have had a quick plan; the bounds of the `close` ones, whose leaves have had the lowest bound, look at every
+    program."""
 
     def __init__(
         self,
@@ -185,18 +186,21 @@ class _Search:
         arrangement, program = self.listed[number], self._program(number)
         sizes, single = padded(arrangement, leaf.high[0].tolist()), bool((leaf.low == leaf.high).all())
         every = self.all_programs and bool(self.best)
-        self.evaluated += 1
         fewer = not single and self.bounds.fewer_engines_are_faster(number, leaf.high)
         if every and not single and not fewer:
             bound = max(bound, ideal_seconds(self.problem, arrangement, sizes, self._limit(number)))
-        if bound < self._limit(number):
+        itself, outcome = bound, None
+        if every:  # what these sizes alone allow
+            itself = max(bound, float(self.bounds.with_programs(number, leaf.high, leaf.high, alone=True)[0]))
+        if itself < self._limit(number):
+            self.evaluated += 1
             outcome = evaluate(self.problem, arrangement, sizes, self._limit(number), every, program)
             self._insert(outcome.best)
             if program is None and not every and outcome.bound < self._limit(number):
                 self.unsettled.append((max(bound, outcome.bound), number, sizes))
-            if not single and not (outcome.filled and not fewer) and bound < self._limit(number):
-                rest = _without_corner(bound, number, leaf.low[0].tolist(), leaf.high[0].tolist())
-                self.open = _joined(self.open, self._bounded(rest))
+        if not single and bound < self._limit(number) and (fewer or (outcome is not None and not outcome.filled)):
+            rest = _without_corner(bound, number, leaf.low[0].tolist(), leaf.high[0].tolist())
+            self.open = _joined(self.open, self._bounded(rest))
         self.bounds.refresh()
 
     # --- what is of interest ---

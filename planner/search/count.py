@@ -1,14 +1,13 @@
 """How large the space of a search is."""
 
 from dataclasses import dataclass
-from math import comb, prod
 
 from planner.predict.cost import Place
 from planner.predict.layouts import trainer_grid
 from planner.search import problem_of
 from planner.search.bound import sharing_of
 from planner.search.programs import all_programs
-from planner.search.space import arrangements, structures
+from planner.search.space import placements, structures
 from planner.spec.cluster import Cluster
 from planner.spec.workload import Workload
 
@@ -30,7 +29,7 @@ def count(workload: Workload, cluster: Cluster, max_staleness: int | None = None
     """Count the space of `find` with these inputs. Layouts are those on GPUs of the first node's kind."""
     problem = problem_of(workload, cluster, (), max_staleness)
     listed, gpus = structures(workload.roles), len(cluster.gpus)
-    ways = {s: sum(prod(comb(most, len(p)) for p, most in a.limits) for a in arrangements(s, cluster)) for s in listed}
+    ways = {s: placements(s, cluster) for s in listed}
     possible = [s for s in listed if ways[s]]
     kind = cluster.nodes[0].device
     place = Place(parts=(gpus,), device=cluster.devices[kind])

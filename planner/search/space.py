@@ -4,6 +4,7 @@ nodes."""
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
+from math import comb, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -68,6 +69,11 @@ def arrangements(structure: Structure, cluster: Cluster) -> Iterator[Arrangement
         generates = {kind for kind, roles in zip(kinds, structure, strict=True) if "rollout" in roles}
         if len(generates) == 1 and all(len(pools) <= most for pools, most in limits):
             yield Arrangement(structure, kinds, tuple(limit for limit in limits if limit[0]))
+
+
+def placements(structure: Structure, cluster: Cluster) -> int:
+    """How many placements a structure has: n pools of one kind have any sizes that add up to no more than there is."""
+    return sum(prod(comb(most, len(pools)) for pools, most in a.limits) for a in arrangements(structure, cluster))
 
 
 def gpus_of_kinds(cluster: Cluster) -> dict[str, int]:
