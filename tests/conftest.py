@@ -26,7 +26,7 @@ def make_workload(**changes: Any) -> Workload:
         "critic": model,
         "reference": model,
         "reward": model,
-        "ppo": {"actor_lr": 1e-3, "critic_lr": 1e-3},
+        "ppo": {"actor_lr": 1e-3, "critic_lr": 1e-3, "temperature": 0.8},
         "steps": 3,
         "seed": 7,
     }

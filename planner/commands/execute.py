@@ -17,7 +17,7 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline, step_seconds
 
-REHEARSED_STEPS = 3  # a rehearsal takes as long as the real run would
+REHEARSED_STEPS = 3  # beside those that fill and drain the pipeline: a rehearsal takes as long as the real run would
 NEEDED = ("ray", "torch", "transformers", "safetensors")
 
 
@@ -69,7 +69,7 @@ def execute(
     checked = load_plan(plan)
     seconds = None
     if rehearse:
-        steps = steps or REHEARSED_STEPS
+        steps = steps or REHEARSED_STEPS + checked.staleness
         seconds = task_seconds(checked, profiles_of(checked, plan, profiles, make_console(stderr=True)))
     from executor.execute import Survival, execute  # ray and torch are slow to load
 

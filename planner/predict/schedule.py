@@ -180,6 +180,9 @@ def staleness(tasks: Sequence[Task]) -> int:
 def check(plan: Plan) -> None:
     """Raise UserError if the plan deadlocks, or if its staleness is not what it says or more than is allowed."""
     offsets = [item.offset for item in plan.program if isinstance(item, Issue)]
+    most = plan.workload.max_staleness + len(offsets)  # a call is at most one step ahead of the one that it waits for
+    if max(offsets) > most:
+        raise UserError(f"plan {plan.name!r}: its program has an offset of {max(offsets)}; none above {most} is of use")
     every = max(call.every for call in plan.dataflow.calls)
     found = staleness(tasks_of(plan, 2 * max(offsets) + max(4, every + 1)))
     if found > plan.workload.max_staleness:

@@ -70,14 +70,21 @@ class File(Spec):
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem of a pydantic error in one line: `key.path: message`."""
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"]) or "file"
+    """The problem of a pydantic error that says most, in one line: `key.path: message`."""
+    problems = error.errors(include_url=False)
+    ours = [each for each in problems if each["type"] == "value_error"]  # with advice; others may be of another union's
+    problem = (ours or problems)[0]
+    keys = [part for part in problem["loc"] if not _names_a_type(part)]
     what = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         what = "unknown key; remove it or check its spelling"
-    more = error.error_count() - 1
-    return f"{where}: {what}" + (f" (and {more} more)" if more else "")
+    more = len(problems) - 1 if len(keys) == len(problem["loc"]) else 0  # the members of a union each have theirs
+    return ": ".join(filter(None, (".".join(map(str, keys)), what))) + (f" (and {more} more)" if more else "")
+
+
+def _names_a_type(part: int | str) -> bool:
+    """Pydantic puts the member of a union into the path: a class, or a validator of it."""
+    return isinstance(part, str) and (part[:1].isupper() or "[" in part)
 
 
 def read_data(path: Path) -> dict[str, Any]:
@@ -92,7 +99,7 @@ def read_data(path: Path) -> dict[str, Any]:
         data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, parse_constant=_not_a_number)
     except (ValueError, RecursionError) as error:
         kind = "TOML" if path.suffix == ".toml" else "JSON"
-        raise UserError(f"{path}: not valid {kind} ({error}); is the file cut off?") from None
+        raise UserError(f"{path}: not valid {kind} ({error}); mend it there, or write the file again") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds a {type(data).__name__}, not a mapping of keys")
     return data

@@ -135,6 +135,8 @@ class Plan(File):
             for number, item in enumerate(data["program"]):
                 if not isinstance(item, dict) or ("call" in item) == ("wait" in item):
                     raise ValueError(f'program item {number} needs either "call" or "wait"')
+                if item.get("chunks", 1) != 1:
+                    raise ValueError(f"program item {number}: calls in chunks are not supported yet; leave chunks out")
         return data
 
     @model_validator(mode="after")
