@@ -21,7 +21,15 @@ from planner.search import NAMES, baseline, find, problem_of
 from planner.search.bound import Bounds
 from planner.search.branch import search
 from planner.search.evaluate import evaluate
-from planner.search.programs import best_naturals, bound_rates, natural_programs, orders, programs_below, unbeatable
+from planner.search.programs import (
+    best_naturals,
+    bound_rates,
+    natural_programs,
+    orders,
+    programs_below,
+    unbeatable,
+    unbeaten,
+)
 from planner.search.space import arrangements, pack, parts_of, sizes, structures
 from planner.spec.cluster import Cluster, Device, Node, make_cluster
 from planner.spec.dataflow import ppo
@@ -125,6 +133,19 @@ def test_natural_programs_are_among_all():
                 assert program.cycles.periods(seconds) < natural
             if best := unbeatable(flow, sharing, k):
                 assert best.cycles.periods(seconds) == pytest.approx((bound_rates(flow, sharing, k) @ seconds).max())
+
+
+def test_the_unbeaten_programs_are_as_fast_as_all():
+    flow = ppo(make_workload()).steady
+    rng = np.random.default_rng(2)
+    for structure in [s for s in structures(ROLES) if len(s) > 2][::20]:
+        sharing = _sharing(flow, structure)
+        left = unbeaten(flow, sharing, 1)
+        for seconds in rng.uniform(0.1, 9, (3, len(flow.names))):
+            least = min(float((rates @ seconds).max()) for rates in left)
+            found = [p for k in (0, 1) for p in programs_below(flow, sharing, k, seconds, least * (1 + 1e-9))]
+            assert found
+            assert not any(programs_below(flow, sharing, k, seconds, least * (1 - 1e-9)) for k in (0, 1))
 
 
 def test_event_graphs_made_at_once_are_those_of_the_one_rule():

@@ -273,7 +273,7 @@ class Bounds:
         seconds[:, calls.index("generate")] = slower * self._generate(number, high, alone)
         for name in ("sync_weights", "actor"):
             seconds[:, self.columns.index(name)] += self._handed(number, low)[:, None]
-        return np.minimum(seconds, NEVER)
+        return np.asarray(np.minimum(seconds, NEVER))
 
     def with_programs(self, number: int, low: NDArray[np.int64], high: NDArray[np.int64], alone: bool = False) -> Array:
         """As `of` [n], of one arrangement: what every single one of its programs is above, not only what all of them
@@ -291,7 +291,7 @@ class Bounds:
             seconds = self._least(np.full(len(low[part]), number), low[part], high[part], alone=alone)
             periods = (table.reshape(-1, table.shape[2]) @ seconds).reshape(len(seconds), *table.shape[:2], -1)
             bound[part] = self._objective(periods.max(axis=2)).min(axis=1)
-        return np.minimum(bound, NEVER)
+        return np.asarray(np.minimum(bound, NEVER))
 
     def _generate(self, number: NDArray[np.int64], sizes: NDArray[np.int64], alone: bool = False) -> Array:
         """Seconds [n, S + 1] with all the engines that the generating pools have room for, or any fewer; not any fewer
