@@ -139,6 +139,7 @@ class _Search:
             if leaf <= opened or (leaf < NEVER and not self.best):
                 self._look_at_best_leaf()
             else:
+                self._guess_inside()
                 order = np.argsort(self.open.bound, kind="stable")
                 halves = self._bounded(_halved(self.open.take(order[:AT_ONCE])))
                 self.open = _joined(self.open.take(order[AT_ONCE:]), halves)
@@ -163,9 +164,7 @@ class _Search:
         order = np.lexsort((leaves.number, self.space.pools[leaves.number], leaves.bound))
         number, leaf = int(leaves.number[order[0]]), leaves.take(order[:1])
         if number not in self.guessed:
-            self.guessed.add(number)
-            sizes, program = padded(self.listed[number], leaf.high[0].tolist()), self._program(number)
-            self._insert(guess(self.problem, self.listed[number], sizes, self._limit(number), program))
+            self._guess(leaf)
         elif self.all_programs and self.best and number not in self.close:
             self.close.add(number)
             self.open, self.leaves = self._sharper(self.open), self._sharper(leaves)
@@ -175,6 +174,21 @@ class _Search:
         else:
             self.leaves = leaves.take(order[1:])
             self._evaluate(leaf)
+
+    def _guess_inside(self) -> None:
+        """A quick plan of the structure that has the lowest box of those without one, inside that box."""
+        new = self.open.take(~np.isin(self.open.number, list(self.guessed)))
+        if len(new.bound):
+            box = new.take(np.array([new.bound.argmin()]))
+            room = box.high - box.low
+            more = self.space.slack(box.number, box.low) * room // max(1, int(room.sum()))
+            self._guess(box._replace(high=box.low + np.minimum(room, more)))
+
+    def _guess(self, leaf: Boxes) -> None:
+        number = int(leaf.number[0])
+        self.guessed.add(number)
+        sizes, program = padded(self.listed[number], leaf.high[0].tolist()), self._program(number)
+        self._insert(guess(self.problem, self.listed[number], sizes, self._limit(number), program))
 
     def _program(self, number: int) -> Program | None:
         return self.programs[number] if self.programs else None
