@@ -409,7 +409,7 @@ def audit(workload, cluster):
 @pytest.fixture(autouse=True)
 def few_scenarios(monkeypatch):
     """Of random lengths: each multiplies the auditor's work."""
-    monkeypatch.setattr(CostModel.__init__, "__defaults__", ((), 2))
+    monkeypatch.setattr(CostModel.__init__, "__defaults__", ((), 2, None))
 
 
 @pytest.mark.parametrize("seed", range(QUICK))
