@@ -124,7 +124,8 @@ def _empty(workload: Workload, cluster: Cluster, command: str) -> Profile:
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-    digest = hashlib.sha256(workload.model_copy(update={"name": ""}).to_json().encode()).hexdigest()
+    said = workload.model_dump_json(exclude={"name"}, exclude_defaults=True)  # a key that comes later changes nothing
+    digest = hashlib.sha256(said.encode()).hexdigest()
     return Profile(
         device=cluster.nodes[0].device,
         model=workload.actor.shape,

@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_search import small_workload, tiny_cluster
 
-from planner.search import find
+from planner.search import baseline, find
 from planner.search.pins import parse_pins, restriction
 from planner.search.space import arrangements, sizes, structures
+from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir
+from planner.spec.workload import load_workload
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +111,11 @@ def test_the_rollouts_pools_together_have_what_is_pinned():
     pinned = restriction(parse_pins(["rollout=3"], ROLES, tiny_cluster(5)))(arrangement)
     assert (pinned.rollout, pinned.limits) == (3, (((0, 1, 2), 5), ((0, 1), 3), ((2,), 2)))
     assert restriction(parse_pins(["actor=1", "critic=2"], ROLES, tiny_cluster(5)))(arrangement).given == {0: 1, 1: 2}
+
+
+def test_a_workload_may_fix_the_engines_tensor_parallel_size():
+    workload = load_workload(profiles_dir() / "workloads" / "tutorial.toml")
+    cluster = make_cluster(8, device="h200")
+    assert baseline("split", workload, cluster).rollout.tensor_parallel == workload.tensor_parallel == 4
+    free = workload.model_copy(update={"tensor_parallel": None})
+    assert find(free, cluster).best.predicted.step_seconds <= find(workload, cluster).best.predicted.step_seconds

@@ -140,7 +140,9 @@ def engine_counts(most: int, sequences: int) -> tuple[int, ...]:
 
 
 def tensor_parallels(workload: Workload, device: Device) -> list[int]:
-    return [t for t in TENSOR_PARALLEL[: 1 if device.kind == "cpu" else None] if workload.actor.shape.heads % t == 0]
+    sizes = (1,) if device.kind == "cpu" else TENSOR_PARALLEL
+    wanted = workload.tensor_parallel
+    return [t for t in sizes if workload.actor.shape.heads % t == 0 and wanted in (None, t)]
 
 
 def concurrencies(workload: Workload, tensor_parallel: int, engines: int, device: Device) -> list[int]:

@@ -137,6 +137,7 @@ class Workload(File):
     data: Data | None = None
     proximal: Literal["recompute", "rollout"] = "recompute"
     max_staleness: NonNegativeInt = 1
+    tensor_parallel: Literal[1, 2, 4, 8] | None = None  # of the rollout's engines, where it is not to be searched
     steps: PositiveInt = 100
     seed: NonNegativeInt = 0
     samples_per_prompt: PositiveInt = 1
