@@ -221,7 +221,7 @@ def test_search_writes_a_plan_and_its_picture_and_prints_the_table(tmp_path: Pat
     found = load_plan(out)
     assert found.name == "two" and found.predicted is not None and found.provenance is not None
     assert (tmp_path / "found" / "two.png").read_bytes().startswith(b"\x89PNG")
-    for words in ("vs split", "vs colocated", "Bottleneck: ", "Lower bound", "roofline", "placements in", "two.png"):
+    for words in ("vs split", "vs colocated", "Bottleneck: ", "Lower bound", "roofline", "placements, each", "two.png"):
         assert words in result.stdout
     rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
     assert {"best", "colocated", "split", "split-parallel", "standalone", "one-step-off", "runner-up-1"} <= set(rows)
