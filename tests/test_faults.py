@@ -26,7 +26,10 @@ from planner.predict.schedule import Task, tasks_of
 from planner.spec.errors import UserError
 from planner.spec.timeline import Timeline
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+pytestmark = [
+    pytest.mark.nightly,  # minutes, most of them starts of processes
+    pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc"),
+]
 
 
 @pytest.fixture(scope="module")
