@@ -5,8 +5,8 @@ from conftest import cpu_cluster, make_workload
 from planner.predict.schedule import check
 from planner.search import assemble, problem_of
 from planner.search.baselines import best_of
-from planner.search.bound import sharing_of
-from planner.search.programs import Program, all_programs
+from planner.search.orders import all_programs
+from planner.search.programs import Program, sharing_of
 
 
 def test_a_monitor_is_issued_in_the_step_of_the_sync_also_where_the_critic_lags(tmp_path):
@@ -15,8 +15,8 @@ def test_a_monitor_is_issued_in_the_step_of_the_sync_also_where_the_critic_lags(
     problem = problem_of(make_workload(data=data, max_staleness=1), cpu_cluster(2), (), None)
     candidate = best_of("split", problem)
     offsets = set()
-    for items in all_programs(problem.flow, sharing_of(problem, candidate.structure), 0)[0]:
-        plan = assemble(candidate._replace(program=Program(items, 0, candidate.program.cycles)), "any", problem)
+    for items in all_programs(problem.flow, sharing_of(problem.flow, candidate.structure), 0)[0]:
+        plan = assemble(candidate._replace(program=Program(items, 0)), "any", problem)
         check(plan)
         offset = {issue.call: issue.offset for issue in plan.program}
         assert offset["evaluate"] == offset["sync_weights"]

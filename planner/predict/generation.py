@@ -101,24 +101,43 @@ class Batch:
         self.even = bool((prompts == prompts[0, 0]).all())
         self.longest = np.argsort(-responses, axis=1, kind="stable")[:, : self.FOLLOWED]
         self._queues: dict[int, list[tuple[int, int]]] = {}
+        self._first: dict[tuple[int, int], Tokens] = {}
         self._sums = [values.sum(axis=1) for values in (responses, self.contexts, prompts, prompts**2)]
         self._rising = np.sort(responses, axis=1)
 
     def floors(self, speed: Speed, engines: NDArray[np.int64], concurrency: NDArray[np.int64]) -> Seconds:
-        """Seconds [n, S] that generation on so many engines with so many slots each [n] is not below: the work of full
-        engines shared evenly, as a token costs least in a full step, since matrices(n) / n falls with n; or the steps
-        that pass at least, full ones as long as there is a queue (see `queue_floor`)."""
-        token = np.maximum(speed.weights, speed.arithmetic * concurrency) + speed.step + speed.sequence * concurrency
-        token, engines = (token / concurrency)[:, None], engines[:, None]
+        """Seconds [n, S] that generation on so many engines with so many slots each [n] is not below: what all engines
+        take on average; or the steps that pass at least, full ones as long as there is a queue (see `queue_floor`).
+
+        An engine's steps are no fewer than its tokens over its slots, nor than the longest response among those that it
+        starts with. Only their number depends on the order of the requests; the rest is linear in tokens and contexts,
+        and matrices take no less than what either all steps or all tokens need."""
         tokens, contexts, prompts, squares = self._sums
+        each = [self._longest_at_first(*pair) for pair in zip(engines.tolist(), concurrency.tolist(), strict=True)]
+        steps = np.maximum(tokens / concurrency[:, None], np.reshape(each, (-1, len(tokens))))
+        matrices = np.maximum(speed.weights * steps, speed.arithmetic * tokens) + speed.step * steps
         prefill = speed.prefill_token * prompts + speed.prefill_square * squares
-        shared = (tokens * token + speed.attention * contexts + prefill) / engines
-        slots = engines[:, 0] * concurrency
+        average = (matrices + speed.sequence * tokens + speed.attention * contexts + prefill) / engines[:, None]
+        slots = engines * concurrency
         emptied, last = self._least_steps(slots)
         prompt = int(self.prompts.min())
-        full = (token * concurrency[:, None]) + speed.attention * prompt * concurrency[:, None]
+        full = np.maximum(speed.weights, speed.arithmetic * concurrency) + speed.step
+        full = (full + speed.sequence * concurrency + speed.attention * prompt * concurrency)[:, None]
         lone = speed.matrices(1) + speed.attention * prompt
-        return np.asarray(np.maximum(shared, emptied * (full - lone) + last * lone))
+        return np.asarray(np.maximum(average, emptied * (full - lone) + last * lone))
+
+    def _longest_at_first(self, engines: int, slots: int) -> Tokens:
+        """The longest of the responses [S] that each engine starts with, summed over the engines."""
+        if not self.even:
+            return self.responses[:, : engines * slots].max(axis=1)
+        key, batch = (engines, slots), self.responses.shape[1]
+        if key not in self._first:
+            rows = min(slots, -(-batch // engines))
+            first = np.zeros((len(self.responses), rows * engines), dtype=np.int64)
+            there = min(batch, rows * engines)
+            first[:, :there] = self.responses[:, :there]
+            self._first[key] = first.reshape(len(first), rows, engines).max(axis=1).sum(axis=1)
+        return self._first[key]
 
     def _least_steps(self, slots: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
         """Steps [n, S] that pass at least until the queue for so many slots [n] is empty, and until the last response
@@ -205,11 +224,16 @@ class Simulation:
     def done(self) -> bool:
         return self.known == len(self.seconds)
 
+    @property
+    def queued(self) -> bool:
+        """Whether there are fewer slots than sequences."""
+        return self._batch.responses.shape[1] > len(self._engines) * self._concurrency
+
     def advance(self) -> None:
         """Simulate one more scenario; all of them where none waits for a slot. With a queue a better floor is found
         first."""
         batch, engines, slots = self._batch, self._engines, self._concurrency
-        if batch.responses.shape[1] <= len(engines) * slots:
+        if not self.queued:
             self.seconds = generation_seconds(batch.prompts, batch.responses, engines, slots, self._limit)
             self.known = len(self.seconds)
         elif self._rough and _alike(engines):

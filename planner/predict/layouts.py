@@ -106,20 +106,20 @@ def trainer_layouts(
 
 
 def rollout_layouts(
-    workload: Workload, parts: tuple[tuple[int, ...], ...], pools: tuple[str, ...], device: Device
+    workload: Workload, parts: tuple[tuple[int, ...], ...], pools: tuple[str, ...], device: Device, shared: bool = True
 ) -> Iterator[RolloutRole]:
-    """Layouts of the rollout on pools that have `parts[p]` GPUs per node: an engine lies within one node of one pool,
-    and every pool has room for one. Concurrency never exceeds an engine's even share of the batch by more than it
-    must."""
+    """Layouts of the rollout on pools that have `parts[p]` GPUs per node, `shared` with other roles or not: an engine
+    lies within one node of one pool, and every pool has room for one. Concurrency never exceeds an engine's even share
+    of the batch by more than it must."""
     on_cpu = device.kind == "cpu"
     for tensor_parallel in tensor_parallels(workload, device):
         engines = [sum(part // tensor_parallel for part in pool) for pool in parts]
         if not all(engines):
             continue
         replicas = engine_counts(sum(engines), workload.batch)[-1]
-        for concurrency in concurrencies(workload, tensor_parallel, replicas, device):
+        for concurrency in concurrencies(workload, tensor_parallel, replicas, device, shared):
             fraction = rollout_fraction(workload, tensor_parallel, concurrency, device)
-            for offload in (False,) if on_cpu else (False, True):
+            for offload in (False, True) if shared and not on_cpu else (False,):
                 yield RolloutRole(
                     engine="transformers" if on_cpu else "vllm",
                     pools=pools,
@@ -145,11 +145,14 @@ def tensor_parallels(workload: Workload, device: Device) -> list[int]:
     return [t for t in sizes if workload.actor.shape.heads % t == 0 and wanted in (None, t)]
 
 
-def concurrencies(workload: Workload, tensor_parallel: int, engines: int, device: Device) -> list[int]:
+def concurrencies(
+    workload: Workload, tensor_parallel: int, engines: int, device: Device, shared: bool = True
+) -> list[int]:
     """Sequences at once of each of some engines: the listed numbers up to an even share of the batch, and that, as far
-    as a GPU's memory holds them. Of a large batch only the most: fewer slots gain nothing but memory, of which a large
-    cluster has enough, and a long queue takes long to simulate."""
+    as a GPU's memory holds them. Fewer slots gain nothing but memory: only the most of an engine that shares its GPUs
+    with no other role, and of a large batch, for a large cluster has memory enough and a long queue takes long to
+    simulate."""
     share = -(-workload.batch // engines)
     listed = {share} if device.kind == "cpu" else {min(share, slots) for slots in (*CONCURRENCY, share)}
     fitting = [s for s in sorted(listed) if 0 < rollout_fraction(workload, tensor_parallel, s, device) <= 1]
-    return fitting if workload.batch <= LARGE_BATCH else fitting[-1:]
+    return fitting if shared and workload.batch <= LARGE_BATCH else fitting[-1:]

@@ -13,9 +13,10 @@ from planner.predict.forecast import predict
 from planner.predict.profile import Profile, check_profiles
 from planner.search.baselines import NAMES, best_of
 from planner.search.branch import search
-from planner.search.evaluate import SAME, Candidate
+from planner.search.evaluate import Candidate
 from planner.search.options import Problem
 from planner.search.pins import parse_pins, restriction
+from planner.search.programs import SAME
 from planner.search.space import placements, structures
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import ppo

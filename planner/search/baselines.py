@@ -2,9 +2,6 @@
 
 from collections.abc import Sequence
 
-from planner.predict.cycle import cycles
-from planner.predict.schedule import steady_edges
-from planner.search.bound import sharing_of
 from planner.search.branch import best_of_arrangements
 from planner.search.evaluate import Candidate
 from planner.search.options import Problem
@@ -34,7 +31,7 @@ def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
         raise UserError(f"{name}: needs {len(structure)} pools, and there are {len(problem.cluster.gpus)} GPUs")
     if name == "one-step-off" and problem.max_staleness < 1:
         raise UserError(f"{name}: trains on sequences 1 update old, and the workload allows 0")
-    program, cluster = _program(name, problem, structure), problem.cluster
+    program, cluster = _program(name, problem), problem.cluster
     listed: list[Arrangement] = []
     for a in arrangements(structure, cluster):
         halves = _halves(name, a, cluster)
@@ -87,8 +84,8 @@ def _agree(a: Arrangement, pinned: Arrangement) -> bool:
     return all(pinned.given.get(i, count) == count for i, count in a.given.items())
 
 
-def _program(name: str, problem: Problem, structure: Structure) -> Program:
-    """The program of a baseline, with its waits, and the cycles of its event graph."""
+def _program(name: str, problem: Problem) -> Program:
+    """The program of a baseline, with its waits."""
     infer = [call for call in problem.calls if problem.flow[call].kind == "infer" or call == "score"]
     updates = [call for call in ("update_critic", "update_actor") if call in problem.calls]
     together = tuple(infer) if name in ("split-parallel", "standalone", "one-step-off") else ()
@@ -101,6 +98,4 @@ def _program(name: str, problem: Problem, structure: Structure) -> Program:
     items += [Issue(call=call, blocking=blocking) for call in updates]
     items += [] if blocking else [Wait(wait=(*updates, *(("generate",) if ahead else ())))]
     items += [Issue(call="sync_weights", blocking=True)]
-    pools = dict(sharing_of(problem, structure))
-    edges = steady_edges(problem.flow, items, lambda call: pools[call.name])
-    return Program(tuple(items), ahead, cycles(tuple(pools), edges))
+    return Program(tuple(items), ahead)

@@ -18,23 +18,16 @@ from numpy.typing import NDArray
 from planner.predict.layouts import concurrencies, engine_counts, tensor_parallels
 from planner.predict.memory import RoleMemory, process_bytes, rollout_fraction, rollout_memory
 from planner.predict.roofline import hand_over_seconds
-from planner.search.options import Array, Problem, bytes_of
-from planner.search.programs import Program, Sharing, bound_rates, rates, unbeaten
-from planner.search.space import Arrangement, Structure, gpus_of_kinds
+from planner.search.options import CUTS, Array, Problem, bytes_of, with_mean
+from planner.search.programs import Cut, Program, bound_rates, cycles_of, rates, sharing_of
+from planner.search.space import Arrangement, gpus_of_kinds
 from planner.spec.plan import RolloutRole
 
 NEVER = 1e18  # seconds of what does not fit
 LEVELS = 32  # of memory, in which layouts are told apart
+ALONE = LEVELS + 1  # the level of an engine that shares its GPUs with no other role
 AT_ONCE = 1024  # boxes that are bounded together
 LOOSE = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it may take
-
-
-def sharing_of(problem: Problem, structure: Structure) -> Sharing:
-    """Which pools (p0, p1, ...) each call occupies under a structure."""
-    calls = [problem.flow[name] for name in problem.calls]
-    return tuple(
-        (call.name, tuple(f"p{i}" for i, roles in enumerate(structure) if roles & set(call.roles))) for call in calls
-    )
 
 
 class Rows(NamedTuple):
@@ -84,10 +77,9 @@ class Bounds:
             self._fill(self.seconds[number], self.room[number], roles, kind)
         self.generation = [Generation(problem, kind, there[kind]) for kind in self.kinds]
         load = np.minimum(self.seconds[:, len(problem.calls) :].sum(axis=1), NEVER)
-        self.load = self._objective(load)  # [tables, steps]; falling, and no size is enough in the end
+        self.load = self.problem.objective_of(load)  # [tables, steps]; falling, and no size is enough in the end
         for number, kind in enumerate(self.kind_of):
             self.load[number, len(ranks[self.kinds[kind]]) :] = -np.inf
-        self._programs = dict[int, Array]()  # rates [programs, rows, columns] of an arrangement
         self.rows = self._rows(programs or [None] * len(arrangements))
 
     # --- the tables ---
@@ -117,7 +109,7 @@ class Bounds:
                 table[self.columns.index(name), :steps] = seconds
         table[np.ix_(np.array(rows or range(len(table))), np.flatnonzero(idle + surplus > allowed))] = NEVER
         table[:, steps:] = NEVER
-        room[:steps] = _level(problem, kind, allowed - (idle - engine[0]))
+        room[:steps] = _level(problem, kind, allowed - (idle - engine[0])) if held else ALONE
 
     def _role(self, role: str, kind: str) -> tuple[Array, Array, Array]:
         """Of a role alone: least seconds [calls + 1, steps, levels, S] (the last of all its calls together) of the
@@ -130,7 +122,7 @@ class Bounds:
             memory = np.full((len(counts), 2), NEVER)
             np.minimum.at(memory, step, layouts.memory[:, :2])
             tables = []
-            seconds = _with_mean(np.concatenate([layouts.seconds, layouts.seconds.sum(axis=0)[None]]))
+            seconds = with_mean(np.concatenate([layouts.seconds, layouts.seconds.sum(axis=0)[None]]))
             for needed in (layouts.memory[:, :2].sum(axis=1), layouts.memory[:, 0]):
                 tables.append(_least(seconds, step, _level(problem, kind, needed), len(counts)))
             self._made[role, kind] = tables[0], tables[1], np.minimum.accumulate(memory, axis=0)
@@ -146,18 +138,22 @@ class Bounds:
                 found += [bytes_of(memory)[:2] for memory in _engine_memory(problem, kind, split, slots)]
         return np.asarray(np.min(found, axis=0))
 
-    def sharpen(self, number: int, sizes: NDArray[np.int64], limit: float) -> bool:
-        """Simulate generation on these sizes [1, P] as far as its floors decide whether the bound is below `limit`
-        seconds. Whether there was any to."""
+    def sharpen(self, number: int, sizes: NDArray[np.int64], limit: float, queues: bool = True) -> bool:
+        """Simulate generation on these sizes [1, P] where that may show the bound to be no less than `limit` seconds;
+        engines with `queues` too, which take longer. Whether it told more."""
         one = np.array([number])
+        seconds = self._least(one, sizes, sizes)
+        generate, cuts = self.problem.calls.index("generate"), self._cuts_of(number, CUTS)
 
         def slower(times: float) -> float:
-            return float(self._objective(self.in_scenarios(one, sizes, sizes, times))[0])
+            longer = seconds.copy()
+            longer[:, generate] *= times
+            return float(self._bound(longer, self.rows.rates[one], cuts)[0])
 
-        if slower(1.0) >= slower(LOOSE[-1]):
+        times = next((times for times in LOOSE if slower(times) >= limit), None)
+        if times is None:
             return False
-        times = next((times for times in LOOSE if slower(times) >= limit), LOOSE[-1])
-        return self.generation[int(self.rows.kind[number])].sharpen(*self._engine_pools(one, sizes), times)
+        return self.generation[int(self.rows.kind[number])].sharpen(*self._engine_pools(one, sizes), times, queues)
 
     def refresh(self) -> None:
         """Take up what has been simulated meanwhile."""
@@ -173,7 +169,7 @@ class Bounds:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The sizes [n, P] of the generating pools, -1 for others, and the level of memory [n] that all leave."""
         generates, table = self.rows.generates[number], self.rows.table[number]
-        room = np.where(generates, self.room[table, self.step[self.kind_of[table], sizes]], LEVELS)
+        room = np.where(generates, self.room[table, self.step[self.kind_of[table], sizes]], ALONE)
         return np.where(generates, sizes, -1), room.min(axis=1)
 
     def _rows(self, programs: Sequence[Program | None]) -> Rows:
@@ -201,22 +197,26 @@ class Bounds:
             ]
             for column, value in zip(columns, values, strict=False):
                 column.append(value)
-            sharing = sharing_of(problem, a.structure)
-            listed.append(rates(program) if program else bound_rates(problem.flow, sharing, problem.max_staleness))
+            sharing = sharing_of(problem.flow, a.structure)
+            if program:
+                listed.append(rates(cycles_of(problem.flow, sharing, program.items)))
+            else:
+                listed.append(bound_rates(problem.flow, sharing, problem.max_staleness))
         every = np.zeros((len(listed), max(map(len, listed)), len(self.columns)))
         for number, found in enumerate(listed):
             every[number, : len(found)] = self._by_role(found)
         return Rows(*(np.array(column) for column in columns[:-1]), every)  # type: ignore[call-arg]
 
     def _by_role(self, rates: Array) -> Array:
-        """Rows of rates [n, columns] in which roles stand for their calls where these count alike."""
+        """Rates [..., columns] in which roles stand for their calls where these count alike."""
         calls = self.problem.calls
-        found = np.concatenate([rates, np.zeros((len(rates), len(self.roles)))], axis=1)
+        found = np.concatenate([rates, np.zeros((*rates.shape[:-1], len(self.roles)))], axis=-1)
         for number, role in enumerate(self.roles):
             own = [calls.index(call) for call in self.problem.calls_of(role)]
-            alike = (rates[:, own] == rates[:, own[:1]]).all(axis=1)
-            found[alike, len(calls) + number] = rates[alike, own[0]]
-            found[np.ix_(alike, own)] = 0.0
+            alike = (rates[..., own] == rates[..., own[:1]]).all(axis=-1)
+            found[..., len(calls) + number] = np.where(alike, rates[..., own[0]], 0.0)
+            for call in own:
+                found[..., call] = np.where(alike, 0.0, rates[..., call])
         return found
 
     def _hand_over(self, a: Arrangement, actor: int, *, same_node: bool) -> float:
@@ -238,28 +238,38 @@ class Bounds:
     def of(self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]) -> Array:
         """Seconds [n] that no program of arrangement `number` [n] is below on pools of sizes between `low` and `high`
         [n, P], which are 0 where there is no pool."""
-        return self._objective(self.in_scenarios(number, low, high))
+        return self._bound(self._least(number, low, high), self.rows.rates[number])
 
-    def _objective(self, seconds: Array) -> Array:
-        """Of seconds [..., S + 1] in each scenario and at the mean."""
-        found = self.problem.statistic(seconds[..., :-1])
-        return found if self.problem.objective == "p95" else np.maximum(found, seconds[..., -1])
+    def with_cuts(self, number: int, low: NDArray[np.int64], high: NDArray[np.int64], last: int) -> Array:
+        """The same of one arrangement, by the `last` few cuts of its programs alone."""
+        cuts, bound = self._cuts_of(number, last), np.zeros(len(low))
+        for first in range(0, len(low) if cuts else 0, AT_ONCE):
+            part = slice(first, first + AT_ONCE)
+            seconds = self._least(np.full(len(low[part]), number), low[part], high[part])
+            bound[part] = self._bound(seconds, self.rows.rates[number], cuts)
+        return bound
 
-    def in_scenarios(
-        self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64], slower: float = 1.0
-    ) -> Array:
-        """The same in each scenario and at the mean [n, S + 1]; with generation so many times `slower`."""
-        seconds = self._least(number, low, high, slower)
-        return np.asarray(np.minimum((self.rows.rates[number] @ seconds).max(axis=1), NEVER))
+    def _bound(self, seconds: Array, rates: Array, cuts: Sequence[Cut] = ()) -> Array:
+        """Seconds [n] that no program with these `rates` and `cuts` is below at least seconds [n, C, S + 1]."""
+        objective = self.problem.objective_of
+        bound = objective((rates @ seconds).max(axis=1))
+        for cut in cuts:
+            bound = np.maximum(bound, cut.bound(seconds, objective))
+        return np.asarray(np.minimum(bound, NEVER))
 
-    def _least(
-        self,
-        number: NDArray[np.int64],
-        low: NDArray[np.int64],
-        high: NDArray[np.int64],
-        slower: float = 1.0,
-        alone: bool = False,
-    ) -> Array:
+    def cut(self, number: int, low: NDArray[np.int64], high: NDArray[np.int64], limit: float) -> bool:
+        """Whether no program of one arrangement is below `limit` seconds with the least durations on sizes [1, P]; then
+        what shows it is kept."""
+        seconds = self._least(np.array([number]), low, high)[0, : len(self.problem.calls)]
+        sharing = sharing_of(self.problem.flow, self.arrangements[number].structure)
+        return self.problem.best_program(sharing, seconds, limit, any_below=True).program is None
+
+    def _cuts_of(self, number: int, last: int) -> list[Cut]:
+        """The last few cuts of an arrangement's programs, by role."""
+        sharing = sharing_of(self.problem.flow, self.arrangements[number].structure)
+        return [Cut(self._by_role(cut.rates)) for cut in self.problem.cuts(sharing)[-last:]]
+
+    def _least(self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]) -> Array:
         """Least seconds [n, C, S + 1] of the calls, and of each role's calls together."""
         rows, calls = self.rows, self.problem.calls
         at = np.arange(len(number))[:, None]
@@ -269,39 +279,20 @@ class Bounds:
         seconds = self.seconds[table, np.arange(len(self.columns)), step]
         for row, name in enumerate(calls):
             if not self.problem.flow[name].roles:
-                seconds[:, row] = _with_mean(self.problem.model.host(name).seconds)
-        seconds[:, calls.index("generate")] = slower * self._generate(number, high, alone)
+                seconds[:, row] = with_mean(self.problem.model.host(name).seconds)
+        seconds[:, calls.index("generate")] = self._generate(number, high)
         for name in ("sync_weights", "actor"):
             seconds[:, self.columns.index(name)] += self._handed(number, low)[:, None]
         return np.asarray(np.minimum(seconds, NEVER))
 
-    def with_programs(self, number: int, low: NDArray[np.int64], high: NDArray[np.int64], alone: bool = False) -> Array:
-        """As `of` [n], of one arrangement: what every single one of its programs is above, not only what all of them
-        have in common. With the largest sizes `alone`, generation does not take what it might on fewer engines."""
-        if number not in self._programs:
-            sharing = sharing_of(self.problem, self.arrangements[number].structure)
-            listed = unbeaten(self.problem.flow, sharing, self.problem.max_staleness)
-            table = np.zeros((len(listed), max(map(len, listed)), len(self.columns)))
-            for at, found in enumerate(listed):
-                table[at, : len(found)] = self._by_role(found)
-            self._programs[number] = table
-        table, bound = self._programs[number], np.empty(len(low))
-        for first in range(0, len(low), AT_ONCE):
-            part = slice(first, first + AT_ONCE)
-            seconds = self._least(np.full(len(low[part]), number), low[part], high[part], alone=alone)
-            periods = (table.reshape(-1, table.shape[2]) @ seconds).reshape(len(seconds), *table.shape[:2], -1)
-            bound[part] = self._objective(periods.max(axis=2)).min(axis=1)
-        return np.asarray(np.minimum(bound, NEVER))
-
-    def _generate(self, number: NDArray[np.int64], sizes: NDArray[np.int64], alone: bool = False) -> Array:
-        """Seconds [n, S + 1] with all the engines that the generating pools have room for, or any fewer; not any fewer
-        on these sizes `alone`."""
+    def _generate(self, number: NDArray[np.int64], sizes: NDArray[np.int64]) -> Array:
+        """Seconds [n, S + 1] with all the engines that the generating pools have room for, or any fewer."""
         found = np.full((len(number), self.scenarios), NEVER)
         pools, room = self._engine_pools(number, sizes)
         for kind, generation in enumerate(self.generation):
             of_kind = np.flatnonzero(self.rows.kind[number] == kind)
             if len(of_kind):
-                found[of_kind] = generation.least(pools[of_kind], room[of_kind], alone)
+                found[of_kind] = generation.least(pools[of_kind], room[of_kind])
         return found
 
     def _handed(self, number: NDArray[np.int64], low: NDArray[np.int64]) -> Array:
@@ -356,13 +347,15 @@ class Generation:
         self.splits = [t for t in tensor_parallels(problem.workload, self.device) if t <= problem.node(kind)]
         self.counts = np.array(engine_counts(gpus, problem.workload.batch))
         self._row: dict[tuple[int, int, int], int] = {}  # (engine size, slots, engines)
-        columns = list[tuple[int, int, int, int]]()
+        columns, most = list[tuple[int, int, int, int]](), list[int]()
         for number, split in enumerate(self.splits):
             for at, engines in enumerate(self.counts[: np.searchsorted(self.counts, gpus // split, "right")].tolist()):
                 for slots in concurrencies(problem.workload, split, engines, self.device):
                     fraction = rollout_fraction(problem.workload, split, slots, self.device)
                     self._row[split, slots, engines] = len(columns)
                     columns.append((number, at, slots, round(100 * fraction)))
+                most += [len(columns) - 1] if columns and columns[-1][:2] == (number, at) else []
+        self._most = np.isin(np.arange(len(columns)), most)  # what an engine that shares its GPUs with no role may have
         self._number, self._at, self._slots, shares = np.array(columns).reshape(-1, 4).T.astype(np.int64)
         needed = shares / 100 * self.device.memory_bytes - process_bytes(self.device)
         self._level = _level(problem, kind, needed * (self.device.kind == "cuda"))
@@ -385,9 +378,12 @@ class Generation:
                 self._seconds[own], split, self._slots[own], engines, device
             )
         self._objective[rows] = problem.statistic(self._least[rows])
-        self.exact = np.full((len(self.splits), LEVELS + 1, len(self.counts), problem.model.scenarios + 1), NEVER)
-        np.minimum.at(self.exact, (self._number, self._level, self._at), _with_mean(self._least))
+        self.exact = np.full((len(self.splits), ALONE + 1, len(self.counts), problem.model.scenarios + 1), NEVER)
+        least = with_mean(self._least)
+        np.minimum.at(self.exact, (self._number, self._level, self._at), least)
         np.minimum.accumulate(self.exact, axis=1, out=self.exact)
+        self.exact[:, ALONE] = NEVER
+        self.exact[self._number[self._most], ALONE, self._at[self._most]] = least[self._most]
         self.table = np.minimum.accumulate(self.exact, axis=2)
 
     def refresh(self) -> bool:
@@ -407,23 +403,25 @@ class Generation:
             self._refilled(np.array(changed))
         return bool(changed)
 
-    def sharpen(self, pools: NDArray[np.int64], room: NDArray[np.int64], times: float) -> bool:
-        """Simulate, of what fits pools of these sizes [1, P], all that might be fastest, and no more than so many
-        `times` as long as the least floor; whether that told more."""
+    def sharpen(self, pools: NDArray[np.int64], room: NDArray[np.int64], times: float, queues: bool) -> bool:
+        """Simulate, of what fits pools of these sizes [1, P], all that might be fastest (with `queues` or without them),
+        until nothing is below so many `times` the least floor or something is known to be; whether that told more."""
+        able_at = self._most if room[0] == ALONE else self._level <= room[0]
         rows = np.concatenate([
-            np.flatnonzero((self._number == which) & (self._at <= count[0]) & (self._level <= room[0]))
+            np.flatnonzero((self._number == which) & (self._at <= count[0]) & able_at)
             for which, count, able in self._fitting(pools) if able[0]
         ] or [np.zeros(0, np.int64)])  # fmt: skip
         floors = self.problem.statistic(self._seconds[rows])
         queued = self._slots[rows] * self.counts[self._at[rows]] < self.problem.workload.batch  # slow to simulate
-        best = 1.001 * times * float(floors.min(initial=NEVER))
+        enough = 1.001 * times * float(floors.min(initial=NEVER))
         for at in np.lexsort((floors, queued)).tolist():
-            if floors[at] < best:
+            if floors[at] < enough and (queues or not queued[at]):
                 split, engines = self.splits[self._number[rows[at]]], int(self.counts[self._at[rows[at]]])
                 run = self.problem.model.generation(split, int(self._slots[rows[at]]), ((self.device, engines),))
-                while not run.done and float(self.problem.statistic(run.seconds)) < best:
+                while not run.done and float(self.problem.statistic(run.seconds)) < enough:
                     run.advance()
-                best = min(best, float(self.problem.statistic(run.seconds)))
+                if float(self.problem.statistic(run.seconds)) < enough:
+                    break
         return self.refresh()
 
     def falls(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> bool:
@@ -440,18 +438,13 @@ class Generation:
             able = np.asarray(((each > 0) | (pools < 0)).all(axis=1), dtype=np.bool_)
             yield which, np.searchsorted(self.counts, each.sum(axis=1), "right") - 1, able
 
-    def least(self, pools: NDArray[np.int64], room: NDArray[np.int64], alone: bool = False) -> Array:
+    def least(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> Array:
         """Seconds [n, S + 1] with the engines that fit pools of these sizes [n, P] (-1: not the rollout's), each of
-        which needs one, in a level of memory [n]; or with any fewer engines, unless with all of them `alone`."""
-        found, table = np.full((len(pools), self.table.shape[3]), NEVER), self.exact if alone else self.table
+        which needs one, in a level of memory [n]; or with any fewer engines."""
+        found, table = np.full((len(pools), self.table.shape[3]), NEVER), self.table
         for which, count, able in self._fitting(pools):
             found = np.minimum(found, np.where(able[:, None], table[which, room, count], NEVER))
         return found
-
-
-def _with_mean(seconds: Array) -> Array:
-    """With the mean of [..., S] after the scenarios."""
-    return np.concatenate([seconds, seconds.mean(axis=-1, keepdims=True)], axis=-1)
 
 
 def _level(problem: Problem, kind: str, size: Any) -> NDArray[np.int64]:

@@ -9,16 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.search.bound import NEVER, Bounds
-from planner.search.evaluate import SAME, Candidate, evaluate, guess, ideal_seconds
-from planner.search.options import Problem
+from planner.search.evaluate import Candidate, evaluate, guess, ideal_seconds
+from planner.search.options import CUTS, Problem
 from planner.search.pins import Restrict
-from planner.search.programs import Program
+from planner.search.programs import SAME, Program
 from planner.search.space import Arrangement, Structure, arrangements, structures
 
 MUCH_SLOWER = 0.25  # than the best plan: such plans are not shown beside it
 MORE = 8  # placements to evaluate for each plan beside the best: these are good, and not proven to be next
 AT_ONCE = 1024  # boxes that are halved together
-LISTED = 1  # the greatest staleness whose programs are all tried on leaves: there are ever more of them
 
 
 class Found(NamedTuple):
@@ -70,7 +69,6 @@ def best_of_arrangements(
     ended = False
     try:
         run.branch()  # the best plan
-        run.settle()
     except (_TimeUp, KeyboardInterrupt):
         ended = True
     bound, proven = run.bound, time.perf_counter()
@@ -86,10 +84,9 @@ class _TimeUp(Exception):
 
 
 class _Search:
-    """`best` is sorted. `open` boxes are to be halved; `leaves` are boxes whose largest sizes can be had at once;
-    `unsettled` are placements that a better program might improve: (bound, number, sizes). The `guessed` arrangements
-    have had a quick plan; the bounds of the `close` ones, whose leaves have had the lowest bound, look at every
-    program."""
+    """`best` is sorted. `open` boxes are to be halved; `leaves` are boxes whose largest sizes can be had at once; those
+    that have had a quick plan are `parked`. The `guessed` arrangements have had one; of those in `cut` it is known why some
+    sizes have no program that is fast enough."""
 
     def __init__(
         self,
@@ -101,27 +98,22 @@ class _Search:
         self.problem, self.listed, self.programs, self.deadline = problem, listed, programs, deadline
         self.keep, self.slowest = 1, NEVER / 1e3
         self.best: list[Candidate] = []
-        self.unsettled: list[tuple[float, int, tuple[int, ...]]] = []
-        self.guessed, self.close, self.evaluated = set[int](), set[int](), 0
-        self.all_programs = not programs and problem.objective != "p95" and problem.max_staleness <= LISTED
+        self.guessed, self.cut, self.evaluated = set[int](), set[int](), 0
         self.bounds, self.space = Bounds(problem, listed, programs), Space(listed)
         roots = self.space.roots()
-        self.leaves = roots.take(np.zeros(0, dtype=np.int64))
+        self.leaves = self.parked = roots.take(np.zeros(0, dtype=np.int64))
         self.open = self._bounded(roots)
 
     def widen(self, keep: int) -> None:
         """Look for the best plans of other structures too, as far as they are not much slower."""
         self.keep, self.slowest = keep, (1 + MUCH_SLOWER) * self.best[0].seconds
-        self.all_programs = False  # they are not proven to be the best
-        self.unsettled.clear()
         self.open = self._bounded(self.space.roots())
 
     @property
     def bound(self) -> float:
         """Seconds that no plan is below, at any time of the search."""
-        left = [_lowest(boxes) for boxes in (self.open, self.leaves)]
-        left += [self.best[0].seconds if self.best else NEVER, *(bound for bound, *_ in self.unsettled)]
-        found = min(left)
+        found = min(map(_lowest, (self.open, self.leaves, self.parked)))
+        found = min(found, self.best[0].seconds if self.best else NEVER)
         return found if found < NEVER / 1e3 else 0.0
 
     def branch(self, most: float = np.inf) -> None:
@@ -130,50 +122,57 @@ class _Search:
         while self.evaluated < most:
             if time.perf_counter() > self.deadline:
                 raise _TimeUp
-            self.open, self.leaves = (
-                boxes.take(boxes.bound < self._limits(boxes.number)) for boxes in (self.open, self.leaves)
+            self.open, self.leaves, self.parked = (
+                boxes.take(boxes.bound < self._limits(boxes.number)) for boxes in (self.open, self.leaves, self.parked)
             )
             opened, leaf = _lowest(self.open), _lowest(self.leaves)
             if min(opened, leaf) >= NEVER:
-                break
-            if leaf <= opened or (leaf < NEVER and not self.best):
-                self._look_at_best_leaf()
+                if not len(self.parked.bound):
+                    break
+                self._settle()
+            elif leaf <= opened or (leaf < NEVER and not self.best):
+                self._park()
             else:
                 self._guess_inside()
                 order = np.argsort(self.open.bound, kind="stable")
                 halves = self._bounded(_halved(self.open.take(order[:AT_ONCE])))
                 self.open = _joined(self.open.take(order[AT_ONCE:]), halves)
 
-    def settle(self) -> None:
-        """Try every program on the placements where one might be better than the best plan."""
-        self.unsettled.sort()
-        while self.unsettled:
-            bound, number, sizes = self.unsettled[0]
-            if bound < self.best[0].seconds * (1 - SAME):
-                if time.perf_counter() > self.deadline:
-                    raise _TimeUp
-                program = self._program(number)
-                outcome = evaluate(self.problem, self.listed[number], sizes, self._limit(number), True, program)
-                self._insert(outcome.best)
-            del self.unsettled[0]
-
-    def _look_at_best_leaf(self) -> None:
-        """Take the leaf that has the lowest bound one step further: a quick plan, if it is the first of its structure;
-        then a sharper bound; and if that is as sharp as can be, its best plan."""
-        leaves = self.leaves
-        order = np.lexsort((leaves.number, self.space.pools[leaves.number], leaves.bound))
-        number, leaf = int(leaves.number[order[0]]), leaves.take(order[:1])
-        if number not in self.guessed:
+    def _park(self) -> None:
+        """Put the leaf that has the lowest bound aside after a quick plan, unless no program can be better there."""
+        order = np.lexsort((self.leaves.number, self.space.pools[self.leaves.number], self.leaves.bound))
+        leaf = self.leaves.take(order[:1])
+        number = int(leaf.number[0])
+        if self.best and self.bounds.sharpen(number, leaf.high, self._limit(number), queues=False):
+            self.leaves = self._sharper(self.leaves)
+        elif not self._ruled_out(leaf):
+            self.leaves = self.leaves.take(order[1:])
+            self.parked = _joined(self.parked, leaf)
             self._guess(leaf)
-        elif self.all_programs and self.best and number not in self.close:
-            self.close.add(number)
-            self.open, self.leaves = self._sharper(self.open), self._sharper(leaves)
-        elif self.best and self.bounds.sharpen(number, leaf.high, self._limit(number)):
-            near, far = leaves.take(order[:AT_ONCE]), leaves.take(order[AT_ONCE:])
-            self.leaves = _joined(far, self._sharper(near))
+
+    def _settle(self) -> None:
+        """Take the parked leaf that has the lowest bound further: a bound by all programs, and by simulated generation;
+        and if that is as sharp as can be, its best plan."""
+        order = np.argsort(self.parked.bound, kind="stable")
+        number, leaf = int(self.parked.number[order[0]]), self.parked.take(order[:1])
+        if self._ruled_out(leaf):
+            return
+        if self.bounds.sharpen(number, leaf.high, self._limit(number)):
+            self.parked = self._sharper(self.parked)
         else:
-            self.leaves = leaves.take(order[1:])
+            self.parked = self.parked.take(order[1:])
             self._evaluate(leaf)
+
+    def _ruled_out(self, leaf: Boxes) -> bool:
+        """Whether no program is below the limit on a leaf; what shows it may rule out more of its structure."""
+        number = int(leaf.number[0])
+        if self.programs or not self.best or not self.bounds.cut(number, leaf.low, leaf.high, self._limit(number)):
+            return False
+        self.cut.add(number)
+        self.open, self.leaves, self.parked = (
+            self._sharper(boxes, number) for boxes in (self.open, self.leaves, self.parked)
+        )
+        return True
 
     def _guess_inside(self) -> None:
         """A quick plan of the structure that has the lowest box of those without one, inside that box."""
@@ -199,19 +198,14 @@ class _Search:
         number, bound = int(leaf.number[0]), float(leaf.bound[0])
         arrangement, program = self.listed[number], self._program(number)
         sizes, single = padded(arrangement, leaf.high[0].tolist()), bool((leaf.low == leaf.high).all())
-        every = self.all_programs and bool(self.best)
         fewer = not single and self.bounds.fewer_engines_are_faster(number, leaf.high)
-        if every and not single and not fewer:
+        if program is None and not single and not fewer:
             bound = max(bound, ideal_seconds(self.problem, arrangement, sizes, self._limit(number)))
-        itself, outcome = bound, None
-        if every:  # what these sizes alone allow
-            itself = max(bound, float(self.bounds.with_programs(number, leaf.high, leaf.high, alone=True)[0]))
-        if itself < self._limit(number):
+        outcome = None
+        if bound < self._limit(number):
             self.evaluated += 1
-            outcome = evaluate(self.problem, arrangement, sizes, self._limit(number), every, program)
+            outcome = evaluate(self.problem, arrangement, sizes, self._limit(number), program)
             self._insert(outcome.best)
-            if program is None and not every and outcome.bound < self._limit(number):
-                self.unsettled.append((max(bound, outcome.bound), number, sizes))
         if not single and bound < self._limit(number) and (fewer or (outcome is not None and not outcome.filled)):
             rest = _without_corner(bound, number, leaf.low[0].tolist(), leaf.high[0].tolist())
             self.open = _joined(self.open, self._bounded(rest))
@@ -250,14 +244,17 @@ class _Search:
         self.leaves = _joined(self.leaves, boxes.take(single))
         return boxes.take(~single)
 
-    def _sharper(self, boxes: Boxes) -> Boxes:
-        """With their bounds anew, of close arrangements with all programs where that may decide."""
-        bound = np.maximum(boxes.bound, self.bounds.of(boxes.number, boxes.low, boxes.high))
-        limits = self._limits(boxes.number)
-        for number in self.close:
-            rows = np.flatnonzero((boxes.number == number) & (bound < limits))
+    def _sharper(self, boxes: Boxes, cut: int | None = None) -> Boxes:
+        """With their bounds anew, by the cuts of their programs where that may decide; or those of one arrangement by its
+        last `cut` alone."""
+        if cut is None:
+            boxes = boxes._replace(bound=np.maximum(boxes.bound, self.bounds.of(boxes.number, boxes.low, boxes.high)))
+        bound, near = boxes.bound.copy(), boxes.bound < self._limits(boxes.number)
+        for number in self.cut if cut is None else (cut,):
+            rows = np.flatnonzero((boxes.number == number) & near)
             if len(rows):
-                found = self.bounds.with_programs(number, boxes.low[rows], boxes.high[rows])
+                last = CUTS if cut is None else 1
+                found = self.bounds.with_cuts(number, boxes.low[rows], boxes.high[rows], last)
                 bound[rows] = np.maximum(bound[rows], found)
         return boxes._replace(bound=bound)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from planner.predict.cost import Place
 from planner.predict.layouts import trainer_grid
 from planner.search import problem_of
-from planner.search.bound import sharing_of
-from planner.search.programs import all_programs
+from planner.search.orders import all_programs
+from planner.search.programs import sharing_of
 from planner.search.space import placements, structures
 from planner.spec.cluster import Cluster
 from planner.spec.workload import Workload
@@ -36,14 +36,14 @@ def count(workload: Workload, cluster: Cluster, max_staleness: int | None = None
     layouts = []
     for role in workload.roles:
         if role == "rollout":
-            engines = len(problem.rollouts([place]))
+            engines = len(problem.rollouts([place], shared=True))
             layouts.append((role, engines, engines))
         else:
             every = trainer_grid(workload, role, problem.ranks(kind), problem.node(kind), place.device)
             layouts.append((role, len(every.shard), len(problem.layouts(role, kind).memory)))
     programs = []
     for k in range(min(problem.max_staleness, COUNTED) + 1):
-        counts = [len(all_programs(problem.flow, sharing_of(problem, s), k).items) for s in possible]
+        counts = [len(all_programs(problem.flow, sharing_of(problem.flow, s), k).items) for s in possible]
         programs.append((k, sum(counts), max(counts)))
     return Space(
         placements=tuple(

@@ -11,13 +11,13 @@ from planner.predict.cost import Place
 from planner.predict.cycle import undominated
 from planner.predict.generation import Simulation
 from planner.predict.memory import RoleMemory, batch_bytes
-from planner.search.bound import NEVER, sharing_of
-from planner.search.options import Array, Layouts, Problem, bytes_of, together
-from planner.search.programs import Program, best_naturals, bound_rates, programs_below, rates
+from planner.search.options import Array, Layouts, Problem, bytes_of, together, with_mean
+from planner.search.programs import SAME, Program, cycles_of, rates, sharing_of
 from planner.search.space import Arrangement, Structure, arrangements, pack, parts_of
 from planner.spec.plan import Gpu, RolloutRole, TrainerRole
 
-SAME = 1e-9  # relative difference below which two step times are taken as equal
+
+AT_ONCE = 32  # combinations of layouts whose programs are bounded together
 
 
 class Candidate(NamedTuple):
@@ -32,12 +32,10 @@ class Candidate(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The best candidate of a placement, None if nothing fits or is below the limit; and what no program could be below
-    with the layouts that could still be better: where that is no less than the best, more programs need not be tried.
-    `filled`: every pool fills its nodes, so that no smaller pools could be better."""
+    """The best candidate of a placement, None if nothing fits or is below the limit. `filled`: every pool fills its
+    nodes, so that no smaller pools could be better."""
 
     best: Candidate | None
-    bound: float
     filled: bool
 
 
@@ -64,7 +62,7 @@ class Site:
         self.layouts = {
             role: problem.layouts_at(role, self.kinds[i], self.places[i]) for role, i in self.pool_of.items()
         }
-        self.sharing = sharing_of(problem, self.structure)
+        self.sharing = sharing_of(problem.flow, self.structure)
 
     @cached_property
     def same_node(self) -> bool:
@@ -113,85 +111,85 @@ def evaluate(
     arrangement: Arrangement | Structure,
     counts: Sequence[int],
     limit: float = np.inf,
-    every: bool = True,
     fixed: Program | None = None,
 ) -> Outcome:
-    """The best layouts and program of one placement (or the best layouts for a `fixed` program); of the natural
-    programs only, unless `every` one is to be tried. A structure alone is taken on the first kinds that have room."""
+    """The best layouts and program of one placement (or the best layouts for a `fixed` program). A structure alone is
+    taken on the first kinds that have room."""
     if not isinstance(arrangement, Arrangement):
         placed = _first_with_room(problem, arrangement, counts)
         if placed is None:
-            return Outcome(None, NEVER, False)
+            return Outcome(None, False)
         arrangement = placed
-    return _best_at(Site(problem, arrangement, counts), limit, every, fixed)
+    site = Site(problem, arrangement, counts)
+    return Outcome(_best_at(site, limit, fixed), site.filled)
 
 
 def ideal_seconds(problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float) -> float:
     """What no placement of these sizes or smaller ones is below, were it not for generation that is faster on fewer
     engines; `limit` seconds if that is no less."""
-    best = _best_at(Site(problem, arrangement, counts, ideal=True), limit, True, None).best
+    best = _best_at(Site(problem, arrangement, counts, ideal=True), limit, None)
     return best.seconds if best else limit
 
 
 def guess(
     problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float, fixed: Program | None
 ) -> Candidate | None:
-    """Some good plan of a placement that is below `limit` seconds, quickly: on all GPUs that a role can use, with the
-    first engines that do."""
+    """A good plan of a placement that is below `limit` seconds, quickly: on all GPUs that a role can use, with engines
+    that have a slot for every sequence if there are any."""
     site = Site(problem, arrangement, counts)
     for role, layouts in site.layouts.items():
         used = layouts.grid.gpus
         site.layouts[role] = layouts.take(np.flatnonzero(used == used.max(initial=0)))
-    floor = _floor(site, fixed)
-    for engines, least in _worth_trying(site, floor, lambda: limit):
-        kept = _kept(site, engines, least, floor, limit)
-        if len(picks := _picks(site, engines, kept, floor, limit, True)):
-            return _best_of(site, engines, picks, limit, False, fixed)
-    return None
+    return _best_at(site, limit, fixed, no_queue=True)
 
 
 def _floor(site: Site, fixed: Program | None) -> Array:
     """Rows of rates that no program is below."""
-    return rates(fixed) if fixed else bound_rates(site.problem.flow, site.sharing, site.problem.max_staleness)
+    flow, sharing = site.problem.flow, site.sharing
+    return rates(cycles_of(flow, sharing, fixed.items)) if fixed else site.problem.choices(sharing).floor
 
 
-def _best_of(
-    site: Site, engines: Engines, picks: "Picks", limit: float, every: bool, fixed: Program | None
-) -> Candidate | None:
-    """The best of some combinations of layouts, if it is below `limit` seconds."""
-    best = None
-    seconds = _seconds(site, engines, picks)
-    for program in _programs(site, seconds.min(axis=1).mean(axis=1), limit, every, fixed):
-        periods = site.problem.statistic(program.cycles.periods(seconds))
-        n = int(periods.argmin())
-        if periods[n] < _below(limit, best):
-            best = _candidate(float(periods[n]), site, engines, picks, n, program)
+def _bound(site: Site, floor: Array, seconds: Array) -> Array:
+    """Seconds [n] that no program is below at durations [n, calls, S + 1]."""
+    objective = site.problem.objective_of
+    bound = objective((floor @ seconds).max(axis=1))
+    for cut in site.problem.cuts(site.sharing):
+        bound = np.maximum(bound, cut.bound(seconds, objective))
+    return bound
+
+
+def _best_at(site: Site, limit: float, fixed: Program | None, no_queue: bool = False) -> Candidate | None:
+    floor = _floor(site, fixed)
+    best: Candidate | None = None
+    for engines, least in _worth_trying(site, floor, lambda: _below(limit, best), no_queue):  # noqa: B023
+        for rough in (True, False) if limit == np.inf and best is None else (False,):  # first what is surely good
+            kept = _kept(site, engines, least, floor, _below(limit, best))
+            picks = _picks(site, engines, kept, floor, _below(limit, best), rough)
+            if len(picks):
+                best = _best_of(site, engines, picks, floor, _below(limit, best), fixed) or best
     return best
 
 
-def _best_at(site: Site, limit: float, every: bool, fixed: Program | None) -> Outcome:
-    problem = site.problem
-    floor = _floor(site, fixed)
-    best: Candidate | None = None
-    bound = NEVER
-    for engines, least in _worth_trying(site, floor, lambda: _below(limit, best)):  # noqa: B023
-        kept = _kept(site, engines, least, floor, _below(limit, best))
-        for rough in (True, False):  # first what is surely good, then all that may be better
-            if not rough and limit == np.inf:
-                kept = _kept(site, engines, least, floor, _below(limit, best))
-            picks = _picks(site, engines, kept, floor, _below(limit, best), rough)
-            if not len(picks):
-                continue
-            seconds = _seconds(site, engines, picks)
-            lowest = seconds.min(axis=1)
-            if not rough:
-                bound = min(bound, float(problem.statistic((floor @ lowest).max(axis=0))))
-            for program in _programs(site, lowest.mean(axis=1), _below(limit, best), every, fixed):
-                periods = problem.statistic(program.cycles.periods(seconds))
-                n = int(periods.argmin())
-                if periods[n] < _below(limit, best):
-                    best = _candidate(float(periods[n]), site, engines, picks, n, program)
-    return Outcome(best, bound, site.filled)
+def _best_of(
+    site: Site, engines: Engines, picks: "Picks", floor: Array, limit: float, fixed: Program | None
+) -> Candidate | None:
+    """The best of some combinations of layouts with its best program, if it is below `limit` seconds."""
+    problem, best = site.problem, None
+    seconds = with_mean(_seconds(site, engines, picks).swapaxes(0, 1))
+    bound = problem.objective_of((floor @ seconds).max(axis=1))
+    if fixed:
+        n = int(bound.argmin())
+        return _candidate(float(bound[n]), site, engines, picks, n, fixed) if bound[n] < limit else None
+    while (least := bound.min()) < _below(limit, best):
+        near = np.argsort(bound, kind="stable")[:AT_ONCE]
+        bound[near] = _bound(site, floor, seconds[near])
+        n = int(near[bound[near].argmin()])
+        if bound[n] <= least * (1 + SAME):
+            found = problem.best_program(site.sharing, seconds[n], _below(limit, best))
+            if found.program:
+                best = _candidate(found.seconds, site, engines, picks, n, found.program)
+            bound[n] = np.inf
+    return best
 
 
 def _first_with_room(problem: Problem, structure: Structure, counts: Sequence[int]) -> Arrangement | None:
@@ -207,26 +205,30 @@ def _below(limit: float, best: Candidate | None) -> float:
 # --- the layouts that may be best ---
 
 
-def _worth_trying(site: Site, floor: Array, below: Callable[[], float]) -> Iterator[tuple[Engines, Array]]:
+def _worth_trying(
+    site: Site, floor: Array, below: Callable[[], float], no_queue: bool = False
+) -> Iterator[tuple[Engines, Array]]:
     """The rollout layouts that may lead below the threshold, and what no layouts of the other roles undercut beside
-    each; the fastest generation first. Generation is simulated only where its own floor does not rule a layout out."""
+    each; the fastest generation first of those with a slot for every sequence, which are simulated at once, then of
+    those with a queue (none of these if `no_queue` and there are others), only where no floor rules them out."""
     problem = site.problem
     model, places = problem.model, [site.places[i] for i in site.generating]
     found = []
     shared = any(site.held(i) for i in site.generating)
-    for layout, memory in problem.rollouts(places):
-        if layout.offload and not shared:
-            continue  # there is nothing to make room for
+    for layout, memory in problem.rollouts(places, shared):
         devices = model.engines(layout, places)
         run = model.generation(layout.tensor_parallel, layout.concurrency, devices)
         found.append((Engines(layout, memory, run, model.generated(run, layout, devices)), devices))
-    found.sort(key=lambda entry: float(problem.statistic(entry[0].seconds)))
+    if no_queue:
+        slots = [entry for entry in found if not entry[0].run.queued]
+        found = slots or found
+    found.sort(key=lambda entry: (entry[0].run.queued, float(problem.statistic(entry[0].seconds))))
     for engines, devices in found:  # layouts may share a simulation
         engines = engines._replace(seconds=model.generated(engines.run, engines.layout, devices))
         least = _least(site, engines)
         if least is None:
             continue
-        while problem.statistic((floor @ least).max(axis=0)) < below():
+        while _bound(site, floor, with_mean(least)[None])[0] < below():
             if engines.run.done:
                 yield engines, least
                 break
@@ -399,21 +401,6 @@ def _hosts_hold(site: Site, engine: Array, picks: Picks) -> NDArray[np.int64]:
 
 
 # --- what they take ---
-
-
-def _programs(site: Site, least: Array, threshold: float, every: bool, fixed: Program | None) -> list[Program]:
-    """Programs that could be faster than `threshold` if each call took its least mean seconds, the freshest data
-    first."""
-    problem, found = site.problem, list[Program]()
-    if fixed:
-        return [fixed]
-    threshold = np.inf if problem.objective == "p95" else threshold
-    for k in range(problem.max_staleness + 1):
-        if every and np.isfinite(threshold):
-            found += programs_below(problem.flow, site.sharing, k, least, threshold)
-        else:
-            found += best_naturals(problem.flow, site.sharing, k, least, threshold)
-    return found
 
 
 def _seconds(site: Site, engines: Engines, picks: Picks) -> Array:

@@ -57,7 +57,7 @@ def fits(problem: Problem) -> Candidate | None:
     all GPUs, or the rollout apart)."""
     for structure, counts in _placements(problem):
         if len(structure) <= len(problem.cluster.gpus):
-            candidate = evaluate(problem, structure, counts, every=False).best
+            candidate = evaluate(problem, structure, counts).best
             if candidate is not None:
                 return candidate
     return None

@@ -13,8 +13,9 @@ from planner.predict.cycle import Cycles, cycles
 from planner.predict.schedule import steady_edges
 from planner.search import assemble
 from planner.search.baselines import best_of
-from planner.search.evaluate import SAME, Candidate, evaluate
+from planner.search.evaluate import Candidate, evaluate
 from planner.search.options import Problem
+from planner.search.programs import SAME
 from planner.search.space import Structure, structures
 from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Plan, Wait

@@ -15,6 +15,7 @@ from planner.predict.cost import CostModel, Place
 from planner.predict.layouts import Grid, rank_counts, rollout_layouts, trainer_grid
 from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, rollout_memory, trainer_bytes
 from planner.predict.roofline import Split, nodes_spanned
+from planner.search.programs import Choices, Cut, Search, Sharing, best_program, choices_of
 from planner.search.space import gpus_of_kinds
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Dataflow
@@ -22,6 +23,8 @@ from planner.spec.plan import RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
 Array = NDArray[np.float64]
+
+CUTS = 6  # of each sharing of pools that are remembered
 
 
 class Layouts(NamedTuple):
@@ -53,6 +56,7 @@ class Problem:
     flow: Dataflow  # without monitors
     max_staleness: int
     objective: str = "mean"
+    _cuts: dict[Sharing, list[Cut]] = field(default_factory=dict)
     _layouts: dict[object, Layouts] = field(default_factory=dict)
     _rollouts: dict[object, list[tuple[RolloutRole, RoleMemory]]] = field(default_factory=dict)
 
@@ -71,6 +75,30 @@ class Problem:
         if self.objective == "p95":
             return np.asarray(np.percentile(periods, 95, axis=-1))
         return np.asarray(periods.mean(axis=-1))
+
+    def objective_of(self, periods: Array) -> Array:
+        """The objective in seconds of periods [..., S + 1] (see `with_mean`), which may be bounds. A period is a maximum
+        of sums, hence convex: at the mean durations it is at most the mean of the periods."""
+        found = self.statistic(periods[..., :-1])
+        return found if self.objective == "p95" else np.maximum(found, periods[..., -1])
+
+    def choices(self, sharing: Sharing) -> Choices:
+        """What the programs of pools that are shared so choose."""
+        return choices_of(self.flow, sharing, self.max_staleness)
+
+    def cuts(self, sharing: Sharing) -> Sequence[Cut]:
+        """What was learned about the programs of pools that are shared so, the latest last."""
+        return self._cuts.get(sharing, ())
+
+    def best_program(self, sharing: Sharing, seconds: Array, limit: float, any_below: bool = False) -> Search:
+        """The best program below `limit` seconds at durations [calls, S + 1], or any; a cut is remembered."""
+        found = best_program(self.choices(sharing), seconds, self.objective_of, limit, any_below)
+        if any_below and found.program:
+            return found
+        cuts = self._cuts.setdefault(sharing, [])
+        cuts.append(found.cut)
+        del cuts[:-CUTS]
+        return found
 
     def device(self, kind: str) -> Device:
         return self.cluster.devices[kind]
@@ -166,12 +194,14 @@ class Problem:
             found[i] = layouts.memory[:rows, :2].min(axis=0) if rows else np.inf
         return found
 
-    def rollouts(self, places: Sequence[Place]) -> list[tuple[RolloutRole, RoleMemory]]:
-        """All layouts of the rollout on pools p0, p1, ... and the memory of an engine."""
-        key = tuple((place.parts, id(place.device)) for place in places)
+    def rollouts(self, places: Sequence[Place], shared: bool) -> list[tuple[RolloutRole, RoleMemory]]:
+        """All layouts of the rollout on pools p0, p1, ..., shared with other roles or not, and the memory of an
+        engine."""
+        key = shared, *((place.parts, id(place.device)) for place in places)
         if key not in self._rollouts:
             pools, device = tuple(f"p{i}" for i in range(len(places))), places[0].device
-            layouts = rollout_layouts(self.workload, tuple(place.parts for place in places), pools, device)
+            parts = tuple(place.parts for place in places)
+            layouts = rollout_layouts(self.workload, parts, pools, device, shared)
             self._rollouts[key] = [(layout, rollout_memory(self.workload, layout, device)) for layout in layouts]
         return self._rollouts[key]
 
@@ -215,6 +245,11 @@ def _best_of_alike(layouts: Layouts) -> NDArray[np.int64]:
 def together(memory: Array, more: Array) -> Array:
     """Memory [n, 3] of roles on one pool: residents and host copies add up, of the surpluses the largest counts."""
     return np.where([True, False, True], memory + more, np.maximum(memory, more))
+
+
+def with_mean(seconds: Array) -> Array:
+    """Seconds [..., S + 1]: those [..., S] in each scenario, and their mean."""
+    return np.concatenate([seconds, seconds.mean(axis=-1, keepdims=True)], axis=-1)
 
 
 def bytes_of(memory: RoleMemory) -> Array:

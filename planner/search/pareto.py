@@ -6,8 +6,8 @@ from typing import NamedTuple
 from planner.predict.profile import Profile
 from planner.search import assemble, problem_of
 from planner.search.branch import search
-from planner.search.evaluate import SAME
 from planner.search.infeasible import what_binds
+from planner.search.programs import SAME
 from planner.spec.cluster import Cluster
 from planner.spec.plan import Plan
 from planner.spec.workload import Workload

@@ -7,9 +7,9 @@ from planner.predict.profile import Profile, check_profiles
 from planner.search import assemble, problem_of
 from planner.search.branch import search
 from planner.search.changes import resized, with_models, with_network, with_response, with_tail
-from planner.search.evaluate import SAME
 from planner.search.infeasible import what_binds
 from planner.search.ladder import pools_of
+from planner.search.programs import SAME
 from planner.search.space import Arrangement
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
