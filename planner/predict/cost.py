@@ -40,7 +40,7 @@ from planner.spec.workload import RewardFunction, Workload
 __all__ = ["CostModel", "Estimate", "Place", "place_of"]
 
 Engines = tuple[tuple[Device, int], ...]  # how many on which device, in the order of the engines
-SEQUENCES, FEWEST_SCENARIOS = 2**18, 4  # in all scenarios together: those of a large batch differ little
+SEQUENCES, FEWEST_SCENARIOS = 2**16, 4  # in all scenarios together: those of a large batch differ little
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +228,9 @@ class CostModel:
             self.generations[key] = Simulation(self.batch, listed, concurrency, limit, floor)
         return self.generations[key]
 
-    def generated(self, run: Simulation, layout: RolloutRole, engines: Engines) -> Seconds:
-        """Seconds [S] of the call `generate` with what is known of its simulation, moves included."""
-        alone = self._generated(run.seconds, layout.tensor_parallel, layout.concurrency, engines)
-        return alone.seconds + sum(self._engine_moves(layout.tensor_parallel, layout.offload, engines[0][0]).values())
+    def engine_moves(self, tensor_parallel: int, offload: bool, device: Device) -> float:
+        """Seconds of waking engines and putting them to sleep, if they do."""
+        return sum(self._engine_moves(tensor_parallel, offload, device).values())
 
     def _engine_moves(self, tensor_parallel: int, offload: bool, device: Device) -> dict[str, float]:
         moved = engine_weight_bytes(self.workload.actor.shape, tensor_parallel, device) if offload else 0

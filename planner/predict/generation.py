@@ -92,7 +92,7 @@ def generation_seconds(
 class Batch:
     """The lengths of a batch in tokens, `prompts` and `responses` [S, B], with what floors ask of them often."""
 
-    FOLLOWED = 32  # of the longest responses: how many are looked at with those that share their engine
+    FOLLOWED = 8  # of the longest responses: how many are looked at with those that share their engine
     DEEPEST = 32  # waves of a queue: with more, the shared work is what counts
 
     def __init__(self, prompts: Tokens, responses: Tokens) -> None:
@@ -148,9 +148,7 @@ class Batch:
         batch = self.responses.shape[1]
         emptied, last = np.zeros((2, len(slots), len(self.responses)), dtype=np.int64)
         last[:] = self.responses.max(axis=1)
-        at = np.concatenate(
-            [self.longest[:, : self.FOLLOWED // 4], np.full((len(self.responses), 1), batch - 1)], axis=1
-        )
+        at = np.concatenate([self.longest[:, : self.FOLLOWED], np.full((len(self.responses), 1), batch - 1)], axis=1)
         scenario = np.arange(len(at))[:, None]
         for number, count in enumerate(slots.tolist()):
             if count < batch <= self.DEEPEST * count:

@@ -9,25 +9,25 @@ A role may leave GPUs of its pool idle, so these seconds never rise with the poo
 sizes of a box holds for all of it.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.layouts import concurrencies, engine_counts, tensor_parallels
-from planner.predict.memory import RoleMemory, process_bytes, rollout_fraction, rollout_memory
+from planner.predict.layouts import tensor_parallels
 from planner.predict.roofline import hand_over_seconds
-from planner.search.options import CUTS, Array, Problem, bytes_of, with_mean
+from planner.search.engines import ALONE, LEVELS, NEVER, level_of, with_mean
+from planner.search.options import CUTS, Array, Problem, bytes_of
 from planner.search.programs import Cut, Program, bound_rates, cycles_of, rates, sharing_of
 from planner.search.space import Arrangement, gpus_of_kinds
-from planner.spec.plan import RolloutRole
 
-NEVER = 1e18  # seconds of what does not fit
-LEVELS = 32  # of memory, in which layouts are told apart
-ALONE = LEVELS + 1  # the level of an engine that shares its GPUs with no other role
 AT_ONCE = 1024  # boxes that are bounded together
 LOOSE = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it may take
+
+
+Pool = tuple[frozenset[str], str, bool | None]  # its roles, its kind, and whether the actor's shards lie within a node
+Held = tuple[str, str, bool | None]  # a role, and the same
 
 
 class Rows(NamedTuple):
@@ -56,8 +56,8 @@ class Bounds:
         there = gpus_of_kinds(problem.cluster)
         self.kinds = tuple(there)
         most = max(there.values())
-        self._made: dict[tuple[str, str], tuple[Array, Array, Array]] = {}
-        pools = sorted({pool for a in arrangements for pool in zip(a.structure, a.kinds, strict=True)}, key=_named)
+        self._made: dict[Held, tuple[Array, Array, Array]] = {}
+        pools = sorted({pool for a in arrangements for pool in _pools_of(a)}, key=_named)
         self._number = {pool: number for number, pool in enumerate(pools)}
         # The steps of a pool's size at which something changes: `step[kind, n]` of n GPUs, `first[kind, step]` back.
         ranks = {kind: problem.ranks(kind) for kind in self.kinds}
@@ -66,16 +66,16 @@ class Bounds:
         for number, counts in enumerate(ranks.values()):
             self.first[number, : len(counts)] = counts
             self.step[number] = np.searchsorted(counts, np.arange(most + 1), "right") - 1
-        self.kind_of = np.array([self.kinds.index(kind) for _, kind in pools])
+        self.kind_of = np.array([self.kinds.index(kind) for _, kind, _ in pools])
         self.room = np.zeros((len(pools), self.first.shape[1]), dtype=np.int64)  # level of memory for an engine
         # The least seconds of each call, and of all calls of a role together (one layout serves them all).
         self.roles = [role for role in problem.workload.roles if role != "rollout"]
         self.columns = (*problem.calls, *self.roles)
         self.scenarios = problem.model.scenarios + 1  # the last stands for the mean
         self.seconds = np.full((len(pools), len(self.columns), self.first.shape[1], self.scenarios), NEVER)
-        for (roles, kind), number in self._number.items():
-            self._fill(self.seconds[number], self.room[number], roles, kind)
-        self.generation = [Generation(problem, kind, there[kind]) for kind in self.kinds]
+        for pool, number in self._number.items():
+            self._fill(self.seconds[number], self.room[number], *pool)
+        self.engines = [problem.engines(kind) for kind in self.kinds]
         load = np.minimum(self.seconds[:, len(problem.calls) :].sum(axis=1), NEVER)
         self.load = self.problem.objective_of(load)  # [tables, steps]; falling, and no size is enough in the end
         for number, kind in enumerate(self.kind_of):
@@ -84,15 +84,17 @@ class Bounds:
 
     # --- the tables ---
 
-    def _fill(self, table: Array, room: NDArray[np.int64], roles: frozenset[str], kind: str) -> None:
+    def _fill(
+        self, table: Array, room: NDArray[np.int64], roles: frozenset[str], kind: str, within: bool | None
+    ) -> None:
         """Least seconds [C, steps, S] of the calls of a pool's roles, and the room that they leave to an engine, by the
         steps of its size."""
-        problem = self.problem
+        problem, device = self.problem, self.problem.device(kind)
         held = [role for role in problem.workload.roles if role in roles and role != "rollout"]
         engine = self._engine(kind) if "rollout" in roles else np.zeros(2)
         allowed = problem.allowed(bool(held), "rollout" in roles, kind)
         steps = len(problem.ranks(kind))
-        made = [self._role(role, kind) for role in held]
+        made = [self._role(role, kind, within if role == "actor" else None) for role in held]
         least = np.stack([memory for _, _, memory in made]) if made else np.zeros((0, steps, 2))
         idle = least[:, :, 0].sum(axis=0) + engine[0]
         surplus = np.maximum(least[:, :, 1].max(axis=0, initial=0.0), engine[1])
@@ -102,41 +104,38 @@ class Bounds:
         for number, (role, (alone, kept, _)) in enumerate(zip(held, made, strict=True)):
             left = allowed - (idle - least[number, :, 0])
             others = np.maximum(np.delete(least[:, :, 1], number, axis=0).max(axis=0, initial=0.0), engine[1])
-            levels = [_level(problem, kind, bytes_left) for bytes_left in (left, left - others)]
+            levels = [level_of(bytes_left, device) for bytes_left in (left, left - others)]
             at = np.arange(steps)
             found = np.maximum(alone[:, at, levels[0]], kept[:, at, levels[1]])
             for name, seconds in zip((*problem.calls_of(role), role), found, strict=True):
                 table[self.columns.index(name), :steps] = seconds
         table[np.ix_(np.array(rows or range(len(table))), np.flatnonzero(idle + surplus > allowed))] = NEVER
         table[:, steps:] = NEVER
-        room[:steps] = _level(problem, kind, allowed - (idle - engine[0])) if held else ALONE
+        room[:steps] = level_of(allowed - (idle - engine[0]), device) if held else ALONE
 
-    def _role(self, role: str, kind: str) -> tuple[Array, Array, Array]:
+    def _role(self, role: str, kind: str, within: bool | None) -> tuple[Array, Array, Array]:
         """Of a role alone: least seconds [calls + 1, steps, levels, S] (the last of all its calls together) of the
         layouts that need at most a level of memory while they run, the same of what they keep while they idle, and the
         least memory [steps, 2]."""
-        if (role, kind) not in self._made:
-            problem = self.problem
-            layouts, counts = problem.layouts(role, kind), problem.ranks(kind)
+        if (role, kind, within) not in self._made:
+            problem, counts = self.problem, self.problem.ranks(kind)
+            layouts = problem.layouts(role, kind).of_shards(within, problem.node(kind))
             step = np.searchsorted(counts, layouts.grid.gpus)
             memory = np.full((len(counts), 2), NEVER)
             np.minimum.at(memory, step, layouts.memory[:, :2])
             tables = []
             seconds = with_mean(np.concatenate([layouts.seconds, layouts.seconds.sum(axis=0)[None]]))
             for needed in (layouts.memory[:, :2].sum(axis=1), layouts.memory[:, 0]):
-                tables.append(_least(seconds, step, _level(problem, kind, needed), len(counts)))
-            self._made[role, kind] = tables[0], tables[1], np.minimum.accumulate(memory, axis=0)
-        return self._made[role, kind]
+                tables.append(_least(seconds, step, level_of(needed, problem.device(kind)), len(counts)))
+            self._made[role, kind, within] = tables[0], tables[1], np.minimum.accumulate(memory, axis=0)
+        return self._made[role, kind, within]
 
     def _engine(self, kind: str) -> Array:
         """The least resident bytes and the least surplus of an engine on a kind of GPU."""
-        problem, device = self.problem, self.problem.device(kind)
-        found = [np.full(2, NEVER)]
-        for split in tensor_parallels(problem.workload, device):
-            engines = gpus_of_kinds(problem.cluster)[kind] // split
-            for slots in concurrencies(problem.workload, split, engines, device)[:1] if engines else []:
-                found += [bytes_of(memory)[:2] for memory in _engine_memory(problem, kind, split, slots)]
-        return np.asarray(np.min(found, axis=0))
+        table = self.problem.engines(kind)
+        _, rows = np.unique(np.column_stack([table.number, table.slots]), axis=0, return_index=True)
+        found = [bytes_of(table.memory(row, o))[:2] for row in rows.tolist() for o in table.offloads(shared=True)]
+        return np.asarray(np.min([np.full(2, NEVER), *found], axis=0))
 
     def sharpen(self, number: int, sizes: NDArray[np.int64], limit: float, queues: bool = True) -> bool:
         """Simulate generation on these sizes [1, P] where that may show the bound to be no less than `limit` seconds;
@@ -153,16 +152,12 @@ class Bounds:
         times = next((times for times in LOOSE if slower(times) >= limit), None)
         if times is None:
             return False
-        return self.generation[int(self.rows.kind[number])].sharpen(*self._engine_pools(one, sizes), times, queues)
+        return self.engines[int(self.rows.kind[number])].sharpen(*self._engine_pools(one, sizes), times, queues)
 
     def refresh(self) -> None:
         """Take up what has been simulated meanwhile."""
-        for generation in self.generation:
-            generation.refresh()
-
-    def fewer_engines_are_faster(self, number: int, sizes: NDArray[np.int64]) -> bool:
-        """Whether generation on these sizes [1, P] may be slower than on smaller ones, as it happens to be dealt."""
-        return self.generation[int(self.rows.kind[number])].falls(*self._engine_pools(np.array([number]), sizes))
+        for engines in self.engines:
+            engines.refresh()
 
     def _engine_pools(
         self, number: NDArray[np.int64], sizes: NDArray[np.int64]
@@ -178,7 +173,6 @@ class Bounds:
         columns: list[list[object]] = [[] for _ in Rows._fields]
         listed = []
         for a, program in zip(self.arrangements, programs, strict=True):
-            own = zip(a.structure, a.kinds, strict=True)
             pad = [0] * (pools - len(a.structure))
             actor = next(i for i, roles in enumerate(a.structure) if "actor" in roles)
             homes = [
@@ -187,7 +181,7 @@ class Bounds:
             ]
             kind = a.kinds[a.generating[0]]
             values: list[object] = [
-                [self._number[pool] for pool in own] + pad,
+                [self._number[pool] for pool in _pools_of(a)] + pad,
                 homes,
                 ["rollout" in roles for roles in a.structure] + [False] * len(pad),
                 [i == actor for i in range(pools)],
@@ -289,10 +283,9 @@ class Bounds:
         """Seconds [n, S + 1] with all the engines that the generating pools have room for, or any fewer."""
         found = np.full((len(number), self.scenarios), NEVER)
         pools, room = self._engine_pools(number, sizes)
-        for kind, generation in enumerate(self.generation):
+        for kind, engines in enumerate(self.engines):
             of_kind = np.flatnonzero(self.rows.kind[number] == kind)
-            if len(of_kind):
-                found[of_kind] = generation.least(pools[of_kind], room[of_kind])
+            found[of_kind] = engines.least_on(pools[of_kind], room[of_kind])
         return found
 
     def _handed(self, number: NDArray[np.int64], low: NDArray[np.int64]) -> Array:
@@ -338,123 +331,15 @@ class Bounds:
         return found
 
 
-class Generation:
-    """What generation takes at least on the GPUs of a kind: tables [engine sizes, levels of memory, numbers of engines,
-    S + 1] of the least seconds of all layouts that need no more of either."""
-
-    def __init__(self, problem: Problem, kind: str, gpus: int) -> None:
-        self.problem, self.kind, self.device = problem, kind, problem.device(kind)
-        self.splits = [t for t in tensor_parallels(problem.workload, self.device) if t <= problem.node(kind)]
-        self.counts = np.array(engine_counts(gpus, problem.workload.batch))
-        self._row: dict[tuple[int, int, int], int] = {}  # (engine size, slots, engines)
-        columns, most = list[tuple[int, int, int, int]](), list[int]()
-        for number, split in enumerate(self.splits):
-            for at, engines in enumerate(self.counts[: np.searchsorted(self.counts, gpus // split, "right")].tolist()):
-                for slots in concurrencies(problem.workload, split, engines, self.device):
-                    fraction = rollout_fraction(problem.workload, split, slots, self.device)
-                    self._row[split, slots, engines] = len(columns)
-                    columns.append((number, at, slots, round(100 * fraction)))
-                most += [len(columns) - 1] if columns and columns[-1][:2] == (number, at) else []
-        self._most = np.isin(np.arange(len(columns)), most)  # what an engine that shares its GPUs with no role may have
-        self._number, self._at, self._slots, shares = np.array(columns).reshape(-1, 4).T.astype(np.int64)
-        needed = shares / 100 * self.device.memory_bytes - process_bytes(self.device)
-        self._level = _level(problem, kind, needed * (self.device.kind == "cuda"))
-        self._seconds = np.full((len(columns), problem.model.scenarios), NEVER)
-        self._least, self._objective = self._seconds.copy(), np.full(len(columns), NEVER)
-        for number, split in enumerate(self.splits):
-            rows = np.flatnonzero(self._number == number)
-            engines = self.counts[self._at[rows]]
-            self._seconds[rows] = problem.model.floors(split, self._slots[rows], engines, self.device)
-        self._known = 0
-        self._refilled(np.arange(len(columns)))
-
-    def _refilled(self, rows: NDArray[np.int64]) -> None:
-        """Make the tables anew after the seconds of some rows have changed."""
-        problem, device = self.problem, self.device
-        for split in {self.splits[number] for number in self._number[rows].tolist()}:
-            own = rows[self._number[rows] == self.splits.index(split)]
-            engines = self.counts[self._at[own]]
-            self._least[own] = problem.model.generate_least(
-                self._seconds[own], split, self._slots[own], engines, device
-            )
-        self._objective[rows] = problem.statistic(self._least[rows])
-        self.exact = np.full((len(self.splits), ALONE + 1, len(self.counts), problem.model.scenarios + 1), NEVER)
-        least = with_mean(self._least)
-        np.minimum.at(self.exact, (self._number, self._level, self._at), least)
-        np.minimum.accumulate(self.exact, axis=1, out=self.exact)
-        self.exact[:, ALONE] = NEVER
-        self.exact[self._number[self._most], ALONE, self._at[self._most]] = least[self._most]
-        self.table = np.minimum.accumulate(self.exact, axis=2)
-
-    def refresh(self) -> bool:
-        """Take up what has been simulated meanwhile; whether that is anything new."""
-        runs = self.problem.model.generations
-        known = sum(run.known for run in runs.values())
-        if known == self._known:
-            return False
-        changed = []
-        for (split, slots, engines), run in runs.items():
-            row = self._row.get((split, slots, engines[0][1])) if engines[0][0] == self.device else None
-            if row is not None and len(engines) == 1 and (run.seconds > self._seconds[row]).any():
-                self._seconds[row] = np.maximum(self._seconds[row], run.seconds)
-                changed.append(row)
-        self._known = known
-        if changed:
-            self._refilled(np.array(changed))
-        return bool(changed)
-
-    def sharpen(self, pools: NDArray[np.int64], room: NDArray[np.int64], times: float, queues: bool) -> bool:
-        """Simulate, of what fits pools of these sizes [1, P], all that might be fastest (with `queues` or without them),
-        until nothing is below so many `times` the least floor or something is known to be; whether that told more."""
-        able_at = self._most if room[0] == ALONE else self._level <= room[0]
-        rows = np.concatenate([
-            np.flatnonzero((self._number == which) & (self._at <= count[0]) & able_at)
-            for which, count, able in self._fitting(pools) if able[0]
-        ] or [np.zeros(0, np.int64)])  # fmt: skip
-        floors = self.problem.statistic(self._seconds[rows])
-        queued = self._slots[rows] * self.counts[self._at[rows]] < self.problem.workload.batch  # slow to simulate
-        enough = 1.001 * times * float(floors.min(initial=NEVER))
-        for at in np.lexsort((floors, queued)).tolist():
-            if floors[at] < enough and (queues or not queued[at]):
-                split, engines = self.splits[self._number[rows[at]]], int(self.counts[self._at[rows[at]]])
-                run = self.problem.model.generation(split, int(self._slots[rows[at]]), ((self.device, engines),))
-                while not run.done and float(self.problem.statistic(run.seconds)) < enough:
-                    run.advance()
-                if float(self.problem.statistic(run.seconds)) < enough:
-                    break
-        return self.refresh()
-
-    def falls(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> bool:
-        """Whether fewer engines than fit pools of these sizes [1, P] may be faster."""
-        return any(
-            bool((self.table[which, room[0], count[0]] < self.exact[which, room[0], count[0]]).any())
-            for which, count, able in self._fitting(pools) if able[0]
-        )  # fmt: skip
-
-    def _fitting(self, pools: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64], NDArray[np.bool_]]]:
-        """Of each engine size which number of engines fits pools of these sizes [n, P], and whether each has one."""
-        for which, split in enumerate(self.splits):
-            each = np.where(pools >= 0, pools // split, 0)
-            able = np.asarray(((each > 0) | (pools < 0)).all(axis=1), dtype=np.bool_)
-            yield which, np.searchsorted(self.counts, each.sum(axis=1), "right") - 1, able
-
-    def least(self, pools: NDArray[np.int64], room: NDArray[np.int64]) -> Array:
-        """Seconds [n, S + 1] with the engines that fit pools of these sizes [n, P] (-1: not the rollout's), each of
-        which needs one, in a level of memory [n]; or with any fewer engines."""
-        found, table = np.full((len(pools), self.table.shape[3]), NEVER), self.table
-        for which, count, able in self._fitting(pools):
-            found = np.minimum(found, np.where(able[:, None], table[which, room, count], NEVER))
-        return found
+def _pools_of(a: Arrangement) -> list[Pool]:
+    """What the tables of an arrangement's pools depend on."""
+    return [
+        (roles, kind, a.within if "actor" in roles else None) for roles, kind in zip(a.structure, a.kinds, strict=True)
+    ]
 
 
-def _level(problem: Problem, kind: str, size: Any) -> NDArray[np.int64]:
-    """Levels of memory that so many bytes need: what fits has no higher a level than the room."""
-    share = np.asarray(size) / problem.device(kind).memory_bytes
-    return np.clip(np.ceil(share * LEVELS), 0, LEVELS).astype(np.int64)
-
-
-def _named(pool: tuple[frozenset[str], str]) -> tuple[list[str], str]:
-    return sorted(pool[0]), pool[1]
+def _named(pool: Pool) -> tuple[list[str], str, str]:
+    return sorted(pool[0]), pool[1], str(pool[2])
 
 
 def _least(seconds: Array, step: NDArray[np.int64], level: NDArray[np.int64], steps: int) -> Array:
@@ -467,23 +352,3 @@ def _least(seconds: Array, step: NDArray[np.int64], level: NDArray[np.int64], st
         found[:, cells] = np.minimum.reduceat(seconds[:, order], first, axis=1)
     table = found.reshape(seconds.shape[0], steps, LEVELS + 1, seconds.shape[2])
     return np.asarray(np.minimum.accumulate(np.minimum.accumulate(table, axis=1), axis=2))
-
-
-def _engine_memory(problem: Problem, kind: str, tensor_parallel: int, slots: int) -> list[RoleMemory]:
-    """Of an engine of that size, awake and asleep while it idles; none if it does not fit."""
-    device = problem.device(kind)
-    fraction = rollout_fraction(problem.workload, tensor_parallel, slots, device)
-    if fraction > 1:
-        return []
-    on_cpu = device.kind == "cpu"
-    return [
-        rollout_memory(
-            problem.workload,
-            RolloutRole(
-                engine="transformers" if on_cpu else "vllm", pools=("p",), tensor_parallel=tensor_parallel, replicas=1,
-                memory_fraction=fraction, concurrency=slots, offload=offload,
-            ),
-            device,
-        )
-        for offload in ((False,) if on_cpu else (False, True))
-    ]  # fmt: skip

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.search.bound import NEVER, Bounds
+from planner.search.bound import Bounds
+from planner.search.engines import NEVER
 from planner.search.evaluate import Candidate, evaluate, guess, ideal_seconds
 from planner.search.options import CUTS, Problem
 from planner.search.pins import Restrict
@@ -49,7 +50,13 @@ def search(problem: Problem, keep: int, restrict: Restrict | None = None, deadli
     """The best plan, and good ones of other structures, `keep` in all; empty if nothing fits. `restrict` adds what an
     arrangement's sizes must meet, or refuses it. Ends with what it has at the `deadline` (of time.perf_counter) or
     on Ctrl-C."""
-    listed = [a for structure in structures(problem.workload.roles) for a in arrangements(structure, problem.cluster)]
+    ways = (True, False) if len(problem.cluster.nodes) > 1 else (None,)
+    listed = [
+        a._replace(within=way)
+        for structure in structures(problem.workload.roles)
+        for a in arrangements(structure, problem.cluster)
+        for way in ways
+    ]
     if restrict is not None:
         listed = [restricted for a in listed if (restricted := restrict(a)) is not None]
     return best_of_arrangements(problem, listed, keep, deadline=deadline)
@@ -198,15 +205,14 @@ class _Search:
         number, bound = int(leaf.number[0]), float(leaf.bound[0])
         arrangement, program = self.listed[number], self._program(number)
         sizes, single = padded(arrangement, leaf.high[0].tolist()), bool((leaf.low == leaf.high).all())
-        fewer = not single and self.bounds.fewer_engines_are_faster(number, leaf.high)
-        if program is None and not single and not fewer:
+        if program is None and not single:
             bound = max(bound, ideal_seconds(self.problem, arrangement, sizes, self._limit(number)))
         outcome = None
         if bound < self._limit(number):
             self.evaluated += 1
             outcome = evaluate(self.problem, arrangement, sizes, self._limit(number), program)
             self._insert(outcome.best)
-        if not single and bound < self._limit(number) and (fewer or (outcome is not None and not outcome.filled)):
+        if not single and bound < self._limit(number) and outcome is not None and not outcome.filled:
             rest = _without_corner(bound, number, leaf.low[0].tolist(), leaf.high[0].tolist())
             self.open = _joined(self.open, self._bounded(rest))
         self.bounds.refresh()

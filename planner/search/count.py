@@ -36,7 +36,8 @@ def count(workload: Workload, cluster: Cluster, max_staleness: int | None = None
     layouts = []
     for role in workload.roles:
         if role == "rollout":
-            engines = len(problem.rollouts([place], shared=True))
+            table = problem.engines(kind)
+            engines = len(table.slots) * len(table.offloads(shared=True))
             layouts.append((role, engines, engines))
         else:
             every = trainer_grid(workload, role, problem.ranks(kind), problem.node(kind), place.device)

@@ -9,13 +9,12 @@ from numpy.typing import NDArray
 
 from planner.predict.cost import Place
 from planner.predict.cycle import undominated
-from planner.predict.generation import Simulation
-from planner.predict.memory import RoleMemory, batch_bytes
-from planner.search.options import Array, Layouts, Problem, bytes_of, together, with_mean
+from planner.predict.memory import batch_bytes
+from planner.search.engines import EngineTable, with_mean
+from planner.search.options import Array, Layouts, Problem, bytes_of, together
 from planner.search.programs import SAME, Program, cycles_of, rates, sharing_of
 from planner.search.space import Arrangement, Structure, arrangements, pack, parts_of
 from planner.spec.plan import Gpu, RolloutRole, TrainerRole
-
 
 AT_ONCE = 32  # combinations of layouts whose programs are bounded together
 
@@ -62,6 +61,8 @@ class Site:
         self.layouts = {
             role: problem.layouts_at(role, self.kinds[i], self.places[i]) for role, i in self.pool_of.items()
         }
+        node = problem.node(self.kinds[self.pool_of["actor"]])
+        self.layouts["actor"] = self.layouts["actor"].of_shards(arrangement.within, node)
         self.sharing = sharing_of(problem.flow, self.structure)
 
     @cached_property
@@ -98,11 +99,10 @@ def _filled(gpus: int, node: int) -> tuple[int, ...]:
 
 
 class Engines(NamedTuple):
-    """A layout of the rollout, the memory of an engine on each GPU, and its simulation as far as it has been run."""
+    """A layout of the rollout, the memory of an engine on each GPU, and seconds [S] of `generate`."""
 
     layout: RolloutRole
-    memory: RoleMemory
-    run: Simulation
+    memory: Array
     seconds: Array
 
 
@@ -211,52 +211,66 @@ def _worth_trying(
     """The rollout layouts that may lead below the threshold, and what no layouts of the other roles undercut beside
     each; the fastest generation first of those with a slot for every sequence, which are simulated at once, then of
     those with a queue (none of these if `no_queue` and there are others), only where no floor rules them out."""
-    problem = site.problem
-    model, places = problem.model, [site.places[i] for i in site.generating]
-    found = []
+    problem, statistic = site.problem, site.problem.statistic
+    table = problem.engines(site.kinds[site.generating[0]])
     shared = any(site.held(i) for i in site.generating)
-    for layout, memory in problem.rollouts(places, shared):
-        devices = model.engines(layout, places)
-        run = model.generation(layout.tensor_parallel, layout.concurrency, devices)
-        found.append((Engines(layout, memory, run, model.generated(run, layout, devices)), devices))
-    if no_queue:
-        slots = [entry for entry in found if not entry[0].run.queued]
-        found = slots or found
-    found.sort(key=lambda entry: (entry[0].run.queued, float(problem.statistic(entry[0].seconds))))
-    for engines, devices in found:  # layouts may share a simulation
-        engines = engines._replace(seconds=model.generated(engines.run, engines.layout, devices))
-        least = _least(site, engines)
-        if least is None:
+    rows = table.rows_on([site.places[i].parts for i in site.generating], shared)
+    if no_queue and not table.queued[rows].all():
+        rows = rows[~table.queued[rows]]
+    least = _least(site, np.zeros(3))
+    if least is None:
+        return
+    generate = problem.calls.index("generate")
+    many = np.repeat(least[None], len(rows), axis=0)
+    many[:, generate] = table.seconds[rows]
+    rows = rows[_bound(site, floor, with_mean(many)) < below()]
+    rows = rows[np.lexsort((statistic(table.seconds[rows]), table.queued[rows]))]
+    known: list[int] = []
+    for row in rows.tolist():
+        if any(_outdone(table, row, other) for other in known):
             continue
-        while _bound(site, floor, with_mean(least)[None])[0] < below():
-            if engines.run.done:
-                yield engines, least
-                break
-            engines.run.advance()
-            engines = engines._replace(seconds=model.generated(engines.run, engines.layout, devices))
-            least[problem.calls.index("generate")] = engines.seconds
+        for offload in table.offloads(shared):
+            memory, moves = bytes_of(table.memory(row, offload)), table.moves(row, offload)
+            least = _least(site, memory)
+            if least is None:
+                continue
+            least[generate] = table.seconds[row] + moves
+            while _bound(site, floor, with_mean(least)[None])[0] < below():
+                if table.simulation(row).done:
+                    known.append(row)
+                    layout = table.layout(row, tuple(f"p{i}" for i in site.generating), offload)
+                    yield Engines(layout, memory, least[generate]), least
+                    break
+                table.advance(row)
+                least[generate] = table.seconds[row] + moves
 
 
-def _least(site: Site, engines: Engines) -> Array | None:
-    """Seconds [C, S] that no layouts of the other roles undercut beside this engine; None if nothing fits."""
+def _outdone(table: EngineTable, row: int, known: int) -> bool:
+    """Whether a row that has been simulated is no slower in any scenario and needs no more memory."""
+    less = table.percent[known] <= table.percent[row] and table.number[known] == table.number[row]
+    return bool(row != known and less and (table.seconds[known] <= table.seconds[row]).all())
+
+
+def _least(site: Site, engine: Array) -> Array | None:
+    """Seconds [C, S] that no layouts of the other roles undercut beside an engine of such memory, generation apart; None
+    if nothing fits."""
     problem = site.problem
     least = np.zeros((len(problem.calls), problem.model.scenarios))
     for i in range(len(site.structure)):
-        for role, fits in _fitting(site, i, bytes_of(engines.memory)).items():
+        for role, fits in _fitting(site, i, engine).items():
             if not len(fits):
                 return None
             for call, seconds in zip(problem.calls_of(role), site.layouts[role].seconds, strict=True):
                 least[problem.calls.index(call)] = seconds[fits].min(axis=0)
-    return _with_others(site, engines, least)
+    return _with_host(site, least)
 
 
-def _with_others(site: Site, engines: Engines, least: Array) -> Array:
-    """With the host's calls, generation, and what the sync takes beyond the actor's part of it."""
+def _with_host(site: Site, least: Array) -> Array:
+    """With the host's calls."""
     problem = site.problem
     for row, name in enumerate(problem.calls):
         if not problem.flow[name].roles:
             least[row] = problem.model.host(name).seconds
-    least[problem.calls.index("generate")] = engines.seconds
     return least
 
 
@@ -278,7 +292,7 @@ def _kept(site: Site, engines: Engines, least: Array, floor: Array, threshold: f
     problem = site.problem
     found = {}
     for i in range(len(site.structure)):
-        for role, fits in _fitting(site, i, bytes_of(engines.memory)).items():
+        for role, fits in _fitting(site, i, engines.memory).items():
             own = [problem.calls.index(call) for call in problem.calls_of(role)]
             layouts = site.layouts[role]
             if np.isfinite(threshold):
@@ -317,7 +331,7 @@ def _picks(
 ) -> Picks:
     """Combinations of layouts that fit their pools and hosts: with `rough` the one with the least load on each pool,
     else all whose bound is below the threshold."""
-    engine = bytes_of(engines.memory)
+    engine = engines.memory
     picks = Picks(kept, dict.fromkeys(kept, np.zeros(0, np.int64)))
     if not all(len(layouts.memory) for layouts in kept.values()):
         return picks
@@ -352,9 +366,10 @@ def _promising(
     """All combinations whose bound `floor` [rows, calls] is below the threshold.
 
     Roles are added one by one, the busiest pool's first; those to come count with their least seconds and bytes."""
-    problem, engine = site.problem, bytes_of(engines.memory)
+    problem, engine = site.problem, engines.memory
     row = {call: i for i, call in enumerate(problem.calls)}
-    means = _with_others(site, engines, np.zeros((len(row), problem.model.scenarios))).mean(axis=1)
+    means = _with_host(site, np.zeros((len(row), problem.model.scenarios))).mean(axis=1)
+    means[row["generate"]] = engines.seconds.mean()
     for role, layouts in kept.items():
         for call, seconds in zip(problem.calls_of(role), layouts.means, strict=True):
             means[row[call]] = seconds.min()
@@ -407,10 +422,8 @@ def _seconds(site: Site, engines: Engines, picks: Picks) -> Array:
     """Durations [calls, n, S] of every call for each combination."""
     problem = site.problem
     row = {call: i for i, call in enumerate(problem.calls)}
-    seconds = np.zeros((len(row), len(picks), problem.model.scenarios))
-    for call in problem.flow.calls:
-        if not call.roles:
-            seconds[row[call.name]] = problem.model.host(call.name).seconds
+    least = _with_host(site, np.zeros((len(row), problem.model.scenarios)))
+    seconds = np.repeat(least[:, None], len(picks), axis=1)
     seconds[row["generate"]] = engines.seconds
     for role, rows in picks.rows.items():
         for name, found in zip(problem.calls_of(role), picks.layouts[role].seconds, strict=True):

@@ -12,14 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.cost import CostModel, Place
-from planner.predict.layouts import Grid, rank_counts, rollout_layouts, trainer_grid
-from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, rollout_memory, trainer_bytes
+from planner.predict.layouts import Grid, rank_counts, trainer_grid
+from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, trainer_bytes
 from planner.predict.roofline import Split, nodes_spanned
+from planner.search.engines import EngineTable
 from planner.search.programs import Choices, Cut, Search, Sharing, best_program, choices_of
 from planner.search.space import gpus_of_kinds
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Dataflow
-from planner.spec.plan import RolloutRole, TrainerRole
+from planner.spec.plan import TrainerRole
 from planner.spec.workload import Workload
 
 Array = NDArray[np.float64]
@@ -43,6 +44,10 @@ class Layouts(NamedTuple):
     def layout(self, row: int, pool: str) -> TrainerRole:
         return self.grid.layout(row, pool)
 
+    def of_shards(self, within: bool | None, node: int) -> "Layouts":
+        """Those whose shards lie within a node of so many GPUs, or do not; all of them if None."""
+        return self if within is None else self.take(np.flatnonzero((self.grid.shard <= node) == within))
+
 
 @dataclass(kw_only=True)
 class Problem:
@@ -58,7 +63,7 @@ class Problem:
     objective: str = "mean"
     _cuts: dict[Sharing, list[Cut]] = field(default_factory=dict)
     _layouts: dict[object, Layouts] = field(default_factory=dict)
-    _rollouts: dict[object, list[tuple[RolloutRole, RoleMemory]]] = field(default_factory=dict)
+    _engines: dict[str, EngineTable] = field(default_factory=dict)
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -194,16 +199,12 @@ class Problem:
             found[i] = layouts.memory[:rows, :2].min(axis=0) if rows else np.inf
         return found
 
-    def rollouts(self, places: Sequence[Place], shared: bool) -> list[tuple[RolloutRole, RoleMemory]]:
-        """All layouts of the rollout on pools p0, p1, ..., shared with other roles or not, and the memory of an
-        engine."""
-        key = shared, *((place.parts, id(place.device)) for place in places)
-        if key not in self._rollouts:
-            pools, device = tuple(f"p{i}" for i in range(len(places))), places[0].device
-            parts = tuple(place.parts for place in places)
-            layouts = rollout_layouts(self.workload, parts, pools, device, shared)
-            self._rollouts[key] = [(layout, rollout_memory(self.workload, layout, device)) for layout in layouts]
-        return self._rollouts[key]
+    def engines(self, kind: str) -> EngineTable:
+        """The engines that a rollout may have on GPUs of a kind."""
+        if kind not in self._engines:
+            gpus, node = gpus_of_kinds(self.cluster)[kind], self.node(kind)
+            self._engines[kind] = EngineTable(self.workload, self.model, self.device(kind), node, gpus, self.statistic)
+        return self._engines[kind]
 
     def allowed(self, roles: bool, engine: bool, kind: str) -> int:
         """Bytes of a GPU that are left beside the contexts of its processes."""
@@ -245,11 +246,6 @@ def _best_of_alike(layouts: Layouts) -> NDArray[np.int64]:
 def together(memory: Array, more: Array) -> Array:
     """Memory [n, 3] of roles on one pool: residents and host copies add up, of the surpluses the largest counts."""
     return np.where([True, False, True], memory + more, np.maximum(memory, more))
-
-
-def with_mean(seconds: Array) -> Array:
-    """Seconds [..., S + 1]: those [..., S] in each scenario, and their mean."""
-    return np.concatenate([seconds, seconds.mean(axis=-1, keepdims=True)], axis=-1)
 
 
 def bytes_of(memory: RoleMemory) -> Array:

@@ -46,13 +46,15 @@ def _with_rollout(pools: tuple[frozenset[str], ...]) -> Iterator[Structure]:
 class Arrangement(NamedTuple):
     """A structure with the kind of GPU of each pool, and what its sizes must meet: some pools have no more GPUs
     together than `limits` says, those in `given` have exactly so many, and the rollout's together `rollout` if that is
-    not None."""
+    not None. The actor's shards lie `within` a node or not (None: either), which a weight sync and an update ask for
+    opposite reasons."""
 
     structure: Structure
     kinds: tuple[str, ...]
     limits: tuple[tuple[tuple[int, ...], int], ...]
     given: Mapping[int, int] = {}
     rollout: int | None = None
+    within: bool | None = None
 
     @property
     def generating(self) -> tuple[int, ...]:
