@@ -15,8 +15,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.layouts import tensor_parallels
-from planner.predict.roofline import hand_over_seconds
 from planner.search.engines import ALONE, LEVELS, NEVER, level_of, with_mean
 from planner.search.options import CUTS, Array, Problem, bytes_of
 from planner.search.programs import Cut, Program, bound_rates, cycles_of, rates, sharing_of
@@ -187,7 +185,7 @@ class Bounds:
                 [i == actor for i in range(pools)],
                 self.kinds.index(kind),
                 problem.node(kind) if kind == a.kinds[actor] else 0,
-                [self._hand_over(a, actor, same_node=same_node) for same_node in (True, False)],
+                [problem.hand_over(a, same_node=same_node) for same_node in (True, False)],
             ]
             for column, value in zip(columns, values, strict=False):
                 column.append(value)
@@ -212,20 +210,6 @@ class Bounds:
             for call in own:
                 found[..., call] = np.where(alike, 0.0, rates[..., call])
         return found
-
-    def _hand_over(self, a: Arrangement, actor: int, *, same_node: bool) -> float:
-        """Seconds that handing over the weights takes at least."""
-        problem, device = self.problem, self.problem.device(a.kinds[actor])
-        splits = tensor_parallels(problem.workload, problem.device(a.kinds[a.generating[0]]))
-        shared = actor in a.generating
-        seconds = min(
-            hand_over_seconds(
-                problem.workload.actor.shape, device, problem.cluster, split, same_node=same_node, shared=shared,
-                separate=len(a.generating) > shared,
-            )
-            for split in splits
-        )  # fmt: skip
-        return seconds * problem.model.least_transfer_ratio(device)
 
     # --- bounds ---
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from planner.search.bound import Bounds
 from planner.search.engines import NEVER
-from planner.search.evaluate import Candidate, evaluate, guess, ideal_seconds
+from planner.search.evaluate import Candidate, dismissed, evaluate, guess, ideal_seconds
 from planner.search.options import CUTS, Problem
 from planner.search.pins import Restrict
 from planner.search.programs import SAME, Program
@@ -154,8 +154,10 @@ class _Search:
             self.leaves = self._sharper(self.leaves)
         elif not self._ruled_out(leaf):
             self.leaves = self.leaves.take(order[1:])
-            self.parked = _joined(self.parked, leaf)
-            self._guess(leaf)
+            sizes = padded(self.listed[number], leaf.high[0].tolist())
+            if self.programs or not dismissed(self.problem, self.listed[number], sizes, self._limit(number)):
+                self.parked = _joined(self.parked, leaf)
+                self._guess(leaf)
 
     def _settle(self) -> None:
         """Take the parked leaf that has the lowest bound further: a bound by all programs, and by simulated generation;

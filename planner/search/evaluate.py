@@ -16,6 +16,7 @@ from planner.search.programs import SAME, Program, cycles_of, rates, sharing_of
 from planner.search.space import Arrangement, Structure, arrangements, pack, parts_of
 from planner.spec.plan import Gpu, RolloutRole, TrainerRole
 
+FEW = 3  # layouts of the rollout that a quick plan tries
 AT_ONCE = 32  # combinations of layouts whose programs are bounded together
 
 
@@ -62,7 +63,8 @@ class Site:
             role: problem.layouts_at(role, self.kinds[i], self.places[i]) for role, i in self.pool_of.items()
         }
         node = problem.node(self.kinds[self.pool_of["actor"]])
-        self.layouts["actor"] = self.layouts["actor"].of_shards(arrangement.within, node)
+        handed = problem.hand_over(arrangement, same_node=self.same_node)
+        self.layouts["actor"] = self.layouts["actor"].of_shards(arrangement.within, node).with_sync(handed)
         self.sharing = sharing_of(problem.flow, self.structure)
 
     @cached_property
@@ -72,6 +74,15 @@ class Site:
             kinds = {self.kinds[i] for i in pools}
             return len(kinds) == 1 and sum(self.counts[i] for i in pools) <= self.problem.node(*kinds)
         return len({node for i in pools for node, _ in self.gpus[i]}) == 1
+
+    @property
+    def engines(self) -> EngineTable:
+        return self.problem.engines(self.kinds[self.generating[0]])
+
+    @property
+    def shared(self) -> bool:
+        """Whether engines share GPUs with other roles."""
+        return any(self.held(i) for i in self.generating)
 
     @property
     def filled(self) -> bool:
@@ -124,6 +135,13 @@ def evaluate(
     return Outcome(_best_at(site, limit, fixed), site.filled)
 
 
+def dismissed(problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float) -> bool:
+    """Whether a look at each role's layouts alone shows that no placement of these sizes or smaller ones is below
+    `limit` seconds."""
+    site = Site(problem, arrangement, counts, ideal=True)
+    return not len(_rows_below(site, _floor(site, None), limit))
+
+
 def ideal_seconds(problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float) -> float:
     """What no placement of these sizes or smaller ones is below, were it not for generation that is faster on fewer
     engines; `limit` seconds if that is no less."""
@@ -140,7 +158,7 @@ def guess(
     for role, layouts in site.layouts.items():
         used = layouts.grid.gpus
         site.layouts[role] = layouts.take(np.flatnonzero(used == used.max(initial=0)))
-    return _best_at(site, limit, fixed, no_queue=True)
+    return _best_at(site, limit, fixed, quick=True)
 
 
 def _floor(site: Site, fixed: Program | None) -> Array:
@@ -158,10 +176,10 @@ def _bound(site: Site, floor: Array, seconds: Array) -> Array:
     return bound
 
 
-def _best_at(site: Site, limit: float, fixed: Program | None, no_queue: bool = False) -> Candidate | None:
+def _best_at(site: Site, limit: float, fixed: Program | None, quick: bool = False) -> Candidate | None:
     floor = _floor(site, fixed)
     best: Candidate | None = None
-    for engines, least in _worth_trying(site, floor, lambda: _below(limit, best), no_queue):  # noqa: B023
+    for engines, least in _worth_trying(site, floor, lambda: _below(limit, best), quick):
         for rough in (True, False) if limit == np.inf and best is None else (False,):  # first what is surely good
             kept = _kept(site, engines, least, floor, _below(limit, best))
             picks = _picks(site, engines, kept, floor, _below(limit, best), rough)
@@ -206,30 +224,22 @@ def _below(limit: float, best: Candidate | None) -> float:
 
 
 def _worth_trying(
-    site: Site, floor: Array, below: Callable[[], float], no_queue: bool = False
+    site: Site, floor: Array, below: Callable[[], float], quick: bool = False
 ) -> Iterator[tuple[Engines, Array]]:
     """The rollout layouts that may lead below the threshold, and what no layouts of the other roles undercut beside
     each; the fastest generation first of those with a slot for every sequence, which are simulated at once, then of
-    those with a queue (none of these if `no_queue` and there are others), only where no floor rules them out."""
+    those with a queue (only the first few of all if `quick`), only where no floor
+    rules them out."""
     problem, statistic = site.problem, site.problem.statistic
-    table = problem.engines(site.kinds[site.generating[0]])
-    shared = any(site.held(i) for i in site.generating)
-    rows = table.rows_on([site.places[i].parts for i in site.generating], shared)
-    if no_queue and not table.queued[rows].all():
-        rows = rows[~table.queued[rows]]
-    least = _least(site, np.zeros(3))
-    if least is None:
-        return
-    generate = problem.calls.index("generate")
-    many = np.repeat(least[None], len(rows), axis=0)
-    many[:, generate] = table.seconds[rows]
-    rows = rows[_bound(site, floor, with_mean(many)) < below()]
+    table, generate = site.engines, problem.calls.index("generate")
+    rows = _rows_below(site, floor, below())
     rows = rows[np.lexsort((statistic(table.seconds[rows]), table.queued[rows]))]
+    rows = rows[:FEW] if quick else rows
     known: list[int] = []
     for row in rows.tolist():
         if any(_outdone(table, row, other) for other in known):
             continue
-        for offload in table.offloads(shared):
+        for offload in table.offloads(site.shared):
             memory, moves = bytes_of(table.memory(row, offload)), table.moves(row, offload)
             least = _least(site, memory)
             if least is None:
@@ -243,6 +253,37 @@ def _worth_trying(
                     break
                 table.advance(row)
                 least[generate] = table.seconds[row] + moves
+
+
+def _rows_below(site: Site, floor: Array, limit: float) -> NDArray[np.int64]:
+    """The engines with which the least that the other roles take, each call for itself, is below the limit; none if
+    some role has no layout whose calls all together are."""
+    problem, table = site.problem, site.engines
+    rows, least = table.rows_on([site.places[i].parts for i in site.generating], site.shared), _least(site, np.zeros(3))
+    if least is None:
+        return rows[:0]
+    many = np.repeat(least[None], len(rows), axis=0)
+    many[:, problem.calls.index("generate")] = table.seconds[rows]
+    rows = rows[_bound(site, floor, with_mean(many)) < limit]
+    if len(rows) and _possible(site, table.seconds[rows].min(axis=0), least, floor, limit):
+        return rows
+    return rows[:0]
+
+
+def _possible(site: Site, generated: Array, least: Array, floor: Array, limit: float) -> bool:
+    """Whether each role has a layout with which all of its own calls together do not exceed the limit, if the others
+    take their `least` seconds [C, S] and generation what is given [S]."""
+    problem = site.problem
+    if not np.isfinite(limit) or problem.objective == "p95":
+        return True
+    least = least.copy()
+    least[problem.calls.index("generate")] = generated
+    for role, layouts in site.layouts.items():
+        own = [problem.calls.index(call) for call in problem.calls_of(role)]
+        rest = np.delete(floor, own, axis=1) @ np.delete(least, own, axis=0).mean(axis=1)
+        if not ((floor[:, own] @ layouts.means + rest[:, None]).max(axis=0) < limit).any():
+            return False
+    return True
 
 
 def _outdone(table: EngineTable, row: int, known: int) -> bool:

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.cost import CostModel, Place
-from planner.predict.layouts import Grid, rank_counts, trainer_grid
+from planner.predict.layouts import Grid, rank_counts, tensor_parallels, trainer_grid
 from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, trainer_bytes
-from planner.predict.roofline import Split, nodes_spanned
+from planner.predict.roofline import Split, hand_over_seconds, nodes_spanned
 from planner.search.engines import EngineTable
 from planner.search.programs import Choices, Cut, Search, Sharing, best_program, choices_of
-from planner.search.space import gpus_of_kinds
+from planner.search.space import Arrangement, gpus_of_kinds
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import TrainerRole
@@ -43,6 +43,12 @@ class Layouts(NamedTuple):
 
     def layout(self, row: int, pool: str) -> TrainerRole:
         return self.grid.layout(row, pool)
+
+    def with_sync(self, seconds: float) -> "Layouts":
+        """Of the actor, with what handing over the weights takes added to the sync."""
+        longer = np.zeros(len(self.seconds))
+        longer[-1] = seconds
+        return self._replace(seconds=self.seconds + longer[:, None, None], means=self.means + longer[:, None])
 
     def of_shards(self, within: bool | None, node: int) -> "Layouts":
         """Those whose shards lie within a node of so many GPUs, or do not; all of them if None."""
@@ -205,6 +211,19 @@ class Problem:
             gpus, node = gpus_of_kinds(self.cluster)[kind], self.node(kind)
             self._engines[kind] = EngineTable(self.workload, self.model, self.device(kind), node, gpus, self.statistic)
         return self._engines[kind]
+
+    def hand_over(self, a: Arrangement, *, same_node: bool) -> float:
+        """Seconds that handing over the actor's gathered weights takes at least."""
+        actor = next(i for i, roles in enumerate(a.structure) if "actor" in roles)
+        device, shared = self.device(a.kinds[actor]), actor in a.generating
+        seconds = min(
+            hand_over_seconds(
+                self.workload.actor.shape, device, self.cluster, split, same_node=same_node, shared=shared,
+                separate=len(a.generating) > shared,
+            )
+            for split in tensor_parallels(self.workload, self.device(a.kinds[a.generating[0]]))
+        )  # fmt: skip
+        return seconds * self.model.least_transfer_ratio(device)
 
     def allowed(self, roles: bool, engine: bool, kind: str) -> int:
         """Bytes of a GPU that are left beside the contexts of its processes."""
