@@ -29,10 +29,11 @@ from planner.spec.workload import Shape
 Tokens = NDArray[np.int64]
 Seconds = NDArray[np.float64]
 
+FOLLOWED_ENGINES = 64  # of equal ones with a queue: more are taken to do as these with their share of the requests
+
 # Of a decoding step beside the roofline: scheduling, sampling with log-probs, launching the graph; and of each sequence
 # in it. vLLM on an H200 decodes about 34,000 tokens/s with 256 sequences of a 1.5B model, 7.5 ms a step, of which the
 # roofline explains 2.6; the split into a fixed and a growing part is a guess that profiles replace.
-FOLLOWED_ENGINES = 64  # of equal ones with a queue: more are taken to do as these with their share of the requests
 STEP_SECONDS = {"cuda": 2e-3, "cpu": 4e-3}
 SEQUENCE_SECONDS = {"cuda": 1.2e-5, "cpu": 1e-4}
 
@@ -130,7 +131,7 @@ class Batch:
     def _longest_at_first(self, engines: int, slots: int) -> Tokens:
         """The longest of the responses [S] that each engine starts with, summed over the engines."""
         if not self.even:
-            return self.responses[:, : engines * slots].max(axis=1)
+            return np.asarray(self.responses[:, : engines * slots].max(axis=1))
         key, batch = (engines, slots), self.responses.shape[1]
         if key not in self._first:
             rows = min(slots, -(-batch // engines))
@@ -226,7 +227,7 @@ class Simulation:
     @property
     def queued(self) -> bool:
         """Whether there are fewer slots than sequences."""
-        return self._batch.responses.shape[1] > len(self._engines) * self._concurrency
+        return int(self._batch.responses.shape[1]) > len(self._engines) * self._concurrency
 
     def advance(self) -> None:
         """Simulate one more scenario; all of them where none waits for a slot. With a queue a better floor is found

@@ -92,8 +92,8 @@ class _TimeUp(Exception):
 
 class _Search:
     """`best` is sorted. `open` boxes are to be halved; `leaves` are boxes whose largest sizes can be had at once; those
-    that have had a quick plan are `parked`. The `guessed` arrangements have had one; of those in `cut` it is known why some
-    sizes have no program that is fast enough."""
+    that have had a quick plan are `parked`. The `guessed` arrangements have had one; of those in `cut` it is known why
+    some sizes have no program that is fast enough."""
 
     def __init__(
         self,
@@ -253,8 +253,8 @@ class _Search:
         return boxes.take(~single)
 
     def _sharper(self, boxes: Boxes, cut: int | None = None) -> Boxes:
-        """With their bounds anew, by the cuts of their programs where that may decide; or those of one arrangement by its
-        last `cut` alone."""
+        """With their bounds anew, by the cuts of their programs where that may decide; or those of one arrangement by
+        its last `cut` alone."""
         if cut is None:
             boxes = boxes._replace(bound=np.maximum(boxes.bound, self.bounds.of(boxes.number, boxes.low, boxes.high)))
         bound, near = boxes.bound.copy(), boxes.bound < self._limits(boxes.number)

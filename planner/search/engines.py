@@ -165,8 +165,8 @@ class EngineTable:
         np.minimum.accumulate(self.least, axis=2, out=self.least)
 
     def least_on(self, pools: Rows, room: Rows) -> Array:
-        """Seconds [n, S + 1] with the engines that fit pools of these sizes [n, P] (-1: not the rollout's), each of which
-        needs one, in a level of memory [n]."""
+        """Seconds [n, S + 1] with the engines that fit pools of these sizes [n, P] (-1: not the rollout's), each of
+        which needs one, in a level of memory [n]."""
         found = np.full((len(pools), self._model.scenarios + 1), NEVER)
         for number, count, able in self._fitting(pools):
             found = np.minimum(found, np.where(able[:, None], self.least[number, room, count], NEVER))

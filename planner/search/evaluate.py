@@ -1,6 +1,6 @@
 """One placement: the best layouts of its roles, jointly under memory, and the best program."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from planner.predict.memory import batch_bytes
 from planner.search.engines import EngineTable, with_mean
 from planner.search.options import Array, Layouts, Problem, bytes_of, together
 from planner.search.programs import SAME, Program, cycles_of, rates, sharing_of
-from planner.search.space import Arrangement, Structure, arrangements, pack, parts_of
+from planner.search.space import Arrangement, Part, Structure, arrangements, gpus_of, spread
 from planner.spec.plan import Gpu, RolloutRole, TrainerRole
 
 FEW = 3  # layouts of the rollout that a quick plan tries
@@ -46,13 +46,12 @@ class Site:
     def __init__(self, problem: Problem, arrangement: Arrangement, counts: Sequence[int], ideal: bool = False) -> None:
         self.problem, self.structure, self.kinds = problem, arrangement.structure, arrangement.kinds
         self.counts, self.ideal = tuple(counts), ideal
-        parts: Iterable[tuple[int, ...]]
+        self.spread: tuple[tuple[Part, ...], ...] = ()
         if ideal:
-            self.gpus: tuple[tuple[Gpu, ...], ...] = ()
-            parts = (_filled(count, problem.node(kind)) for count, kind in zip(counts, self.kinds, strict=True))
+            parts = [_filled(count, problem.node(kind)) for count, kind in zip(counts, self.kinds, strict=True)]
         else:
-            self.gpus = pack(counts, problem.cluster, arrangement.kinds)
-            parts = map(parts_of, self.gpus)
+            self.spread = spread(counts, problem.cluster, arrangement.kinds)
+            parts = [tuple(count for *_, count in pool) for pool in self.spread]
         self.places = tuple(
             Place(parts=found, device=problem.device(kind)) for found, kind in zip(parts, self.kinds, strict=True)
         )
@@ -73,7 +72,7 @@ class Site:
         if self.ideal:
             kinds = {self.kinds[i] for i in pools}
             return len(kinds) == 1 and sum(self.counts[i] for i in pools) <= self.problem.node(*kinds)
-        return len({node for i in pools for node, _ in self.gpus[i]}) == 1
+        return len({node for i in pools for node, *_ in self.spread[i]}) == 1
 
     @property
     def engines(self) -> EngineTable:
@@ -177,15 +176,18 @@ def _bound(site: Site, floor: Array, seconds: Array) -> Array:
 
 
 def _best_at(site: Site, limit: float, fixed: Program | None, quick: bool = False) -> Candidate | None:
-    floor = _floor(site, fixed)
-    best: Candidate | None = None
-    for engines, least in _worth_trying(site, floor, lambda: _below(limit, best), quick):
-        for rough in (True, False) if limit == np.inf and best is None else (False,):  # first what is surely good
-            kept = _kept(site, engines, least, floor, _below(limit, best))
-            picks = _picks(site, engines, kept, floor, _below(limit, best), rough)
-            if len(picks):
-                best = _best_of(site, engines, picks, floor, _below(limit, best), fixed) or best
-    return best
+    floor, found = _floor(site, fixed), list[Candidate]()  # each better than the one before
+
+    def below() -> float:
+        return _below(limit, found[-1] if found else None)
+
+    for engines, least in _worth_trying(site, floor, below, quick):
+        for rough in (True, False) if below() == np.inf else (False,):  # first what is surely good
+            kept = _kept(site, engines, least, floor, below())
+            picks = _picks(site, engines, kept, floor, below(), rough)
+            if len(picks) and (better := _best_of(site, engines, picks, floor, below(), fixed)):
+                found.append(better)
+    return found[-1] if found else None
 
 
 def _best_of(
@@ -264,20 +266,20 @@ def _rows_below(site: Site, floor: Array, limit: float) -> NDArray[np.int64]:
         return rows[:0]
     many = np.repeat(least[None], len(rows), axis=0)
     many[:, problem.calls.index("generate")] = table.seconds[rows]
-    rows = rows[_bound(site, floor, with_mean(many)) < limit]
-    if len(rows) and _possible(site, table.seconds[rows].min(axis=0), least, floor, limit):
+    rows = rows[problem.objective_of((floor @ with_mean(many)).max(axis=1)) < limit]
+    if not len(rows):
         return rows
-    return rows[:0]
+    least[problem.calls.index("generate")] = table.seconds[rows].min(axis=0)
+    possible = _bound(site, floor, with_mean(least)[None])[0] < limit and _possible(site, least, floor, limit)
+    return rows if possible else rows[:0]
 
 
-def _possible(site: Site, generated: Array, least: Array, floor: Array, limit: float) -> bool:
+def _possible(site: Site, least: Array, floor: Array, limit: float) -> bool:
     """Whether each role has a layout with which all of its own calls together do not exceed the limit, if the others
-    take their `least` seconds [C, S] and generation what is given [S]."""
+    take their `least` seconds [C, S]."""
     problem = site.problem
     if not np.isfinite(limit) or problem.objective == "p95":
         return True
-    least = least.copy()
-    least[problem.calls.index("generate")] = generated
     for role, layouts in site.layouts.items():
         own = [problem.calls.index(call) for call in problem.calls_of(role)]
         rest = np.delete(floor, own, axis=1) @ np.delete(least, own, axis=0).mean(axis=1)
@@ -293,8 +295,8 @@ def _outdone(table: EngineTable, row: int, known: int) -> bool:
 
 
 def _least(site: Site, engine: Array) -> Array | None:
-    """Seconds [C, S] that no layouts of the other roles undercut beside an engine of such memory, generation apart; None
-    if nothing fits."""
+    """Seconds [C, S] that no layouts of the other roles undercut beside an engine of such memory, generation apart;
+    None if nothing fits."""
     problem = site.problem
     least = np.zeros((len(problem.calls), problem.model.scenarios))
     for i in range(len(site.structure)):
@@ -444,8 +446,9 @@ def _hosts_hold(site: Site, engine: Array, picks: Picks) -> NDArray[np.int64]:
     """The combinations for which every node's host memory holds what the pools offload and the batches in flight."""
     problem = site.problem
     nodes = np.zeros((len(site.structure), len(problem.cluster.nodes)))
-    for i, gpus in enumerate(site.gpus):
-        np.add.at(nodes[i], [node for node, _ in gpus], 1.0)
+    for i, parts in enumerate(site.spread):
+        for node, _, count in parts:
+            nodes[i, node] = count
     pinned = np.zeros((len(picks), len(site.structure)))
     for role, rows in picks.rows.items():
         pinned[:, site.pool_of[role]] += picks.layouts[role].memory[rows, 2]
@@ -496,4 +499,4 @@ def _candidate(seconds: float, site: Site, engines: Engines, picks: Picks, n: in
         role: picks.layouts[role].layout(int(rows[n]), f"p{site.pool_of[role]}") for role, rows in picks.rows.items()
     }
     rollout = engines.layout.model_copy(update={"pools": tuple(f"p{i}" for i in site.generating)})
-    return Candidate(seconds, site.structure, site.gpus, trainers, rollout, program)
+    return Candidate(seconds, site.structure, tuple(map(gpus_of, site.spread)), trainers, rollout, program)

@@ -88,8 +88,8 @@ class Problem:
         return np.asarray(periods.mean(axis=-1))
 
     def objective_of(self, periods: Array) -> Array:
-        """The objective in seconds of periods [..., S + 1] (see `with_mean`), which may be bounds. A period is a maximum
-        of sums, hence convex: at the mean durations it is at most the mean of the periods."""
+        """The objective in seconds of periods [..., S + 1] (see `with_mean`), which may be bounds. A period is a
+        maximum of sums, hence convex: at the mean durations it is at most the mean of the periods."""
         found = self.statistic(periods[..., :-1])
         return found if self.objective == "p95" else np.maximum(found, periods[..., -1])
 

@@ -110,8 +110,8 @@ def best_program(
             child = lags.copy()
             child[u, v], child[v, u] = min(lags[u, v], m), min(lags[v, u], 1 - m)
             more = _exclusive(_closed(child), choices.shared)
-            new = more[~(more[:, None] <= rows).all(axis=2).any(axis=1)]
-            heapq.heappush(left, (bound, -next(order), child, np.concatenate([rows, new])))
+            known = np.asarray((more[:, None] <= rows).all(axis=2)).any(axis=1)
+            heapq.heappush(left, (bound, -next(order), child, np.concatenate([rows, more[~known]])))
     program = Program(found, _staleness(found)) if found else None
     return Search(program, best, Cut(_padded(leaves)))
 
@@ -135,8 +135,9 @@ def _staleness(items: Items) -> int:
 
 
 def _periods(lags: Array, rows: Array, seconds: Array) -> tuple[Array, Array, Array]:
-    """The maximum cycle ratio [S] of an event graph at durations [calls, S], no less than `rows` of rates; these rows with
-    those of the cycles that bind; and the longest paths [S, u, v] at that period, from the start of u to that of v.
+    """These `rows` of rates with those of the cycles that bind in an event graph at durations [calls, S]; its period
+    [S], the maximum cycle ratio, no less than the rows say; and the longest paths [S, u, v] at that period, from the
+    start of u to that of v.
 
     Newton's method: a cycle that is longer than the period so far raises it to its own ratio."""
     while True:
@@ -357,7 +358,7 @@ def _cliques(near: tuple[int, ...]) -> Array:
     within = (sets & bits) > 0
     cliques = ((sets & ~(np.array(near) | bits) == 0) | ~within).all(axis=1)
     larger = (~within & cliques[sets | bits]).any(axis=1)
-    return within[cliques & ~larger].astype(float)
+    return np.asarray(within[cliques & ~larger], dtype=np.float64)
 
 
 # --- programs that are given ---

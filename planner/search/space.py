@@ -96,16 +96,21 @@ def sizes(gpus: int, pools: int) -> NDArray[np.int64]:
     return np.diff(edges, axis=1)
 
 
-def pack(counts: Sequence[int], cluster: Cluster, kinds: Sequence[str] = ()) -> tuple[tuple[Gpu, ...], ...]:
-    """The GPUs of each pool, packed onto the nodes of its kind (any kind if none are given) canonically: larger pools
-    first, each on the fullest node that holds it whole, else on the emptiest nodes one after the other, and what is
-    left again on the fullest node that holds it. Deterministic."""
+Part = tuple[int, int, int]  # of a pool on a node: the node, its first GPU and how many they are
+
+
+def spread(counts: Sequence[int], cluster: Cluster, kinds: Sequence[str] = ()) -> tuple[tuple[Part, ...], ...]:
+    """What each pool has on which node, in the order of its ranks: the node with most of its GPUs first.
+
+    Packed onto the nodes of its kind (any kind if none are given) canonically: larger pools first, each on the fullest
+    node that holds it whole, else on the emptiest nodes one after the other, and what is left again on the fullest node
+    that holds it. Deterministic."""
     used = [0] * len(cluster.nodes)
-    packed: dict[int, tuple[Gpu, ...]] = {}
+    placed: dict[int, tuple[Part, ...]] = {}
     for pool in sorted(range(len(counts)), key=lambda i: (-counts[i], i)):
         nodes = [n for n, spec in enumerate(cluster.nodes) if not kinds or spec.device == kinds[pool]]
         free = sorted(((cluster.nodes[n].gpus - used[n], n) for n in nodes), key=lambda node: (-node[0], node[1]))
-        taken: list[Gpu] = []
+        parts: list[Part] = []
         wanted, at = counts[pool], 0
         while wanted:
             most, node = free[at]
@@ -113,16 +118,20 @@ def pack(counts: Sequence[int], cluster: Cluster, kinds: Sequence[str] = ()) -> 
             if most >= wanted:
                 node = min((there, n) for there, n in free[at:] if there >= wanted)[1]
             count = min(wanted, most)
-            taken += [(node, index) for index in range(used[node], used[node] + count)]
+            parts.append((node, used[node], count))
             used[node], wanted, at = used[node] + count, wanted - count, at + 1
-        packed[pool] = _fullest_first(taken)
-    return tuple(packed[pool] for pool in range(len(counts)))
+        placed[pool] = tuple(sorted(parts, key=lambda part: (-part[2], part[0])))
+    return tuple(placed[pool] for pool in range(len(counts)))
 
 
-def _fullest_first(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
-    """Ranks follow this order: the node with most of the pool's GPUs first."""
-    on_node = Counter(node for node, _ in gpus)
-    return tuple(sorted(gpus, key=lambda gpu: (-on_node[gpu[0]], *gpu)))
+def pack(counts: Sequence[int], cluster: Cluster, kinds: Sequence[str] = ()) -> tuple[tuple[Gpu, ...], ...]:
+    """The GPUs of each pool, as they are `spread`."""
+    return tuple(map(gpus_of, spread(counts, cluster, kinds)))
+
+
+def gpus_of(parts: Sequence[Part]) -> tuple[Gpu, ...]:
+    """The GPUs of a pool, in the order of its ranks."""
+    return tuple((node, index) for node, first, count in parts for index in range(first, first + count))
 
 
 def parts_of(gpus: Sequence[Gpu]) -> tuple[int, ...]:
