@@ -194,6 +194,7 @@ class _Search:
 
     def _guess(self, leaf: Boxes) -> None:
         number = int(leaf.number[0])
+        self.evaluated += 1
         self.guessed.add(number)
         sizes, program = padded(self.listed[number], leaf.high[0].tolist()), self._program(number)
         self._insert(guess(self.problem, self.listed[number], sizes, self._limit(number), program))

@@ -194,7 +194,7 @@ def _best_of(
     site: Site, engines: Engines, picks: "Picks", floor: Array, limit: float, fixed: Program | None
 ) -> Candidate | None:
     """The best of some combinations of layouts with its best program, if it is below `limit` seconds."""
-    problem, best = site.problem, None
+    problem, best, chosen = site.problem, None, 0
     seconds = with_mean(_seconds(site, engines, picks).swapaxes(0, 1))
     bound = problem.objective_of((floor @ seconds).max(axis=1))
     if fixed:
@@ -207,8 +207,11 @@ def _best_of(
         if bound[n] <= least * (1 + SAME):
             found = problem.best_program(site.sharing, seconds[n], _below(limit, best))
             if found.program:
-                best = _candidate(found.seconds, site, engines, picks, n, found.program)
+                best, chosen = _candidate(found.seconds, site, engines, picks, n, found.program), n
             bound[n] = np.inf
+    if best:
+        fresh = problem.freshest(site.sharing, seconds[chosen], best.program, best.seconds)
+        best = best._replace(program=fresh)
     return best
 
 

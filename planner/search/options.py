@@ -16,7 +16,7 @@ from planner.predict.layouts import Grid, rank_counts, tensor_parallels, trainer
 from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, trainer_bytes
 from planner.predict.roofline import Split, hand_over_seconds, nodes_spanned
 from planner.search.engines import EngineTable
-from planner.search.programs import Choices, Cut, Search, Sharing, best_program, choices_of
+from planner.search.programs import SAME, Choices, Cut, Program, Search, Sharing, best_program, choices_of
 from planner.search.space import Arrangement, gpus_of_kinds
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Dataflow
@@ -67,7 +67,7 @@ class Problem:
     flow: Dataflow  # without monitors
     max_staleness: int
     objective: str = "mean"
-    _cuts: dict[Sharing, list[Cut]] = field(default_factory=dict)
+    _cuts: dict[tuple[Sharing, int], list[Cut]] = field(default_factory=dict)
     _layouts: dict[object, Layouts] = field(default_factory=dict)
     _engines: dict[str, EngineTable] = field(default_factory=dict)
 
@@ -99,14 +99,14 @@ class Problem:
 
     def cuts(self, sharing: Sharing) -> Sequence[Cut]:
         """What was learned about the programs of pools that are shared so, the latest last."""
-        return self._cuts.get(sharing, ())
+        return self._cuts.get((sharing, self.max_staleness), ())
 
     def best_program(self, sharing: Sharing, seconds: Array, limit: float, any_below: bool = False) -> Search:
         """The best program below `limit` seconds at durations [calls, S + 1], or any; a cut is remembered."""
         found = best_program(self.choices(sharing), seconds, self.objective_of, limit, any_below)
         if any_below and found.program:
             return found
-        cuts = self._cuts.setdefault(sharing, [])
+        cuts = self._cuts.setdefault((sharing, self.max_staleness), [])
         cuts.append(found.cut)
         del cuts[:-CUTS]
         return found
@@ -196,14 +196,14 @@ class Problem:
             rows.append(np.broadcast_to(alone[each] + moves[:, None], (len(each), self.model.scenarios)))
         return Layouts(grid, memory, np.stack(rows), np.stack(rows).mean(axis=2))
 
-    def least_memory(self, roles: Sequence[str], kind: str, gpus: int) -> Array:
-        """Bytes [roles, 2] that each role keeps and adds while it runs, at least, on a pool of so many GPUs."""
-        found = np.empty((len(roles), 2))
-        for i, role in enumerate(roles):
-            layouts = self.layouts(role, kind)
-            rows = int(np.searchsorted(layouts.grid.gpus, gpus, "right"))
-            found[i] = layouts.memory[:rows, :2].min(axis=0) if rows else np.inf
-        return found
+    def freshest(self, sharing: Sharing, seconds: Array, program: Program, period: float) -> Program:
+        """The least stale program that is as fast as one of that period at durations [calls, S + 1]."""
+        for k in range(program.staleness):
+            choices = choices_of(self.flow, sharing, k)
+            found = best_program(choices, seconds, self.objective_of, period * (1 + 2 * SAME), any_below=True)
+            if found.program:
+                return found.program
+        return program
 
     def engines(self, kind: str) -> EngineTable:
         """The engines that a rollout may have on GPUs of a kind."""
