@@ -10,11 +10,12 @@ from planner.predict.layouts import rollout_layouts, trainer_layouts
 from planner.predict.memory import plan_memory
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import ppo
+from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed
 from planner.spec.plan import Issue, Plan, Pool, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
-MICRO_BATCH_TOKENS = (16384, 8192, 4096)  # the largest that fits is measured, and the smallest beside it
+MICRO_BATCH_TOKENS = (18432, 8192, 4096)  # the largest that fits is measured, and the smallest beside it
 
 # Seconds beside the calls themselves, as they were on hosts of 1 to 4 H200 and on a laptop's cores.
 START = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all processes
@@ -73,11 +74,14 @@ class Group:
         return f"{self.name}: {batch.name}"
 
 
-def groups_of(workload: Workload, cluster: Cluster) -> list[Group]:
-    """All groups of a workload on one node, the most valuable first, with their estimates."""
+def groups_of(workload: Workload, cluster: Cluster, only: str = "") -> list[Group]:
+    """All groups of a workload on one node whose names contain `only`, the most valuable first, with their estimates.
+    Raises UserError if there are others alone."""
     on_cpu = cluster.device_of(cluster.gpus[0]).kind == "cpu"
     found = list(_on_cores(workload, cluster) if on_cpu else _on_gpus(workload, cluster))
-    return _estimated(found, workload, cluster)
+    if not (chosen := [group for group in found if only in group.name]) and found:
+        raise UserError(f"--only {only}: no group is named so; there are {'; '.join(group.name for group in found)}")
+    return _estimated(chosen, workload, cluster)
 
 
 def fitting(groups: Sequence[Group], seconds: float) -> list[Group | None]:
@@ -111,18 +115,20 @@ def _on_cores(workload: Workload, cluster: Cluster) -> Iterator[Group]:
 
 
 def _on_gpus(workload: Workload, cluster: Cluster) -> Iterator[Group]:
-    """Shards over all GPUs, over one, over those that an engine leaves and over half; engines of one, half and all;
-    weights that stay within their GPUs and others; roles awake and asleep. In few groups, and those with the same
-    engines together: an engine of another kind takes a minute to start."""
+    """Shards over one GPU (what is chosen where it fits), over all, over those that an engine leaves and over half;
+    engines of one, half and all; weights that stay within their GPUs and others; roles awake and asleep. In few groups,
+    and those with the same engines together: an engine of another kind takes a minute to start. The first is measured
+    with all batches."""
     count = len(cluster.gpus)
     every, most = _batches(workload), range(count)
     regular = tuple(batch for batch in every if not batch.held_out and batch.micro_batch_tokens is None)
     large = tuple(batch for batch in regular if not batch.extra)
-    yield from _group(every, _shared(workload, cluster, most, count, 1))
+    small = list(_group(every, _shared(workload, cluster, most, 1, 1)))
+    yield from small
     if count == 1:
         yield from _group(large, _shared(workload, cluster, most, 1, 1, asleep=True))
         return
-    yield from _group(large, _shared(workload, cluster, most, 1, 1))
+    yield from _group(large if small else every, _shared(workload, cluster, most, count, 1))
     yield from _group(regular, _apart(workload, cluster, count - max(1, count // 4)))
     if count > 2:
         yield from _group(large, _split(workload, cluster, count // 2, count // 2))

@@ -38,11 +38,18 @@ Say = Callable[[str], None]
 
 
 def profile(
-    workload: Workload, cluster: Cluster, out: Path, *, progress: Say, minutes: float | None = None, command: str = ""
+    workload: Workload,
+    cluster: Cluster,
+    out: Path,
+    *,
+    progress: Say,
+    minutes: float | None = None,
+    only: str = "",
+    command: str = "",
 ) -> Profile:
     """Measure the workload's calls on one node of the cluster and write the profile to `out`, after each group of
     measurements. What is in `out` already is not measured again. With `minutes` the least valuable is left out, as far
-    as it takes longer than that.
+    as it takes longer than that; with `only` all groups whose name does not contain it.
 
     Small pools are measured side by side, so calls share the host's memory and links as they do in a run. Raises
     UserError, before anything is started where that can be known before."""
@@ -52,7 +59,7 @@ def profile(
     workload = _without_evaluation(workload)
     empty = _empty(workload, cluster, command)
     result = _resumed(out, empty)
-    groups = groups_of(workload, cluster)
+    groups = groups_of(workload, cluster, only)
     if not groups:
         raise UserError(f"workload {workload.name!r} fits no {len(cluster.gpus)} GPUs of {cluster.name} as one plan")
     preflight.check(max(_plans(groups), key=pools.needed), local=True)

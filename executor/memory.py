@@ -1,6 +1,29 @@
-"""How much memory a process and its GPU had in use while a call ran."""
+"""What a process may take of its GPU's memory, and how much it and its GPU had in use while a call ran."""
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
+
+
+def limit(count: int) -> None:
+    """Let this process's tensors take so many bytes of its GPU at most, in segments that grow: of packed micro-batches
+    no two are of one size, and segments of fixed sizes would lie about unused."""
+    _grow(True)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, count / total)))
+
+
+@contextlib.contextmanager
+def shareable() -> Iterator[None]:
+    """What is allocated here can be opened by other processes through CUDA IPC, unlike segments that grow."""
+    _grow(False)
+    yield
+    _grow(True)
+
+
+def _grow(on: bool) -> None:
+    torch.cuda.memory._set_allocator_settings(f"expandable_segments:{on}")
 
 
 def forget_peak() -> None:

@@ -193,12 +193,11 @@ def _cast_output(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
-    """Fuse what lies between the matrix products. Attention, MLP and norms are compiled one by one, inside of what
-    FSDP and recomputation wrap, for any number of tokens."""
+    """Fuse what lies between the matrix products. Each block is compiled whole, inside of what FSDP and recomputation
+    wrap, for any number of tokens."""
     torch._dynamo.config.recompile_limit = 64  # roles, modes and devices share the code of a block
     for block in blocks(model):
-        for part in block.children():
-            part.forward = torch.compile(part.forward, dynamic=True)
+        block.forward = torch.compile(block.forward, dynamic=True)
 
 
 def eos_tokens(model: PreTrainedModel) -> list[int]:

@@ -26,6 +26,7 @@ from executor.offload import Parking
 from executor.packing import Packed, pack
 from executor.weights import Described
 from executor.worker import Worker
+from planner.predict.memory import trainer_allowance
 from planner.spec.plan import Plan, TrainerRole
 
 COLUMNS = dict[str, NDArray[np.float32]]  # further columns [B, R] of a batch, by datum
@@ -66,6 +67,8 @@ class Trainer(Worker):
         self.device = torch.device("cpu") if self.on_cpu else torch.device("cuda", 0)
         if self.on_cpu:
             torch.set_num_threads(1)
+        else:
+            memory.limit(trainer_allowance(plan, pool))
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
     def leave(self) -> None:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from executor import memory
+
 Arrays = dict[str, NDArray[np.float32]]
 CHUNK_BYTES = 2**30
 
@@ -114,7 +116,8 @@ class Window:
         from torch.multiprocessing.reductions import reduce_tensor
 
         size = max(sum(weight.bytes for weight in chunk) for chunk in chunks)
-        self.buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
+        with memory.shareable():
+            self.buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
         gpu = str(torch.cuda.get_device_properties(self.buffer.device).uuid)
         self.handles: dict[str, Any] = {gpu: reduce_tensor(self.buffer)[1]}
 

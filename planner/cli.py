@@ -260,6 +260,7 @@ def compare(**options: Any) -> None:
 @click.option("--device", metavar="NAME", help="Kind of GPU: h200 (default), h100 or a100.")
 @click.option("--workload", required=True, metavar="FILE|NAME", help="Whose calls to measure.")
 @click.option("--minutes", type=float, metavar="M", help="At most so long; the least valuable is left out.")
+@click.option("--only", default="", metavar="TEXT", help="Only groups of measurements whose name contains this.")
 @click.option("--out", type=_file(), required=True, help="Where to write the profile; what is there is not done again.")
 def profile(**options: Any) -> None:
     """Measure what the calls of a workload take here.

@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from planner.spec.workload import Model, RewardFunction, Shape, Workload, load_w
 SHAPE = Shape(hidden=8, layers=3, heads=4, kv_heads=2, intermediate=20, vocab=50)
 BLOCK = 8 * 2 * (2 * 4 + 2 * 2) + 3 * 8 * 20 + 2 * 8
 H200 = load_device("h200")
+GATHERED, UPDATED = (count * SHAPE.parameters() / 100 for count in (8, 38))  # seconds of what a micro-batch copies
 # Rates at which seconds can be written down: 1000 FLOP/s, 100 bytes/s of memory, link 10, network 1, host 5 bytes/s.
 ROUND = H200.model_copy(
     update={
         "flops": 2000.0, "efficiency_compute": 0.5, "memory_bandwidth": 200.0, "efficiency_memory": 0.5,
         "link_bandwidth": 20.0, "efficiency_link": 0.5, "host_bandwidth": 5.0, "overhead_seconds": 0.0,
+        "launch_seconds": 0.0,
     }
 )  # fmt: skip
 CLUSTER = make_cluster(16).model_copy(update={"devices": {"h200": ROUND}, "network_bandwidth": 2.0})
@@ -67,7 +70,7 @@ def test_flops_by_hand() -> None:
 
 def test_inference_on_one_gpu_by_hand() -> None:
     estimate = CostModel(SMALL, CLUSTER).infer("actor", layout(), place(1))
-    assert estimate.seconds == pytest.approx([forward(160, 1600) / 1000])
+    assert estimate.seconds == pytest.approx([forward(160, 1600) / 1000 + GATHERED])
     assert estimate.parts.keys() == {"compute"}
     assert estimate.source == "roofline"
 
@@ -76,14 +79,28 @@ def test_update_by_hand() -> None:
     """Two minibatches on 2 replicas of 2 shards."""
     model = CostModel(SMALL, CLUSTER)
     parameters = SHAPE.parameters()
-    compute = 2 * (3 * forward(20, 200) / 1000 + 32 * parameters / 2 / 100)
+    compute = 2 * (3 * forward(20, 200) / 1000 + UPDATED + 32 * parameters / 2 / 100)
     replicas = 2 * 2 * (4 * parameters / 2 * 1 / 2 / 10 + 3 * 8e-6)
     estimate = model.train("actor", layout(shard=2, replicas=2), place(4))
-    shown = max(0.0, 8 * parameters * 1 / 2 / 10 + 3 * 3 * 8e-6 - 3 * forward(20, 200) / 1000)
+    shown = max(0.0, 8 * parameters * 1 / 2 / 10 + 3 * 3 * 8e-6 - 3 * forward(20, 200) / 1000 - UPDATED)
     assert estimate.parts["compute"] == pytest.approx([compute])
     assert estimate.parts["transfer"] == pytest.approx([2 * shown + replicas])
     recomputing = model.train("actor", layout(shard=2, replicas=2, recompute=True), place(4))
     assert recomputing.parts["compute"] - estimate.parts["compute"] == pytest.approx([2 * forward(20, 200) / 1000])
+
+
+def test_a_micro_batch_takes_no_less_than_its_launches() -> None:
+    """3 layers; sharded ones launch their collectives too; an update passes three times."""
+    slow = ROUND.model_copy(update={"launch_seconds": 100.0, "link_bandwidth": 1e9})
+    model = CostModel(SMALL, CLUSTER.model_copy(update={"devices": {"h200": slow}}))
+    place = Place(parts=(2,), device=slow)
+    for shard in (1, 2):
+        changes = {"shard": shard, "replicas": 2 // shard, "micro_batch_tokens": 40}
+        estimate = model.infer("actor", layout(**changes), place)  # 80 tokens per GPU
+        assert estimate.seconds == pytest.approx([2 * (3 * 100 * shard + GATHERED)])
+        update = model.train("actor", layout(**changes), place).parts["compute"]  # 2 minibatches of 40 tokens
+        optimizer = 32 * SHAPE.parameters() / shard / 100
+        assert update == pytest.approx([2 * (3 * 3 * 100 * shard + UPDATED + optimizer)])
 
 
 def test_communication_beyond_compute_shows_per_micro_batch() -> None:
@@ -91,7 +108,7 @@ def test_communication_beyond_compute_shows_per_micro_batch() -> None:
     gathered = 2 * SHAPE.parameters() * 3 / 4 / 10 + 3 * 8e-6
     for tokens, micro_batches in ((40, 1), (20, 2), (10, 4)):
         estimate = model.infer("actor", layout(shard=4, micro_batch_tokens=tokens), place(4))
-        assert estimate.seconds == pytest.approx([max(scale, micro_batches * gathered)])
+        assert estimate.seconds == pytest.approx([max(scale + micro_batches * GATHERED, micro_batches * gathered)])
 
 
 def test_across_nodes_the_network_carries_the_shards() -> None:
@@ -186,7 +203,9 @@ def test_scenarios_are_seeded_and_shared_by_all_calls() -> None:
     assert (model.responses != other.responses).any()
     seconds = model.infer("actor", layout(), place(1)).seconds
     total = model.prompts + model.responses
-    assert seconds == pytest.approx([forward(row.sum(), (row**2).sum()) / 1000 for row in total])
+    forwards = [forward(row.sum(), (row**2).sum()) / 1000 for row in total]
+    copies = [math.ceil(row.sum() / 1000) * GATHERED for row in total]
+    assert seconds == pytest.approx(np.add(forwards, copies))
     longest = model.responses.max(axis=1)
     generated = model.generate(rollout(), [place(1)]).seconds
     assert np.corrcoef(longest, generated)[0, 1] > 0.8

@@ -126,7 +126,7 @@ def test_the_command_writes_a_page_and_keeps_its_notes(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.stderr
     page = out.read_text()
     assert "| train | actor | 1 | 0.0% |" in page and "plan profile --gpus 4" in page and "- 4 GPUs\n" in page
-    assert "- micro-batches of 8,192, 16,384 or 32,768 tokens\n" in page and "- more than one node\n" in page
+    assert "- micro-batches of 8,192, 18,432 or 32,768 tokens\n" in page and "- more than one node\n" in page
     assert "updates with recomputation" not in page
     out.write_text(page + "\n## Notes\n\nAs it is.\n")
     assert CliRunner().invoke(main, ["judge", str(path), "--out", str(out)]).exit_code == 0

@@ -15,6 +15,7 @@ def profile(
     device: str | None,
     workload: str,
     minutes: float | None,
+    only: str,
     out: Path,
     command: str,
 ) -> None:
@@ -34,6 +35,7 @@ def profile(
         there,
         out,
         minutes=minutes,
+        only=only,
         command=command,
         progress=lambda text: console.print(text, markup=False, soft_wrap=True),
     )

@@ -13,7 +13,9 @@ from planner.spec.cluster import Device
 from planner.spec.plan import Offload, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
-MICRO_BATCH_TOKENS = (4096, 8192, 16384, 32768)
+# 18k rather than 16k: a rank's share is often about a power of two, and half of such shares would need one micro-batch
+# more.
+MICRO_BATCH_TOKENS = (4096, 8192, 18432, 32768)
 CONCURRENCY = (64, 128, 256, 512)
 TENSOR_PARALLEL = (1, 2, 4, 8)
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")

@@ -228,6 +228,14 @@ def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
     return found
 
 
+def trainer_allowance(plan: Plan, pool: str) -> int:
+    """Bytes that the roles of a pool's trainer process may take on a GPU: all but what the processes themselves need
+    and what an engine keeps while it idles."""
+    device, engine = plan.device_of(pool), pool in plan.rollout.pools
+    kept = role_memory(plan, "rollout").idle if engine else 0
+    return device.memory_bytes - process_bytes(device) * (1 + engine) - kept
+
+
 def batch_bytes(workload: Workload, staleness: int) -> int:
     """The batches in flight on the controller's host: staleness + 1 of longest sequences."""
     return workload.batch * workload.longest * SAMPLE_BYTES_PER_TOKEN * (staleness + 1)

@@ -4,6 +4,8 @@ One forward pass over t tokens in sequences of lengths l takes 2 P t + 2 L H d (
 matrices (the head's included, the embedding's not), and for each of L layers and H heads of size d the two products of
 causal attention, which see half of each square. A backward pass takes twice as much, recomputation one forward pass
 more (Kaplan et al. 2020, arXiv:2001.08361, section 2.1; Korthikanti et al. 2022, arXiv:2205.05198, appendix A).
+A pass over a micro-batch takes no less than launching its kernels (`launch_seconds` of the device for each layer; as
+long again for the collectives of a sharded one), and FSDP moves all weights through the GPU's memory for each.
 
 FSDP gathers the weights in their compute type for every micro-batch, once for inference, twice for an update (forward
 and backward), which also reduces and scatters gradients in fp32. Of s shards a ring moves (s - 1) / s of the bytes
@@ -28,6 +30,9 @@ Seconds = NDArray[np.float64]
 Count = Any  # an int, or an array of them
 
 LINK_LATENCY_SECONDS = 8e-6  # of one collective inside a node
+# What FSDP2 reads and writes of a parameter for each micro-batch, in bytes: a pass copies it into and out of the buffers
+# of a collective; an update passes twice, casts what it gathers from fp32, and adds up a gradient in fp32.
+GATHER_BYTES, UPDATE_BYTES = 8, 38
 OPTIMIZER_BYTES = 32  # AdamW reads weight, gradient and both moments and writes three of them; the clip reads once more
 
 
@@ -166,8 +171,9 @@ def _links(split: Split, device: Device, cluster: Cluster) -> tuple[Link, Link]:
 
 def infer_cost(shape: Shape, head: Head, split: Split, device: Device, cluster: Cluster, work: Work) -> Cost:
     """A forward pass over the batch (as one minibatch)."""
-    compute = forward_flops(shape, head, work) / (device.flops * device.efficiency_compute)
-    micro_batches = np.ceil(work.tokens / _each(split.micro_batch_tokens))
+    arithmetic, launches, micro_batches = _pass(shape, head, split, device, work)
+    copies = micro_batches * GATHER_BYTES * shape.parameters(head) / _memory_rate(device)
+    compute = np.maximum(arithmetic, launches) + copies
     shard, _ = _links(split, device, cluster)
     gathered = shard.seconds(compute_bytes(device) * shape.parameters(head)) + _latency(shape, shard)
     exposed = np.maximum(micro_batches * _each(gathered) - compute, 0.0)
@@ -179,18 +185,33 @@ def train_cost(
 ) -> Cost:
     """An optimizer step per minibatch: its micro-batches, the all-reduce of gradients between replicas, AdamW."""
     parameters = shape.parameters(head)
-    passes = _each(np.where(split.recompute, 4, 3))
-    compute = passes * forward_flops(shape, head, work) / (device.flops * device.efficiency_compute)
-    micro_batches = np.ceil(work.tokens / _each(split.micro_batch_tokens))
+    arithmetic, launches, micro_batches = _pass(shape, head, split, device, work)
+    copies = micro_batches * UPDATE_BYTES * parameters / _memory_rate(device)
+    compute = _each(np.where(split.recompute, 4, 3)) * np.maximum(arithmetic, launches) + copies
     shard, replica = _links(split, device, cluster)
     moved = shard.seconds((2 * compute_bytes(device) + 4) * parameters) + 3 * _latency(shape, shard)
     exposed = np.maximum(micro_batches * _each(moved) - compute, 0.0)
     exposed += _each(2 * replica.seconds(4 * parameters / split.shard) + 2 * _latency(shape, replica))
-    optimizer = OPTIMIZER_BYTES * parameters / split.shard / (device.memory_bandwidth * device.efficiency_memory)
+    optimizer = OPTIMIZER_BYTES * parameters / split.shard / _memory_rate(device)
     return Cost(
         compute=epochs * (compute + _each(optimizer)).sum(axis=-1) + device.overhead_seconds,
         transfer=epochs * exposed.sum(axis=-1),
     )
+
+
+def _pass(
+    shape: Shape, head: Head, split: Split, device: Device, work: Work
+) -> tuple[Seconds, Seconds, NDArray[np.float64]]:
+    """Of one forward pass over each minibatch [S, M]: seconds of its arithmetic, seconds of its launches, and its
+    micro-batches."""
+    micro_batches = np.ceil(work.tokens / _each(split.micro_batch_tokens))
+    arithmetic = forward_flops(shape, head, work) / (device.flops * device.efficiency_compute)
+    launches = shape.layers * device.launch_seconds * _each(1 + (np.asarray(split.shard) > 1)) * micro_batches
+    return arithmetic, launches, micro_batches
+
+
+def _memory_rate(device: Device) -> float:
+    return device.memory_bandwidth * device.efficiency_memory
 
 
 def _each(values: Any) -> Any:

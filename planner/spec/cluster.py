@@ -24,6 +24,7 @@ class Device(Spec):
     efficiency_memory: PositiveFloat = 0.7
     efficiency_link: PositiveFloat = 0.7
     overhead_seconds: NonNegativeFloat = 0.0  # of each call: dispatch, collation, optimizer launch
+    launch_seconds: NonNegativeFloat = 0.0  # of one layer's forward pass over a micro-batch, however few its tokens
     context_bytes: NonNegativeInt = 0  # of each process on the GPU
     price_per_hour: NonNegativeFloat = 0.0
     source: str = ""
