@@ -96,13 +96,26 @@ def read_data(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); check the path") from None
     try:
-        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, parse_constant=_not_a_number)
+        data = tomllib.loads(text) if path.suffix == ".toml" else _json(text)
     except (ValueError, RecursionError) as error:
         kind = "TOML" if path.suffix == ".toml" else "JSON"
         raise UserError(f"{path}: not valid {kind} ({error}); mend it there, or write the file again") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds a {type(data).__name__}, not a mapping of keys")
     return data
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, parse_constant=_not_a_number, object_pairs_hook=_without_doubles)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no key silently replaces another; TOML forbids that by itself."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def _not_a_number(name: str) -> NoReturn:
