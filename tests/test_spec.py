@@ -96,6 +96,8 @@ def test_a_gpu_in_two_pools_or_outside_the_cluster(tmp_path):
     data["pools"]["b"]["gpus"] = data["pools"]["a"]["gpus"]
     refused(tmp_path, data, "GPU [0, 0] is in both 'a' and 'b'")
     data = plan_json()
+    data["pools"]["b"]["gpus"] = [[0, 1], [0, 1]]
+    refused(tmp_path, data, "pools.b: GPU [0, 1] is there twice")
     data["pools"]["b"]["gpus"] = [[3, 0]]
     refused(tmp_path, data, "GPU [3, 0] is not in the cluster of 2 GPUs")
 
