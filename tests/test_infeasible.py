@@ -79,3 +79,13 @@ def test_a_baseline_that_does_not_fit_says_which_pool_needs_how_much():
     with pytest.raises(UserError, match="take at least"):
         baseline("split", workload, tiny_cluster(4, memory=(needed - 1) * 1e9))
     assert baseline("split", workload, tiny_cluster(4, memory=(needed + 1) * 1e9))
+
+
+def test_engines_that_are_larger_than_a_node_or_a_pool():
+    workload = small_workload(tensor_parallel=4)
+    said = message_of(workload, tiny_cluster(2))
+    assert "its engines take 4 GPUs of one node (tensor_parallel), and no node has more than 2" in said
+    assert (
+        "an engine takes 4 GPUs (tensor_parallel), and actor+rollout has 2"
+        in find(workload, tiny_cluster(4)).baselines["split"]
+    )

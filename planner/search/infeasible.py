@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from planner.predict.cost import CostModel
-from planner.predict.layouts import CONCURRENCY, TENSOR_PARALLEL, rollout_layouts, trainer_layouts
+from planner.predict.layouts import CONCURRENCY, TENSOR_PARALLEL, rollout_layouts, tensor_parallels, trainer_layouts
 from planner.predict.memory import (
     RoleMemory,
     host_bytes,
@@ -41,6 +41,12 @@ class Need(NamedTuple):
 def nothing_fits(problem: Problem, pins: Sequence[str] = ()) -> str:
     """The constraint that binds, with its numbers, and the nearest changes that would do."""
     workload, cluster = problem.workload, problem.cluster
+    wanted, most = workload.tensor_parallel or 1, max(node.gpus for node in cluster.nodes)
+    if wanted > most:
+        return (
+            f"no plan fits {workload.name}: its engines take {wanted} GPUs of one node (tensor_parallel), and no node "
+            f"has more than {most}; use larger nodes, or leave tensor_parallel out"
+        )
     if pins and fits(problem) is not None:
         told = " ".join(f"--pin {pin}" for pin in pins)
         return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))} with {told}; without, one does: loosen them"
@@ -67,6 +73,9 @@ def what_binds_pools(problem: Problem, a: Arrangement) -> str:
     for number, members in enumerate(a.structure):
         device, gpus = cluster.devices[a.kinds[number]], _most_gpus(a, number)
         roles = [role for role in workload.roles if role in members]
+        engine = min(tensor_parallels(workload, device))
+        if "rollout" in roles and engine > gpus:
+            return f"an engine takes {engine} GPUs (tensor_parallel), and {'+'.join(roles)} has {gpus}"
         needs = {role: _leanest(workload, cluster, role, device, gpus) for role in roles}
         peak = pool_peak(list(needs.values()), roles != ["rollout"], "rollout" in roles, device)
         if peak > device.memory_bytes:
@@ -149,7 +158,7 @@ def _needs(workload: Workload, cluster: Cluster) -> Iterator[Need]:
 def _engine_need(workload: Workload, cluster: Cluster, device: Device, gpus: int) -> Need:
     """Of the engines that need least."""
     engines = []
-    for split in (t for t in TENSOR_PARALLEL if t <= _widest(cluster, device) and workload.actor.shape.heads % t == 0):
+    for split in (t for t in tensor_parallels(workload, device) if t <= _widest(cluster, device)):
         share = -(-workload.batch // max(1, gpus // split))
         fraction = rollout_fraction(workload, split, min(share, min(CONCURRENCY)), device)
         engines.append(Need("rollout", int(fraction * device.memory_bytes), f"tensor-parallel {split}"))
