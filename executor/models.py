@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.utils import logging
 
 from executor import lm_head, loading
 from executor.packing import Packed, hidden_states, use_packed_attention
@@ -212,5 +213,6 @@ def listed(tokens: int | list[int] | None) -> list[int]:
 
 
 def export(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:
-    """Write a Hugging Face directory that `from_pretrained` loads (safetensors)."""
+    """Write a Hugging Face directory that `from_pretrained` loads (safetensors), without a progress bar."""
+    logging.disable_progress_bar()
     model.save_pretrained(directory, state_dict=state, safe_serialization=True)

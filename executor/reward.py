@@ -1,6 +1,7 @@
 """A reward function of the user's: `file.py:name`, called with prompts, responses and answers."""
 
 import importlib.util
+import inspect
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -33,7 +34,23 @@ def load(reward: RewardFunction) -> Function:
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"reward function {reward.function!r}: {path} has no function {name!r}; check its name")
+    _check_takes(reward, function)
     return function
+
+
+def _check_takes(reward: RewardFunction, function: Function) -> None:
+    """Raise UserError for a function that cannot be called with what it will be given."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # what is not written in Python may not tell
+        return
+    try:
+        signature.bind([], [], [])
+    except TypeError:
+        raise UserError(
+            f"reward function {reward.function!r} takes {signature}, and is called with (prompts, responses, answers); "
+            "let it take these three lists"
+        ) from None
 
 
 def check(reward: RewardFunction) -> None:

@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from executor import models
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 
@@ -102,7 +103,7 @@ def _make(directory: Path, seed: int, recipe: Recipe) -> Made:
         reward_accuracy=reward_accuracy(reward, actor, held_out, recipe),
     )
     for name, model in (("actor", actor), ("reward", reward)):
-        model.save_pretrained(directory / name)
+        models.export(model, model.state_dict(), directory / name)
         tokenizer.save_pretrained(directory / name)
     for name, part in zip(("train.jsonl", "eval.jsonl"), lines, strict=True):
         write_atomic(directory / name, "".join(json.dumps(line) + "\n" for line in part))

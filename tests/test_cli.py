@@ -277,6 +277,17 @@ def test_wrong_inputs_are_refused(
         ("workload/1", "workload/7", "splitplan/workload/1"),
         (MODEL.format(role="actor"), '[actor]\npath = "gone"\n', "no model directory at"),
         ("name =", "name", "not valid TOML"),
+        ("batch = 8", "batches = 8", "batches: unknown key; remove it or check its spelling (and 1 more)"),
+        ("batch = 8", "batch = 0", "batch: must be greater than 0, not 0"),
+        (
+            'kind = "fixed"',
+            'kind = "normal"',
+            "prompt: 'kind' is 'normal'; choose one of 'fixed', 'lognormal', 'empirical'",
+        ),
+        ("mean = 5", "mean = -5", "response.mean: must be greater than 0, not -5"),
+        (MODEL.format(role="reward"), '[reward]\nfunction = "r.py:f"\ntimeout = 3\n', "reward.timeout: unknown key"),
+        (MODEL.format(role="reward"), '[reward]\nfunction = "r.py"\n', "reward: 'r.py' does not name a function"),
+        ("steps = 3", 'steps = 3\ndata = "lines"', "data: needs a mapping of keys, not 'lines'"),
     ],
 )
 def test_a_wrong_workload_is_refused(tmp_path: Path, before: str, after: str, says: str) -> None:

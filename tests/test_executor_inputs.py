@@ -46,6 +46,14 @@ def test_a_reward_function_that_cannot_be_imported(tmp_path: Path) -> None:
     assert "no function 'f'" in refuse(make_workload(reward=write_reward(tmp_path, "g = 1")))
 
 
+@pytest.mark.parametrize("parameters", ["prompts", "a, b, c, d", "prompts, responses, *, answers"])
+def test_a_reward_function_that_cannot_be_called_is_refused_before_the_run(tmp_path: Path, parameters: str) -> None:
+    asked = write_reward(tmp_path, f"def f({parameters}):\n    return [0.0]\n")
+    line = refuse(make_workload(reward=asked))
+    assert f"takes ({parameters}), and is called with (prompts, responses, answers)" in line
+    reward.load(write_reward(tmp_path, "def f(*lists):\n    return [0.0]\n"))
+
+
 @pytest.mark.parametrize(
     ("body", "what"),
     [

@@ -1,5 +1,6 @@
 """Real PPO steps of tiny random models: where things run must not change what is computed."""
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from executor import preflight
-from executor.data import Generated, Synthetic, collate
+from executor.data import Generated, Sequences, Synthetic, collate
 from executor.execute import execute
 from executor.pools import Fleet
 from executor.processes import fleet_for
@@ -114,32 +115,59 @@ def test_split_equals_colocated(on_one_core: Recording, train: Train) -> None:
     assert_equal(on_one_core, train(split(WORKLOAD)))
 
 
-def test_after_inference_and_after_training_only_shards_stay(ray_two: None) -> None:
-    trainer = Trainer()  # in this process, to look into it
-    trainer.configure(colocated(WORKLOAD, cores=1), "all", 0)
+@contextlib.contextmanager
+def trainer_here(workload: Workload) -> Iterator[Trainer]:
+    """A trainer of all roles in this process, to look into it."""
+    trainer = Trainer()
+    trainer.configure(colocated(workload, cores=1), "all", 0)
     try:
         trainer.join(60.0, *trainer.listen())
         trainer.load()
-        requests = Synthetic(WORKLOAD).step(0).requests
-        rows = np.arange(len(requests))
-        count = int(requests.max_tokens.sum())
-        made = Generated(
-            lengths=requests.max_tokens,
-            tokens=np.ones(count, dtype=np.int32),
-            log_probs=np.zeros(count, dtype=np.float32),
-            weights_version=0,
-        )
-        sequences = collate(requests, [rows], [made])
-        batch = ray.put(sequences)
-        column = np.zeros(sequences.mask.shape, dtype=np.float32)
-        columns = ray.put({"values": column, "returns": column})
+        yield trainer
+    finally:
+        dist.destroy_process_group()
+
+
+def made_up(workload: Workload) -> Sequences:
+    """A batch whose responses are all the same token."""
+    requests = Synthetic(workload).step(0).requests
+    count = int(requests.max_tokens.sum())
+    made = Generated(
+        lengths=requests.max_tokens,
+        tokens=np.ones(count, dtype=np.int32),
+        log_probs=np.zeros(count, dtype=np.float32),
+        weights_version=0,
+    )
+    return collate(requests, [np.arange(len(requests))], [made])
+
+
+def test_after_inference_and_after_training_only_shards_stay(ray_two: None) -> None:
+    sequences = made_up(WORKLOAD)
+    rows, tokens = np.arange(len(sequences.lengths)), int(sequences.response_lengths.sum())
+    column = np.zeros(sequences.mask.shape, dtype=np.float32)
+    batch, columns = ray.put(sequences), ray.put({"values": column, "returns": column})
+    with trainer_here(WORKLOAD) as trainer:
         for role, version in (("reference", None), ("critic", 0)):
             trainer.infer(role, version, [batch], [rows])
             assert all(isinstance(p, DTensor) for p in trainer.roles[role].module.parameters())
-        trainer.train("critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=count)])
+        trainer.train("critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=tokens)])
         assert all(isinstance(p, DTensor) for p in trainer.roles["critic"].module.parameters())
-    finally:
-        dist.destroy_process_group()
+
+
+def test_adam_is_given_clipped_gradients(ray_two: None) -> None:
+    """Its first moments are a tenth of them after one step."""
+    workload = WORKLOAD.model_copy(update={"ppo": WORKLOAD.ppo.model_copy(update={"grad_clip": 1e-3})})
+    sequences = made_up(workload)
+    rows, tokens = np.arange(len(sequences.lengths)), int(sequences.response_lengths.sum())
+    column = np.ones(sequences.mask.shape, dtype=np.float32)
+    batch, columns = ray.put(sequences), ray.put({"values": 0 * column, "returns": column})
+    with trainer_here(workload) as trainer:
+        (stats,) = trainer.train("critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=tokens)])
+        optimizer = trainer.roles["critic"].optimizer
+        assert optimizer is not None
+        moments = torch.cat([state["exp_avg"].full_tensor().flatten() for state in optimizer.state.values()])
+    assert stats["grad_norm"] > 1e-2
+    assert moments.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-2)
 
 
 def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:

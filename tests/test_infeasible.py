@@ -6,7 +6,7 @@ import pytest
 from test_search import small_workload, tiny_cluster
 
 from planner.predict.memory import process_bytes, trainer_memory
-from planner.search import find
+from planner.search import baseline, find
 from planner.search.changes import resized
 from planner.spec.cluster import Node
 from planner.spec.errors import UserError
@@ -63,3 +63,29 @@ def test_pins_that_leave_too_little_memory():
     workload, cluster = small_workload(max_staleness=0), tiny_cluster(4, memory=24e9)
     assert find(workload, cluster).best
     assert "without, one does" in message_of(workload, cluster, pins=["actor=1", "actor/critic"])
+
+
+def test_a_baseline_that_does_not_fit_says_which_pool_needs_how_much():
+    workload, cluster = small_workload(max_staleness=1), tiny_cluster(4, memory=24e9)
+    said = find(workload, cluster).baselines["split"]
+    pattern = (
+        r"split: actor\+rollout on 2 GPUs take at least (\d+) GB per GPU \(while it runs actor (\d+) GB, "
+        r"rollout [\d.]+ GB\), and a GPU has 24 GB; use more GPUs or smaller models"
+    )
+    needed, actor = map(int, re.fullmatch(pattern, said).groups())
+    layout = TrainerRole(pools=("p",), shard=2, micro_batch_tokens=4096, recompute=True, offload="all")
+    assert round(trainer_memory(workload, "actor", layout, cluster.devices["g"]).running / 1e9) == actor
+    assert needed > 24
+    with pytest.raises(UserError, match="take at least"):
+        baseline("split", workload, tiny_cluster(4, memory=(needed - 1) * 1e9))
+    assert baseline("split", workload, tiny_cluster(4, memory=(needed + 1) * 1e9))
+
+
+def test_engines_that_are_larger_than_a_node_or_a_pool():
+    workload = small_workload(tensor_parallel=4)
+    said = message_of(workload, tiny_cluster(2))
+    assert "its engines take 4 GPUs of one node (tensor_parallel), and no node has more than 2" in said
+    assert (
+        "an engine takes 4 GPUs (tensor_parallel), and actor+rollout has 2"
+        in find(workload, tiny_cluster(4)).baselines["split"]
+    )

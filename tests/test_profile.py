@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,10 @@ def test_the_commands_say_what_is_not_monotone(tmp_path: Path, capsys: pytest.Ca
     [
         ('"seconds": NaN', "not valid JSON"),
         ('"seconds": Infinity', "not valid JSON"),
-        ('"seconds": 1e999', "points.0.seconds: Input should be a finite number"),
-        ('"seconds": -1.0', "points.0.seconds: Input should be greater than 0"),
-        ('"seconds": 0', "points.0.seconds: Input should be greater than 0"),
-        ('"seconds": "fast"', "points.0.seconds: Input should be a valid number"),
+        ('"seconds": 1e999', "points.0.seconds: must be a finite number"),
+        ('"seconds": -1.0', "points.0.seconds: must be greater than 0"),
+        ('"seconds": 0', "points.0.seconds: must be greater than 0"),
+        ('"seconds": "fast"', "points.0.seconds: must be a valid number, .*not 'fast'"),
         ('"seconds": 1.0, "response_lengths": [1, 2]', "response_lengths must be one per sequence"),
         ('"seconds": 1.0, "gpus": 3', "does not divide"),
         ('"seconds": 1.0, "tokens": 3', "unknown key"),
@@ -176,10 +177,9 @@ def test_the_commands_say_what_is_not_monotone(tmp_path: Path, capsys: pytest.Ca
 )
 def test_a_bad_point_is_refused_by_file_and_key(tmp_path: Path, text: str, problem: str) -> None:
     path = tmp_path / "profile.json"
-    whole = profile(point("infer")).to_json()
-    path.write_text(
-        whole.replace('"seconds": 1.25', text).replace('"gpus": 4,', "" if '"gpus"' in text else '"gpus": 4,')
-    )
+    lines = profile(point("infer")).to_json().replace('"seconds": 1.25', text).splitlines()
+    anew = re.findall(r'"\w+":', text)
+    path.write_text("\n".join(line for line in lines if text in line or not any(key in line for key in anew)))
     with pytest.raises(UserError, match=problem) as error:
         load_profiles([path])
     assert str(path) in str(error.value)

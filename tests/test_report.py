@@ -251,6 +251,7 @@ def test_the_search_table_has_speed_ups_and_reasons() -> None:
     (unfit,) = (line for line in lines if "does not fit: actor needs 90 GB of 80 GB" in line)
     assert unfit.startswith("colocated")
     assert sum("2: all roles" in line for line in lines) == 2 and "4: rollout | 2: actor reference" in row
+    assert "1: idle" in " ".join(lines)
 
 
 def test_the_bottleneck_is_named() -> None:

@@ -328,6 +328,18 @@ def test_split_is_the_tutorials(result):
     assert waits == [{"update_critic", "update_actor"}]
 
 
+@pytest.mark.parametrize(
+    ("gpus", "halves", "idle"),
+    [(2, [(0, 1), (0, 1)], 0), (3, [(0, 1), (0, 1)], 1), (8, [(0, 4), (0, 4)], 0), (24, [(0, 8), (1, 8)], 8)],
+)
+def test_what_is_odd_of_a_split_stays_idle(gpus, halves, idle):
+    """Half of one node each, or half of the nodes, whole."""
+    plan = baseline("split", small_workload(), make_cluster(gpus))
+    assert [(pool.gpus[0][0], len(pool.gpus)) for pool in plan.pools.values()] == halves
+    assert all(len({node for node, _ in pool.gpus}) == 1 for pool in plan.pools.values())
+    assert gpus - plan.gpus_of(tuple(plan.pools)) == idle
+
+
 def test_on_policy_only_where_no_staleness_is_allowed():
     workload, cluster = default()
     strict = find(workload, cluster, max_staleness=0)

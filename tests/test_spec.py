@@ -96,6 +96,8 @@ def test_a_gpu_in_two_pools_or_outside_the_cluster(tmp_path):
     data["pools"]["b"]["gpus"] = data["pools"]["a"]["gpus"]
     refused(tmp_path, data, "GPU [0, 0] is in both 'a' and 'b'")
     data = plan_json()
+    data["pools"]["b"]["gpus"] = [[0, 1], [0, 1]]
+    refused(tmp_path, data, "pools.b: GPU [0, 1] is there twice")
     data["pools"]["b"]["gpus"] = [[3, 0]]
     refused(tmp_path, data, "GPU [3, 0] is not in the cluster of 2 GPUs")
 
@@ -127,6 +129,11 @@ def test_layouts_that_do_not_fit_their_pool(tmp_path):
     refused(tmp_path, data, "tp = 2 is not supported yet")
 
 
+def test_a_key_that_is_there_twice(tmp_path):
+    text = split(make_workload()).to_json()
+    refused(tmp_path, text.replace('"batch": 8', '"batch": 8, "batch": 16'), "key 'batch' is there twice")
+
+
 def test_numbers_that_are_none(tmp_path):
     text = split(make_workload()).to_json()
     refused(tmp_path, text.replace('"batch": 8', '"batch": NaN'), "NaN is no number")
@@ -139,6 +146,7 @@ def test_numbers_that_are_none(tmp_path):
         ({"batch": 10}, "batch = 10 is no multiple of minibatch = 4"),
         ({"response": {"kind": "fixed", "tokens": -3}}, "greater than 0"),
         ({"response": {"kind": "empirical", "values": [9, 8], "max": 4}}, "every value is above max = 4"),
+        ({"response": {"kind": "lognormal", "mean": 9, "sigma": 1, "max": 4}}, "mean = 9 is above max = 4"),
         ({"samples_per_prompt": 4}, "samples_per_prompt = 4 is not supported yet"),
         ({"sync": "in_flight"}, "sync = 'in_flight' is not supported yet"),
         ({"reward": {"function": "here.py"}}, "does not name a function"),
@@ -198,7 +206,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert (tmp_path / "file").read_text() == "old"
 
 
-@given(st.floats(5, 500), st.floats(0.1, 1.5), st.integers(1, 1000), st.integers(0, 2**31))
+@given(st.floats(5, 500), st.floats(0.1, 1.5), st.integers(500, 1000), st.integers(0, 2**31))
 def test_lognormal_lengths_stay_in_range(mean, sigma, longest, seed):
     drawn = sample(Lognormal(mean=mean, sigma=sigma, max=longest), 50, seed, 1)
     assert drawn.min() >= 1 and drawn.max() <= longest

@@ -220,7 +220,10 @@ def _draw_bar(axis: Axes, span: Span, lane: Lane, low: float, high: float) -> No
         text_width, text_height = _text_size(label)
         if text_width + 6 <= width and text_height + 4 <= height:
             middle = ((low + high) / 2, lane.bottom + lane.height / 2)
-            axis.annotate(label, middle, ha="center", va="center", color=_ink(color), fontsize=FONT, zorder=3)
+            axis.annotate(
+                label, middle, ha="center", va="center", color=_ink(color), fontsize=FONT, zorder=5,
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 1},  # no step's end runs through the words
+            )  # fmt: skip
             break
 
 

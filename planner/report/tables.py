@@ -27,7 +27,8 @@ def plans_table(best: Plan, baselines: Mapping[str, Plan | str], runners_up: Seq
         if isinstance(plan, Plan):
             table.add_row(*_plan_cells(name, plan, references))
         else:
-            table.add_row(name, *["–"] * 7, escape(f"does not fit: {plan}"), style="dim")
+            reason = plan.removeprefix(f"{name}: ")
+            table.add_row(name, *["–"] * 7, escape(f"does not fit: {reason}"), style="dim")
     if runners_up:
         table.add_section()
         for plan in runners_up:
@@ -38,6 +39,7 @@ def plans_table(best: Plan, baselines: Mapping[str, Plan | str], runners_up: Seq
 def _plan_cells(name: str, plan: Plan, references: Mapping[str, Plan | str | None]) -> list[str]:
     expected = plan.predicted
     assert expected is not None, "a plan that was searched has its prediction"
+    idle = len(plan.cluster.gpus) - plan.gpus_of(tuple(plan.pools))
     return [
         name,
         seconds(expected.step_seconds),
@@ -46,7 +48,7 @@ def _plan_cells(name: str, plan: Plan, references: Mapping[str, Plan | str | Non
         f"{occupancy(plan, expected.busy):.0%}",
         *(speed_up(plan, reference) for reference in references.values()),
         str(plan.staleness),
-        " | ".join(_pool_text(plan, pool) for pool in plan.pools),
+        " | ".join([*(_pool_text(plan, pool) for pool in plan.pools), *([f"{idle}: idle"] if idle else [])]),
     ]
 
 

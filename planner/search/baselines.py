@@ -28,7 +28,7 @@ def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
     UserError."""
     structure = _structure(name, problem.workload.roles)
     if len(structure) > len(problem.cluster.gpus):
-        raise UserError(f"{name}: needs {len(structure)} pools, and there are {len(problem.cluster.gpus)} GPUs")
+        raise UserError(f"{name}: its {len(structure)} pools need a GPU each, and there is {len(problem.cluster.gpus)}")
     if name == "one-step-off" and problem.max_staleness < 1:
         raise UserError(f"{name}: trains on sequences 1 update old, and the workload allows 0")
     program, cluster = _program(name, problem), problem.cluster
@@ -44,7 +44,9 @@ def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
         raise UserError(f"{name}: its pools cannot meet {' '.join(f'--pin {pin}' for pin in pins)}; change the pins")
     found = best_of_arrangements(problem, listed, 1, [program] * len(listed))
     if not found.best:
-        raise UserError(f"{name}: no layout fits into the GPUs' memory; use more GPUs or smaller models")
+        from planner.search.infeasible import what_binds_pools  # which itself searches
+
+        raise UserError(f"{name}: {what_binds_pools(problem, listed[0])}; use more GPUs or smaller models")
     return found.best[0]
 
 

@@ -24,7 +24,7 @@ def with_response(workload: Workload, factor: float) -> Workload:
         scaled = Fixed(tokens=max(1, round(factor * lengths.tokens)))
     elif isinstance(lengths, Lognormal):
         limit = max(1, round(factor * lengths.max))
-        scaled = Lognormal(mean=factor * lengths.mean, sigma=lengths.sigma, max=limit)
+        scaled = Lognormal(mean=min(factor * lengths.mean, limit), sigma=lengths.sigma, max=limit)
     else:
         values = tuple(max(1, round(factor * value)) for value in lengths.values)
         scaled = Empirical(values=values, max=max(1, round(factor * lengths.max)))

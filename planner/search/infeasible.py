@@ -1,17 +1,25 @@
-"""Why nothing fits, in one line with its numbers, and what would."""
+"""Why nothing fits, or a baseline does not, in one line with its numbers, and what would."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 from planner.predict.cost import CostModel
-from planner.predict.layouts import CONCURRENCY, TENSOR_PARALLEL, trainer_layouts
-from planner.predict.memory import host_bytes, process_bytes, rollout_fraction, trainer_memory
+from planner.predict.layouts import CONCURRENCY, TENSOR_PARALLEL, rollout_layouts, tensor_parallels, trainer_layouts
+from planner.predict.memory import (
+    RoleMemory,
+    host_bytes,
+    pool_peak,
+    process_bytes,
+    rollout_fraction,
+    rollout_memory,
+    trainer_memory,
+)
 from planner.search import assemble
 from planner.search.changes import resized, with_response
 from planner.search.evaluate import Candidate, evaluate
 from planner.search.options import Problem
-from planner.search.space import Structure, sizes, structures
+from planner.search.space import Arrangement, Structure, sizes, structures
 from planner.spec.cluster import Cluster, Device
 from planner.spec.workload import Workload
 
@@ -33,6 +41,12 @@ class Need(NamedTuple):
 def nothing_fits(problem: Problem, pins: Sequence[str] = ()) -> str:
     """The constraint that binds, with its numbers, and the nearest changes that would do."""
     workload, cluster = problem.workload, problem.cluster
+    wanted, most = workload.tensor_parallel or 1, max(node.gpus for node in cluster.nodes)
+    if wanted > most:
+        return (
+            f"no plan fits {workload.name}: its engines take {wanted} GPUs of one node (tensor_parallel), and no node "
+            f"has more than {most}; use larger nodes, or leave tensor_parallel out"
+        )
     if pins and fits(problem) is not None:
         told = " ".join(f"--pin {pin}" for pin in pins)
         return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))} with {told}; without, one does: loosen them"
@@ -50,6 +64,56 @@ def what_binds(problem: Problem) -> str:
     fits_from = f" (it fits from shard {worst.fits_from})" if worst.fits_from else ""
     needs = f"{worst.role} needs {_gb(worst.bytes)} per GPU at {worst.at}{fits_from}{also}"
     return f"{needs}, and a GPU has {_gb(device.memory_bytes)}"
+
+
+def what_binds_pools(problem: Problem, a: Arrangement) -> str:
+    """Why no layouts fit the pools of an arrangement: the first pool that needs too much even at its leanest, on as
+    many GPUs as it may have."""
+    workload, cluster = problem.workload, problem.cluster
+    for number, members in enumerate(a.structure):
+        device, gpus = cluster.devices[a.kinds[number]], _most_gpus(a, number)
+        roles = [role for role in workload.roles if role in members]
+        engine = min(tensor_parallels(workload, device))
+        if "rollout" in roles and engine > gpus:
+            return f"an engine takes {engine} GPUs (tensor_parallel), and {'+'.join(roles)} has {gpus}"
+        needs = {role: _leanest(workload, cluster, role, device, gpus) for role in roles}
+        peak = pool_peak(list(needs.values()), roles != ["rollout"], "rollout" in roles, device)
+        if peak > device.memory_bytes:
+            each = ", ".join(f"{role} {_gb(memory.running)}" for role, memory in needs.items())
+            return (
+                f"{'+'.join(roles)} on {_gpus(gpus)} take at least {_gb(peak)} per GPU (while it runs {each}), and a "
+                f"GPU has {_gb(device.memory_bytes)}"
+            )
+    return (
+        "each of its pools would fit on the most GPUs that it may have, but not all of them together, or "
+        f"{_gb(min(node.host_memory_bytes for node in cluster.nodes))} of host memory do not hold what is offloaded"
+    )
+
+
+def _most_gpus(a: Arrangement, number: int) -> int:
+    """Of a pool of an arrangement, if every other one has what it is given, or a single GPU."""
+    limit = min(
+        most - sum(a.given.get(other, 1) for other in pools if other != number)
+        for pools, most in a.limits
+        if number in pools
+    )
+    return a.given.get(number, limit)
+
+
+def _leanest(workload: Workload, cluster: Cluster, role: str, device: Device, gpus: int) -> RoleMemory:
+    """What a role needs in the layout that needs least while it runs, and of those while it idles."""
+    widest = _widest(cluster, device)
+    if role != "rollout":
+        layouts = trainer_layouts(workload, role, gpus, "pool", device, widest)
+        found = [trainer_memory(workload, role, layout, device) for layout in layouts]
+    else:
+        parts = (*[widest] * (gpus // widest), *[gpus % widest] * (gpus % widest > 0))
+        engines = rollout_layouts(workload, (parts,), ("pool",), device)
+        found = [rollout_memory(workload, layout, device) for layout in engines]
+        if not found:
+            needed = _engine_need(workload, cluster, device, gpus).bytes - process_bytes(device)
+            return RoleMemory(idle=0, running=needed, host=0)
+    return min(found, key=lambda memory: (memory.running, memory.idle))
 
 
 def fits(problem: Problem) -> Candidate | None:
@@ -88,13 +152,22 @@ def _needs(workload: Workload, cluster: Cluster) -> Iterator[Need]:
     for role in workload.roles:
         if role != "rollout":
             yield _trainer_need(workload, role, device, gpus)
-    widest = max(node.gpus for node in cluster.nodes if cluster.devices[node.device] == device)
+    yield _engine_need(workload, cluster, device, gpus)
+
+
+def _engine_need(workload: Workload, cluster: Cluster, device: Device, gpus: int) -> Need:
+    """Of the engines that need least."""
     engines = []
-    for split in (t for t in TENSOR_PARALLEL if t <= widest and workload.actor.shape.heads % t == 0):
+    for split in (t for t in tensor_parallels(workload, device) if t <= _widest(cluster, device)):
         share = -(-workload.batch // max(1, gpus // split))
         fraction = rollout_fraction(workload, split, min(share, min(CONCURRENCY)), device)
         engines.append(Need("rollout", int(fraction * device.memory_bytes), f"tensor-parallel {split}"))
-    yield min(engines, key=lambda need: need.bytes)
+    return min(engines, key=lambda need: need.bytes)
+
+
+def _widest(cluster: Cluster, device: Device) -> int:
+    """GPUs of the largest node of a kind."""
+    return max(node.gpus for node in cluster.nodes if cluster.devices[node.device] == device)
 
 
 def _trainer_need(workload: Workload, role: str, device: Device, gpus: int) -> Need:

@@ -5,10 +5,12 @@ import json
 import os
 import tempfile
 import tomllib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from planner.spec.errors import UserError
 
@@ -66,25 +68,59 @@ class File(Spec):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise UserError(f"{path}: {first_problem(error)}") from None
+            raise UserError(f"{path}: {first_problem(error, data)}") from None
 
 
-def first_problem(error: ValidationError) -> str:
-    """The problem of a pydantic error that says most, in one line: `key.path: message`."""
+def first_problem(error: ValidationError, data: Any) -> str:
+    """The problem of a pydantic error with `data` that says most, in one line: `key.path: message`."""
     problems = error.errors(include_url=False)
-    ours = [each for each in problems if each["type"] == "value_error"]  # with advice; others may be of another union's
-    problem = (ours or problems)[0]
-    keys = [part for part in problem["loc"] if not _names_a_type(part)]
-    what = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        what = "unknown key; remove it or check its spelling"
-    more = len(problems) - 1 if len(keys) == len(problem["loc"]) else 0  # the members of a union each have theirs
-    return ": ".join(filter(None, (".".join(map(str, keys)), what))) + (f" (and {more} more)" if more else "")
+    telling = {"value_error": 0, "extra_forbidden": 1}  # ours have advice, and a misspelt key explains a missing one
+    problem = min(problems, key=lambda each: telling.get(each["type"], 2))
+    path = ".".join(_keys(problem["loc"], data, missing=problem["type"] == "missing"))
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return ": ".join(filter(None, (path, _what(problem)))) + more
 
 
-def _names_a_type(part: int | str) -> bool:
-    """Pydantic puts the member of a union into the path: a class, or a validator of it."""
-    return isinstance(part, str) and (part[:1].isupper() or "[" in part)
+def _what(problem: ErrorDetails) -> str:
+    """What is wrong, and what to do."""
+    given, said = problem["input"], problem["msg"]
+    match problem["type"]:
+        case "value_error":
+            return said.removeprefix("Value error, ")
+        case "extra_forbidden":
+            return "unknown key; remove it or check its spelling"
+        case "missing":
+            return "is missing; add it"
+        case "union_tag_invalid":
+            told = problem["ctx"]
+            return f"{told['discriminator']} is {told['tag']!r}; choose one of {told['expected_tags']}"
+        case "model_type":
+            return f"needs a mapping of keys, not {repr(given)[:60]}"
+    needed = said.replace("Input should be", "must be")
+    return f"{needed}, not {given!r}" if isinstance(given, str | int | float) else needed
+
+
+def _keys(path: Sequence[int | str], data: Any, *, missing: bool) -> Iterator[str]:
+    """The part of a pydantic path that is in the file, and the last one if that is missing there: pydantic also names
+    which member of a union was tried."""
+    for number, part in enumerate(path):
+        match data, part:
+            case dict(), _ if part in data:
+                data = data[part]
+            case list(), int():
+                data = data[part]
+            case _ if not (missing and number == len(path) - 1):
+                continue
+        yield str(part)
+
+
+def by_key(key: str, tag: str, otherwise: str) -> Discriminator:
+    """Chooses the member of a union with this tag where the mapping (or the member itself) has this key."""
+
+    def choose(value: Any) -> str:
+        return tag if (key in value if isinstance(value, dict) else hasattr(value, key)) else otherwise
+
+    return Discriminator(choose)
 
 
 def read_data(path: Path) -> dict[str, Any]:
@@ -96,13 +132,26 @@ def read_data(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); check the path") from None
     try:
-        data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text, parse_constant=_not_a_number)
+        data = tomllib.loads(text) if path.suffix == ".toml" else _json(text)
     except (ValueError, RecursionError) as error:
         kind = "TOML" if path.suffix == ".toml" else "JSON"
         raise UserError(f"{path}: not valid {kind} ({error}); mend it there, or write the file again") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds a {type(data).__name__}, not a mapping of keys")
     return data
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, parse_constant=_not_a_number, object_pairs_hook=_without_doubles)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of which no key silently replaces another; TOML forbids that by itself."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def _not_a_number(name: str) -> NoReturn:

@@ -31,6 +31,12 @@ class Lognormal(Spec):
     sigma: PositiveFloat
     max: PositiveInt
 
+    @model_validator(mode="after")
+    def _mean_fits(self) -> "Lognormal":
+        if self.mean > self.max:
+            raise ValueError(f"mean = {self.mean:g} is above max = {self.max}; lower mean or raise max")
+        return self
+
     @property
     def longest(self) -> int:
         return self.max

@@ -2,11 +2,11 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
 
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Call, Dataflow, ppo
-from planner.spec.files import File, Spec
+from planner.spec.files import File, Spec, by_key
 from planner.spec.workload import Workload
 
 Gpu = tuple[NonNegativeInt, NonNegativeInt]
@@ -80,6 +80,9 @@ class Wait(Spec):
     wait: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
+Item = Annotated[Annotated[Wait, Tag("Wait")] | Annotated[Issue, Tag("Issue")], by_key("wait", "Wait", "Issue")]
+
+
 class Proof(Spec):
     """`optimal` is meant for these costs, scenarios and this space, never more."""
 
@@ -122,7 +125,7 @@ class Plan(File):
     cluster: Cluster
     pools: Annotated[dict[str, Pool], Field(min_length=1)]
     roles: dict[str, Role]
-    program: Annotated[tuple[Issue | Wait, ...], Field(min_length=1)]
+    program: Annotated[tuple[Item, ...], Field(min_length=1)]
     staleness: NonNegativeInt
     predicted: Predicted | None = None
     provenance: Provenance | None = None
@@ -190,6 +193,8 @@ def _check_pools(plan: Plan) -> None:
         for gpu in pool.gpus:
             if gpu not in known:
                 raise ValueError(f"pools.{name}: GPU {list(gpu)} is not in the cluster of {len(known)} GPUs")
+            if owner.get(gpu) == name:
+                raise ValueError(f"pools.{name}: GPU {list(gpu)} is there twice; name it once")
             if gpu in owner:
                 raise ValueError(f"pools: GPU {list(gpu)} is in both {owner[gpu]!r} and {name!r}; give it to one")
             owner[gpu] = name

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
 
 from planner.spec.errors import UserError
-from planner.spec.files import File, Spec, read_data
+from planner.spec.files import File, Spec, by_key, read_data
 from planner.spec.lengths import Lengths
 
 MODEL_ROLES = ("actor", "critic", "reference", "reward")
@@ -83,6 +83,12 @@ class RewardFunction(Spec):
         return self
 
 
+Reward = Annotated[
+    Annotated[RewardFunction, Tag("RewardFunction")] | Annotated[Model, Tag("Model")],
+    by_key("function", "RewardFunction", "Model"),
+]
+
+
 class Data(Spec):
     """JSONL files of `{"prompt": str, "answer": str}`; `answer` is needed for evaluation only."""
 
@@ -132,7 +138,7 @@ class Workload(File):
     actor: Model
     critic: Model | None = None
     reference: Model | None = None
-    reward: Model | RewardFunction
+    reward: Reward
     ppo: Ppo = Ppo()
     data: Data | None = None
     proximal: Literal["recompute", "rollout"] = "recompute"
