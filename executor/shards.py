@@ -115,7 +115,8 @@ class Writer:
     """Writes a rank's copies in a thread. `finished` tells what came of it."""
 
     def __init__(self, copies: dict[str, Copied], directory: Path) -> None:
-        self._copies, self._directory = copies, directory
+        self._roles = {role: copied.state for role, copied in copies.items()}
+        self._copies, self._directory = list(copies.values()), directory
         self._files: dict[str, FileEntry] = {}
         self._error: Exception | None = None
         self._thread = Thread(target=self._write, daemon=True)
@@ -123,7 +124,8 @@ class Writer:
 
     def _write(self) -> None:
         try:
-            for copied in self._copies.values():
+            while self._copies:
+                copied = self._copies.pop()  # its memory goes with it
                 path = self._directory / copied.file
                 save_file(copied.tensors, path)
                 self._files[copied.file] = entry_of(path)
@@ -131,13 +133,13 @@ class Writer:
             self._error = error
 
     def finished(self) -> tuple[dict[str, RoleState], dict[str, FileEntry]] | None:
-        """None while it writes; then roles and files. Raises what writing raised."""
+        """None while it writes; then roles and files, each time it is asked, for other ranks may still write. Raises
+        what writing raised."""
         if self._thread.is_alive():
             return None
-        copies, self._copies = self._copies, {}  # their memory
         if self._error is not None:
             raise self._error
-        return {role: copied.state for role, copied in copies.items()}, self._files
+        return self._roles, self._files
 
 
 def entry_of(path: Path) -> FileEntry:

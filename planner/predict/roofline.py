@@ -30,8 +30,8 @@ Seconds = NDArray[np.float64]
 Count = Any  # an int, or an array of them
 
 LINK_LATENCY_SECONDS = 8e-6  # of one collective inside a node
-# What FSDP2 reads and writes of a parameter for each micro-batch, in bytes: a pass copies it into and out of the buffers
-# of a collective; an update passes twice, casts what it gathers from fp32, and adds up a gradient in fp32.
+# What FSDP2 reads and writes of a parameter for each micro-batch, in bytes: a pass copies it into and out of the
+# buffers of a collective; an update passes twice, casts what it gathers from fp32, and adds up a gradient in fp32.
 GATHER_BYTES, UPDATE_BYTES = 8, 38
 OPTIMIZER_BYTES = 32  # AdamW reads weight, gradient and both moments and writes three of them; the clip reads once more
 

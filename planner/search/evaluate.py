@@ -17,6 +17,7 @@ from planner.search.space import Arrangement, Part, Structure, arrangements, gpu
 from planner.spec.plan import Gpu, RolloutRole, TrainerRole
 
 FEW = 3  # layouts of the rollout that a quick plan tries
+NEAR = 0.98  # of a limit: a bound below it leaves much
 AT_ONCE = 32  # combinations of layouts whose programs are bounded together
 
 
@@ -182,7 +183,9 @@ def _best_at(site: Site, limit: float, fixed: Program | None, quick: bool = Fals
         return _below(limit, found[-1] if found else None)
 
     for engines, least in _worth_trying(site, floor, below, quick):
-        for rough in (True, False) if below() == np.inf else (False,):  # first what is surely good
+        loose = bool(_bound(site, floor, with_mean(least)[None])[0] < NEAR * below())
+        # First what is surely good; then all that may be better, unless that is too much to be looked at quickly.
+        for rough in (True, False)[not loose : 2 - (loose and quick)]:
             kept = _kept(site, engines, least, floor, below())
             picks = _picks(site, engines, kept, floor, below(), rough)
             if len(picks) and (better := _best_of(site, engines, picks, floor, below(), fixed)):
