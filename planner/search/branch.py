@@ -18,6 +18,7 @@ from planner.search.space import Arrangement, Structure, arrangements, structure
 
 MUCH_SLOWER = 0.25  # than the best plan: such plans are not shown beside it
 MORE = 8  # placements to evaluate for each plan beside the best: these are good, and not proven to be next
+PATIENCE = 8  # quick plans in vain before a parked leaf is looked at: what is learned may rule out others
 AT_ONCE = 1024  # boxes that are halved together
 
 
@@ -106,6 +107,7 @@ class _Search:
         self.keep, self.slowest = 1, NEVER / 1e3
         self.best: list[Candidate] = []
         self.guessed, self.cut, self.evaluated = set[int](), set[int](), 0
+        self.in_vain = 0  # quick plans since one was the best, or since a parked leaf was looked at
         self.bounds, self.space = Bounds(problem, listed, programs), Space(listed)
         roots = self.space.roots()
         self.leaves = self.parked = roots.take(np.zeros(0, dtype=np.int64))
@@ -133,9 +135,9 @@ class _Search:
                 boxes.take(boxes.bound < self._limits(boxes.number)) for boxes in (self.open, self.leaves, self.parked)
             )
             opened, leaf = _lowest(self.open), _lowest(self.leaves)
-            if min(opened, leaf) >= NEVER:
-                if not len(self.parked.bound):
-                    break
+            if min(opened, leaf) >= NEVER and not len(self.parked.bound):
+                break
+            if self.in_vain >= PATIENCE or min(opened, leaf) >= NEVER:
                 self._settle()
             elif leaf <= opened or (leaf < NEVER and not self.best):
                 self._park()
@@ -157,11 +159,16 @@ class _Search:
             sizes = padded(self.listed[number], leaf.high[0].tolist())
             if self.programs or not dismissed(self.problem, self.listed[number], sizes, self._limit(number)):
                 self.parked = _joined(self.parked, leaf)
+                best = self.best[0] if self.best else None
                 self._guess(leaf)
+                self.in_vain = self.in_vain + 1 if best is (self.best[0] if self.best else None) else 0
 
     def _settle(self) -> None:
         """Take the parked leaf that has the lowest bound further: a bound by all programs, and by simulated generation;
         and if that is as sharp as can be, its best plan."""
+        self.in_vain = 0
+        if not len(self.parked.bound):
+            return
         order = np.argsort(self.parked.bound, kind="stable")
         number, leaf = int(self.parked.number[order[0]]), self.parked.take(order[:1])
         if self._ruled_out(leaf):
