@@ -18,7 +18,7 @@ from planner.spec.plan import Gpu, RolloutRole, TrainerRole
 
 FEW = 3  # layouts of the rollout that a quick plan tries
 NEAR = 0.98  # of a limit: a bound below it leaves much
-AT_ONCE = 32  # combinations of layouts whose programs are bounded together
+AT_ONCE = 64  # combinations of layouts whose programs are bounded together
 
 
 class Candidate(NamedTuple):
@@ -188,23 +188,27 @@ def _best_at(site: Site, limit: float, fixed: Program | None, quick: bool = Fals
         for rough in (True, False)[not loose : 2 - (loose and quick)]:
             kept = _kept(site, engines, least, floor, below())
             picks = _picks(site, engines, kept, floor, below(), rough)
-            if len(picks) and (better := _best_of(site, engines, picks, floor, below(), fixed)):
+            if len(picks) and (better := _best_of(site, engines, picks, floor, below(), fixed, quick)):
                 found.append(better)
     return found[-1] if found else None
 
 
 def _best_of(
-    site: Site, engines: Engines, picks: "Picks", floor: Array, limit: float, fixed: Program | None
+    site: Site, engines: Engines, picks: "Picks", floor: Array, limit: float, fixed: Program | None, quick: bool
 ) -> Candidate | None:
-    """The best of some combinations of layouts with its best program, if it is below `limit` seconds."""
+    """The best of some combinations of layouts with its best program, if it is below `limit` seconds; `quick`: of the
+    few with the lowest bounds."""
     problem, best, chosen = site.problem, None, 0
     seconds = with_mean(_seconds(site, engines, picks).swapaxes(0, 1))
     bound = problem.objective_of((floor @ seconds).max(axis=1))
     if fixed:
         n = int(bound.argmin())
         return _candidate(float(bound[n]), site, engines, picks, n, fixed) if bound[n] < limit else None
-    while (least := bound.min()) < _below(limit, best):
-        near = np.argsort(bound, kind="stable")[:AT_ONCE]
+    looks = 0
+    while (least := bound.min()) < _below(limit, best) and not (quick and looks >= FEW):
+        looks += 1
+        few = len(bound) <= AT_ONCE
+        near = np.arange(len(bound)) if few else np.sort(np.argpartition(bound, AT_ONCE)[:AT_ONCE])
         bound[near] = _bound(site, floor, seconds[near])
         n = int(near[bound[near].argmin()])
         if bound[n] <= least * (1 + SAME):
