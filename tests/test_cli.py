@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from planner.predict.profile import Point, Profile
 from planner.predict.schedule import load_plan
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
 
@@ -397,3 +401,20 @@ def test_a_plan_for_this_machine(tmp_path: Path, workload: Path) -> None:
     result = plan("search", "--cluster", "local", "--gpus", "1", "--workload", workload, "--out", out, "--no-picture")
     assert result.exit_code == 0, result.output
     assert Plan.read(out).rollout.engine == "transformers"
+
+
+def test_a_search_that_is_interrupted_writes_its_best_plan_with_an_honest_gap(tmp_path):
+    text = (profiles_dir() / "workloads" / "70b.toml").read_text()
+    for key, count in (("minibatch", 4096), ("batch", 16384)):
+        text = re.sub(rf"^{key} = \d+$", f"{key} = {count}", text, flags=re.M)
+    (tmp_path / "w.toml").write_text(text)
+    command = [sys.executable, "-m", "planner.cli", "search", "--gpus", "1024", "--workload", "w.toml"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(2.0)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "Traceback" not in err
+    predicted = Plan.read(tmp_path / "best.json").predicted
+    assert predicted.lower_bound_seconds <= predicted.step_seconds * (1 + 1e-9)
+    if predicted.proof.status == "time_limit":  # a quick machine may have ended by then
+        assert "not proven optimal in the time given" in out

@@ -20,8 +20,8 @@ from planner.predict.simulate import simulate
 from planner.search import NAMES, baseline, find, problem_of
 from planner.search.bound import Bounds
 from planner.search.branch import search
-from planner.search.evaluate import evaluate
 from planner.search.engines import with_mean
+from planner.search.evaluate import evaluate
 from planner.search.orders import all_programs, orders
 from planner.search.programs import best_program, bound_rates, choices_of, cycles_of
 from planner.search.space import arrangements, pack, parts_of, sizes, structures

@@ -81,6 +81,7 @@ def find(
     )
     provenance = Provenance(version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {})
     plans = [assemble(c, "best" if i == 0 else f"runner-up-{i}", problem) for i, c in enumerate(found.best)]
+    plans = plans if pinned else [_trimmed(plan) for plan in plans]
     plans = [_complete(plan, provenance, problem, proof, found.bound, seconds) for plan in plans]
     baselines: dict[str, Plan | str] = {}
     for name in NAMES:
@@ -157,6 +158,21 @@ def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
         program=(*candidate.program.items, *monitors),
         staleness=candidate.program.staleness,
     )
+
+
+def _trimmed(plan: Plan) -> Plan:
+    """Without the GPUs of a pool that none of its roles uses; not where weights would then cross fewer nodes, for that
+    would be another placement."""
+    engines = plan.engine_gpus()
+    pools = {}
+    for name, pool in plan.pools.items():
+        ranks = [layout.gpus for layout in plan.trainers.values() if name in layout.pools]
+        used = {gpu for home, gpus in engines for gpu in gpus if home == name} | set(pool.gpus[: max(ranks, default=0)])
+        pools[name] = pool.model_copy(update={"gpus": tuple(gpu for gpu in pool.gpus if gpu in used)})
+    linked = {*plan.trainers["actor"].pools, *plan.rollout.pools}
+    nodes = [{node for name in linked for node, _ in each[name].gpus} for each in (plan.pools, pools)]
+    empty = any(not pool.gpus for pool in pools.values())
+    return plan if empty or nodes[0] != nodes[1] else plan.model_copy(update={"pools": pools})
 
 
 def _complete(
