@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,16 @@ def test_rows_are_read_from_the_pieces_that_hold_them(tmp_path: Path) -> None:
         assert torch.equal(rows, whole[begin:end])
     with pytest.raises(UserError, match=r"no w of shape \[8, 3\]"):
         restored.rows(["w"], torch.Size([8, 3]), 0, 1, torch.device("cpu"))
+
+
+def test_a_rank_that_is_done_first_tells_its_part_until_all_are(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 5)
+    copied = shards.copy("actor", model, torch.optim.AdamW(model.parameters()), 1, 0)
+    assert copied is not None
+    writer = shards.Writer({"actor": copied}, tmp_path)
+    while (first := writer.finished()) is None:
+        time.sleep(0.01)
+    assert writer.finished() == first and set(first[0]) == {"actor"} and set(first[1]) == {copied.file}
 
 
 def test_what_is_parked_on_the_host_is_saved_from_there() -> None:

@@ -37,7 +37,7 @@ nodes = [cluster.add_node(num_cpus=1, num_gpus=2 + n % 2, node_ip_address=f"127.
 print(cluster.address, *(node.all_processes["raylet"][0].process.pid for node in nodes), flush=True)
 for line in sys.stdin:
     cluster.remove_node(nodes[int(line)], allow_graceful=False)
-cluster.remove_node(cluster.head_node)
+cluster.shutdown()
 """
 
 
@@ -161,6 +161,7 @@ def test_a_pool_lies_on_the_nodes_that_the_plan_says_in_the_order_of_their_gpus(
     assert "8 GPUs are needed and Ray has 7" in refused[2]
 
 
+@pytest.mark.nightly  # Ray tries for half a minute
 def test_a_token_is_needed(nodes: Nodes, tmp_path: Path) -> None:
     spread(2).write(tmp_path / "plan.json")
     command = ["execute", tmp_path / "plan.json", "--runs", tmp_path]
@@ -170,6 +171,7 @@ def test_a_token_is_needed(nodes: Nodes, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+@pytest.mark.nightly
 def test_a_plan_for_more_nodes_than_there_are(nodes: Nodes, tmp_path: Path) -> None:
     spread(4).write(tmp_path / "plan.json")
     process = nodes.plan("execute", tmp_path / "plan.json", "--runs", tmp_path)
@@ -179,6 +181,7 @@ def test_a_plan_for_more_nodes_than_there_are(nodes: Nodes, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
+@pytest.mark.nightly
 def test_a_node_that_disappears_is_replaced(nodes: Nodes, tmp_path: Path) -> None:
     """The last test of the module: it leaves one node of three."""
     spread(2).write(tmp_path / "plan.json")

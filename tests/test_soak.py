@@ -84,8 +84,8 @@ class Controlled:
             self.start()
             return True
         found = working(children, (VICTIMS[victim],))
-        for pid in found[:1] and [chance.choice(found)]:
-            os.kill(pid, signal.SIGKILL)
+        if found:
+            os.kill(chance.choice(found), signal.SIGKILL)
         return bool(found)
 
     def soak(self, left: list[str], chance: random.Random) -> None:
