@@ -70,7 +70,7 @@ class Nodes:
         try:
             self.process.communicate(timeout=60)
         finally:
-            left = still_there(pids)
+            left = still_there(pids, 90)  # two of Ray's take a while to see that a node was killed
             for pid in [self.process.pid, *left]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
