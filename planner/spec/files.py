@@ -115,7 +115,7 @@ def _keys(path: Sequence[int | str], data: Any, *, missing: bool) -> Iterator[st
         match data, part:
             case dict(), _ if part in data:
                 data = data[part]
-            case list(), int():
+            case list(), int() if part < len(data):
                 data = data[part]
             case _ if not (missing and number == len(path) - 1):
                 continue
