@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,8 @@ from test_checkpoint import metrics_of
 from test_executor_loop import descendants, still_there
 from test_faults import working
 
+from executor import pools
+from executor.trainer import _interface
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.plan import Plan
 
@@ -159,6 +162,31 @@ def test_a_pool_lies_on_the_nodes_that_the_plan_says_in_the_order_of_their_gpus(
     assert "the plan uses 1 GPUs of its node 3, but Ray's matching node has 0" in refused[0]
     assert "the plan uses 4 GPUs of its node 0, but Ray's matching node has 3" in refused[1]
     assert "8 GPUs are needed and Ray has 7" in refused[2]
+
+
+@pytest.mark.parametrize(
+    ("named", "kind", "may"),
+    [
+        (["H200"], "h200", True),
+        (["A100-80G"], "a100", True),
+        (["A100"], "h200", False),
+        ([], "h200", True),
+        (["L4"], "ours", True),
+    ],
+)
+def test_a_node_with_another_kind_of_gpu_is_left_out(named: list[str], kind: str, may: bool) -> None:
+    """A cluster file may call its GPUs what it likes, and Ray does not know every kind."""
+    resources = {"GPU": 8.0, **{f"accelerator_type:{name}": 1.0 for name in named}}
+    assert pools._may_be({"Resources": resources}, kind) is may
+
+
+def test_the_interface_of_an_address_is_found() -> None:
+    assert _interface("127.0.0.5") == "lo" and _interface("203.0.113.9") is None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as outward:  # connecting sends nothing
+        with contextlib.suppress(OSError):
+            outward.connect(("203.0.113.9", 9))
+        own = outward.getsockname()[0]
+    assert own == "0.0.0.0" or _interface(own) in [name for _, name in socket.if_nameindex()]
 
 
 @pytest.mark.nightly  # Ray tries for half a minute
