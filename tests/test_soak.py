@@ -24,9 +24,9 @@ from executor.execute import Survival, execute
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
 
-STEPS = 40
+STEPS = 60
 VICTIMS = {"engine": "EngineWorker", "rank": "Trainer", "controller": None}
-SECONDS = 1.0  # at most, between a new step and the next kill
+SECONDS = 0.5  # at most, between a new step and the next kill
 IN_A_START = 0.2  # of all kills do not wait for a new step
 SECRETS = {
     "RAY_AUTH_TOKEN": "a-token-of-this-test",
@@ -107,7 +107,7 @@ class Controlled:
             assert now < since + PATIENCE, self.output.read_text()
             if left and at is not None and now >= at and self.kill(left[-1], chance):
                 left.pop()
-                at = now + chance.uniform(0, 8 * SECONDS) if chance.random() < IN_A_START else None
+                at = now + chance.uniform(0, 16 * SECONDS) if chance.random() < IN_A_START else None
             time.sleep(0.01)
 
     def close(self) -> None:
