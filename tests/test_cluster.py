@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from conftest import make_plan, make_workload
 from test_checkpoint import metrics_of
-from test_executor_loop import descendants, still_there
-from test_faults import working
+from test_executor_loop import descendants
+from test_faults import end_agents, working
 
 from executor import pools
 from executor.trainer import _interface
@@ -73,7 +73,7 @@ class Nodes:
         try:
             self.process.communicate(timeout=60)
         finally:
-            left = still_there(pids, 90)  # two of Ray's take a while to see that a node was killed
+            left = end_agents(pids)
             for pid in [self.process.pid, *left]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

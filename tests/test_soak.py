@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import colocated, make_workload
 from test_checkpoint import metrics_of
-from test_executor_loop import descendants, still_there
-from test_faults import working
+from test_executor_loop import descendants
+from test_faults import end_agents, working
 
 from executor import checkpoint
 from executor.execute import Survival, execute
@@ -149,4 +149,4 @@ def test_runs_outlive_kills_at_random_times(kills: int, ray_two: None, tmp_path:
         assert not [name for name, secret in SECRETS.items() if secret.encode() in written]
         assert set(spans.values()) == {1} and len(spans) == STEPS * len(plan.dataflow.calls)
     assert not left
-    assert pids and not still_there(pids, 90)  # two of Ray's take a while to see that a controller was killed
+    assert pids and not end_agents(pids)
