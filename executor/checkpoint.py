@@ -334,6 +334,10 @@ def _read(directory: Path) -> Checkpoint:
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
                 raise UserError(f"{path}: is corrupted, its hash is not the one in {MANIFEST}")
+    for role, state in manifest.roles.items():
+        named = {piece.file for stored in state.tensors.values() for piece in stored.pieces}
+        if missing := named - manifest.files.keys():
+            raise UserError(f"{directory / MANIFEST}: {role} has parts in {min(missing)!r}, which is none of its files")
     return Checkpoint(
         directory=directory,
         manifest=manifest,

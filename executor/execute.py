@@ -112,16 +112,17 @@ def _train(
     on_cores = pools.resource_of(plan) == "CPU"
     saver = checkpoint.Saver(path / "checkpoints", survival.keep) if survival.save_every else None
     with ray_session(cpus=pools.needed(plan) if on_cores else None, address=address):
+        begun = resumed is not None
         for restarts in count():
-            make = lambda at=resumed: step.Training(plan, prompts, deadlines=deadlines, resumed=at)  # noqa: E731
-            backend = _started(deadlines, path, make)
-            directory = RunDirectory(path, tensorboard=True, again=restarts > 0 or resumed is not None)
             try:
-                with contextlib.closing(backend):
+                make = lambda at=resumed: step.Training(plan, prompts, deadlines=deadlines, resumed=at)  # noqa: E731
+                with contextlib.closing(_started(deadlines, path, make)) as backend:
+                    directory, begun = RunDirectory(path, tensorboard=True, again=begun), True
                     _run(plan, steps, backend, directory, progress, survival.save_every, saver, resumed)
                 return
             except UserError as error:
-                if saver is None or restarts == survival.max_restarts or not _of_processes(error):
+                # What cannot start the first time will not the second time either.
+                if saver is None or restarts == survival.max_restarts or not begun or not _of_processes(error):
                     raise
                 saver.wait()
                 resumed = checkpoint.latest(path) or resumed

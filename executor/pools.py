@@ -1,6 +1,8 @@
 """A plan's GPUs as a Ray placement group, and the processes on them."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,9 +13,11 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from executor.session import ENVIRONMENT
 from executor.worker import Rank, Worker, ask, measure_offset
 from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir, read_data
 from planner.spec.plan import Gpu, Plan
 
 PLACING_SECONDS = 60.0
+LOOK_SECONDS = 1.0  # between two looks at whether the nodes are still there
 
 
 Key = tuple[Callable[[], Worker], tuple[Gpu, ...], str]  # class of a process, its GPUs, what it was made for
@@ -43,9 +47,10 @@ class Fleet:
     """The GPUs of a plan, reserved, and the processes started on them. One plan after another may use a fleet, if it
     was made for all of their GPUs: processes stay, and are configured anew."""
 
-    def __init__(self, gpus: Sequence[Gpu], resource: str) -> None:
-        """Raises UserError if Ray has fewer GPUs than that, or not on nodes that correspond to the given ones."""
-        self._seats = _reserve(gpus, resource)
+    def __init__(self, gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str] | None = None) -> None:
+        """`kinds`: the kind of GPU of the plan's nodes. Raises UserError if Ray has fewer GPUs than that, or not on
+        nodes that correspond to the given ones."""
+        self._seats = _reserve(gpus, resource, kinds or {})
         self._processes: dict[Key, Rank] = {}
 
     def process(self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...], made_for: str = "") -> Rank:
@@ -83,40 +88,66 @@ class Fleet:
         remove_placement_group(next(iter(self._seats.values())).group)
 
 
-def _reserve(gpus: Sequence[Gpu], resource: str) -> dict[Gpu, Seat]:
-    has = int(ray.cluster_resources().get(resource, 0))
-    if has < len(gpus):
-        raise UserError(
-            f"{len(gpus)} {resource}s are needed and Ray has {has}; start more nodes, search a plan for fewer, "
-            "or use --rehearse"
-        )
-    nodes = _match_nodes(gpus, resource)
-    group = placement_group(
-        [{resource: 1} for _ in gpus], bundle_label_selector=[{"ray.io/node-id": nodes[node]} for node, _ in gpus]
-    )
-    if not group.wait(PLACING_SECONDS):
-        remove_placement_group(group)
-        raise UserError(f"Ray did not free {len(gpus)} {resource}s within {PLACING_SECONDS:.0f} s; are they in use?")
-    seats = {gpu: Seat(group=group, bundle=bundle) for bundle, gpu in enumerate(gpus)}
-    return _with_devices(seats) if resource == "GPU" else seats
-
-
-def _match_nodes(gpus: Sequence[Gpu], resource: str) -> dict[int, str]:
-    """Plan node -> Ray node id, the fullest plan node to the largest Ray node."""
-    wanted: dict[int, int] = {}
-    for node, _ in gpus:
-        wanted[node] = wanted.get(node, 0) + 1
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    largest = sorted(alive, key=lambda node: (-node["Resources"].get(resource, 0), node["NodeID"]))
-    fullest = sorted(wanted, key=lambda node: (-wanted[node], node))
-    for rank, node in enumerate(fullest):
-        has = int(largest[rank]["Resources"].get(resource, 0)) if rank < len(largest) else 0
-        if has < wanted[node]:
+def _reserve(gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str]) -> dict[Gpu, Seat]:
+    """Each GPU's seat, on the Ray node that stands for its node. A node that is lost meanwhile is replaced."""
+    deadline = time.monotonic() + PLACING_SECONDS
+    while time.monotonic() < deadline:
+        has = int(ray.cluster_resources().get(resource, 0))
+        if has < len(gpus):
             raise UserError(
-                f"the plan uses {wanted[node]} {resource}s of its node {node}, but Ray's matching node has {has}; "
+                f"{len(gpus)} {resource}s are needed and Ray has {has}; start more nodes, search a plan for fewer, "
+                "or use --rehearse"
+            )
+        nodes = _match_nodes(gpus, resource, kinds)
+        group = placement_group(
+            [{resource: 1} for _ in gpus], bundle_label_selector=[{"ray.io/node-id": nodes[node]} for node, _ in gpus]
+        )
+        if _is_placed(group, set(nodes.values()), deadline):
+            seats = {gpu: Seat(group=group, bundle=bundle) for bundle, gpu in enumerate(gpus)}
+            return _with_devices(seats) if resource == "GPU" else seats
+        remove_placement_group(group)
+    raise UserError(f"Ray did not free {len(gpus)} {resource}s within {PLACING_SECONDS:.0f} s; are they in use?")
+
+
+def _is_placed(group: PlacementGroup, nodes: set[str], deadline: float) -> bool:
+    """Whether Ray places a group by then; not waited for any longer when one of its nodes is gone."""
+    while time.monotonic() < deadline and nodes <= {node["NodeID"] for node in _alive()}:
+        if group.wait(LOOK_SECONDS):
+            return True
+    return False
+
+
+def _alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def _match_nodes(gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str]) -> dict[int, str]:
+    """Plan node -> Ray node id, the fullest plan node to the largest Ray node with GPUs of its kind."""
+    wanted = Counter(node for node, _ in gpus)
+    free = sorted(_alive(), key=lambda node: (-node["Resources"].get(resource, 0), node["NodeID"]))
+    found: dict[int, str] = {}
+    for node in sorted(wanted, key=lambda node: (-wanted[node], node)):
+        kind = kinds.get(node, "")
+        largest = next((there for there in free if _may_be(there, kind)), None)
+        has = int(largest["Resources"].get(resource, 0)) if largest else 0
+        if largest is None or has < wanted[node]:
+            raise UserError(
+                f"the plan uses {wanted[node]} {resource}s of its node {node}, but Ray's matching node has {has}"
+                f"{f' of kind {kind}' if kind and resource == 'GPU' else ''}; "
                 "search a plan for the nodes that there are"
             )
-    return {node: largest[rank]["NodeID"] for rank, node in enumerate(fullest)}
+        free.remove(largest)
+        found[node] = largest["NodeID"]
+    return found
+
+
+def _may_be(node: Mapping[str, Any], kind: str) -> bool:
+    """Whether a Ray node's GPUs may be of a kind. Ray names those it knows; a cluster file may have other names."""
+    prefix = "accelerator_type:"
+    named = [name.removeprefix(prefix) for name in node["Resources"] if name.startswith(prefix)]
+    if not named or kind not in read_data(profiles_dir() / "devices.toml"):
+        return True
+    return any(name.split("-")[0] == kind.upper() for name in named)
 
 
 def _with_devices(seats: dict[Gpu, Seat]) -> dict[Gpu, Seat]:
@@ -134,7 +165,19 @@ def _with_devices(seats: dict[Gpu, Seat]) -> dict[Gpu, Seat]:
         raise UserError(
             f"Ray's nodes did not name their GPUs within {PLACING_SECONDS:.0f} s; are they alive?"
         ) from None
-    return {gpu: replace(seat, device=device) for (gpu, seat), device in zip(seats.items(), found, strict=True)}
+    given = {gpu: replace(seat, device=device) for (gpu, seat), device in zip(seats.items(), found, strict=True)}
+    return _in_order(given)
+
+
+def _in_order(given: Mapping[Gpu, Seat]) -> dict[Gpu, Seat]:
+    """On each node the plan's GPUs in the order of the numbers that they have there, whatever order Ray chose: ranks
+    that are neighbours in the plan are neighbours on the node."""
+    found: dict[Gpu, Seat] = {}
+    for node in dict.fromkeys(node for node, _ in given):
+        gpus = sorted(gpu for gpu in given if gpu[0] == node)
+        seats = sorted((given[gpu] for gpu in gpus), key=lambda seat: (len(seat.device or ""), seat.device or ""))
+        found |= zip(gpus, seats, strict=True)
+    return found
 
 
 def _strategy(seat: Seat) -> PlacementGroupSchedulingStrategy:

@@ -29,13 +29,14 @@ def check(plan: Plan, *, local: bool) -> PromptSource:
 
 
 def problems(plan: Plan) -> list[str]:
-    """All that `check` would refuse on this machine, one line each."""
+    """What `check` would refuse on this machine, one line each; a plan of somebody else's is only looked at, so its
+    reward function is not run."""
     workload, found = plan.workload, []
     for step in (
         lambda: check_machine(plan),
         lambda: check_engine(plan),
         lambda: check_models(workload),
-        lambda: reward.check(workload.reward) if isinstance(workload.reward, RewardFunction) else None,
+        lambda: reward.look(workload.reward) if isinstance(workload.reward, RewardFunction) else None,
         lambda: load_prompts(workload),
     ):
         try:

@@ -165,4 +165,5 @@ class Processes:
 def fleet_for(plans: list[Plan]) -> pools.Fleet:
     """A fleet on the GPUs of all of these plans. Raises UserError."""
     gpus = dict.fromkeys(gpu for plan in plans for pool in plan.pools.values() for gpu in pool.gpus)
-    return pools.Fleet(tuple(gpus), pools.resource_of(plans[0]))
+    kinds = {node: plans[0].cluster.nodes[node].device for node, _ in gpus}
+    return pools.Fleet(tuple(gpus), pools.resource_of(plans[0]), kinds)

@@ -1,5 +1,6 @@
 """A reward function of the user's: `file.py:name`, called with prompts, responses and answers."""
 
+import ast
 import importlib.util
 import inspect
 import math
@@ -17,12 +18,26 @@ from planner.spec.workload import RewardFunction
 Function = Callable[[list[str], list[str], list[str | None]], Sequence[float]]
 
 
-def load(reward: RewardFunction) -> Function:
-    """Import the function from the file that the user named. Raises UserError."""
+def look(reward: RewardFunction) -> None:
+    """Whether there is a Python file of that name, without running it. Raises UserError."""
+    path, _ = _named(reward)
+    try:
+        ast.parse(path.read_bytes(), str(path))
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        raise UserError(f"reward function {reward.function!r} cannot be imported: {_one_line(error)}") from None
+
+
+def _named(reward: RewardFunction) -> tuple[Path, str]:
     file, _, name = reward.function.rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise UserError(f"reward function {reward.function!r}: there is no file {path}; check the path")
+    return path, name
+
+
+def load(reward: RewardFunction) -> Function:
+    """Import the function from the file that the user named. Raises UserError."""
+    path, name = _named(reward)
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UserError(f"reward function {reward.function!r}: {path} is no Python file; name one that ends in .py")

@@ -1,7 +1,9 @@
 """Ray, started quietly and taken down on every way out."""
 
 import contextlib
+import fcntl
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -15,6 +17,7 @@ import ray
 
 from planner.spec.errors import UserError
 
+PREFIX = "splitplan-"  # of temporary directories
 # Each process stands for one GPU or one core: more threads would only fight. Models come from local directories.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -50,11 +53,13 @@ def _start_private(cpus: int | None, directory: Path) -> None:
     ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     for key, value in ENVIRONMENT.items():  # inherited by the processes, which a runtime_env would start anew
         os.environ.setdefault(key, value)
+    # Ray asks for a token. One that lives as long as this process leaves nothing in the user's home.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     _init(
         address="local",
         num_cpus=cpus,
         _node_ip_address="127.0.0.1",
-        _temp_dir=str(directory),
+        _temp_dir=str(directory / "ray"),  # which Ray opens to everybody; the directory above it stays closed
         # By default as many processes start at a time as there are cores, which sixteen light ones find slow.
         _system_config={"worker_maximum_startup_concurrency": 32},
     )
@@ -65,10 +70,16 @@ def _connect(address: str) -> None:
         _check_listens(address)  # Ray would try for minutes
     try:
         _init(address=address, runtime_env={"env_vars": ENVIRONMENT})
-    except (ConnectionError, ValueError) as error:
-        raise UserError(f"no Ray cluster at {address} ({str(error).splitlines()[0]}); {_START}") from None
+    except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"the Ray cluster at {address} does not let us in ({str(error).splitlines()[0]}); {_TOKEN}"
+        ) from None
 
 
+_TOKEN = (
+    "if it asks for a token, export RAY_AUTH_MODE=token, and the token as RAY_AUTH_TOKEN or its file as "
+    "RAY_AUTH_TOKEN_PATH; if there is none, start one with `ray start --head`"
+)
 _START = "start one with `ray start --head` and give its host:port"
 
 
@@ -91,10 +102,16 @@ def _init(**options: Any) -> None:
 
 @contextlib.contextmanager
 def _private_directory() -> Iterator[Path]:
-    """A short path (sockets lie in it) that is gone afterwards."""
-    directory = Path(tempfile.mkdtemp(prefix="splitplan-"))
+    """A short path (sockets lie in it) that is gone afterwards. Those of processes that were killed go now."""
+    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
+        with contextlib.suppress(OSError), left.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails as long as its owner lives
+            shutil.rmtree(left.parent, ignore_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
-        yield directory
+        with (directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield directory
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

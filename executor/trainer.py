@@ -2,8 +2,12 @@
 
 import collections
 import contextlib
+import fcntl
 import gc
+import ipaddress
 import os
+import socket
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -29,6 +33,7 @@ from executor.worker import Worker
 from planner.predict.memory import trainer_allowance
 from planner.spec.plan import Plan, TrainerRole
 
+SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 COLUMNS = dict[str, NDArray[np.float32]]  # further columns [B, R] of a batch, by datum
 
 
@@ -95,19 +100,23 @@ class Trainer(Worker):
     # --- set-up ---
 
     def listen(self) -> tuple[str, int]:
-        """On rank 0: open the rendezvous at a free port; host and port."""
-        host = ray.util.get_node_ip_address()
+        """On rank 0: open the rendezvous at a free port of the address by which Ray knows this node, and of no other;
+        host and port."""
+        host, size = ray.util.get_node_ip_address(), len(self.plan.pools[self.pool].gpus)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family, backlog=max(128, size))
+        port = listener.getsockname()[1]
         self.store = dist.TCPStore(
-            host, 0, len(self.plan.pools[self.pool].gpus), is_master=True, wait_for_workers=False
+            host, port, size, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
         )
-        return host, self.store.port
+        return host, port
 
     def join(self, collective_seconds: float, host: str, port: int) -> None:
         """Form the pool's group, in which a collective may take so long."""
         size = len(self.plan.pools[self.pool].gpus)
         store = self.store if self.rank == 0 else dist.TCPStore(host, port, size, is_master=False)
-        if host == "127.0.0.1":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if self.on_cpu and (interface := _interface(ray.util.get_node_ip_address())) is not None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         backend = "gloo" if self.on_cpu else "nccl"
         timeout = timedelta(seconds=collective_seconds)
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=size, timeout=timeout)
@@ -356,6 +365,20 @@ class Trainer(Worker):
         if self.plan.rollout.offload and self.pool in self.plan.rollout.pools:
             self.synchronize()
             torch.cuda.empty_cache()
+
+
+def _interface(address: str) -> str | None:
+    """The network interface of this host that has an IPv4 address: Gloo would take the one that the host's name leads
+    to, which may be another. None if it cannot be found."""
+    if ipaddress.ip_address(address).is_loopback:
+        return "lo"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(answer[20:24]) == address:
+                    return name
+    return None
 
 
 def reshard(module: nn.Module) -> None:

@@ -209,7 +209,9 @@ def simulate(**options: Any) -> None:
 @click.option("--steps", type=int, metavar="N", help="Steps to run (default: the workload's; 3 for a rehearsal).")
 @click.option("--rehearse", is_flag=True, help="Replace every GPU by a light process that sleeps the predicted time.")
 @click.option("--runs", type=_file("DIR"), default=Path("runs"), show_default=True, help="Where runs are kept.")
-@click.option("--address", metavar="ADDR", help="A Ray cluster to join (default: one is started here).")
+@click.option(
+    "--address", metavar="ADDR", help="A Ray cluster to join, HOST:PORT or auto (default: one is started here)."
+)
 @click.option(
     "--deadline-floor",
     type=float,

@@ -1,9 +1,11 @@
 """Runs that are interrupted and gone on with, as if nothing had happened; what is broken is never taken for whole."""
 
+import contextlib
 import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROLES, make_plan, make_workload, split
+from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save_file
+from test_fuzz import documents
 
 from executor import checkpoint, shards
+from executor.checkpoint import Manifest
 from executor.execute import Survival, execute, resume
 from executor.offload import Parking
 from executor.rundir import timeline_of
@@ -166,6 +171,40 @@ def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_offered(two: 
     assert latest is not None and latest.manifest.step == 4
 
 
+def test_a_manifest_that_says_anything_else_is_refused_in_one_line_or_whole(two: Path) -> None:
+    """Its own hash is right, as in one that was changed on purpose."""
+    path = two / "checkpoints" / "step-000006" / "checkpoint.json"
+    as_written = json.loads(path.read_text())
+
+    @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(documents(as_written))
+    def check(content: bytes) -> None:
+        path.write_bytes(content)
+        with contextlib.suppress(UserError, ValueError):  # what cannot be parsed stays without a hash
+            unsigned = Manifest.parse(json.loads(content), path)
+            unsigned.model_copy(update={"sha256": unsigned.digest()}).write(path)
+        try:
+            found = checkpoint.find(two)
+        except UserError as error:
+            assert str(path.parent) in str(error) and len(str(error).splitlines()) == 1
+        else:
+            assert found.plan == one_step_off()
+
+    check()
+
+
+def test_parts_of_a_model_lie_in_files_of_the_checkpoint(two: Path) -> None:
+    path = two / "checkpoints" / "step-000006" / "checkpoint.json"
+    shutil.copy(path.parent / "actor-00000.safetensors", two)
+    text = path.read_text().replace('"file": "actor-00000', '"file": "../../actor-00000')
+    elsewhere = Manifest.parse(json.loads(text), path)
+    elsewhere.model_copy(update={"sha256": elsewhere.digest()}).write(path)
+    with pytest.raises(
+        UserError, match=r"actor has parts in '\.\./\.\./actor-00000.safetensors', which is none of its"
+    ):
+        checkpoint.find(two)
+
+
 def test_a_checkpoint_that_was_being_written_is_none(two: Path) -> None:
     shutil.copytree(two / "checkpoints/step-000006", two / "checkpoints/.step-000008")
     assert checkpoint.find(two).manifest.step == 6
@@ -218,6 +257,16 @@ def test_rows_are_read_from_the_pieces_that_hold_them(tmp_path: Path) -> None:
         assert torch.equal(rows, whole[begin:end])
     with pytest.raises(UserError, match=r"no w of shape \[8, 3\]"):
         restored.rows(["w"], torch.Size([8, 3]), 0, 1, torch.device("cpu"))
+
+
+def test_a_rank_that_is_done_first_tells_its_part_until_all_are(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 5)
+    copied = shards.copy("actor", model, torch.optim.AdamW(model.parameters()), 1, 0)
+    assert copied is not None
+    writer = shards.Writer({"actor": copied}, tmp_path)
+    while (first := writer.finished()) is None:
+        time.sleep(0.01)
+    assert writer.finished() == first and set(first[0]) == {"actor"} and set(first[1]) == {copied.file}
 
 
 def test_what_is_parked_on_the_host_is_saved_from_there() -> None:

@@ -144,7 +144,7 @@ def test_a_run_has_a_plain_name(tmp_path: Path, name: str) -> None:
 
 def test_more_gpus_than_ray_has(ray_two: None) -> None:
     gpus = cpu_cluster(100).gpus
-    with pytest.raises(UserError, match=r"100 CPUs are needed and Ray has 16"):
+    with pytest.raises(UserError, match=r"100 CPUs are needed and Ray has 4"):
         Fleet(gpus, "CPU")
     with pytest.raises(UserError, match=r"Ray's matching node has 0"):
         Fleet(((0, 0), (1, 0)), "CPU")

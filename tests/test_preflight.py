@@ -101,3 +101,12 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     engine, reward = preflight.problems(plan)
     assert "vllm" in engine and "no file" in reward
     assert preflight.problems(colocated(make_workload(), cores=1)) == []
+
+
+def test_a_plan_that_is_only_checked_runs_no_code(tmp_path: Path) -> None:
+    file = tmp_path / "reward.py"
+    file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef score(prompts, responses, answers): ...\n")
+    plan = colocated(make_workload(reward=RewardFunction(function=f"{file}:score")), cores=1)
+    assert preflight.problems(plan) == [] and not (tmp_path / "ran").exists()
+    file.write_text("def score(:")
+    assert "cannot be imported: SyntaxError" in preflight.problems(plan)[0]

@@ -18,6 +18,7 @@ from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline, step_seconds
 
 REHEARSED_STEPS = 3  # beside those that fill and drain the pipeline: a rehearsal takes as long as the real run would
+MOST_SECONDS = 1e6
 NEEDED = ("ray", "torch", "transformers", "safetensors")
 
 
@@ -50,8 +51,8 @@ def execute(
     need_extra("plan execute")
     positive("--steps", steps)
     positive("--keep", keep)
-    if not 0 < deadline_floor < float("inf"):
-        raise UserError(f"--deadline-floor {deadline_floor:g}: choose a positive number of seconds")
+    if not 0 < deadline_floor <= MOST_SECONDS:
+        raise UserError(f"--deadline-floor {deadline_floor:g}: choose a number of seconds, at most {MOST_SECONDS:g}")
     for option, value in (("--save-every", save_every), ("--max-restarts", max_restarts)):
         if value < 0:
             raise UserError(f"{option} {value}: choose 0 (never) or more")

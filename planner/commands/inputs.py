@@ -10,7 +10,7 @@ from rich.console import Console
 from planner.predict.profile import Profile, load_profiles, warnings_of
 from planner.spec.cluster import Cluster, load_cluster, make_cluster
 from planner.spec.errors import UserError
-from planner.spec.files import profiles_dir
+from planner.spec.files import MOST_STEPS, profiles_dir
 from planner.spec.plan import Plan
 from planner.spec.workload import Workload, load_workload
 
@@ -123,9 +123,11 @@ def check_target(path: Path, *suffixes: str) -> None:
 
 
 def positive(name: str, value: int | None) -> None:
-    """Raise UserError for an option that must be at least 1."""
+    """Raise UserError for an option that must be at least 1, and no more than any run has steps."""
     if value is not None and value < 1:
         raise UserError(f"{name} {value}: must be at least 1")
+    if value is not None and value > MOST_STEPS:
+        raise UserError(f"{name} {value}: must be at most {MOST_STEPS:,}")
 
 
 def make_console(*, stderr: bool = False) -> Console:

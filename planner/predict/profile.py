@@ -4,15 +4,15 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, permutations
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
-from planner.spec.files import File, Spec
+from planner.spec.files import Bytes, Count, File, Spec, Tokens
 from planner.spec.plan import Offload
-from planner.spec.workload import Shape, Workload
+from planner.spec.workload import Epochs, Shape, Workload
 
 Head = Literal["lm", "scalar"]
 
@@ -35,34 +35,38 @@ class Point(Spec):
 
     call: Literal["generate", "infer", "train", "transfer", "wake", "offload", "host"]
     role: str
-    gpus: PositiveInt = 1
-    nodes: PositiveInt = 1
-    shard: PositiveInt = 1
-    micro_batch_tokens: PositiveInt | None = None
+    gpus: Count = 1
+    nodes: Count = 1
+    shard: Count = 1
+    micro_batch_tokens: Tokens | None = None
     recompute: bool = False
     offload: Offload = "none"  # what a wake or an offload moves
-    tensor_parallel: PositiveInt = 1
-    engines: PositiveInt = 1
-    concurrency: PositiveInt | None = None
+    tensor_parallel: Count = 1
+    engines: Count = 1
+    concurrency: Count | None = None
     shared: bool = False  # of a transfer: between processes on the same GPUs
-    sequences: NonNegativeInt = 0
-    minibatch: PositiveInt | None = None
-    epochs: PositiveInt = 1
-    prompt_tokens: NonNegativeInt = 0
-    response_tokens: NonNegativeInt = 0
-    response_lengths: tuple[PositiveInt, ...] = ()
+    sequences: Annotated[int, Field(ge=0, le=2**20)] = 0
+    minibatch: Count | None = None
+    epochs: Epochs = 1
+    prompt_tokens: Bytes = 0
+    response_tokens: Bytes = 0
+    response_lengths: tuple[Tokens, ...] = ()
     seconds: PositiveFloat
     spread: NonNegativeFloat = 0.0
     repeats: PositiveInt = 1
-    peak_bytes: NonNegativeInt = 0
-    reserved_bytes: NonNegativeInt = 0
-    allocated_bytes: NonNegativeInt = 0
+    peak_bytes: Bytes = 0
+    reserved_bytes: Bytes = 0
+    allocated_bytes: Bytes = 0
     model: Shape | None = None  # where it is not the profile's
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
         if self.call in ("generate", "infer", "train", "host") and not self.sequences:
             raise ValueError(f"a point of {self.call} needs the number of its sequences")
+        if self.minibatch and self.sequences % self.minibatch:
+            raise ValueError(f"sequences = {self.sequences} is no multiple of minibatch = {self.minibatch}")
+        if self.nodes > self.gpus:
+            raise ValueError(f"nodes = {self.nodes} is more than gpus = {self.gpus}")
         if self.gpus % self.shard:
             raise ValueError(f"shard = {self.shard} does not divide gpus = {self.gpus}")
         lengths = self.response_lengths

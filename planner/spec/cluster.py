@@ -1,12 +1,14 @@
 """What there is: nodes, their GPUs and the links between them."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from planner.spec.errors import UserError
-from planner.spec.files import File, Spec, profiles_dir, read_data
+from planner.spec.files import Bytes, Count, File, Spec, profiles_dir, read_data
+
+MOST_GPUS = 65_536
 
 
 class Device(Spec):
@@ -15,7 +17,7 @@ class Device(Spec):
     GPU between device and host. `efficiency_*` are the fractions of the peak that the roofline model assumes."""
 
     kind: Literal["cuda", "cpu"] = "cuda"
-    memory_bytes: PositiveInt
+    memory_bytes: Annotated[Bytes, Field(gt=0)]
     flops: PositiveFloat
     memory_bandwidth: PositiveFloat
     link_bandwidth: PositiveFloat
@@ -25,15 +27,15 @@ class Device(Spec):
     efficiency_link: PositiveFloat = 0.7
     overhead_seconds: NonNegativeFloat = 0.0  # of each call: dispatch, collation, optimizer launch
     launch_seconds: NonNegativeFloat = 0.0  # of one layer's forward pass over a micro-batch, however few its tokens
-    context_bytes: NonNegativeInt = 0  # of each process on the GPU
+    context_bytes: Bytes = 0  # of each process on the GPU
     price_per_hour: NonNegativeFloat = 0.0
     source: str = ""
 
 
 class Node(Spec):
-    gpus: PositiveInt
+    gpus: Count
     device: str
-    host_memory_bytes: PositiveInt
+    host_memory_bytes: Annotated[Bytes, Field(gt=0)]
 
 
 class Cluster(File):
@@ -52,6 +54,8 @@ class Cluster(File):
     def _known_devices(self) -> Self:
         if not self.nodes:
             raise ValueError("a cluster needs at least one node")
+        if (gpus := sum(node.gpus for node in self.nodes)) > MOST_GPUS:
+            raise ValueError(f"{gpus:,} GPUs are more than the {MOST_GPUS:,} that a plan may be for")
         for number, node in enumerate(self.nodes):
             if node.device not in self.devices:
                 raise ValueError(f"node {number} has device {node.device!r}, which is not under devices")
@@ -82,6 +86,8 @@ def make_cluster(
     """`gpus` GPUs of a shipped device in full nodes, the last one perhaps smaller. Raises UserError."""
     if gpus < 1 or gpus_per_node < 1:
         raise UserError(f"{gpus} GPUs in nodes of {gpus_per_node} is no cluster; both must be at least 1")
+    if gpus > MOST_GPUS:
+        raise UserError(f"{gpus:,} GPUs are more than the {MOST_GPUS:,} that a plan may be for; choose fewer")
     sizes = [gpus_per_node] * (gpus // gpus_per_node) + [gpus % gpus_per_node] * (gpus % gpus_per_node > 0)
     nodes = tuple(Node(gpus=size, device=device, host_memory_bytes=host_memory_bytes) for size in sizes)
     return Cluster(name=f"{gpus}x{device}", nodes=nodes, devices={device: load_device(device)})

@@ -7,12 +7,20 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Annotated, Any, ClassVar, NoReturn, Self
 
-from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from planner.spec.errors import UserError
+
+MOST_STEPS = 100_000
+# Larger numbers than any job has would only fill the memory or overflow.
+Count = Annotated[int, Field(gt=0, le=2**20)]  # of sequences, GPUs, heads, ...
+Tokens = Annotated[int, Field(gt=0, le=2**24)]
+Steps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
+Bytes = Annotated[int, Field(ge=0, le=2**56)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Spec(BaseModel):
@@ -107,7 +115,7 @@ def _keys(path: Sequence[int | str], data: Any, *, missing: bool) -> Iterator[st
         match data, part:
             case dict(), _ if part in data:
                 data = data[part]
-            case list(), int():
+            case list(), int() if part < len(data):
                 data = data[part]
             case _ if not (missing and number == len(path) - 1):
                 continue

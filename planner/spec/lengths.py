@@ -4,16 +4,16 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from planner.spec.files import Spec
+from planner.spec.files import Spec, Tokens
 
 
 class Fixed(Spec):
     """Every sequence has the same length."""
 
     kind: Literal["fixed"] = "fixed"
-    tokens: PositiveInt
+    tokens: Tokens
 
     @property
     def longest(self) -> int:
@@ -27,9 +27,9 @@ class Lognormal(Spec):
     """Lognormal with `mean` before truncation and `sigma` of the logarithm; longer draws are cut at `max`."""
 
     kind: Literal["lognormal"] = "lognormal"
-    mean: PositiveFloat
-    sigma: PositiveFloat
-    max: PositiveInt
+    mean: Annotated[float, Field(gt=0, le=2**24)]
+    sigma: Annotated[float, Field(gt=0, le=10)]
+    max: Tokens
 
     @model_validator(mode="after")
     def _mean_fits(self) -> "Lognormal":
@@ -50,8 +50,8 @@ class Empirical(Spec):
     """Lengths drawn with equal chance from a list of observed ones, cut at `max`."""
 
     kind: Literal["empirical"] = "empirical"
-    values: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-    max: PositiveInt
+    values: Annotated[tuple[Tokens, ...], Field(min_length=1)]
+    max: Tokens
 
     @model_validator(mode="after")
     def _some_fit(self) -> "Empirical":

@@ -6,7 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Call, Dataflow, ppo
-from planner.spec.files import File, Spec, by_key
+from planner.spec.files import Bytes, Count, File, Seed, Spec, Tokens, by_key
 from planner.spec.workload import Workload
 
 Gpu = tuple[NonNegativeInt, NonNegativeInt]
@@ -27,9 +27,9 @@ class TrainerRole(Spec):
 
     engine: Literal["fsdp"] = "fsdp"
     pools: Annotated[tuple[str, ...], Field(min_length=1, max_length=1)]
-    shard: PositiveInt
-    replicas: PositiveInt = 1
-    micro_batch_tokens: PositiveInt
+    shard: Count
+    replicas: Count = 1
+    micro_batch_tokens: Tokens
     recompute: bool = True
     offload: Offload = "none"
     tp: PositiveInt = 1
@@ -56,10 +56,10 @@ class RolloutRole(Spec):
 
     engine: Literal["vllm", "transformers"]
     pools: Annotated[tuple[str, ...], Field(min_length=1)]
-    tensor_parallel: PositiveInt
-    replicas: PositiveInt
+    tensor_parallel: Count
+    replicas: Count
     memory_fraction: Annotated[float, Field(gt=0, le=1)]
-    concurrency: PositiveInt
+    concurrency: Count
     offload: bool = False
 
 
@@ -88,7 +88,7 @@ class Proof(Spec):
 
     status: Literal["optimal", "gap", "time_limit", "none"]
     objective: str = "mean"
-    scenarios: PositiveInt = 1
+    scenarios: Count = 1
     space: str = ""
 
 
@@ -102,7 +102,7 @@ class Predicted(Spec):
     gap: NonNegativeFloat
     proof: Proof
     search_seconds: NonNegativeFloat = 0.0
-    memory_bytes: dict[str, NonNegativeInt] = Field(default_factory=dict)  # per pool, of its fullest GPU
+    memory_bytes: dict[str, Bytes] = Field(default_factory=dict)  # per pool, of its fullest GPU
     call_seconds: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     busy: dict[str, NonNegativeFloat] = Field(default_factory=dict)  # per pool, share of the step
     sources: dict[str, NonNegativeFloat] = Field(default_factory=dict)
@@ -110,7 +110,7 @@ class Predicted(Spec):
 
 class Provenance(Spec):
     version: str
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     command: str = ""
     profiles: dict[str, str] = Field(default_factory=dict)  # name -> sha256
 

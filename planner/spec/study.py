@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
 from planner.spec.errors import UserError
-from planner.spec.files import File, Spec, read_data
+from planner.spec.files import Bytes, Count, File, Spec, Steps, read_data
 from planner.spec.plan import Gpu
 
 
@@ -39,12 +39,12 @@ class Study(File):
 
     name: str
     workload: str
-    gpus: PositiveInt | None = None
+    gpus: Count | None = None
     device: str | None = None
     cluster: str | None = None
     profiles: tuple[Path, ...] = ()
-    steps: PositiveInt = 6
-    warmup: PositiveInt = 1
+    steps: Steps = 6
+    warmup: Steps = 1
     matrix_flops: PositiveFloat | None = None
     cells: Annotated[tuple[Cell, ...], Field(min_length=1)]
 
@@ -87,8 +87,8 @@ class GpuMemory(Spec):
     by torch in each process."""
 
     gpu: Gpu
-    used: NonNegativeInt
-    allocated: dict[str, NonNegativeInt] = Field(default_factory=dict)
+    used: Bytes
+    allocated: dict[str, Bytes] = Field(default_factory=dict)
 
 
 class CellResult(File):

@@ -1,12 +1,12 @@
 """What happened, or is expected to: spans of calls on pools. One type for simulated and for measured runs."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt, model_validator
 
-from planner.spec.files import File
+from planner.spec.files import MOST_STEPS, File
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,7 +17,7 @@ class Span:
     call: str
     role: str
     pools: tuple[str, ...]
-    step: int
+    step: NonNegativeInt
     chunk: int = 0
     attempt: int = 0
     issued: float
@@ -40,9 +40,16 @@ class Timeline(File):
 
     source: Literal["simulated", "measured"]
     plan: str
-    steps: NonNegativeInt
+    steps: Annotated[int, Field(ge=0, le=MOST_STEPS)]
     warmup: NonNegativeInt
     spans: tuple[Span, ...]
+
+    @model_validator(mode="after")
+    def _forward(self) -> Self:
+        for number, span in enumerate(self.spans):
+            if span.end < span.start:
+                raise ValueError(f"spans.{number}: {span.call} of step {span.step} ends before it starts")
+        return self
 
     @property
     def makespan(self) -> float:

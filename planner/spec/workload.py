@@ -4,26 +4,28 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag, model_validator
 
 from planner.spec.errors import UserError
-from planner.spec.files import File, Spec, by_key, read_data
+from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_key, read_data
 from planner.spec.lengths import Lengths
 
 MODEL_ROLES = ("actor", "critic", "reference", "reward")
+MOST_PARAMETERS = 10**15
+Epochs = Annotated[int, Field(gt=0, le=1000)]
 ROLES = ("actor", "rollout", "critic", "reference", "reward")
 
 
 class Shape(Spec):
     """The shape of a decoder-only transformer with grouped-query attention and a gated MLP."""
 
-    hidden: PositiveInt
-    layers: PositiveInt
-    heads: PositiveInt
-    kv_heads: PositiveInt
-    intermediate: PositiveInt
-    vocab: PositiveInt
-    head_dim: PositiveInt = 0  # 0: hidden / heads
+    hidden: Count
+    layers: Annotated[int, Field(gt=0, le=10_000)]
+    heads: Count
+    kv_heads: Count
+    intermediate: Count
+    vocab: Tokens
+    head_dim: Count = 0  # 0: hidden / heads
     tied_embeddings: bool = False
 
     @model_validator(mode="before")
@@ -37,6 +39,10 @@ class Shape(Spec):
     def _heads_divide(self) -> Self:
         if self.heads % self.kv_heads:
             raise ValueError(f"heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}")
+        if (parameters := self.parameters()) > MOST_PARAMETERS:
+            raise ValueError(
+                f"{parameters:.2g} parameters are more than the {MOST_PARAMETERS:.0g} that can be planned for"
+            )
         return self
 
     @property
@@ -74,7 +80,7 @@ class RewardFunction(Spec):
 
     function: str
     seconds_per_sequence: NonNegativeFloat = 0.0
-    timeout_seconds: PositiveFloat = 60.0
+    timeout_seconds: Annotated[float, Field(gt=0, le=1e6)] = 60.0
 
     @model_validator(mode="after")
     def _file_and_name(self) -> Self:
@@ -94,7 +100,7 @@ class Data(Spec):
 
     train: Path
     evaluation: Path | None = None
-    evaluate_every: NonNegativeInt = 0  # 0: never
+    evaluate_every: Annotated[int, Field(ge=0, le=100_000)] = 0  # 0: never
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Self:
@@ -122,7 +128,7 @@ class Ppo(Spec):
     actor_lr: PositiveFloat = 1e-6
     critic_lr: PositiveFloat = 5e-6
     weight_decay: NonNegativeFloat = 0.0
-    epochs: PositiveInt = 1
+    epochs: Epochs = 1
 
 
 class Workload(File):
@@ -131,8 +137,8 @@ class Workload(File):
     SCHEMA: ClassVar[str] = "splitplan/workload/1"
 
     name: str
-    batch: PositiveInt
-    minibatch: PositiveInt
+    batch: Count
+    minibatch: Count
     prompt: Lengths
     response: Lengths
     actor: Model
@@ -142,10 +148,10 @@ class Workload(File):
     ppo: Ppo = Ppo()
     data: Data | None = None
     proximal: Literal["recompute", "rollout"] = "recompute"
-    max_staleness: NonNegativeInt = 1
+    max_staleness: Annotated[int, Field(ge=0, le=1000)] = 1
     tensor_parallel: Literal[1, 2, 4, 8] | None = None  # of the rollout's engines, where it is not to be searched
-    steps: PositiveInt = 100
-    seed: NonNegativeInt = 0
+    steps: Steps = 100
+    seed: Seed = 0
     samples_per_prompt: PositiveInt = 1
     advantage: Literal["gae", "group"] = "gae"
     sync: Literal["boundary", "in_flight"] = "boundary"
