@@ -235,12 +235,11 @@ class Bounds:
             bound = np.maximum(bound, cut.bound(seconds, objective))
         return np.asarray(np.minimum(bound, NEVER))
 
-    def cut(self, number: int, low: NDArray[np.int64], high: NDArray[np.int64], limit: float) -> bool:
-        """Whether no program of one arrangement is below `limit` seconds with the least durations on sizes [1, P]; then
-        what shows it is kept."""
+    def cut(self, number: int, low: NDArray[np.int64], high: NDArray[np.int64], limit: float) -> None:
+        """Look for the best program of one arrangement below `limit` seconds with the least durations on sizes [1, P],
+        and keep what shows that none is better."""
         seconds = self._least(np.array([number]), low, high)[0, : len(self.problem.calls)]
-        sharing = sharing_of(self.problem.flow, self.arrangements[number].structure)
-        return self.problem.best_program(sharing, seconds, limit, any_below=True).program is None
+        self.problem.best_program(sharing_of(self.problem.flow, self.arrangements[number].structure), seconds, limit)
 
     def _cuts_of(self, number: int, last: int) -> list[Cut]:
         """The last few cuts of an arrangement's programs, by role."""

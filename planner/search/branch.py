@@ -154,7 +154,7 @@ class _Search:
         number = int(leaf.number[0])
         if self.best and self.bounds.sharpen(number, leaf.high, self._limit(number), queues=False):
             self.leaves = self._sharper(self.leaves)
-        elif not self._ruled_out(leaf):
+        elif not self._raised(leaf):
             self.leaves = self.leaves.take(order[1:])
             sizes = padded(self.listed[number], leaf.high[0].tolist())
             if self.programs or not dismissed(self.problem, self.listed[number], sizes, self._limit(number)):
@@ -171,7 +171,7 @@ class _Search:
             return
         order = np.argsort(self.parked.bound, kind="stable")
         number, leaf = int(self.parked.number[order[0]]), self.parked.take(order[:1])
-        if self._ruled_out(leaf):
+        if self._raised(leaf):
             return
         if self.bounds.sharpen(number, leaf.high, self._limit(number)):
             self.parked = self._sharper(self.parked)
@@ -179,16 +179,17 @@ class _Search:
             self.parked = self.parked.take(order[1:])
             self._evaluate(leaf)
 
-    def _ruled_out(self, leaf: Boxes) -> bool:
-        """Whether no program is below the limit on a leaf; what shows it may rule out more of its structure."""
+    def _raised(self, leaf: Boxes) -> bool:
+        """Whether the programs of a leaf raise its bound; what shows it may raise that of others of its structure."""
         number = int(leaf.number[0])
-        if self.programs or not self.best or not self.bounds.cut(number, leaf.low, leaf.high, self._limit(number)):
+        if self.programs or not self.best:
             return False
+        self.bounds.cut(number, leaf.low, leaf.high, self._limit(number))
         self.cut.add(number)
         self.open, self.leaves, self.parked = (
             self._sharper(boxes, number) for boxes in (self.open, self.leaves, self.parked)
         )
-        return True
+        return bool(self._sharper(leaf, number).bound[0] > leaf.bound[0] * (1 + SAME))
 
     def _guess_inside(self) -> None:
         """A quick plan of the structure that has the lowest box of those without one, inside that box."""

@@ -101,11 +101,9 @@ class Problem:
         """What was learned about the programs of pools that are shared so, the latest last."""
         return self._cuts.get((sharing, self.max_staleness), ())
 
-    def best_program(self, sharing: Sharing, seconds: Array, limit: float, any_below: bool = False) -> Search:
-        """The best program below `limit` seconds at durations [calls, S + 1], or any; a cut is remembered."""
-        found = best_program(self.choices(sharing), seconds, self.objective_of, limit, any_below)
-        if any_below and found.program:
-            return found
+    def best_program(self, sharing: Sharing, seconds: Array, limit: float) -> Search:
+        """The best program below `limit` seconds at durations [calls, S + 1]; its cut is remembered."""
+        found = best_program(self.choices(sharing), seconds, self.objective_of, limit)
         cuts = self._cuts.setdefault((sharing, self.max_staleness), [])
         cuts.append(found.cut)
         del cuts[:-CUTS]
