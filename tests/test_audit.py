@@ -422,6 +422,10 @@ def test_a_layout_that_pays_only_on_split_nodes_is_found():
     audit(*instance(146))
 
 
+def test_a_host_call_that_is_longer_than_a_step_runs_beside_itself():
+    audit(*instance(108, lengths_vary=True))
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(QUICK, QUICK + NIGHTLY))
 def test_the_search_finds_the_auditors_optimum_every_night(seed):

@@ -346,7 +346,9 @@ def _exclusive(least: Array, shared: NDArray[np.bool_]) -> Array:
     """Rows [n, calls] of calls of which no two ever run at the same time: they share a pool, or each step of one lies
     between two steps of the other, by the `least` steps of the paths between them."""
     near = (shared | (least + least.T <= 1)) & ~np.eye(len(least), dtype=bool)
-    return _cliques(tuple((near @ (1 << np.arange(len(near)))).tolist()))
+    rows = _cliques(tuple((near @ (1 << np.arange(len(near)))).tolist()))
+    free = ~shared.diagonal()  # a host call may run beside itself, of another step
+    return rows[(rows.sum(axis=1) > 1) | ~(rows[:, free] > 0).any(axis=1)]
 
 
 @cache
