@@ -348,7 +348,7 @@ def _exclusive(least: Array, shared: NDArray[np.bool_]) -> Array:
     near = (shared | (least + least.T <= 1)) & ~np.eye(len(least), dtype=bool)
     rows = _cliques(tuple((near @ (1 << np.arange(len(near)))).tolist()))
     free = ~shared.diagonal()  # a host call may run beside itself, of another step
-    return rows[(rows.sum(axis=1) > 1) | ~(rows[:, free] > 0).any(axis=1)]
+    return np.asarray(rows[(rows.sum(axis=1) > 1) | ~(rows[:, free] > 0).any(axis=1)])
 
 
 @cache
