@@ -15,6 +15,7 @@ from planner.predict.memory import (
     pool_peak,
     rollout_fraction,
     rollout_memory,
+    trainer_allowance,
     trainer_memory,
 )
 from planner.spec.cluster import load_device, make_cluster
@@ -190,6 +191,13 @@ def test_a_plan_that_fits_passes() -> None:
     assert memory.peak <= memory.allowed == H200.memory_bytes
     assert memory.detail["actor"]["idle"] == 2 * 152064 * 3584  # the embedding is the largest weight of the window
     assert memory.detail["actor"]["gradients"] == 4 * SEVEN_B.actor.shape.parameters() // 8
+
+
+def test_a_trainer_may_take_what_processes_and_the_engine_leave() -> None:
+    process = H200.context_bytes + COMMUNICATION_BYTES
+    assert trainer_allowance(plan(), "a") == H200.memory_bytes - 2 * process - ENGINE_ASLEEP_BYTES
+    awake = plan(rollout=engine(replicas=8, memory_fraction=0.35))
+    assert trainer_allowance(awake, "a") == H200.memory_bytes - int(0.35 * H200.memory_bytes) - process
 
 
 def test_a_role_that_does_not_fit_is_named_with_numbers() -> None:

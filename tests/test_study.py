@@ -97,7 +97,9 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     assert len((directory / "off" / "metrics.jsonl").read_text().splitlines()) == 5
 
     before = (directory / "split" / "result.json").read_bytes()
+    (directory / "README.md").write_text(page + "\n## Notes\n\nBy hand.\n")
     assert "Every cell has been measured" in ok(plan("study", study))
+    assert (directory / "README.md").read_text() == page + "\n## Notes\n\nBy hand.\n"
     assert "Left as they are: colocated, split, off" in ok(plan("study", study, "--plan-only"))
     assert (directory / "split" / "result.json").read_bytes() == before
     split_plan = Plan.read(directory / "split" / "plan.json")

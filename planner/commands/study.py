@@ -15,6 +15,7 @@ from planner.commands.inputs import Inputs, make_console, read_inputs
 from planner.predict.forecast import forecast, predict
 from planner.predict.schedule import check, load_plan
 from planner.report import study_page
+from planner.report.judged import with_notes
 from planner.report.study import Row, read_result, rows_of, same_plan, sha256_of
 from planner.report.tables import seconds
 from planner.search import Result, find
@@ -243,7 +244,9 @@ def _report(asked: Asked, console: Console) -> None:
     study, directory = asked.study, asked.directory
     rows = rows_of(study, directory)
     _draw(study, rows, directory)
-    write_atomic(directory / "README.md", study_page.page(study, rows, _from_here(asked.path)))
+    page = directory / "README.md"
+    before = page.read_text(encoding="utf-8") if page.exists() else ""
+    write_atomic(page, with_notes(study_page.page(study, rows, _from_here(asked.path)), before))
     write_atomic(directory / "results.json", study_page.as_json(study, rows))
     write_atomic(directory / "results.csv", study_page.as_csv(rows))
     for line in study_page.summary_lines(rows):

@@ -70,9 +70,9 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
     if found is None:
         return ["Nothing has been measured yet."]
     lines = [
-        f"{found.plans} plans measured. Step time, predicted against measured: median error "
+        f"{found.plans} plan{'s' * (found.plans != 1)} measured. Step time, predicted against measured: median error "
         f"{found.median_error:.1%}, worst {found.worst_error:.1%} (`{found.worst}`).",
-        _ranking(found),
+        *([_ranking(found)] if found.plans > 1 else []),
         *_ratios(rows, found),
         f"Controller overhead: {found.worst_overhead:.1%} at most.",
     ]
