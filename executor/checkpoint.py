@@ -240,8 +240,15 @@ class Checkpoint:
         """Whether a plan places and orders everything as this run did."""
         return (plan.pools, plan.roles, plan.program) == (self.plan.pools, self.plan.roles, self.plan.program)
 
+    def has_ended(self, plan: Plan) -> bool:
+        """Whether the run has written what comes after its last step, too."""
+        exported = [self.run / "checkpoints" / "final" / role for role in EXPORTED if role in plan.trainers]
+        return (self.run / TIMELINE).is_file() and all(directory.is_dir() for directory in exported)
+
     def take_up(self, plan: Plan) -> None:
-        """Before the run goes on: drop its later checkpoints, and set aside what another plan has measured."""
+        """Before the run goes on: drop its later checkpoints, and set aside what another plan has measured. A run has
+        its timeline when it has ended."""
+        (self.run / TIMELINE).unlink(missing_ok=True)
         there = listed(self.directory.parent)
         for later in there[there.index(self.directory) + 1 :]:
             shutil.rmtree(later)

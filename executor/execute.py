@@ -88,7 +88,8 @@ def resume(
     check(plan)
     resumed.check(plan)
     steps = steps or plan.workload.steps
-    if steps <= resumed.manifest.step and not resumed.manifest.done:
+    ahead = resumed.manifest.step - steps
+    if ahead > 0 or (ahead == 0 and not resumed.manifest.done and resumed.has_ended(plan)):
         raise UserError(f"{resumed.directory}: all {steps} steps are done; choose more --steps")
     deadlines = Deadlines(plan=plan, floor=deadline_floor)
     _train(plan, resumed.run, steps, address, progress or Silent(), deadlines, survival, resumed)

@@ -75,6 +75,20 @@ def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Pa
         assert (run / model).read_bytes() == (whole / model).read_bytes()
 
 
+@pytest.mark.parametrize("whole", ["split"], indirect=True)
+def test_a_run_that_was_killed_behind_its_last_step_ends(whole: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "r"))
+    with pytest.raises(UserError, match="all 4 steps are done; choose more --steps"):
+        resume(checkpoint.find(run), survival=SURVIVAL)
+    (run / "timeline.json").unlink()
+    shutil.rmtree(run / "checkpoints/final/critic")
+    resume(checkpoint.find(run), survival=SURVIVAL)
+    assert metrics_of(run) == metrics_of(whole)
+    assert Timeline.read(run / "timeline.json") == Timeline.read(whole / "timeline.json")
+    model = "checkpoints/final/critic/model.safetensors"
+    assert (run / model).read_bytes() == (whole / model).read_bytes()
+
+
 def test_another_plan_goes_on_from_resharded_weights(whole: Path, tmp_path: Path) -> None:
     """On other pools, with other shards; a pipeline is filled anew if the program would not have filled it so."""
     found = at_step_2(whole, tmp_path)
