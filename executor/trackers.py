@@ -22,7 +22,6 @@ from planner.spec.plan import Plan
 log = logging.getLogger("splitplan")
 
 PROJECT = "splitplan"
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 TRACKING = "tracking.json"  # in a run directory: tracker -> its name for the run, to go on with when the run does
 Scalars = dict[str, float]
 Samples = dict[str, NDArray[np.int64]]  # one number per sequence of the batch
@@ -40,7 +39,7 @@ def check(names: Sequence[str]) -> None:
     """Raise UserError for a tracker whose package is not installed."""
     for name in names:
         if find_spec(name) is None:
-            raise UserError(f"--track {name} needs {name}; install it with: pip install {PACKAGES[name]}")
+            raise UserError(f"--track {name} needs {name}; install it with: pip install 'splitplan[{name}]'")
 
 
 class Trackers:
@@ -58,7 +57,7 @@ class Trackers:
             try:
                 tracker = {"wandb": WeightsAndBiases, "mlflow": MLflow}[name](path, plan, ids.get(name))
             except Exception as error:
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise UserError(f"--track {name}: {reason}; mend that, or leave the tracker out") from error
             self._open[name], ids[name] = tracker, tracker.id
         if ids:
@@ -77,7 +76,7 @@ class Trackers:
                 tell(tracker)
             except Exception as error:
                 del self._open[name]
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                reason = " ".join(str(error).split())[:300] or type(error).__name__
                 log.error("%s failed and is told no more (%s); metrics.jsonl has everything", name, reason)
 
 
@@ -125,6 +124,7 @@ class WeightsAndBiases:
             name=path.name,
             id=run_id,
             resume="allow",
+            reinit="create_new",
             dir=str(path),
             config=plan.model_dump(mode="json"),
             settings=wandb.Settings(console="off", disable_code=True, disable_git=True),
@@ -137,7 +137,7 @@ class WeightsAndBiases:
         self._run.log({"step": step, **scalars, **histograms})
 
     def close(self, failed: bool) -> None:
-        self._run.finish(exit_code=int(failed), quiet=True)
+        self._run.finish(exit_code=int(failed))
 
 
 class MLflow:
