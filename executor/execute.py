@@ -48,12 +48,14 @@ def execute(
     progress: Progress | None = None,
     deadline_floor: float = FLOOR_SECONDS,
     survival: Survival = Survival(),
+    track: Sequence[str] = (),
 ) -> Path:
     """Run `steps` steps (default: the workload's) of a plan and return the run directory `runs/name`.
 
-    With `rehearse` every GPU is a process that sleeps for `seconds(task)`. Without `address` Ray is started on this
-    machine's loopback. A call that takes ten times its predicted seconds, and more than `deadline_floor`, counts as
-    failed. Raises UserError, before anything is started where that can be known before."""
+    `track` names trackers beside TensorBoard (wandb, mlflow). With `rehearse` every GPU is a process that sleeps for
+    `seconds(task)`. Without `address` Ray is started on this machine's loopback. A call that takes ten times its
+    predicted seconds, and more than `deadline_floor`, counts as failed. Raises UserError, before anything is started
+    where that can be known before."""
     check(plan)
     steps = steps or plan.workload.steps
     if seed is not None:
@@ -61,7 +63,7 @@ def execute(
     path, progress = check_free(runs, name), progress or Silent()
     deadlines = Deadlines(plan=plan, floor=deadline_floor, predicted=seconds)
     if not rehearse:
-        _train(plan, path, steps, address, progress, deadlines, survival, None)
+        _train(plan, path, steps, address, progress, deadlines, survival, track, None)
         return path
     assert seconds is not None, "a rehearsal needs durations"
     with contextlib.ExitStack() as stack:
@@ -81,6 +83,7 @@ def resume(
     progress: Progress | None = None,
     deadline_floor: float = FLOOR_SECONDS,
     survival: Survival = Survival(),
+    track: Sequence[str] = (),
 ) -> Path:
     """Go on with a run from one of its checkpoints, up to `steps` steps in all (default: the workload's), under its own
     plan or another one; later checkpoints and metrics of the run are dropped. Raises UserError."""
@@ -92,7 +95,7 @@ def resume(
     if ahead > 0 or (ahead == 0 and not resumed.manifest.done and resumed.has_ended(plan)):
         raise UserError(f"{resumed.directory}: all {steps} steps are done; choose more --steps")
     deadlines = Deadlines(plan=plan, floor=deadline_floor)
-    _train(plan, resumed.run, steps, address, progress or Silent(), deadlines, survival, resumed)
+    _train(plan, resumed.run, steps, address, progress or Silent(), deadlines, survival, track, resumed)
     return resumed.run
 
 
@@ -104,11 +107,13 @@ def _train(
     progress: Progress,
     deadlines: Deadlines,
     survival: Survival,
+    track: Sequence[str],
     resumed: "Checkpoint | None",
 ) -> None:
     """Attempts to do all steps, each from the last checkpoint of the one before."""
-    from executor import checkpoint, preflight, step  # torch and transformers, which a rehearsal does without
+    from executor import checkpoint, preflight, step, trackers  # torch, transformers: a rehearsal does without
 
+    trackers.check(track)
     prompts = preflight.check(plan, local=address is None)
     on_cores = pools.resource_of(plan) == "CPU"
     saver = checkpoint.Saver(path / "checkpoints", survival.keep) if survival.save_every else None
@@ -118,7 +123,7 @@ def _train(
             try:
                 make = lambda at=resumed: step.Training(plan, prompts, deadlines=deadlines, resumed=at)  # noqa: E731
                 with contextlib.closing(_started(deadlines, path, make)) as backend:
-                    directory, begun = RunDirectory(path, tensorboard=True, again=begun), True
+                    directory, begun = RunDirectory(path, tensorboard=True, track=track, again=begun), True
                     _run(plan, steps, backend, directory, progress, survival.save_every, saver, resumed)
                 return
             except UserError as error:

@@ -176,6 +176,26 @@ def _estimate_metrics(raw: Tensor, returns: Tensor, values: Tensor | None, mask:
     return metrics
 
 
+@torch.no_grad()
+def off_policy(*, proximal_log_probs: Tensor, behaviour_log_probs: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far the policy that sampled is from the proximal one, over the real tokens of the batch; both `[B, R]`.
+
+    With w = exp(proximal - behaviour), not yet truncated: its mean (1 in expectation over what the behaviour policy
+    samples), 1st and 99th percentile and maximum; and effective_share = (sum w)² / (n sum w²), the share of the n
+    tokens that as many equally weighted ones would be worth (Kish 1965). NaN where there are no tokens.
+    """
+    weight = (proximal_log_probs - behaviour_log_probs)[mask].double().exp()
+    if not (n := weight.numel()):
+        return dict.fromkeys(("mean", "p01", "p99", "max", "effective_share"), float("nan"))
+    return {
+        "mean": float(weight.mean()),
+        "p01": float(weight.kthvalue(1 + (n - 1) // 100).values),
+        "p99": float(weight.kthvalue(n - (n - 1) // 100).values),
+        "max": float(weight.max()),
+        "effective_share": float(weight.sum().square() / (n * weight.square().sum())),
+    }
+
+
 # --- losses ---
 
 

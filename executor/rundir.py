@@ -1,17 +1,21 @@
-"""The directory of a run: plan, timeline, metrics, log, TensorBoard events, checkpoints."""
+"""The directory of a run: plan, timeline, metrics, log, what trackers write, checkpoints."""
 
 import contextlib
 import json
 import logging
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.timeline import Span, Timeline
+
+if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
+    from executor import trackers
 
 log = logging.getLogger("splitplan")
 
@@ -31,16 +35,15 @@ class RunDirectory:
 
     The directory exists when this is constructed; `open` puts into it what a run begins with."""
 
-    def __init__(self, path: Path, *, tensorboard: bool, again: bool = False) -> None:
-        """`again`: the directory is there, and the run goes on in it."""
+    def __init__(self, path: Path, *, tensorboard: bool, track: Sequence[str] = (), again: bool = False) -> None:
+        """`track`: trackers beside TensorBoard. `again`: the directory is there, and the run goes on in it."""
         self.path = path
         self._files = contextlib.ExitStack()
-        self._events: Any = None
-        self._writer: Any = None
+        self._trackers: trackers.Trackers | None = None
         if tensorboard:  # slow to load, hence before there is a directory; and a rehearsal has no torch
-            from torch.utils.tensorboard import SummaryWriter
+            from executor.trackers import Trackers
 
-            self._writer = SummaryWriter
+            self._trackers = Trackers(track)
         try:
             path.mkdir(parents=True, exist_ok=again)
         except OSError as error:
@@ -58,18 +61,16 @@ class RunDirectory:
         log.setLevel(logging.INFO)
         log.propagate = False
         self._metrics = self._files.enter_context((self.path / "metrics.jsonl").open("a", encoding="utf-8"))
-        if self._writer is not None:
-            self._events = self._writer(str(self.path), purge_step=step or None)
-            self._files.callback(self._events.close)
+        if self._trackers is not None:
+            self._files.callback(lambda told: told.close(failed=sys.exception() is not None), self._trackers)
+            self._trackers.open(self.path, plan, step)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
         self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
         self._metrics.flush()
-        if self._events is not None:
-            for key, value in metrics.items():
-                if isinstance(value, int | float) and key != "step":
-                    self._events.add_scalar(key, value, metrics["step"])
+        if self._trackers is not None:
+            self._trackers.log(metrics)
 
     def write_timeline(self, timeline: Timeline) -> None:
         write_atomic(self.path / "timeline.json", timeline.to_json())

@@ -2,7 +2,9 @@
 the mathematics is in `ppo.py`; what happens on the GPUs is in `trainer.py` and `rollout.py`."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +156,11 @@ class Training:
         step.columns |= {"advantages": advantages.numpy(), "returns": returns.numpy()}
         # Engine against actor: the engine's rounding where the data are fresh, staleness where they are not.
         gap = (columns["proximal_log_probs"] - columns["log_probs"]).abs()[mask].mean()
+        off_policy = ppo.off_policy(
+            proximal_log_probs=columns["proximal_log_probs"], behaviour_log_probs=columns["log_probs"], mask=mask
+        )
         step.metrics |= {**metrics, "log_prob_gap": float(gap)}
+        step.metrics |= {f"importance/{name}": value for name, value in off_policy.items()}
         tokens = int(step.sequences.response_lengths.sum())
         return [Record(start=start, end=time.perf_counter())], tokens
 
@@ -239,13 +245,11 @@ class Training:
     def end_step(self, number: int) -> dict[str, Any]:
         """Drop a step's data, of which only the metrics stay."""
         step = self.steps.pop(number)
-        versions = step.sequences.weights_versions
         return {
             "step": number,
             **step.metrics,
             **self.evaluations.pop(number, {}),
-            "staleness": float(number - versions.mean()),
-            "weights_version": int(versions.max()),
+            **_version_metrics(number, step.sequences.weights_versions.tolist()),
             "tokens": int(step.sequences.lengths.sum()),
         }
 
@@ -280,6 +284,18 @@ class Training:
 
     def close(self) -> None:
         self.processes.close()
+
+
+def _version_metrics(number: int, versions: list[int]) -> dict[str, Any]:
+    """Of the weights that sampled the sequences of a step: the mean and the newest, sequences by staleness, and the
+    version of each sequence in the order of the batch, as runs of [version, sequences]."""
+    staleness = Counter(number - version for version in versions)
+    return {
+        "staleness": number - float(np.mean(versions)),
+        "staleness_histogram": {str(lag): staleness[lag] for lag in sorted(staleness)},
+        "weights_version": max(versions),
+        "weights_versions": [[version, len(list(run))] for version, run in groupby(versions)],
+    }
 
 
 def _train_metrics(role: str, ranks: list[list[dict[str, float]]]) -> dict[str, float]:

@@ -230,6 +230,12 @@ def simulate(**options: Any) -> None:
     metavar="N",
     help="How often to start again from the last checkpoint when processes fail.",
 )
+@click.option(
+    "--track",
+    type=click.Choice(["wandb", "mlflow"]),
+    multiple=True,
+    help="Tell Weights & Biases or MLflow the metrics too, as their own environment variables say.",
+)
 @click.option("--resume", type=_file("RUN_DIR"), help="Go on with a run, or from one of its checkpoints.")
 @click.option("--plan", "other_plan", type=_file(), help="With --resume: go on under this plan.")
 @profiles_of_plan

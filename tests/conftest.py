@@ -125,6 +125,11 @@ def make_plan(
     )
 
 
+def nearly(metric: Any, **tolerance: float) -> Any:
+    """Of a line of metrics, for comparisons: a number but for rounding; what counts sequences as it is."""
+    return pytest.approx(metric, **tolerance) if isinstance(metric, float) else metric
+
+
 ROLES = ("actor", "rollout", "critic", "reference", "reward")
 
 

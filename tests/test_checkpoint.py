@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROLES, make_plan, make_workload, split
+from conftest import ROLES, make_plan, make_workload, nearly, split
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save_file
 from test_fuzz import documents
@@ -98,7 +98,7 @@ def test_another_plan_goes_on_from_resharded_weights(whole: Path, tmp_path: Path
     assert [line["step"] for line in ours] == [0, 1, 2, 3] and ours[:2] == theirs[:2]
     equal = 2 if found.plan.staleness else 1  # steps with the same versions: split has no staleness
     for a, b in zip(ours[2 : 2 + equal], theirs[2 : 2 + equal], strict=True):
-        assert a == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in b.items()}
+        assert a == {name: nearly(value, rel=1e-4, abs=1e-5) for name, value in b.items()}
     assert ours[3]["staleness"] == 1
     assert Plan.read(run / "plan-until-000002.json").pools == found.plan.pools
     assert {span.step for span in Timeline.read(run / "timeline-until-000002.json").spans} >= {0, 1}

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
 from executor import ppo, task
 from executor.execute import execute
+from planner.predict.schedule import load_plan
 from planner.search import find
 from planner.spec.timeline import Timeline
 from planner.spec.workload import load_workload
 
+STUDY = Path(__file__).parents[1] / "reports" / "learning"
 STEPS = 20
 GAIN = 0.15  # of held-out exact match; twice as much is usual
 
@@ -35,6 +38,11 @@ def gain(digits, tmp_path, staleness, steps=STEPS):
     assert Timeline.read(run / "timeline.json").steps == steps
     matches = [step["exact_match"] for step in metrics if "exact_match" in step]
     return sum(matches[-2:]) / 2 - made.exact_match, plan.staleness
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 4])
+def test_the_plans_of_the_study_have_the_staleness_of_their_names(staleness):
+    assert load_plan(STUDY / f"k{staleness}.json").staleness == staleness
 
 
 @pytest.mark.parametrize("staleness", [0, 1])

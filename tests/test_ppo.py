@@ -525,3 +525,28 @@ def test_a_batch_without_tokens_has_loss_0_and_gradient_0():
     assert all(total == 0 for s in stats for total in s.values())
     assert all((gradient == 0).all() for gradient in gradients.values())
     assert ppo.mean_stats(stats[0])["ratio"] == 0
+
+
+# --- off-policy diagnostics ---
+
+
+def test_off_policy_by_hand():
+    # ratios 1/2, 1, 1, 4 (a fifth is masked): mean 6.5 / 4; (sum)² = 42.25, n * sum of squares = 4 * 18.25 = 73
+    proximal = tensor([[0.5, 1.0, 1.0], [4.0, NAN, 1.0]]).log()
+    mask = tensor([[True, True, True], [True, False, False]])
+    found = ppo.off_policy(proximal_log_probs=proximal, behaviour_log_probs=torch.zeros(2, 3), mask=mask)
+    assert found == pytest.approx({"mean": 1.625, "p01": 0.5, "p99": 4.0, "max": 4.0, "effective_share": 42.25 / 73})
+    # of the ratios 1 .. 201 one per cent on each side are two
+    many = torch.arange(1, 202).float().log()[None]
+    found = ppo.off_policy(
+        proximal_log_probs=many, behaviour_log_probs=torch.zeros(1, 201), mask=torch.ones(1, 201, dtype=torch.bool)
+    )
+    assert (found["p01"], found["p99"], found["max"]) == pytest.approx((3, 199, 201))
+
+
+def test_off_policy_of_no_tokens_is_nan():
+    empty = torch.zeros(2, 3)
+    found = ppo.off_policy(
+        proximal_log_probs=empty, behaviour_log_probs=empty, mask=torch.zeros(2, 3, dtype=torch.bool)
+    )
+    assert found and all(math.isnan(value) for value in found.values())

@@ -44,6 +44,7 @@ def execute(
     save_every: int,
     keep: int,
     max_restarts: int,
+    track: Sequence[str],
     resume: Path | None,
     other_plan: Path | None,
     profiles: Sequence[Path],
@@ -57,7 +58,12 @@ def execute(
         if value < 0:
             raise UserError(f"{option} {value}: choose 0 (never) or more")
     survival = {"save_every": save_every, "keep": keep, "max_restarts": max_restarts}
-    options: dict[str, Any] = {"steps": steps, "address": address, "deadline_floor": deadline_floor}
+    options: dict[str, Any] = {
+        "steps": steps,
+        "address": address,
+        "deadline_floor": deadline_floor,
+        "track": tuple(dict.fromkeys(track)),
+    }
     if resume is not None:
         if plan is not None or rehearse or name:
             raise UserError(
