@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from planner.search.engines import ALONE, LEVELS, NEVER, level_of, with_mean
 from planner.search.options import CUTS, Array, Problem, bytes_of
 from planner.search.programs import Cut, Program, bound_rates, cycles_of, rates, sharing_of
-from planner.search.space import Arrangement, gpus_of_kinds
+from planner.search.space import Arrangement, Structure, gpus_of_kinds
 
 AT_ONCE = 1024  # boxes that are bounded together
 LOOSE = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it may take
@@ -55,6 +55,7 @@ class Bounds:
         self.kinds = tuple(there)
         most = max(there.values())
         self._made: dict[Held, tuple[Array, Array, Array]] = {}
+        self._rates: dict[Structure, Array] = {}
         pools = sorted({pool for a in arrangements for pool in _pools_of(a)}, key=_named)
         self._number = {pool: number for number, pool in enumerate(pools)}
         # The steps of a pool's size at which something changes: `step[kind, n]` of n GPUs, `first[kind, step]` back.
@@ -189,15 +190,20 @@ class Bounds:
             ]
             for column, value in zip(columns, values, strict=False):
                 column.append(value)
-            sharing = sharing_of(problem.flow, a.structure)
-            if program:
-                listed.append(rates(cycles_of(problem.flow, sharing, program.items)))
-            else:
-                listed.append(bound_rates(problem.flow, sharing, problem.max_staleness))
+            listed.append(self._rates_of(a.structure, program))
         every = np.zeros((len(listed), max(map(len, listed)), len(self.columns)))
         for number, found in enumerate(listed):
-            every[number, : len(found)] = self._by_role(found)
+            every[number, : len(found)] = found
         return Rows(*(np.array(column) for column in columns[:-1]), every)  # type: ignore[call-arg]
+
+    def _rates_of(self, structure: Structure, program: Program | None) -> Array:
+        """Rates [rows, columns] that no program of a structure is below, or those of its only one."""
+        flow, sharing = self.problem.flow, sharing_of(self.problem.flow, structure)
+        if program:
+            return self._by_role(rates(cycles_of(flow, sharing, program.items)))
+        if structure not in self._rates:
+            self._rates[structure] = self._by_role(bound_rates(flow, sharing, self.problem.max_staleness))
+        return self._rates[structure]
 
     def _by_role(self, rates: Array) -> Array:
         """Rates [..., columns] in which roles stand for their calls where these count alike."""

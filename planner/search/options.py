@@ -68,6 +68,7 @@ class Problem:
     max_staleness: int
     objective: str = "mean"
     _cuts: dict[tuple[Sharing, int], list[Cut]] = field(default_factory=dict)
+    _handed: dict[object, float] = field(default_factory=dict)
     _layouts: dict[object, Layouts] = field(default_factory=dict)
     _engines: dict[str, EngineTable] = field(default_factory=dict)
 
@@ -213,15 +214,19 @@ class Problem:
     def hand_over(self, a: Arrangement, *, same_node: bool) -> float:
         """Seconds that handing over the actor's gathered weights takes at least."""
         actor = next(i for i, roles in enumerate(a.structure) if "actor" in roles)
-        device, shared = self.device(a.kinds[actor]), actor in a.generating
-        seconds = min(
-            hand_over_seconds(
-                self.workload.actor.shape, device, self.cluster, split, same_node=same_node, shared=shared,
-                separate=len(a.generating) > shared,
-            )
-            for split in tensor_parallels(self.workload, self.device(a.kinds[a.generating[0]]))
-        )  # fmt: skip
-        return seconds * self.model.least_transfer_ratio(device)
+        shared, separate = actor in a.generating, len(a.generating) > (actor in a.generating)
+        key = a.kinds[actor], a.kinds[a.generating[0]], same_node, shared, separate
+        if key not in self._handed:
+            device = self.device(a.kinds[actor])
+            seconds = min(
+                hand_over_seconds(
+                    self.workload.actor.shape, device, self.cluster, split, same_node=same_node, shared=shared,
+                    separate=separate,
+                )
+                for split in tensor_parallels(self.workload, self.device(a.kinds[a.generating[0]]))
+            )  # fmt: skip
+            self._handed[key] = seconds * self.model.least_transfer_ratio(device)
+        return self._handed[key]
 
     def allowed(self, roles: bool, engine: bool, kind: str) -> int:
         """Bytes of a GPU that are left beside the contexts of its processes."""
