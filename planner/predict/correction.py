@@ -118,6 +118,10 @@ class Corrections:
         found = self._alike(call, shape, role, device)
         return min((m.ratio for m in found), default=1.0)
 
+    def knows(self, call: str, shape: Shape, role: str, device: Device) -> bool:
+        """Whether any such call was measured."""
+        return bool(self._alike(call, shape, role, device))
+
     def _alike(self, call: str, shape: Shape, role: str, device: Device) -> list[Measured]:
         return self._points.get(_key(call, shape, role, device), []) if self._points else []
 

@@ -182,6 +182,10 @@ class CostModel:
         gathered = gather_seconds(shape, split, device, self.cluster)
         return np.asarray(self.least_transfer_ratio(device) * (gathered + device.overhead_seconds))
 
+    def sync_is_measured(self, device: Device) -> bool:
+        """Whether a profile says what weight syncs take."""
+        return self._corrections.knows("transfer", self.workload.actor.shape, "actor", device)
+
     def least_transfer_ratio(self, device: Device) -> float:
         """What a weight sync takes at least, as a multiple of the roofline's."""
         return self._corrections.least("transfer", self.workload.actor.shape, "actor", device)
