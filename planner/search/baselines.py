@@ -28,7 +28,9 @@ def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
     UserError."""
     structure = _structure(name, problem.workload.roles)
     if len(structure) > len(problem.cluster.gpus):
-        raise UserError(f"{name}: its {len(structure)} pools need a GPU each, and there is {len(problem.cluster.gpus)}")
+        gpus = len(problem.cluster.gpus)
+        there = f"there {'is' if gpus == 1 else 'are'} {gpus}"
+        raise UserError(f"{name}: its {len(structure)} pools need a GPU each, and {there}")
     if name == "one-step-off" and problem.max_staleness < 1:
         raise UserError(f"{name}: trains on sequences 1 update old, and the workload allows 0")
     program, cluster = _program(name, problem), problem.cluster
