@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import ray
@@ -15,8 +15,8 @@ from executor.shards import Saved
 from executor.supervise import Deadlines
 from executor.sync import WeightSync, channels
 from executor.trainer import Trainer
-from executor.vllm_engine import VllmWorker, made_for
-from executor.worker import Rank, Record, Worker, WorkerError, ask, within
+from executor.vllm_engine import Channel, VllmWorker, made_for
+from executor.worker import Asked, Rank, Record, Worker, WorkerError, ask, begin, within
 from planner.spec.plan import Gpu, Plan
 from planner.spec.workload import RewardFunction
 
@@ -110,39 +110,47 @@ class Processes:
             self.trainers[pool] = [replace(r, name=f"trainer {i} of pool {pool}") for i, r in enumerate(ranks)]
         worker = VllmWorker if self.plan.rollout.engine == "vllm" else EngineWorker
         places = self.plan.engine_gpus()
-        ways = channels(self.plan, [gpus for _, gpus in places])
-        wanted = [made_for(self.plan, way) if worker is VllmWorker else "" for way in ways]
-        keep = [(gpus, made) for (_, gpus), made in zip(places, wanted, strict=True)]
+        made = made_for(self.plan) if worker is VllmWorker else ""
+        keep = [(gpus, made) for _, gpus in places]
         self.fleet.retire(VllmWorker, [gpu for pool in self.plan.pools.values() for gpu in pool.gpus], keep)
-        for number, ((pool, gpus), made) in enumerate(zip(places, wanted, strict=True)):
+        for number, (pool, gpus) in enumerate(places):
             engine = self.fleet.process(worker, gpus, made)
             self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
         if isinstance(self.plan.workload.reward, RewardFunction):
             self.judge.append(replace(self.fleet.process(RewardWorker, ()), name="the reward function's process"))
 
     def _set_up(self) -> None:
-        """Clocks, then the groups, then the models."""
+        """Clocks, then the groups, then the models. Engines start while the trainers load and compile; but those that
+        sleep in a run have no room beside the trainers while they are awake, and start when the trainers have done."""
         plan = self.plan
         for home in (*self.trainers.values(), self.engines, self.judge):
             home[:] = pools.connect(home)
-        trainers = [(pool, rank, i) for pool, ranks in self.trainers.items() for i, rank in enumerate(ranks)]
-        everyone = self.training
-        ask(everyone, "configure", plan, each=[(pool, i) for pool, _, i in trainers])
-        address = {pool: ask(ranks[:1], "listen").results[0] for pool, ranks in self.trainers.items()}
-        ask(everyone, "join", self.deadlines.of_collective, each=[address[pool] for pool, _, _ in trainers])
+        ways = channels(plan, [gpus for _, gpus in plan.engine_gpus()])
+        engines = begin(self.engines, "load") if plan.rollout.offload else self._begin_engines(ways)
+        self._set_up_trainers()
+        if plan.rollout.offload:
+            engines.wait()
+            engines = self._begin_engines(ways)
+        self.eos: list[int] = engines.wait().results[0]
         vllm = plan.rollout.engine == "vllm"
-        # vLLM loads its library beside the trainers' models, and starts when they have taken their memory.
-        loading = [*everyone, *self.engines] if vllm else everyone
-        ask(loading, "load", each=[(self._saved,) if rank in everyone else () for rank in loading])
-        pools_of, gpus_of = zip(*self.plan.engine_gpus(), strict=True)
-        ways = channels(plan, gpus_of)
-        each = [(pool, way) if vllm else (pool,) for pool, way in zip(pools_of, ways, strict=True)]
-        self.eos: list[int] = ask(self.engines, "start", plan, each=each).results[0]
         self.sync = WeightSync(plan, self.of("actor"), self.engines, ways) if vllm else None
         if self.sync is not None or self._saved is not None:
             self.sync_weights(self._saved.roles["actor"].version if self._saved else 0)
         if isinstance(plan.workload.reward, RewardFunction):
             self._load_reward(plan.workload.reward)
+
+    def _begin_engines(self, ways: Sequence[Channel]) -> Asked:
+        vllm, places = self.plan.rollout.engine == "vllm", zip(self.plan.engine_gpus(), ways, strict=True)
+        each = [(pool, way) if vllm else (pool,) for (pool, _), way in places]
+        return begin(self.engines, "start", self.plan, each=each)
+
+    def _set_up_trainers(self) -> None:
+        trainers = [(pool, i) for pool, ranks in self.trainers.items() for i in range(len(ranks))]
+        ask(self.training, "configure", self.plan, each=trainers)
+        address = {pool: ask(ranks[:1], "listen").results[0] for pool, ranks in self.trainers.items()}
+        ask(self.training, "join", self.deadlines.of_collective, each=[address[pool] for pool, _ in trainers])
+        ask(self.training, "load", self._saved)
+        ask(self.training, "warm_up")
 
     def _load_reward(self, reward: RewardFunction) -> None:
         try:

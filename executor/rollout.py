@@ -44,6 +44,9 @@ class EngineWorker(Worker):
     def peak(self) -> dict[str, int]:
         return self._peak or memory.peak()
 
+    def load(self) -> None:
+        """Load what needs no GPU. Nothing here: that this module is imported suffices."""
+
     def start(self, plan: Plan, pool: str) -> list[int]:
         """Become an engine of a plan, with the actor's initial weights; the tokens that end a response."""
         self.offload = plan.rollout.offload

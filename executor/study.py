@@ -25,7 +25,6 @@ from executor.rundir import RunDirectory
 from executor.session import ray_session
 from executor.step import Training
 from executor.supervise import Deadlines, one_line
-from executor.sync import channels
 from executor.trainer import Trainer
 from executor.vllm_engine import VllmWorker, made_for
 from planner import __version__
@@ -102,8 +101,7 @@ def engines_of(plan: Plan) -> Engines:
     places = [gpus for _, gpus in plan.engine_gpus()]
     if plan.rollout.engine != "vllm":
         return frozenset((gpus, "") for gpus in places)
-    ways = channels(plan, places)
-    return frozenset((gpus, made_for(plan, way)) for gpus, way in zip(places, ways, strict=True))
+    return frozenset((gpus, made_for(plan)) for gpus in places)
 
 
 def _whole_estimate(bench: "Bench", jobs: Sequence[Job]) -> float:

@@ -1,4 +1,4 @@
-"""All that knows vLLM: generation with it, and both ends of its weight transfer.
+"""Generation with vLLM, and both ends of its weight transfer; only `vllm_transfer.py` knows more of vLLM.
 
 vLLM's engine runs inside of the worker's process, so it ends when that does; with tensor parallelism its further
 processes watch for that. Weights come by NCCL from a trainer on another GPU, or by CUDA IPC from the one that shares
@@ -6,10 +6,10 @@ the GPU.
 """
 
 import gc
+import hashlib
 import itertools
 import os
 import socket
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,11 +24,12 @@ from executor import models
 from executor.data import Ints, Requests
 from executor.rollout import EngineWorker
 from executor.weights import Described
+from planner.predict.memory import kv_cache_bytes
+from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.workload import Model
 
 Channel = Literal["ipc", "nccl"]
-PACKED_BYTES = 512 * 2**20  # of one broadcast; vLLM keeps two of them on each side
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine dies with the process it is in
@@ -47,7 +48,7 @@ class VllmEngine:
 
     drop_weights = False
 
-    def __init__(self, plan: Plan, channel: Channel) -> None:
+    def __init__(self, plan: Plan) -> None:
         os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
         from vllm import LLM
         from vllm.config import WeightTransferConfig
@@ -56,23 +57,23 @@ class VllmEngine:
         self.eos = eos_tokens(workload.actor)
         self._awake = {"weights", "kv_cache"}
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in the trainer
-        with tempfile.TemporaryDirectory() as directory:
-            _write_config(workload.actor, Path(directory))
-            self.llm = LLM(
-                model=directory,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                dtype="bfloat16",
-                tensor_parallel_size=rollout.tensor_parallel,
-                distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
-                gpu_memory_utilization=rollout.memory_fraction,
-                max_model_len=workload.longest,
-                max_num_seqs=rollout.concurrency,
-                max_cudagraph_capture_size=max(8, rollout.concurrency),
-                logprobs_mode="processed_logprobs",
-                enable_sleep_mode=rollout.offload,
-                weight_transfer_config=WeightTransferConfig(backend=channel),
-            )
+        self.llm = LLM(
+            model=str(_model_directory(workload.actor)),
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            tensor_parallel_size=rollout.tensor_parallel,
+            distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
+            gpu_memory_utilization=rollout.memory_fraction,
+            # What vLLM measures itself is wrong where trainers load their models on the same GPU meanwhile.
+            kv_cache_memory_bytes=kv_cache_bytes(plan),
+            max_model_len=workload.longest,
+            max_num_seqs=rollout.concurrency,
+            max_cudagraph_capture_size=max(8, rollout.concurrency),
+            logprobs_mode="processed_logprobs",
+            enable_sleep_mode=rollout.offload,
+            weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
+        )
         gc.freeze()  # what the engine consists of stays; collecting must not look at it at every step
 
     def generate(self, requests: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
@@ -119,6 +120,12 @@ class VllmEngine:
 
     # --- weights ---
 
+    def receive_by(self, channel: Channel) -> None:
+        """Take weights over by this channel from here on."""
+        from executor.vllm_transfer import receive_by
+
+        self.llm.collective_rpc(receive_by, args=(channel,))
+
     def connect(self, host: str, port: int, rank: int, world: int) -> None:
         """Join the sender's NCCL group with this engine's GPUs as ranks from `rank` on. Returns when all have."""
         info = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": world}
@@ -130,8 +137,7 @@ class VllmEngine:
 
     def receive(self, weights: Sequence[Described]) -> None:
         """All weights, from the NCCL group's sender."""
-        info = {**_names(weights), "packed": True, "packed_buffer_size_bytes": PACKED_BYTES}
-        self.llm.update_weights({"update_info": info})
+        self.llm.update_weights({"update_info": _names(weights)})
 
     def read(self, weights: Sequence[Described], handles: dict[str, Any]) -> None:
         """Some weights, end to end in a buffer on each of the engine's GPUs; its CUDA IPC handle by GPU."""
@@ -144,10 +150,10 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
 
 
-def made_for(plan: Plan, channel: Channel) -> str:
+def made_for(plan: Plan) -> str:
     """All that an engine cannot change once it has started."""
     rollout = plan.rollout.model_dump_json(exclude={"pools", "replicas"})
-    return f"{rollout} {plan.workload.actor.model_dump_json()} {plan.workload.longest} {channel}"
+    return f"{rollout} {plan.workload.actor.model_dump_json()} {plan.workload.longest}"
 
 
 class VllmWorker(EngineWorker):
@@ -167,8 +173,9 @@ class VllmWorker(EngineWorker):
         """Become an engine of a plan, without weights yet; the tokens that end a response. An engine that was started
         before must fit the plan: one process holds one engine."""
         if not hasattr(self, "engine"):
-            self.engine, self.made_for = VllmEngine(plan, channel), made_for(plan, channel)
-        assert self.made_for == made_for(plan, channel), "this process has an engine of another kind"
+            self.engine, self.made_for = VllmEngine(plan), made_for(plan)
+        assert self.made_for == made_for(plan), "this process has an engine of another kind"
+        self.engine.receive_by(channel)
         # Without an evaluation there is a transfer between any two generations.
         self.engine.drop_weights = "evaluate" not in plan.dataflow.names
         self.offload, self.version = plan.rollout.offload, -1
@@ -221,11 +228,10 @@ def connect_sender(host: str, port: int, world: int) -> Any:
 
 
 def send(group: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Broadcast weights, which must be ready when they are yielded: they are packed on other streams."""
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-
-    settings = {"group": group, "packed": True, "packed_buffer_size_bytes": PACKED_BYTES}
-    NCCLWeightTransferEngine.trainer_send_weights(weights, settings)
+    """Broadcast weights on the stream that makes them."""
+    stream = torch.cuda.current_stream()
+    for _, weight in weights:
+        group.broadcast(weight, src=0, stream=stream)
 
 
 # --- the model ---
@@ -242,15 +248,26 @@ def eos_tokens(model: Model) -> list[int]:
     return models.listed(AutoConfig.from_pretrained(model.path, local_files_only=True).eos_token_id)
 
 
-def _write_config(model: Model, directory: Path) -> None:
-    """All that vLLM needs to know of a model before it has weights."""
+def _model_directory(model: Model) -> Path:
+    """A directory with all that vLLM needs to know of a model before it has weights. What vLLM compiles it keeps by the
+    directory's name, so that is the same at every start."""
+    from vllm import envs
+
+    text = _config(model)
+    directory = Path(envs.VLLM_CACHE_ROOT) / "splitplan" / hashlib.sha256(text.encode()).hexdigest()[:16]
+    write_atomic(directory / "config.json", text)
+    return directory
+
+
+def _config(model: Model) -> str:
     if model.path is not None:
         config = AutoConfig.from_pretrained(model.path, local_files_only=True, trust_remote_code=False)
     else:
         config = models.config_of(model.shape)
         config.architectures = ["Qwen2ForCausalLM"]
     config.dtype = torch.bfloat16
-    config.save_pretrained(directory)
+    text: str = config.to_json_string()
+    return text
 
 
 def _names(weights: Sequence[Described]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""Weights out of FSDP's shards: in full for files and engines on the CPU, in the type they compute in for engines on
-GPUs."""
+"""Weights out of FSDP's shards: in full for files and engines on the CPU, in bf16 for engines on GPUs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from executor import memory
 
 Arrays = dict[str, NDArray[np.float32]]
+Place = tuple[nn.Module, str]  # a parameter's module, and its name there
 CHUNK_BYTES = 2**30
 
 
@@ -60,40 +60,63 @@ def install(model: nn.Module, arrays: Arrays) -> None:
 
 def describe(module: nn.Module) -> list[Described]:
     """What `compute_weights` yields, in its order; `module.model` is the Hugging Face model that names it."""
-    shapes = {name: tuple(p.shape) for name, p in module.model.named_parameters()}
-    return [Described(name=name, shape=shapes[name]) for _, names in _units(module) for name in names]
+    return [
+        Described(name=name, shape=tuple(getattr(owner, attribute).shape))
+        for _, parameters in _units(module)
+        for name, (owner, attribute) in parameters.items()
+    ]
 
 
 @torch.no_grad()
 def compute_weights(module: nn.Module, wanted: frozenset[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter (or each wanted one) in full and in the type it computes in.
+    """Each parameter (or each wanted one) in full and in bf16, on the current stream.
 
-    Gathered by FSDP itself, one unit after the other on the current stream and ready when they are yielded. A
+    What has shards elsewhere is gathered by FSDP itself, one unit after the other, and ready when it is yielded. A
     collective: every rank that holds a shard must iterate to the end."""
-    for unit, names in _units(module):
-        if wanted is not None and not wanted.intersection(names):
-            continue
-        unit.unshard()
-        parameters = dict(module.model.named_parameters())
-        for name in names:
-            if wanted is None or name in wanted:
-                weight = parameters[name].detach().clone()  # resharding frees what it was gathered in
-                if weight.is_cuda:
-                    torch.cuda.current_stream().synchronize()
-                yield name, weight
-        unit.reshard()
+    for unit, parameters in _units(module):
+        chosen = {name: place for name, place in parameters.items() if wanted is None or name in wanted}
+        if chosen:
+            yield from _in_full(unit, chosen)
 
 
-def _units(module: nn.Module) -> list[tuple[FSDPModule, list[str]]]:
-    """Each module that FSDP shards as one, with the names of the parameters that are its own, the innermost first."""
-    units = [(name, unit) for name, unit in module.named_modules() if isinstance(unit, FSDPModule)]
-    taken: set[str] = set()
-    found = []
-    for prefix, unit in reversed(units):
-        names = [f"{prefix}.{name}".lstrip(".").removeprefix("model.") for name, _ in unit.named_parameters()]
-        found.append((unit, [name for name in names if name not in taken]))
-        taken.update(names)
+def _in_full(unit: FSDPModule, places: Mapping[str, Place]) -> list[tuple[str, Tensor]]:
+    own = {name: _whole_here(getattr(owner, attribute)) for name, (owner, attribute) in places.items()}
+    if all(tensor is not None for tensor in own.values()):
+        return [(name, tensor.to(torch.bfloat16)) for name, tensor in own.items() if tensor is not None]
+    unit.unshard()
+    gathered = {name: getattr(owner, attribute).detach() for name, (owner, attribute) in places.items()}
+    found = [(name, tensor.to(torch.bfloat16, copy=True)) for name, tensor in gathered.items()]
+    if torch.cuda.is_available():  # resharding frees what they were gathered in
+        torch.cuda.current_stream().synchronize()
+    unit.reshard()
     return found
+
+
+def _whole_here(parameter: Tensor) -> Tensor | None:
+    """A parameter of which every rank has everything; None if it is in shards."""
+    if not isinstance(parameter, DTensor):
+        return parameter.detach()
+    sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    in_shards = any(placement.is_shard() and size > 1 for placement, size in sizes)
+    return None if in_shards else parameter.to_local().detach()
+
+
+def _units(module: nn.Module) -> list[tuple[FSDPModule, dict[str, Place]]]:
+    """Each module that FSDP shards as one, with the places of the parameters that are its own by their names in the
+    Hugging Face model; the innermost first."""
+    units: dict[str, tuple[FSDPModule, dict[str, Place]]] = {}
+    taken: set[int] = set()  # a tied parameter has two places
+    for path, owner in module.named_modules():
+        if isinstance(owner, FSDPModule):
+            units[path] = owner, {}
+        home = path
+        while home not in units:
+            home = home.rpartition(".")[0]
+        for attribute, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) not in taken:
+                taken.add(id(parameter))
+                units[home][1][f"{path}.{attribute}".removeprefix("model.")] = owner, attribute
+    return [*reversed(units.values())]
 
 
 def in_chunks(weights: Sequence[Described]) -> list[list[Described]]:

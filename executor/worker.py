@@ -159,6 +159,54 @@ class Outcome:
     records: list[Record]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What some ranks were asked to do, and may be doing."""
+
+    ranks: list[Rank]
+    method: str
+    arguments: list[tuple[Any, ...]]  # of each rank
+    refs: list[ray.ObjectRef]
+    since: float
+
+    def wait(self, *, timeout: float | None = None, revive: Callable[[int], Rank] | None = None) -> Outcome:
+        """What `ask` returns and raises."""
+        ranks, method = list(self.ranks), self.method
+        sent = {ref: number for number, ref in enumerate(self.refs)}
+        answers: dict[int, tuple[Any, Record]] = {}
+        waiting = list(sent)
+        end = min(_deadline.get(), self.since + timeout if timeout is not None else float("inf"))
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=_left(end))
+            if not done:
+                names = [ranks[sent[ref]].name for ref in waiting]
+                if end < _deadline.get():
+                    raise TimeoutError(f"{method} took longer than {timeout} s on {names[0]}")
+                raise _overdue(names, method, time.monotonic() - self.since)
+            for ref in done:
+                number = sent[ref]
+                try:
+                    answers[number] = _answer(ref, ranks[number], method)
+                except Died:
+                    if revive is None:
+                        raise
+                    ranks[number] = revive(number)
+                    again = ranks[number].handle.call.remote(method, *self.arguments[number])
+                    sent[again] = number
+                    waiting.append(again)
+        ordered = [answers[number] for number in range(len(ranks))]
+        records = [rank.on_our_clock(record) for rank, (_, record) in zip(ranks, ordered, strict=True)]
+        return Outcome(results=[result for result, _ in ordered], records=records)
+
+
+def begin(ranks: Sequence[Rank], method: str, *args: Any, each: Sequence[tuple[Any, ...]] | None = None) -> Asked:
+    """Call a method on all ranks at once, without waiting for them. A rank does what it is asked in that order."""
+    extra = each if each is not None else [()] * len(ranks)
+    arguments = [(*args, *more) for more in extra]
+    refs = [rank.handle.call.remote(method, *its) for rank, its in zip(ranks, arguments, strict=True)]
+    return Asked(ranks=list(ranks), method=method, arguments=arguments, refs=refs, since=time.monotonic())
+
+
 def ask(
     ranks: Sequence[Rank],
     method: str,
@@ -173,37 +221,7 @@ def ask(
     others may be waiting for the failed rank. Raises Overdue at the deadline that `within` sets, and TimeoutError if a
     rank has not answered after `timeout` seconds; those ranks go on nevertheless. With `revive` a rank whose process
     died is asked once more: the one that `revive(number)` puts in its place."""
-    ranks = list(ranks)
-    extra = each if each is not None else [()] * len(ranks)
-    sent = {
-        rank.handle.call.remote(method, *args, *more): number
-        for number, (rank, more) in enumerate(zip(ranks, extra, strict=True))
-    }
-    answers: dict[int, tuple[Any, Record]] = {}
-    waiting = list(sent)
-    began = time.monotonic()
-    end = min(_deadline.get(), began + timeout if timeout is not None else float("inf"))
-    while waiting:
-        done, waiting = ray.wait(waiting, num_returns=1, timeout=_left(end))
-        if not done:
-            names = [ranks[sent[ref]].name for ref in waiting]
-            if end < _deadline.get():
-                raise TimeoutError(f"{method} took longer than {timeout} s on {names[0]}")
-            raise _overdue(names, method, time.monotonic() - began)
-        for ref in done:
-            number = sent[ref]
-            try:
-                answers[number] = _answer(ref, ranks[number], method)
-            except Died:
-                if revive is None:
-                    raise
-                ranks[number] = revive(number)
-                again = ranks[number].handle.call.remote(method, *args, *extra[number])
-                sent[again] = number
-                waiting.append(again)
-    ordered = [answers[number] for number in range(len(ranks))]
-    records = [rank.on_our_clock(record) for rank, (_, record) in zip(ranks, ordered, strict=True)]
-    return Outcome(results=[result for result, _ in ordered], records=records)
+    return begin(ranks, method, *args, each=each).wait(timeout=timeout, revive=revive)
 
 
 def _left(end: float) -> float | None:

@@ -11,6 +11,7 @@ from planner.predict.memory import (
     batch_bytes,
     check_memory,
     host_bytes,
+    kv_cache_bytes,
     plan_memory,
     pool_peak,
     rollout_fraction,
@@ -193,11 +194,23 @@ def test_a_plan_that_fits_passes() -> None:
     assert memory.detail["actor"]["gradients"] == 4 * SEVEN_B.actor.shape.parameters() // 8
 
 
-def test_a_trainer_may_take_what_processes_and_the_engine_leave() -> None:
+def test_a_trainer_may_take_a_little_more_than_planned_as_far_as_it_is_left() -> None:
     process = H200.context_bytes + COMMUNICATION_BYTES
-    assert trainer_allowance(plan(), "a") == H200.memory_bytes - 2 * process - ENGINE_ASLEEP_BYTES
+    roles = [trainer_memory(SEVEN_B, role, layout, H200) for role, layout in plan().trainers.items()]
+    planned = sum(role.idle for role in roles) + max(role.running - role.idle for role in roles)
+    assert trainer_allowance(plan(), "a") == int(1.05 * planned)
     awake = plan(rollout=engine(replicas=8, memory_fraction=0.35))
-    assert trainer_allowance(awake, "a") == H200.memory_bytes - int(0.35 * H200.memory_bytes) - process
+    left = H200.memory_bytes - int(0.35 * H200.memory_bytes) - process
+    assert trainer_allowance(awake, "a") == min(left, int(1.05 * planned))
+    crowded = plan(rollout=engine(replicas=8, memory_fraction=0.9))
+    assert trainer_allowance(crowded, "a") == H200.memory_bytes - int(0.9 * H200.memory_bytes) - process
+
+
+def test_an_engines_cache_has_what_its_fraction_leaves() -> None:
+    awake = plan(rollout=engine(replicas=8, memory_fraction=0.35))
+    detail = rollout_memory(SEVEN_B, awake.rollout, H200).detail
+    others = detail["weights"] + detail["workspace"] + H200.context_bytes + COMMUNICATION_BYTES
+    assert kv_cache_bytes(awake) == int(0.35 * H200.memory_bytes) - others
 
 
 def test_a_role_that_does_not_fit_is_named_with_numbers() -> None:

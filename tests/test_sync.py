@@ -48,8 +48,12 @@ def shard(model: nn.Module) -> nn.Module:
     return module
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_compute_weights_are_all_parameters_in_bfloat16(one_rank: None, tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "gathered"), [(True, False), (True, True), (False, True)])
+def test_compute_weights_are_all_parameters_in_bfloat16(
+    one_rank: None, monkeypatch: pytest.MonkeyPatch, tied: bool, gathered: bool
+) -> None:
+    if gathered:  # as if there were shards on other ranks
+        monkeypatch.setattr(weights, "_whole_here", lambda parameter: None)
     shape = Shape(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=60, vocab=47, tied_embeddings=tied)
     model = models.load("actor", Model(shape=shape, random_weights=True), 0, torch.float32)
     expected = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}

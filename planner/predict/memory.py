@@ -28,6 +28,7 @@ ENGINE_WORKSPACE_BYTES = (
     4_000_000_000  # of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations
 )
 ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps
+SPARE = 0.05  # of a trainer's planned bytes: what its allocator may have unused between its tensors
 SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
 
 
@@ -228,12 +229,22 @@ def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
     return found
 
 
+def kv_cache_bytes(plan: Plan) -> int:
+    """Bytes of the KV cache on each GPU of an engine: what the other needs leave of its `memory_fraction`."""
+    detail = role_memory(plan, "rollout").detail
+    return detail["kv_cache"] + detail["reserve"]
+
+
 def trainer_allowance(plan: Plan, pool: str) -> int:
-    """Bytes that the roles of a pool's trainer process may take on a GPU: all but what the processes themselves need
-    and what an engine keeps while it idles."""
+    """Bytes that the roles of a pool's trainer process may take on a GPU: what is planned for them and `SPARE` of it,
+    as far as the processes themselves and what an engine keeps while it idles leave so much. Without a limit torch
+    keeps what it once had, up to half as much again as its tensors ever take at a time."""
     device, engine = plan.device_of(pool), pool in plan.rollout.pools
     kept = role_memory(plan, "rollout").idle if engine else 0
-    return device.memory_bytes - process_bytes(device) * (1 + engine) - kept
+    left = device.memory_bytes - process_bytes(device) * (1 + engine) - kept
+    members = [role_memory(plan, role) for role, layout in plan.trainers.items() if pool in layout.pools]
+    planned = pool_peak(members, False, False, device)
+    return min(left, int((1 + SPARE) * planned))
 
 
 def batch_bytes(workload: Workload, staleness: int) -> int:

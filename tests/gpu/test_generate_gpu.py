@@ -1,0 +1,92 @@
+"""`generate` against a bare vLLM engine on the same requests, each on a GPU of its own and at the same time: tokens per
+second of the 1.5B model. `python -m pytest -m gpu -s tests/gpu/test_generate_gpu.py` on a host with two GPUs."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from executor.data import Requests, Synthetic
+from planner.search import baseline
+from planner.spec.cluster import make_cluster
+from planner.spec.files import profiles_dir
+from planner.spec.workload import load_workload
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+]
+REPEATS = 5
+
+
+def ours(requests: Requests) -> Callable[[], int]:
+    """The executor's engine, as it is in a plan."""
+    from executor.vllm_engine import VllmEngine
+
+    engine = VllmEngine(baseline("colocated", workload(), make_cluster(1, "h200", 1), pins=("rollout=1",)))
+    return lambda: int(engine.generate(requests, 1.0)[0].sum())
+
+
+def bare(requests: Requests) -> Callable[[], int]:
+    """vLLM as it comes, with the same model, lengths and batch."""
+    from vllm import LLM, SamplingParams
+
+    from executor.vllm_engine import _config
+
+    with tempfile.TemporaryDirectory() as directory:
+        (Path(directory) / "config.json").write_text(_config(workload().actor))
+        llm = LLM(
+            model=directory,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=workload().longest,
+            max_num_seqs=workload().batch,
+            max_cudagraph_capture_size=workload().batch,
+        )
+    prompts = [{"prompt_token_ids": prompt.tolist()} for prompt in requests.prompts()]
+    params = [SamplingParams(max_tokens=n, ignore_eos=True, detokenize=False) for n in requests.max_tokens.tolist()]
+    return lambda: sum(len(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False))
+
+
+def workload():  # type: ignore[no-untyped-def]
+    return load_workload(profiles_dir() / "workloads" / "h200-1.5b.toml")
+
+
+def measured(kind: str) -> list[float]:
+    """Tokens per second of each repeat, after a warm-up."""
+    generate = {"ours": ours, "bare": bare}[kind](Synthetic(workload()).step(0).requests)
+    rates = []
+    for _ in range(1 + REPEATS):
+        began = time.perf_counter()
+        rates.append(generate() / (time.perf_counter() - began))
+    return rates[1:]
+
+
+def test_generate_is_as_fast_as_a_bare_engine() -> None:
+    started = {
+        kind: subprocess.Popen(
+            [sys.executable, __file__, kind],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for gpu, kind in enumerate(("ours", "bare"))
+    }
+    rates = {kind: json.loads(process.communicate()[0].splitlines()[-1]) for kind, process in started.items()}
+    for kind, found in rates.items():
+        print(f"{kind}: median {np.median(found):.0f} tokens/s of {', '.join(f'{rate:.0f}' for rate in found)}")
+    assert np.median(rates["ours"]) >= 0.95 * np.median(rates["bare"])
+
+
+if __name__ == "__main__":
+    print(json.dumps(measured(sys.argv[1])), flush=True)
