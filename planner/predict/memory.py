@@ -236,15 +236,15 @@ def kv_cache_bytes(plan: Plan) -> int:
 
 
 def trainer_allowance(plan: Plan, pool: str) -> int:
-    """Bytes that the roles of a pool's trainer process may take on a GPU: what is planned for them and `SPARE` of it,
-    as far as the processes themselves and what an engine keeps while it idles leave so much. Without a limit torch
-    keeps what it once had, up to half as much again as its tensors ever take at a time."""
+    """Bytes that the roles of a pool's trainer process may take on a GPU: what is planned for them, `SPARE` of it
+    and the workspaces of libraries, as far as the processes themselves and what an engine keeps while it idles leave so
+    much. Without a limit torch may keep much more than its tensors ever take at a time."""
     device, engine = plan.device_of(pool), pool in plan.rollout.pools
     kept = role_memory(plan, "rollout").idle if engine else 0
     left = device.memory_bytes - process_bytes(device) * (1 + engine) - kept
     members = [role_memory(plan, role) for role, layout in plan.trainers.items() if pool in layout.pools]
     planned = pool_peak(members, False, False, device)
-    return min(left, int((1 + SPARE) * planned))
+    return min(left, int((1 + SPARE) * planned) + COMMUNICATION_BYTES)
 
 
 def batch_bytes(workload: Workload, staleness: int) -> int:
