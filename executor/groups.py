@@ -307,6 +307,6 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
 
 
 def _engine_kind(plan: Plan) -> tuple[object, ...]:
-    """What an engine cannot change once it has started, and whether weights reach it within its GPUs."""
-    rollout, actor = plan.rollout, plan.trainers["actor"]
-    return rollout.tensor_parallel, rollout.concurrency, rollout.offload, actor.pools[0] in rollout.pools
+    """What an engine cannot change once it has started."""
+    rollout = plan.rollout
+    return rollout.tensor_parallel, rollout.concurrency, rollout.offload

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from executor.worker import OutOfMemory, Overdue, WorkerError
-from planner.predict.memory import plan_memory
+from planner.predict.memory import plan_memory, trainer_allowance
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -86,6 +86,8 @@ def memory_of(plan: Plan, pools: Sequence[str], error: OutOfMemory) -> str:
         if plan.predicted is not None:
             predicted = int(plan.predicted.memory_bytes.get(pool, predicted))
         told.append(f"pool {pool} was predicted {_gb(predicted)} of {_gb(found[pool].allowed)} allowed per GPU")
+        if plan.device_of(pool).kind == "cuda" and any(pool in layout.pools for layout in plan.trainers.values()):
+            told.append(f"its trainers may take {_gb(trainer_allowance(plan, pool))}")
     used, own = error.peak.get("used"), error.peak.get("allocated")
     if used is not None:
         told.append(f"the GPU had {_gb(used)} in use at the peak, of which this process's tensors {_gb(own or 0)}")

@@ -17,11 +17,12 @@ from executor.rehearse import Rehearsal
 from executor.run import Silent, loop
 from executor.rundir import RunDirectory
 from executor.step import Training
-from executor.supervise import Deadlines, one_line
+from executor.supervise import Deadlines, memory_of, one_line
 from executor.worker import OutOfMemory, Overdue, Record, Worker, WorkerError, ask, within
 from planner.predict.forecast import predict
-from planner.predict.memory import plan_memory
+from planner.predict.memory import plan_memory, trainer_allowance
 from planner.predict.schedule import Task, tasks_of
+from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
@@ -227,3 +228,10 @@ def test_a_failing_export_is_one_line(failing: Any, tmp_path: Path) -> None:
     finally:
         backend.close()
     assert "RuntimeError: no space" in (tmp_path / "r" / "log.txt").read_text()
+
+
+def test_on_gpus_it_says_what_trainers_may_take() -> None:
+    plan = colocated(WORKLOAD, cluster=make_cluster(2, "h200", 2))
+    line = memory_of(plan, ["all"], OutOfMemory("full", {"used": 5 * 10**9, "allocated": 10**9}))
+    assert f"allowed per GPU, its trainers may take {trainer_allowance(plan, 'all') / 1e9:.1f} GB" in line
+    assert "at the peak" in line
