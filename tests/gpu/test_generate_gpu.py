@@ -82,7 +82,12 @@ def test_generate_is_as_fast_as_a_bare_engine() -> None:
         )
         for gpu, kind in enumerate(("ours", "bare"))
     }
-    rates = {kind: json.loads(process.communicate()[0].splitlines()[-1]) for kind, process in started.items()}
+    try:
+        said = {kind: process.communicate(timeout=500)[0] for kind, process in started.items()}
+    finally:
+        for process in started.values():
+            process.kill()
+    rates = {kind: json.loads(text.splitlines()[-1]) for kind, text in said.items()}
     for kind, found in rates.items():
         print(f"{kind}: median {np.median(found):.0f} tokens/s of {', '.join(f'{rate:.0f}' for rate in found)}")
     assert np.median(rates["ours"]) >= 0.95 * np.median(rates["bare"])
