@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,11 @@ def check_free(runs: Path, name: str) -> Path:
     return path
 
 
+class _Log(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """On a full disk lines are lost, and nobody is shown a traceback for them."""
+
+
 class RunDirectory:
     """What a run writes, as it goes. Metrics are appended a line at a time, files are written whole or not at all.
 
@@ -53,13 +59,15 @@ class RunDirectory:
         """Begin with the `metrics` of the steps before `step`."""
         plan.write(self.path / "plan.json")
         write_atomic(self.path / "metrics.jsonl", metrics)
-        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        handler = _Log(self.path / "log.txt", encoding="utf-8")
         self._files.callback(handler.close)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         self._files.callback(log.removeHandler, handler)
         log.setLevel(logging.INFO)
         log.propagate = False
+        self._files.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = _log_thread
         self._metrics = self._files.enter_context((self.path / "metrics.jsonl").open("a", encoding="utf-8"))
         if self._trackers is not None:
             self._files.callback(lambda told: told.close(failed=sys.exception() is not None), self._trackers)
@@ -67,8 +75,12 @@ class RunDirectory:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
-        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            what = f"{self.path / 'metrics.jsonl'}: cannot be written ({error.strerror})"
+            raise UserError(f"{what}; make room, and go on with: plan execute --resume {self.path}") from None
         if self._trackers is not None:
             self._trackers.log(metrics)
 
@@ -76,7 +88,13 @@ class RunDirectory:
         write_atomic(self.path / "timeline.json", timeline.to_json())
 
     def close(self) -> None:
-        self._files.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written
+            self._files.close()
+
+
+def _log_thread(raised: threading.ExceptHookArgs) -> None:
+    """What a thread of a library raises, such as TensorBoard's on a full disk, is for the log."""
+    log.error("a thread ended by %s: %s", raised.exc_type.__name__, raised.exc_value)
 
 
 def timeline_of(plan: Plan, steps: int, spans: Iterable[Span]) -> Timeline:

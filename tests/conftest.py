@@ -1,10 +1,12 @@
 """What several test modules share: small plans written by hand, and one Ray session."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import abandoned, descendants, still_there
 
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.plan import Plan
@@ -175,6 +177,15 @@ def model_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
     tokenizer.save_pretrained(found["actor"])
     return found
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Of all tests neither a process, and with it its ports, nor the directory of one that has ended."""
+    before = abandoned()
+    yield
+    assert not still_there(descendants(os.getpid()))
+    assert abandoned() <= before
 
 
 @pytest.fixture(scope="session")

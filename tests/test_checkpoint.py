@@ -78,8 +78,11 @@ def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Pa
 @pytest.mark.parametrize("whole", ["split"], indirect=True)
 def test_a_run_that_was_killed_behind_its_last_step_ends(whole: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "r"))
-    with pytest.raises(UserError, match="all 4 steps are done; choose more --steps"):
-        resume(checkpoint.find(run), survival=SURVIVAL)
+    there = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert resume(checkpoint.find(run), survival=SURVIVAL) == run
+    assert there == {path: path.stat().st_mtime_ns for path in run.rglob("*")}  # what has ended is left as it is
+    with pytest.raises(UserError, match="4 steps are done; choose --steps 4 or more"):
+        resume(checkpoint.find(run), steps=3, survival=SURVIVAL)
     (run / "timeline.json").unlink()
     shutil.rmtree(run / "checkpoints/final/critic")
     resume(checkpoint.find(run), survival=SURVIVAL)
