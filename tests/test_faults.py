@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from test_checkpoint import SURVIVAL, WORKLOAD, metrics_of
 
 from executor import checkpoint, step
 from executor.execute import Survival, execute, resume
+from executor.pools import Fleet
 from executor.run import Silent
 from executor.step import Done, Training
 from planner.predict.forecast import predict
@@ -159,9 +161,9 @@ class Poisoned(Training):
 
 
 def test_steps_without_finite_gradients_are_left_out_counted_and_end_the_run(
-    ray_two: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_cores: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "Training", Poisoned)
+    monkeypatch.setattr(step, "Training", partial(Poisoned, fleet=two_cores))
     plan = colocated(make_workload(critic=None, reference=None, steps=8), cores=1)
     with pytest.raises(UserError, match="update_actor of step 6: loss or gradient was not finite in 8 optimizer"):
         execute(plan, name="r", runs=tmp_path, survival=Survival(save_every=2, keep=1))

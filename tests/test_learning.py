@@ -46,14 +46,14 @@ def test_the_plans_of_the_study_have_the_staleness_of_their_names(staleness):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_it_learns(digits, tmp_path, staleness):
+def test_it_learns(digits, on_two_cores, tmp_path, staleness):
     gained, planned = gain(digits, tmp_path, staleness)
     assert planned == staleness
     assert gained > GAIN
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0], ids=["zero", "flipped"])
-def test_it_does_not_learn_from_wrong_advantages(digits, tmp_path, monkeypatch, factor):
+def test_it_does_not_learn_from_wrong_advantages(digits, on_two_cores, tmp_path, monkeypatch, factor):
     """The test above would notice: with the advantages at zero or of the other sign the margin is not reached."""
     right = ppo.advantages
 

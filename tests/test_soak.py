@@ -126,7 +126,7 @@ def temporary() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])])
-def test_runs_outlive_kills_at_random_times(kills: int, ray_two: None, tmp_path: Path, temporary: str) -> None:
+def test_runs_outlive_kills_at_random_times(kills: int, on_two_cores: None, tmp_path: Path, temporary: str) -> None:
     workload = make_workload(steps=STEPS, critic=None, reference=None)
     plan, chance = colocated(workload, cores=1 if kills < 100 else 2), random.Random(kills)
     whole = execute(plan, name="whole", runs=tmp_path, survival=Survival(save_every=0))
