@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import colocated, make_workload, split
-from processes import descendants, end, working
+from processes import WORKERS, descendants, end, still_there, working
 from safetensors.numpy import load_file
 from test_checkpoint import SURVIVAL, WORKLOAD, metrics_of
 
@@ -39,31 +39,28 @@ def whole(ray_two: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return execute(split(WORKLOAD), name="r", runs=tmp_path_factory.mktemp("whole"), survival=Survival(save_every=0))
 
 
-def called(name: str) -> list[int]:
-    """Our own ones of a class."""
-    return working(descendants(os.getpid()), (name,))
-
-
-def left_after(seconds: float) -> list[int]:
-    """Our own ones that are there after so long; Ray's kill does not wait for them to end."""
-    deadline = time.monotonic() + seconds
-    while (left := working(descendants(os.getpid()))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
-
-
 class Faults(Silent):
     """Sends signals to a process of a class when a call starts for the first time."""
 
     def __init__(self, faults: dict[tuple[str, int], tuple[str, signal.Signals]]) -> None:
-        self.faults, self.seen = dict(faults), {}
+        self.faults = dict(faults)
+        self.others = set(working(descendants(os.getpid())))  # those that several tests share
+        self.trainers: list[list[int]] = []  # at each fault
         self.notes: list[str] = []
 
     def on_start(self, task: Task) -> None:
         if fault := self.faults.pop((task.call.name, task.step), None):
             name, number = fault
-            self.seen[name] = called("Trainer")
-            os.kill(called(name)[-1], number)
+            self.trainers.append(self.ours("Trainer"))
+            os.kill(self.ours(name)[-1], number)
+
+    def ours(self, *names: str) -> list[int]:
+        """The run's own processes of some classes."""
+        return [pid for pid in working(descendants(os.getpid()), names or WORKERS) if pid not in self.others]
+
+    def left(self) -> list[int]:
+        """Its processes that stay; Ray's kill does not wait for them to end."""
+        return still_there(self.ours())
 
     def on_note(self, text: str) -> None:
         self.notes.append(text)
@@ -81,7 +78,7 @@ def test_a_killed_engine_is_started_again_with_the_current_weights(whole: Path, 
     run = execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=nothing)
     assert metrics_of(run) == metrics_of(whole)
     assert (run / "log.txt").read_text().count("engine 0 in pool a died; it is started again") == 2
-    assert not faults.notes and faults.seen  # trainers were not started again
+    assert not faults.notes and len(faults.trainers[0]) == 2 and faults.trainers[0] == faults.trainers[1]
     assert len(Timeline.read(run / "timeline.json").spans) == 36
 
 
@@ -106,14 +103,14 @@ def test_a_killed_rank_and_one_that_hangs_restart_from_the_last_checkpoint(whole
     assert "update_actor of step 3" in killed and "Restart 2 of 2, from step 2" in killed
     spans = Timeline.read(run / "timeline.json").spans
     assert len({(span.call, span.step) for span in spans}) == len(spans) == 36
-    assert not left_after(20)
+    assert not faults.left()
 
 
 def test_too_many_restarts_end_the_run(ray_two: None, tmp_path: Path) -> None:
     faults = Faults({("update_actor", 0): ("Trainer", signal.SIGKILL)})
     with pytest.raises(UserError, match=r"update_(actor|critic) of step 0 on pool [ab]: .*died in train"):
         execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=SURVIVAL)
-    assert not left_after(20)
+    assert not faults.left()
 
 
 @nightly
