@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import colocated, make_workload, split
+from conftest import colocated, make_workload, nearly, split
 from processes import WORKERS, descendants, end, still_there, working
 from safetensors.numpy import load_file
 from test_checkpoint import SURVIVAL, WORKLOAD, metrics_of
@@ -67,7 +67,7 @@ class Faults(Silent):
 
 
 def close(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
-    return [{k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in line.items()} for line in b] == a
+    return a == [{name: nearly(value, rel=1e-4, abs=1e-5) for name, value in line.items()} for line in b]
 
 
 @nightly
