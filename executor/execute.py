@@ -1,6 +1,7 @@
 """A run from its start to its end: processes, the loop, checkpoints, and starting again after a failure."""
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from executor import pools
 from executor.rehearse import Rehearsal
 from executor.run import Backend, Course, Progress, Silent, loop
-from executor.rundir import RunDirectory, check_free, log, timeline_of
+from executor.rundir import RunDirectory, check_free, lock, log, timeline_of
 from executor.session import ray_session
 from executor.stops import Stops
 from executor.supervise import FLOOR_SECONDS, Deadlines, one_line
@@ -97,6 +98,7 @@ def resume(
     if done == steps and not resumed.manifest.done and resumed.has_ended(plan):
         progress.on_note(f"all {steps} steps are done; --steps goes on for longer")
         return resumed.run
+    os.close(lock(resumed.run))  # before anything is started
     deadlines = Deadlines(plan=plan, floor=deadline_floor)
     _train(plan, resumed.run, steps, address, progress, deadlines, survival, track, resumed)
     return resumed.run

@@ -1,9 +1,11 @@
 """The directory of a run: plan, timeline, metrics, log, what trackers write, checkpoints."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
+import os
 import sys
 import threading
 from collections.abc import Iterable, Sequence
@@ -28,7 +30,24 @@ def check_free(runs: Path, name: str) -> Path:
     path = runs / name
     if path.exists():
         raise UserError(f"{path} exists already; choose another --name or remove it")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{path}: nothing can be written into {there}; choose another --runs")
     return path
+
+
+def lock(path: Path) -> int:
+    """A descriptor of a run's directory that keeps other processes from going on with the run; it is free when this
+    process ends, however. Raises UserError."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UserError(f"{path}: the run goes on in another process; wait for its end, or end it") from None
+    except OSError:  # a file system without locks
+        pass
+    return held
 
 
 class _Log(logging.FileHandler):
@@ -54,6 +73,7 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=again)
         except OSError as error:
             raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --name or --runs") from None
+        self._files.callback(os.close, lock(path))
 
     def open(self, plan: Plan, *, metrics: bytes = b"", step: int = 0) -> None:
         """Begin with the `metrics` of the steps before `step`."""

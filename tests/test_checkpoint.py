@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from executor.checkpoint import Manifest
 from executor.execute import Survival, execute, resume
 from executor.offload import Parking
 from executor.pools import Fleet
-from executor.rundir import timeline_of
+from executor.rundir import lock, timeline_of
 from planner.predict.schedule import tasks_of
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -250,6 +251,14 @@ saver.save(lambda d: snapshot(d, 8, rows=10_000), step=8, done=(), plan=plan, ti
 saver.wait()
 print(saver.error)
 """
+
+
+def test_a_run_that_goes_on_is_not_gone_on_with_twice(two: Path) -> None:
+    held = lock(two)
+    with pytest.raises(UserError, match="the run goes on in another process"):
+        resume(checkpoint.find(two), steps=9)
+    os.close(held)
+    os.close(lock(two))
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(two: Path) -> None:
