@@ -22,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 HEAD = "10.77.0.1"  # on the switch, in the namespace of Ray's head and of the controller
 HOSTS = 3
 JOINED = f"""
-import ray, time
+import ray, sys, time
 ray.init(address="{HEAD}:6379", logging_level="ERROR")
-while sum(node["Alive"] for node in ray.nodes()) <= {HOSTS}:
+while sum(node["Alive"] for node in ray.nodes()) <= int(sys.argv[1]):
     time.sleep(0.1)
 """
 
@@ -114,8 +114,9 @@ def hosts(network: Network, environment: dict[str, str]) -> Iterator[list[subpro
         wait_for(lambda: _listens(network, HEAD))
         for number in range(1, HOSTS + 1):
             start(number, f"--address={HEAD}:6379", f"--node-ip-address={network.address(number)}", "--num-cpus=1")
-        command = network.command(0, sys.executable, "-c", JOINED)
-        subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+            # One after the other: on one machine they share a directory, in which two at once take each other's names.
+            joined = network.command(0, sys.executable, "-c", JOINED, str(number))
+            subprocess.run(joined, env=environment, check=True, capture_output=True, timeout=120)
         yield started
     finally:
         pids = [pid for process in started for pid in (process.pid, *descendants(process.pid))]
