@@ -34,7 +34,7 @@ from planner.spec.files import File, write_atomic
 from planner.spec.plan import Plan
 from planner.spec.timeline import Span, Timeline
 
-EXPORTED = ("actor", "critic")
+EXPORTED, FINAL = ("actor", "critic"), "final"
 MANIFEST, PLAN, TIMELINE, METRICS, IN_FLIGHT = (
     "checkpoint.json",
     "plan.json",
@@ -48,18 +48,22 @@ Done = tuple[str, int, int | None]  # a call, its step, and the version of the w
 
 def export(processes: Processes, prompts: PromptSource, directory: Path) -> None:
     """Write actor and critic as Hugging Face directories `directory/<role>` that `from_pretrained` loads, the actor
-    with its tokenizer. Each appears whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
+    with its tokenizer. Each appears whole or not at all. Raises UserError."""
     for role in EXPORTED:
         if role not in processes.plan.trainers:
             continue
         unfinished = directory / f".{role}"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        ask(processes.of(role), "export", role, unfinished.resolve())
-        if role == "actor":
-            prompts.save_tokenizer(unfinished)
-        shutil.rmtree(directory / role, ignore_errors=True)  # of the run before it was resumed
-        os.replace(unfinished, directory / role)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            ask(processes.of(role), "export", role, unfinished.resolve())
+            if role == "actor":
+                prompts.save_tokenizer(unfinished)
+            shutil.rmtree(directory / role, ignore_errors=True)  # of an attempt before
+            os.replace(unfinished, directory / role)
+        except OSError as error:
+            raise UserError(f"{directory}: the {role} cannot be written ({error.strerror}); make room there") from None
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class Manifest(File):
@@ -242,13 +246,15 @@ class Checkpoint:
 
     def has_ended(self, plan: Plan) -> bool:
         """Whether the run has written what comes after its last step, too."""
-        exported = [self.run / "checkpoints" / "final" / role for role in EXPORTED if role in plan.trainers]
+        exported = [self.run / "checkpoints" / FINAL / role for role in EXPORTED if role in plan.trainers]
         return (self.run / TIMELINE).is_file() and all(directory.is_dir() for directory in exported)
 
     def take_up(self, plan: Plan) -> None:
         """Before the run goes on: drop its later checkpoints, and set aside what another plan has measured. A run has
-        its timeline when it has ended."""
+        its timeline and its models when it has ended."""
         (self.run / TIMELINE).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.run / "checkpoints" / FINAL)
         there = listed(self.directory.parent)
         for later in there[there.index(self.directory) + 1 :]:
             shutil.rmtree(later)

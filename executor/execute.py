@@ -1,6 +1,7 @@
 """A run from its start to its end: processes, the loop, checkpoints, and starting again after a failure."""
 
 import contextlib
+import os
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from executor import pools
 from executor.rehearse import Rehearsal
 from executor.run import Backend, Course, Progress, Silent, loop
-from executor.rundir import RunDirectory, check_free, log, timeline_of
+from executor.rundir import RunDirectory, check_free, lock, log, timeline_of
 from executor.session import ray_session
 from executor.stops import Stops
 from executor.supervise import FLOOR_SECONDS, Deadlines, one_line
@@ -86,16 +87,20 @@ def resume(
     track: Sequence[str] = (),
 ) -> Path:
     """Go on with a run from one of its checkpoints, up to `steps` steps in all (default: the workload's), under its own
-    plan or another one; later checkpoints and metrics of the run are dropped. Raises UserError."""
-    plan = plan or resumed.plan
+    plan or another one; later checkpoints and metrics of the run are dropped. A run that has ended is left as it is.
+    Raises UserError."""
+    plan, progress = plan or resumed.plan, progress or Silent()
     check(plan)
     resumed.check(plan)
     steps = steps or plan.workload.steps
-    ahead = resumed.manifest.step - steps
-    if ahead > 0 or (ahead == 0 and not resumed.manifest.done and resumed.has_ended(plan)):
-        raise UserError(f"{resumed.directory}: all {steps} steps are done; choose more --steps")
+    if (done := resumed.manifest.step) > steps:
+        raise UserError(f"{resumed.directory}: {done} steps are done; choose --steps {done} or more")
+    if done == steps and not resumed.manifest.done and resumed.has_ended(plan):
+        progress.on_note(f"all {steps} steps are done; --steps goes on for longer")
+        return resumed.run
+    os.close(lock(resumed.run))  # before anything is started
     deadlines = Deadlines(plan=plan, floor=deadline_floor)
-    _train(plan, resumed.run, steps, address, progress or Silent(), deadlines, survival, track, resumed)
+    _train(plan, resumed.run, steps, address, progress, deadlines, survival, track, resumed)
     return resumed.run
 
 
@@ -212,6 +217,7 @@ def _run(
     spans: dict[int, Span] = {}
     stops = Stops(tasks, save_every, passed=cut)
     recorded = _Recorded(directory, progress, past)
+    timeline = lambda: timeline_of(plan, steps, [*past, *_ordered(spans)])  # noqa: E731
     with contextlib.ExitStack() as stack:
         try:
             _open(directory, plan, resumed)
@@ -222,8 +228,10 @@ def _run(
                 loop(tasks, backend, spans, recorded, course, until=stops)
                 if (arrived := stops.arrive(course.newest)) is None or saver is None:
                     break
-                timeline = timeline_of(plan, steps, [*past, *_ordered(spans)])
-                _save(backend, saver, *arrived, tasks, timeline, directory, plan)
+                saver.wait()
+                if saver.error is not None:
+                    progress.on_note(f"the checkpoint before could not be written ({saver.error})")
+                _save(backend, saver, *arrived, tasks, timeline(), directory, plan)
                 if stops.asked:
                     _end_asked(saver, recorded, directory.path)
             limit, everywhere = backend.deadlines.of_start, tuple(plan.pools)
@@ -232,12 +240,14 @@ def _run(
                 backend.export(directory.path / "checkpoints" / "final")
             if saver is not None:
                 saver.wait()
+            directory.write_timeline(timeline())
             log.info("done")
         except BaseException as error:
             _log_end(error)
+            with contextlib.suppress(UserError):  # on a full disk, which the error is about
+                directory.write_timeline(timeline())
             raise
         finally:
-            directory.write_timeline(timeline_of(plan, steps, [*past, *_ordered(spans)]))
             directory.close()
 
 
@@ -259,7 +269,10 @@ def _open(directory: RunDirectory, plan: Plan, resumed: "Checkpoint | None") -> 
     if resumed is None:
         directory.open(plan)
         return
-    resumed.take_up(plan)
+    try:
+        resumed.take_up(plan)
+    except OSError as error:
+        raise UserError(f"{directory.path}: cannot be changed ({error.strerror}); may you write there?") from None
     directory.open(plan, metrics=resumed.metrics, step=resumed.manifest.step)
     log.info("resumed from %s", resumed.directory)
 

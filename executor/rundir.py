@@ -1,10 +1,13 @@
 """The directory of a run: plan, timeline, metrics, log, what trackers write, checkpoints."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
+import os
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +30,29 @@ def check_free(runs: Path, name: str) -> Path:
     path = runs / name
     if path.exists():
         raise UserError(f"{path} exists already; choose another --name or remove it")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{path}: nothing can be written into {there}; choose another --runs")
     return path
+
+
+def lock(path: Path) -> int:
+    """A descriptor of a run's directory that keeps other processes from going on with the run; it is free when this
+    process ends, however. Raises UserError."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UserError(f"{path}: the run goes on in another process; wait for its end, or end it") from None
+    except OSError:  # a file system without locks
+        pass
+    return held
+
+
+class _Log(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """On a full disk lines are lost, and nobody is shown a traceback for them."""
 
 
 class RunDirectory:
@@ -48,18 +73,21 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=again)
         except OSError as error:
             raise UserError(f"{path}: cannot be made ({error.strerror}); choose another --name or --runs") from None
+        self._files.callback(os.close, lock(path))
 
     def open(self, plan: Plan, *, metrics: bytes = b"", step: int = 0) -> None:
         """Begin with the `metrics` of the steps before `step`."""
         plan.write(self.path / "plan.json")
         write_atomic(self.path / "metrics.jsonl", metrics)
-        handler = logging.FileHandler(self.path / "log.txt", encoding="utf-8")
+        handler = _Log(self.path / "log.txt", encoding="utf-8")
         self._files.callback(handler.close)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         log.addHandler(handler)
         self._files.callback(log.removeHandler, handler)
         log.setLevel(logging.INFO)
         log.propagate = False
+        self._files.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = _log_thread
         self._metrics = self._files.enter_context((self.path / "metrics.jsonl").open("a", encoding="utf-8"))
         if self._trackers is not None:
             self._files.callback(lambda told: told.close(failed=sys.exception() is not None), self._trackers)
@@ -67,8 +95,12 @@ class RunDirectory:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in metrics.items()}
-        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._metrics.flush()
+        try:
+            self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            what = f"{self.path / 'metrics.jsonl'}: cannot be written ({error.strerror})"
+            raise UserError(f"{what}; make room, and go on with: plan execute --resume {self.path}") from None
         if self._trackers is not None:
             self._trackers.log(metrics)
 
@@ -76,7 +108,13 @@ class RunDirectory:
         write_atomic(self.path / "timeline.json", timeline.to_json())
 
     def close(self) -> None:
-        self._files.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written
+            self._files.close()
+
+
+def _log_thread(raised: threading.ExceptHookArgs) -> None:
+    """What a thread of a library raises, such as TensorBoard's on a full disk, is for the log."""
+    log.error("a thread ended by %s: %s", raised.exc_type.__name__, raised.exc_value)
 
 
 def timeline_of(plan: Plan, steps: int, spans: Iterable[Span]) -> Timeline:

@@ -17,7 +17,7 @@ import ray
 
 from planner.spec.errors import UserError
 
-PREFIX = "splitplan-"  # of temporary directories
+PREFIX, RAY = "splitplan-", "ray"  # of temporary directories, and the one of Ray in each
 # Each process stands for one GPU or one core: more threads would only fight. Models come from local directories.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -59,7 +59,7 @@ def _start_private(cpus: int | None, directory: Path) -> None:
         address="local",
         num_cpus=cpus,
         _node_ip_address="127.0.0.1",
-        _temp_dir=str(directory / "ray"),  # which Ray opens to everybody; the directory above it stays closed
+        _temp_dir=str(directory / RAY),  # which Ray opens to everybody; the directory above it stays closed
         # By default as many processes start at a time as there are cores, which sixteen light ones find slow.
         _system_config={"worker_maximum_startup_concurrency": 32},
     )
@@ -102,18 +102,26 @@ def _init(**options: Any) -> None:
 
 @contextlib.contextmanager
 def _private_directory() -> Iterator[Path]:
-    """A short path (sockets lie in it) that is gone afterwards. Those of processes that were killed go now."""
-    for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
-        with contextlib.suppress(OSError), left.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails as long as its owner lives
-            shutil.rmtree(left.parent, ignore_errors=True)
+    """A short path (sockets lie in it) that is gone afterwards. Those of processes that were killed go too."""
+    _sweep()
     directory = Path(tempfile.mkdtemp(prefix=PREFIX))
     try:
         with (directory / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        _sweep()
+
+
+def _sweep() -> None:
+    """Remove the directories whose owners have ended. The lock goes last: Ray's processes outlive an owner that is
+    killed, and as long as they write there something may be left for the next time."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
+        with contextlib.suppress(OSError), path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails as long as its owner lives
+            shutil.rmtree(path.parent / RAY, ignore_errors=True)
+            if not (path.parent / RAY).exists():
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 @contextlib.contextmanager

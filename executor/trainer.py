@@ -19,6 +19,7 @@ import ray
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -31,6 +32,7 @@ from executor.packing import Packed, pack
 from executor.weights import Described
 from executor.worker import Worker
 from planner.predict.memory import trainer_allowance
+from planner.spec.errors import UserError
 from planner.spec.plan import Plan, TrainerRole
 
 SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
@@ -341,7 +343,10 @@ class Trainer(Worker):
             model = hosted.module.model
             state = {name: tensor.cpu() for name, tensor in weights.whole(model) if self.rank == 0}
             if self.rank == 0:
-                models.export(model, state, directory)
+                try:
+                    models.export(model, state, directory)
+                except (OSError, SafetensorError) as error:  # fresh processes would not help
+                    raise UserError(f"{role}: cannot be written to {directory} ({error}); make room there") from None
 
     def snapshot(self, directory: Path) -> None:
         """Copy this rank's shards of what trains off the device, and begin to write them there."""

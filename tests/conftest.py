@@ -1,10 +1,14 @@
-"""What several test modules share: small plans written by hand, and one Ray session."""
+"""What several test modules share: small plans written by hand, one Ray session, and processes in it."""
 
+import contextlib
+import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import abandoned, descendants, still_there
 
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.plan import Plan
@@ -177,10 +181,45 @@ def model_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     return found
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Of all tests neither a process, and with it its ports, nor the directory of one that has ended."""
+    before = abandoned()
+    yield
+    assert not still_there(descendants(os.getpid()))
+    assert abandoned() <= before
+
+
 @pytest.fixture(scope="session")
 def ray_two() -> Iterator[None]:
     """One private Ray for the tests that start processes."""
     from executor.session import ray_session
 
     with ray_session(cpus=4, address=None):  # it starts as many processes at once, wanted or not
+        yield
+
+
+@pytest.fixture(scope="session")
+def two_cores(ray_two: None) -> Iterator[Any]:
+    """A fleet whose processes many tests use one after the other: each takes seconds to load its libraries."""
+    from executor.processes import fleet_for
+
+    fleet = fleet_for([colocated(make_workload(), cores=2)])
+    yield fleet
+    fleet.close()
+
+
+@contextlib.contextmanager
+def runs_on(fleet: Any) -> Iterator[None]:
+    """Let `execute` and `resume` use a fleet instead of processes of their own."""
+    from executor import step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step, "Training", functools.partial(step.Training, fleet=fleet))
+        yield
+
+
+@pytest.fixture
+def on_two_cores(two_cores: Any) -> Iterator[None]:
+    with runs_on(two_cores):
         yield

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROLES, make_plan, make_workload, nearly, split
+from conftest import ROLES, make_plan, make_workload, nearly, runs_on, split
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save_file
 from test_fuzz import documents
@@ -21,7 +22,8 @@ from executor import checkpoint, shards
 from executor.checkpoint import Manifest
 from executor.execute import Survival, execute, resume
 from executor.offload import Parking
-from executor.rundir import timeline_of
+from executor.pools import Fleet
+from executor.rundir import lock, timeline_of
 from planner.predict.schedule import tasks_of
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -51,10 +53,11 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module", params=["split", "one-step-off"])
-def whole(request: pytest.FixtureRequest, ray_two: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(request: pytest.FixtureRequest, two_cores: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run without interruption, with checkpoints at its steps 2 and 4."""
     plan = split(WORKLOAD) if request.param == "split" else one_step_off()
-    return execute(plan, name="r", runs=tmp_path_factory.mktemp("whole"), survival=SURVIVAL)
+    with runs_on(two_cores):
+        return execute(plan, name="r", runs=tmp_path_factory.mktemp("whole"), survival=SURVIVAL)
 
 
 def at_step_2(whole: Path, tmp_path: Path) -> checkpoint.Checkpoint:
@@ -63,6 +66,7 @@ def at_step_2(whole: Path, tmp_path: Path) -> checkpoint.Checkpoint:
 
 
 def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Path) -> None:
+    """In processes that have never seen the run."""
     found = at_step_2(whole, tmp_path)
     assert found.manifest.step == 2 and bool(found.manifest.done) == (found.plan.staleness == 1)
     run = resume(found, survival=SURVIVAL)
@@ -76,10 +80,13 @@ def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("whole", ["split"], indirect=True)
-def test_a_run_that_was_killed_behind_its_last_step_ends(whole: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_behind_its_last_step_ends(whole: Path, on_two_cores: None, tmp_path: Path) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "r"))
-    with pytest.raises(UserError, match="all 4 steps are done; choose more --steps"):
-        resume(checkpoint.find(run), survival=SURVIVAL)
+    there = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert resume(checkpoint.find(run), survival=SURVIVAL) == run
+    assert there == {path: path.stat().st_mtime_ns for path in run.rglob("*")}  # what has ended is left as it is
+    with pytest.raises(UserError, match="4 steps are done; choose --steps 4 or more"):
+        resume(checkpoint.find(run), steps=3, survival=SURVIVAL)
     (run / "timeline.json").unlink()
     shutil.rmtree(run / "checkpoints/final/critic")
     resume(checkpoint.find(run), survival=SURVIVAL)
@@ -89,7 +96,7 @@ def test_a_run_that_was_killed_behind_its_last_step_ends(whole: Path, tmp_path: 
     assert (run / model).read_bytes() == (whole / model).read_bytes()
 
 
-def test_another_plan_goes_on_from_resharded_weights(whole: Path, tmp_path: Path) -> None:
+def test_another_plan_goes_on_from_resharded_weights(whole: Path, on_two_cores: None, tmp_path: Path) -> None:
     """On other pools, with other shards; a pipeline is filled anew if the program would not have filled it so."""
     found = at_step_2(whole, tmp_path)
     shards_of_two = one_step_off(pools={"all": 2}, homes=dict.fromkeys(ROLES, "all"))
@@ -244,6 +251,14 @@ saver.save(lambda d: snapshot(d, 8, rows=10_000), step=8, done=(), plan=plan, ti
 saver.wait()
 print(saver.error)
 """
+
+
+def test_a_run_that_goes_on_is_not_gone_on_with_twice(two: Path) -> None:
+    held = lock(two)
+    with pytest.raises(UserError, match="the run goes on in another process"):
+        resume(checkpoint.find(two), steps=9)
+    os.close(held)
+    os.close(lock(two))
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(two: Path) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -16,9 +15,8 @@ from typing import Any
 
 import pytest
 from conftest import make_plan, make_workload
+from processes import descendants, end, end_agents, working
 from test_checkpoint import metrics_of
-from test_executor_loop import descendants
-from test_faults import end_agents, working
 
 from executor import pools
 from executor.trainer import _interface
@@ -74,9 +72,7 @@ class Nodes:
             self.process.communicate(timeout=60)
         finally:
             left = end_agents(pids)
-            for pid in [self.process.pid, *left]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            end([self.process.pid])
         assert pids and not left
 
     def python(self, code: str) -> Any:

@@ -142,6 +142,12 @@ def test_a_run_has_a_plain_name(tmp_path: Path, name: str) -> None:
         execute(split(make_workload()), name=name, runs=tmp_path, rehearse=True, seconds=lambda task: 0.0)
 
 
+def test_runs_need_a_directory_before_anything_is_started(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"nothing can be written into .*file; choose another --runs"):
+        execute(split(make_workload()), name="r", runs=tmp_path / "file" / "runs")
+
+
 def test_more_gpus_than_ray_has(ray_two: None) -> None:
     gpus = cpu_cluster(100).gpus
     with pytest.raises(UserError, match=r"100 CPUs are needed and Ray has 4"):

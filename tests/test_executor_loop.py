@@ -1,22 +1,23 @@
 """The loop with sleeping processes: the order of the schedule, real overlap, and nothing left behind."""
 
-import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from conftest import colocated, cpu_cluster, make_plan, make_workload, split
+from processes import descendants, end, listening, still_there
 
 from executor import checkpoint
 from executor.execute import _run, execute
 from executor.rehearse import Rehearsal
 from executor.run import Silent, loop
-from executor.rundir import RunDirectory
+from executor.rundir import RunDirectory, log
 from executor.supervise import Deadlines
 from executor.worker import Record
 from planner.predict.schedule import Task, tasks_of
@@ -114,16 +115,16 @@ def test_sixteen_ranks_rehearse(ray_two: None, tmp_path: Path) -> None:
     assert len(Timeline.read(path / "timeline.json").spans) == 18
 
 
-class Broken:
-    """A backend whose third call fails."""
+class Quick:
+    """A backend whose calls take no time, and of which one may fail."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails: int = 0) -> None:
         self.deadlines = Deadlines(plan=colocated(make_workload()))
-        self.calls = 0
+        self.calls, self.fails = 0, fails
 
     def run(self, task: Task) -> tuple[list[Record], int]:
         self.calls += 1
-        if self.calls == 3:
+        if self.calls == self.fails:
             raise UserError("the reward function is wrong")
         now = time.perf_counter()
         return [Record(start=now, end=now)], 0
@@ -138,7 +139,7 @@ class Broken:
 def test_a_failed_call_ends_the_loop_and_what_was_done_is_kept() -> None:
     spans: dict[int, Span] = {}
     with pytest.raises(UserError, match="reward function"):
-        loop(tasks_of(colocated(make_workload()), 2), Broken(), spans, Silent())
+        loop(tasks_of(colocated(make_workload()), 2), Quick(fails=3), spans, Silent())
     assert [span.call for span in spans.values()] == ["generate", "score"]
 
 
@@ -153,37 +154,47 @@ class Interrupted(RunDirectory):
 def test_a_run_directory_never_lacks_its_timeline(tmp_path: Path) -> None:
     plan = colocated(make_workload())
     with pytest.raises(KeyboardInterrupt):
-        _run(plan, 2, Broken(), Interrupted(tmp_path / "r", tensorboard=False), Silent())
+        _run(plan, 2, Quick(), Interrupted(tmp_path / "r", tensorboard=False), Silent())
     timeline = Timeline.read(tmp_path / "r" / "timeline.json")
     assert timeline.steps == 2 and not timeline.spans
     assert "ended by KeyboardInterrupt" in (tmp_path / "r" / "log.txt").read_text()
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes below one, from /proc."""
-    parents: dict[int, int] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, its in parents.items() if its == parent]
-    return found[1:]
+def files_of_log() -> list[logging.FileHandler]:
+    return [handler for handler in log.handlers if isinstance(handler, logging.FileHandler)]
 
 
-def running(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+class Full(RunDirectory):
+    """Its disk is full."""
+
+    def open(self, plan: Plan) -> None:
+        super().open(plan)
+        with Path("/dev/full").open("w") as full:
+            for file in (self._metrics, *(handler.stream for handler in files_of_log())):
+                os.dup2(full.fileno(), file.fileno())
 
 
-def still_there(pids: Iterable[int], seconds: float = 20.0) -> list[int]:
-    """Those of some processes that run after so long; ending takes Ray's a moment."""
-    deadline = time.monotonic() + seconds
-    while (left := [pid for pid in pids if running(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
+@pytest.mark.skipif(sys.platform != "linux", reason="writes to /dev/full")
+def test_a_disk_too_full_for_metrics_ends_the_run_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = colocated(make_workload())
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\); make room"):
+        _run(plan, 2, Quick(), Full(tmp_path / "r", tensorboard=False), Silent())
+    assert Timeline.read(tmp_path / "r" / "timeline.json").spans
+    assert capfd.readouterr().err == ""
+    assert not files_of_log()
+
+
+def test_what_a_thread_of_a_library_raises_is_for_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    directory, hook = RunDirectory(tmp_path / "r", tensorboard=False), threading.excepthook
+    directory.open(colocated(make_workload()))
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    directory.close()
+    assert "a thread ended by ZeroDivisionError" in (tmp_path / "r" / "log.txt").read_text()
+    assert capfd.readouterr().err == "" and threading.excepthook is hook
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -204,17 +215,17 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals, 
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
         children = descendants(process.pid)
+        open_at = listening([process.pid, *children])
         os.killpg(process.pid, number) if number == signal.SIGINT else os.kill(process.pid, number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and errors.strip() == "plan: interrupted", errors
         assert len(children) > 5 and not still_there(children)
+        assert open_at == {"127.0.0.1"}  # of all of them, Ray's and torch's
         timeline = Timeline.read(tmp_path / "r" / "timeline.json")
         assert timeline.steps == 5000
         if not rehearse:  # all that was begun before the last checkpoint has ended
             ended = max(span.step for span in timeline.spans if span.call == "sync_weights")
             assert checkpoint.find(tmp_path / "r").manifest.step == ended + 1
     finally:
-        for pid in [process.pid, *children]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end([process.pid, *children])
         process.wait()

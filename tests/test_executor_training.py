@@ -19,7 +19,6 @@ from executor import preflight
 from executor.data import Generated, Sequences, Synthetic, collate
 from executor.execute import execute
 from executor.pools import Fleet
-from executor.processes import fleet_for
 from executor.run import Silent, loop
 from executor.step import Training
 from executor.trainer import Minibatch, Trainer
@@ -52,17 +51,15 @@ Train = Callable[[Plan], Recording]
 
 
 @pytest.fixture(scope="module")
-def train(ray_two: None) -> Iterator[Train]:
+def train(two_cores: Fleet) -> Train:
     """Runs plans of two cores on the same processes."""
-    fleet = fleet_for([colocated(WORKLOAD, cores=2)])
 
     def run(plan: Plan) -> Recording:
-        backend = Recording(plan, fleet)
+        backend = Recording(plan, two_cores)
         loop(tasks_of(plan, STEPS), backend, {}, Silent())
         return backend
 
-    yield run
-    fleet.close()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +184,7 @@ def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:
     assert metrics[2]["importance/p01"] < 1 < metrics[2]["importance/p99"] <= metrics[2]["importance/max"]
 
 
-def test_a_run_writes_what_it_promises(ray_two: None, tmp_path: Path) -> None:
+def test_a_run_writes_what_it_promises(on_two_cores: None, tmp_path: Path) -> None:
     workload = make_workload(steps=2, proximal="rollout", reference=None, critic=None)
     path = execute(colocated(workload, cores=1), name="r", runs=tmp_path)
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -242,7 +239,7 @@ def with_files(tmp_path: Path, directories: dict[str, Path], function: str) -> W
 
 
 def test_a_run_from_files_with_a_reward_function(
-    ray_two: None, tmp_path: Path, model_directories: dict[str, Path]
+    on_two_cores: None, tmp_path: Path, model_directories: dict[str, Path]
 ) -> None:
     path = execute(split(with_files(tmp_path, model_directories, "length")), name="r", runs=tmp_path)
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -257,7 +254,7 @@ def test_a_run_from_files_with_a_reward_function(
 
 
 def test_a_failure_in_the_middle_keeps_what_was_done(
-    ray_two: None, tmp_path: Path, model_directories: dict[str, Path]
+    on_two_cores: None, tmp_path: Path, model_directories: dict[str, Path]
 ) -> None:
     plan = split(with_files(tmp_path, model_directories, "late_failure"))
     with pytest.raises(
@@ -270,7 +267,7 @@ def test_a_failure_in_the_middle_keeps_what_was_done(
 
 
 def test_a_reward_function_that_hangs_ends_the_run(
-    ray_two: None, tmp_path: Path, model_directories: dict[str, Path]
+    on_two_cores: None, tmp_path: Path, model_directories: dict[str, Path]
 ) -> None:
     workload = with_files(tmp_path, model_directories, "hang")
     assert isinstance(workload.reward, RewardFunction)
@@ -283,7 +280,7 @@ def test_a_reward_function_that_hangs_ends_the_run(
 
 
 def test_a_sample_without_a_reward_is_dropped_and_counted(
-    ray_two: None, tmp_path: Path, model_directories: dict[str, Path]
+    on_two_cores: None, tmp_path: Path, model_directories: dict[str, Path]
 ) -> None:
     """A batch hangs once: its samples are tried again. One of them never gets a finite number."""
     workload = with_files(tmp_path, model_directories, "sometimes")

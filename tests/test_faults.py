@@ -7,22 +7,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import colocated, make_workload, split
+from conftest import colocated, make_workload, nearly, split
+from processes import WORKERS, descendants, end, still_there, working
+from safetensors.numpy import load_file
 from test_checkpoint import SURVIVAL, WORKLOAD, metrics_of
-from test_executor_loop import descendants, running, still_there
 
-from executor import checkpoint, preflight
+from executor import checkpoint, step
 from executor.execute import Survival, execute, resume
-from executor.run import Silent, loop
+from executor.pools import Fleet
+from executor.run import Silent
 from executor.step import Done, Training
 from planner.predict.forecast import predict
-from planner.predict.schedule import Task, tasks_of
+from planner.predict.schedule import Task
 from planner.spec.errors import UserError
 from planner.spec.timeline import Timeline
 
@@ -37,63 +39,35 @@ def whole(ray_two: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return execute(split(WORKLOAD), name="r", runs=tmp_path_factory.mktemp("whole"), survival=Survival(save_every=0))
 
 
-WORKERS = ("Trainer", "EngineWorker", "RewardWorker")
-
-
-def working(pids: Iterable[int], names: tuple[str, ...] = WORKERS) -> list[int]:
-    """Those that are processes of these classes, as Ray titles them: `ray::Trainer.call` while it is called."""
-    titles = tuple(f"ray::{name}".encode() for name in names)
-    found = []
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(titles) and running(pid):
-                found.append(pid)
-    return sorted(found)
-
-
-def called(name: str) -> list[int]:
-    """Our own ones of a class."""
-    return working(descendants(os.getpid()), (name,))
-
-
-def left_after(seconds: float) -> list[int]:
-    """Our own ones that are there after so long; Ray's kill does not wait for them to end."""
-    deadline = time.monotonic() + seconds
-    while (left := working(descendants(os.getpid()))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
-
-
-def end_agents(pids: Iterable[int]) -> list[int]:
-    """Those of some processes that stay after a controller or a node was killed, but for two of Ray's: these see it
-    within a minute only, and are ended here."""
-    agents = working(pids, ("DashboardAgent", "RuntimeEnvAgent"))
-    left = still_there(set(pids) - set(agents))
-    for pid in agents:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return left
-
-
 class Faults(Silent):
     """Sends signals to a process of a class when a call starts for the first time."""
 
     def __init__(self, faults: dict[tuple[str, int], tuple[str, signal.Signals]]) -> None:
-        self.faults, self.seen = dict(faults), {}
+        self.faults = dict(faults)
+        self.others = set(working(descendants(os.getpid())))  # those that several tests share
+        self.trainers: list[list[int]] = []  # at each fault
         self.notes: list[str] = []
 
     def on_start(self, task: Task) -> None:
         if fault := self.faults.pop((task.call.name, task.step), None):
             name, number = fault
-            self.seen[name] = called("Trainer")
-            os.kill(called(name)[-1], number)
+            self.trainers.append(self.ours("Trainer"))
+            os.kill(self.ours(name)[-1], number)
+
+    def ours(self, *names: str) -> list[int]:
+        """The run's own processes of some classes."""
+        return [pid for pid in working(descendants(os.getpid()), names or WORKERS) if pid not in self.others]
+
+    def left(self) -> list[int]:
+        """Its processes that stay; Ray's kill does not wait for them to end."""
+        return still_there(self.ours())
 
     def on_note(self, text: str) -> None:
         self.notes.append(text)
 
 
 def close(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
-    return [{k: pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in line.items()} for line in b] == a
+    return a == [{name: nearly(value, rel=1e-4, abs=1e-5) for name, value in line.items()} for line in b]
 
 
 @nightly
@@ -104,7 +78,7 @@ def test_a_killed_engine_is_started_again_with_the_current_weights(whole: Path, 
     run = execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=nothing)
     assert metrics_of(run) == metrics_of(whole)
     assert (run / "log.txt").read_text().count("engine 0 in pool a died; it is started again") == 2
-    assert not faults.notes and faults.seen  # trainers were not started again
+    assert not faults.notes and len(faults.trainers[0]) == 2 and faults.trainers[0] == faults.trainers[1]
     assert len(Timeline.read(run / "timeline.json").spans) == 36
 
 
@@ -129,14 +103,14 @@ def test_a_killed_rank_and_one_that_hangs_restart_from_the_last_checkpoint(whole
     assert "update_actor of step 3" in killed and "Restart 2 of 2, from step 2" in killed
     spans = Timeline.read(run / "timeline.json").spans
     assert len({(span.call, span.step) for span in spans}) == len(spans) == 36
-    assert not left_after(20)
+    assert not faults.left()
 
 
 def test_too_many_restarts_end_the_run(ray_two: None, tmp_path: Path) -> None:
     faults = Faults({("update_actor", 0): ("Trainer", signal.SIGKILL)})
     with pytest.raises(UserError, match=r"update_(actor|critic) of step 0 on pool [ab]: .*died in train"):
         execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=SURVIVAL)
-    assert not left_after(20)
+    assert not faults.left()
 
 
 @nightly
@@ -160,9 +134,7 @@ def test_a_killed_controller_leaves_a_run_that_can_be_resumed(whole: Path, tmp_p
             time.sleep(0.1)
         assert len(children) > 5 and not left  # Ray's agents notice later
     finally:
-        for pid in [process.pid, *children]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end([process.pid, *children])
         for left in set(Path("/tmp").glob("splitplan-*")) - temporary:
             shutil.rmtree(left, ignore_errors=True)
     assert not (tmp_path / "r/timeline.json").exists()
@@ -185,21 +157,47 @@ class Poisoned(Training):
         return done
 
 
-class Watching(Silent):
-    def __init__(self) -> None:
-        self.metrics: list[dict[str, Any]] = []
+def test_steps_without_finite_gradients_are_left_out_counted_and_end_the_run(
+    two_cores: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "Training", partial(Poisoned, fleet=two_cores))
+    plan = colocated(make_workload(critic=None, reference=None, steps=8), cores=1)
+    with pytest.raises(UserError, match="update_actor of step 6: loss or gradient was not finite in 8 optimizer"):
+        execute(plan, name="r", runs=tmp_path, survival=Survival(save_every=2, keep=1))
+    lines = metrics_of(tmp_path / "r")
+    assert [line["actor/skipped"] for line in lines] == [0, 1, 0, 2, 2, 2]
+    assert all(line["actor/grad_norm"] is not None for line in lines[:3])
+    found = checkpoint.find(tmp_path / "r")
+    assert found.manifest.step == 6 and found.manifest.skipped == {"actor": 6}
+    assert all(np.isfinite(array).all() for array in load_file(found.directory / "actor-00000.safetensors").values())
+
+
+class Filling(Silent):
+    """Leaves no room on a disk when step 2 has ended."""
+
+    def __init__(self, disk: Path) -> None:
+        self.file = disk / "fill"
 
     def on_step(self, metrics: dict[str, Any]) -> None:
-        self.metrics.append(metrics)
+        if metrics["step"] == 2:
+            with self.file.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1024))
 
 
-def test_steps_without_finite_gradients_are_left_out_and_counted(ray_two: None) -> None:
-    plan = colocated(make_workload(critic=None, reference=None), cores=1)
-    backend, watching = Poisoned(plan, preflight.check(plan, local=True)), Watching()
+@nightly
+def test_a_disk_that_is_full_costs_no_checkpoint(whole: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a disk")
     try:
-        with pytest.raises(UserError, match="update_actor of step 6: loss or gradient was not finite in 8 optimizer"):
-            loop(tasks_of(plan, 8), backend, {}, watching)
+        full = Filling(disk)
+        with pytest.raises(UserError, match="cannot be written"):
+            execute(split(WORKLOAD), name="r", runs=disk, progress=full, survival=Survival(save_every=2))
+        assert [path.name for path in (disk / "r/checkpoints").iterdir() if path.name != "final"] == ["step-000002"]
+        full.file.unlink()
+        assert metrics_of(resume(checkpoint.find(disk / "r"), survival=SURVIVAL)) == metrics_of(whole)
     finally:
-        backend.close()
-    assert [line["actor/skipped"] for line in watching.metrics] == [0, 1, 0, 2, 2, 2]
-    assert all(np.isfinite(line["actor/grad_norm"]) for line in watching.metrics[:3])
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -8,7 +8,7 @@ from conftest import cpu_cluster, make_workload
 
 from executor.groups import Batch, Group, fitting, groups_of
 from executor.measure import measure, profile
-from executor.processes import fleet_for
+from executor.pools import Fleet
 from planner.predict.cost import CostModel
 from planner.predict.layouts import trainer_layouts
 from planner.predict.profile import check_profiles, load_profiles
@@ -54,7 +54,7 @@ def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_
         profile(workload.model_copy(update={"seed": 1}), cluster, out, progress=again.append)
 
 
-def test_batches_of_several_sizes_run_on_the_same_processes(ray_two: None) -> None:
+def test_batches_of_several_sizes_run_on_the_same_processes(two_cores: Fleet) -> None:
     workload, cluster = make_workload(batch=8, minibatch=4), cpu_cluster(1)
     (whole,) = groups_of(workload, cluster)
     plan = whole.plans[0]
@@ -64,12 +64,8 @@ def test_batches_of_several_sizes_run_on_the_same_processes(ray_two: None) -> No
         Batch(sequences=8, repeats=1, micro_batch_tokens=13),
         Batch(sequences=12, repeats=1, stretch=1.5, held_out=True),
     )
-    fleet = fleet_for([plan])
-    try:
-        said: list[str] = []
-        points, held_out = measure(Group(name="sizes", plans=(plan,), batches=batches), fleet, said.append)
-    finally:
-        fleet.close()
+    said: list[str] = []
+    points, held_out = measure(Group(name="sizes", plans=(plan,), batches=batches), two_cores, said.append)
     assert len(said) == 1 + 1 + 2 + 2 + 1 + 1  # that it begins, and each step with the warm-up
     lengths = sample(workload.response, 8, workload.seed, 0, 1)
     generated = {p.sequences: p for p in points if p.call == "generate"}

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import pytest
 from conftest import colocated, make_workload
+from processes import descendants, end_agents, working
 from test_checkpoint import metrics_of
-from test_executor_loop import descendants
-from test_faults import end_agents, working
 
 from executor import checkpoint
 from executor.execute import Survival, execute
@@ -127,7 +126,7 @@ def temporary() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])])
-def test_runs_outlive_kills_at_random_times(kills: int, ray_two: None, tmp_path: Path, temporary: str) -> None:
+def test_runs_outlive_kills_at_random_times(kills: int, on_two_cores: None, tmp_path: Path, temporary: str) -> None:
     workload = make_workload(steps=STEPS, critic=None, reference=None)
     plan, chance = colocated(workload, cores=1 if kills < 100 else 2), random.Random(kills)
     whole = execute(plan, name="whole", runs=tmp_path, survival=Survival(save_every=0))
@@ -136,7 +135,7 @@ def test_runs_outlive_kills_at_random_times(kills: int, ray_two: None, tmp_path:
     pids: set[int] = set()
     for number in range(kills):
         if not left:
-            break
+            break  # `number` runs took them all
         controlled = Controlled(plan, tmp_path / str(number), temporary)
         try:
             controlled.soak(left, chance)
@@ -148,5 +147,6 @@ def test_runs_outlive_kills_at_random_times(kills: int, ray_two: None, tmp_path:
         written = b"".join(path.read_bytes() for path in controlled.run.parent.rglob("*") if path.is_file())
         assert not [name for name, secret in SECRETS.items() if secret.encode() in written]
         assert set(spans.values()) == {1} and len(spans) == STEPS * len(plan.dataflow.calls)
+    print(f"{kills} kills in {number} runs of {STEPS} steps, each with the metrics of one to which nothing happened")
     assert not left
     assert pids and not end_agents(pids)

@@ -3,12 +3,16 @@
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, model_validator
+from pydantic import Field, model_validator
 
 from planner.spec.errors import UserError
 from planner.spec.files import Bytes, Count, File, Spec, profiles_dir, read_data
 
 MOST_GPUS = 65_536
+# Wide enough for any machine, and no quotient of them is infinite.
+Rate = Annotated[float, Field(ge=1, le=1e21)]  # FLOP/s or bytes/s
+Efficiency = Annotated[float, Field(ge=1e-6, le=1e3)]
+Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class Device(Spec):
@@ -18,17 +22,17 @@ class Device(Spec):
 
     kind: Literal["cuda", "cpu"] = "cuda"
     memory_bytes: Annotated[Bytes, Field(gt=0)]
-    flops: PositiveFloat
-    memory_bandwidth: PositiveFloat
-    link_bandwidth: PositiveFloat
-    host_bandwidth: PositiveFloat
-    efficiency_compute: PositiveFloat = 0.5
-    efficiency_memory: PositiveFloat = 0.7
-    efficiency_link: PositiveFloat = 0.7
-    overhead_seconds: NonNegativeFloat = 0.0  # of each call: dispatch, collation, optimizer launch
-    launch_seconds: NonNegativeFloat = 0.0  # of one layer's forward pass over a micro-batch, however few its tokens
+    flops: Rate
+    memory_bandwidth: Rate
+    link_bandwidth: Rate
+    host_bandwidth: Rate
+    efficiency_compute: Efficiency = 0.5
+    efficiency_memory: Efficiency = 0.7
+    efficiency_link: Efficiency = 0.7
+    overhead_seconds: Seconds = 0.0  # of each call: dispatch, collation, optimizer launch
+    launch_seconds: Seconds = 0.0  # of one layer's forward pass over a micro-batch, however few its tokens
     context_bytes: Bytes = 0  # of each process on the GPU
-    price_per_hour: NonNegativeFloat = 0.0
+    price_per_hour: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     source: str = ""
 
 
@@ -47,8 +51,8 @@ class Cluster(File):
     name: str
     nodes: tuple[Node, ...]
     devices: dict[str, Device]
-    network_bandwidth: PositiveFloat = 50e9
-    network_latency_seconds: NonNegativeFloat = 20e-6
+    network_bandwidth: Rate = 50e9
+    network_latency_seconds: Seconds = 20e-6
 
     @model_validator(mode="after")
     def _known_devices(self) -> Self:

@@ -1,0 +1,45 @@
+"""The temporary directories of private Rays: gone when their owners are, those of owners that were killed too."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from executor import session
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+
+def abandoned(tmp_path: Path, name: str) -> Path:
+    """As of an owner that was killed."""
+    directory = tmp_path / f"splitplan-{name}"
+    (directory / "ray" / "session").mkdir(parents=True)
+    (directory / "lock").touch()
+    return directory
+
+
+def test_a_directory_goes_with_its_owner_and_those_of_killed_ones_go_too(tmp_path: Path) -> None:
+    abandoned(tmp_path, "before")
+    with session._private_directory() as directory:
+        assert list(tmp_path.iterdir()) == [directory]
+        (directory / "ray").mkdir()
+        with session._private_directory() as other:  # which leaves that of an owner who lives
+            abandoned(tmp_path, "meanwhile")
+            assert {directory, other} < set(tmp_path.iterdir())
+        assert list(tmp_path.iterdir()) == [directory]
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_removed_yet_keeps_its_lock_for_the_next_time(tmp_path: Path) -> None:
+    directory = abandoned(tmp_path, "busy")
+    (directory / "ray" / "session").rmdir()
+    (directory / "ray").rmdir()
+    (directory / "ray").touch()  # no directory, which stands in for one that is still written to
+    session._sweep()
+    assert (directory / "lock").exists()
+    (directory / "ray").unlink()
+    session._sweep()
+    assert not directory.exists()
