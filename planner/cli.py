@@ -103,6 +103,14 @@ def profiles_of_plan(command: Command) -> Command:
     show_default=True,
     help="What is minimised over the length scenarios: the mean step time, its 95th percentile, or dollars per step.",
 )
+@click.option(
+    "--scenarios",
+    type=int,
+    default=16,
+    show_default=True,
+    metavar="S",
+    help="Draws of the response lengths, fewer where a batch is large; with 1 each call takes a fixed time.",
+)
 @click.option("--time-limit", type=float, metavar="SECONDS", help="End the search then, with the best plan so far.")
 @click.option("--keep", type=int, default=3, show_default=True, metavar="N", help="Runners-up to show.")
 @click.option(

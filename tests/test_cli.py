@@ -262,6 +262,7 @@ def test_every_baseline_can_be_written_as_a_plan(tmp_path: Path, workload: Path)
         (["--gpus", "2", "--workload", "8b"], "no workload '8b' is shipped"),
         (["--gpus", "2", "--profile", "gone.json"], "gone.json: no such file"),
         (["--gpus", "2", "--max-staleness", "-1"], "must be at least 0"),
+        (["--gpus", "2", "--scenarios", "0"], "must be at least 1"),
     ],
 )
 def test_wrong_inputs_are_refused(

@@ -21,7 +21,7 @@ from planner.search import NAMES, baseline, find, problem_of
 from planner.search.bound import Bounds
 from planner.search.branch import search
 from planner.search.engines import with_mean
-from planner.search.evaluate import evaluate
+from planner.search.evaluate import dismissed, evaluate, surpassed
 from planner.search.orders import all_programs, orders
 from planner.search.programs import best_program, bound_rates, choices_of, cycles_of
 from planner.search.space import arrangements, pack, parts_of, sizes, structures
@@ -117,6 +117,10 @@ def _mean(periods):
     return np.maximum(periods[..., :-1].mean(axis=-1), periods[..., -1])
 
 
+def _only(periods):
+    return periods[..., 0]
+
+
 def _best(flow, sharing, k, seconds, limit=np.inf):
     return best_program(choices_of(flow, sharing, k), seconds, _mean, limit)
 
@@ -135,6 +139,7 @@ def test_the_best_program_is_the_best_of_all(k):
         own = cycles_of(flow, sharing, found.program.items).periods(seconds[:, :-1]).mean()
         assert found.seconds == pytest.approx(own, rel=1e-9)
         assert found.cut.bound(seconds[None], _mean)[0] == pytest.approx(own, rel=1e-8)
+        assert found.cut.least(seconds.T) == pytest.approx(found.cut.bound(seconds.T[:, :, None], _only), rel=1e-12)
         other = with_mean(seconds[:, :-1] * rng.uniform(0.5, 2, (len(flow.names), 4)))
         for program in every:
             assert program.periods(seconds[:, :-1]).mean() >= own * (1 - 1e-9)
@@ -393,6 +398,13 @@ def test_each_objective_is_best_at_its_own():
     assert [plan.predicted.proof.objective for plan in (mean, p95, cost)] == ["mean", "p95", "cost"]
 
 
+def test_one_scenario_is_a_search_at_fixed_durations():
+    workload, cluster = varied(), tiny_cluster(3)
+    one, many = (find(workload, cluster, scenarios=scenarios).best.predicted for scenarios in (1, 16))
+    assert (one.proof.scenarios, many.proof.scenarios) == (1, 16)
+    assert one.step_seconds == one.step_seconds_p95 < many.step_seconds_p95
+
+
 def test_a_search_that_is_ended_keeps_its_best_plan_with_an_honest_gap():
     problem = problem_of(default()[0], make_cluster(32), (), None)
     full = search(problem, 1)
@@ -466,3 +478,23 @@ def test_bounds_are_never_above_what_a_placement_takes():
             assert bounds.of(np.array([number]), sizes_of, sizes_of)[0] <= best.seconds * (1 + 1e-9)
             ran += 1
     assert ran > 15
+
+
+def test_what_is_dismissed_is_no_better_on_any_smaller_pools():
+    workload, cluster = default()
+    problem = problem_of(workload, cluster, (), None)
+    rng, tests = np.random.default_rng(1), {dismissed: 0, surpassed: 0}
+    listed = [a for structure in structures(ROLES) for a in arrangements(structure, cluster)]
+    for number in rng.permutation(len(listed))[:12]:
+        pools = len(listed[number].structure)
+        large = rng.multinomial(20 - pools, np.ones(pools) / pools) + 1  # more than there are, as a box may be
+        small = np.maximum(1, large - rng.integers(0, 4, pools) - 2)
+        best = evaluate(problem, listed[number], small.tolist()).best
+        if best is None or sum(small) > 16:
+            continue
+        for test in tests:
+            for times in (0.5, 0.8, 0.95, 1.0):
+                if test(problem, listed[number], large.tolist(), best.seconds * times):
+                    tests[test] += 1
+                assert not test(problem, listed[number], large.tolist(), best.seconds * 1.000001)
+    assert min(tests.values()) > 3, tests

@@ -22,6 +22,7 @@ def search(
     max_staleness: int | None,
     objective: Objective,
     time_limit: float | None,
+    scenarios: int,
     keep: int,
     pins: Sequence[str],
     out: Path,
@@ -33,6 +34,8 @@ def search(
     _check_staleness(max_staleness)
     if keep < 0:
         raise UserError(f"--keep {keep}: must be at least 0")
+    if scenarios < 1:
+        raise UserError(f"--scenarios {scenarios}: must be at least 1")
     if time_limit is not None and not time_limit > 0:
         raise UserError(f"--time-limit {time_limit:g}: must be more than 0 seconds; leave it out to search to the end")
     inputs = read_inputs(**options)
@@ -47,6 +50,7 @@ def search(
             pins=pins,
             objective=objective,
             time_limit=time_limit,
+            scenarios=scenarios,
             command=command,
         )
     best = _named(result.best, out)

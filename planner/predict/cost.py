@@ -37,9 +37,10 @@ from planner.spec.lengths import Fixed, sample
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
 from planner.spec.workload import RewardFunction, Workload
 
-__all__ = ["CostModel", "Estimate", "Place", "place_of"]
+__all__ = ["SCENARIOS", "CostModel", "Estimate", "Place", "place_of"]
 
 Engines = tuple[tuple[Device, int], ...]  # how many on which device, in the order of the engines
+SCENARIOS = 16  # of response lengths, unless a batch alone is large
 SEQUENCES, FEWEST_SCENARIOS = 2**16, 4  # in all scenarios together: those of a large batch differ little
 
 
@@ -69,7 +70,7 @@ class CostModel:
         workload: Workload,
         cluster: Cluster,
         profiles: Sequence[Profile] = (),
-        scenarios: int = 16,
+        scenarios: int = SCENARIOS,
         lengths: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     ) -> None:
         self.workload, self.cluster = workload, cluster

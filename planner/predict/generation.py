@@ -95,6 +95,7 @@ class Batch:
     """The lengths of a batch in tokens, `prompts` and `responses` [S, B], with what floors ask of them often."""
 
     FOLLOWED = 8  # of the longest responses: how many are looked at with those that share their engine
+    LEVELS = (0.25, 0.5, 0.75, 0.9)  # quantiles of responses at which a wave is cut into parts
     DEEPEST = 32  # waves of a queue: with more, the shared work is what counts
 
     def __init__(self, prompts: Tokens, responses: Tokens) -> None:
@@ -106,6 +107,7 @@ class Batch:
         self._first: dict[tuple[int, int], Tokens] = {}
         self._sums = [values.sum(axis=1) for values in (responses, self.contexts, prompts, prompts**2)]
         self._rising = np.sort(responses, axis=1)
+        self._levels = np.quantile(responses, self.LEVELS).astype(np.int64)
 
     def floors(self, speed: Speed, engines: NDArray[np.int64], concurrency: NDArray[np.int64]) -> Seconds:
         """Seconds [n, S] that generation on so many engines with so many slots each [n] is not below: what all engines
@@ -185,9 +187,13 @@ class Batch:
         most, total, count = lengths.max(axis=2), lengths.sum(axis=2), inside.sum(axis=2)
         contexts = (self.contexts[rows, places] * inside).sum(axis=2)
         prompt = int(self.prompts[0, 0])
+        # Steps and tokens up to some lengths and from one to the next: matrices of no such part take less than of both.
+        upto = [np.minimum(lengths, level) for level in self._levels] + [lengths]
+        steps = np.diff([part.max(axis=2) for part in upto], axis=0, prepend=0)
+        tokens = np.diff([part.sum(axis=2) for part in upto], axis=0, prepend=0)
         return [
             (
-                np.maximum(speed.weights * most, speed.arithmetic * total)
+                np.maximum(speed.weights * steps, speed.arithmetic * tokens).sum(axis=0)
                 + speed.step * most
                 + speed.sequence * total
                 + speed.attention * contexts
@@ -320,6 +326,7 @@ def _queued(prompt_tokens: Tokens, responses: list[int], engines: Sequence[Speed
 
     An engine's heap holds the step at which each sequence ends and the request, as one integer."""
     count, prompts, batch = len(engines), prompt_tokens.tolist(), len(responses)
+    totals = prompt_tokens + np.array(responses)
     step, context = [0] * count, [0] * count
     first = deal(prompt_tokens, count, slots, limit)[0]
     running, agenda = [], []  # agenda: (time of an engine's next event, engine)
@@ -350,21 +357,19 @@ def _queued(prompt_tokens: Tokens, responses: list[int], engines: Sequence[Speed
     for clock, engine in agenda:
         now = running[engine][0] // batch
         contexts = context[engine] + slots * (now - step[engine])
-        pending = [(entry // batch, entry % batch) for entry in sorted(running[engine])]
-        tokens = [(end, prompts[request] + responses[request]) for end, request in pending]
-        ends.append(clock + _drain(tokens, now, contexts, engines[engine]))
+        steps_at, left_over = np.divmod(np.sort(running[engine]), batch)
+        ends.append(clock + _drain(steps_at, totals[left_over], now, contexts, engines[engine]))
     return max(ends)
 
 
-def _drain(left: Sequence[tuple[int, int]], now: int, context: int, speed: Speed) -> float:
-    """Seconds from step `now` until the last of some sequences (step at which it ends, tokens it then has) is done."""
-    seconds = 0.0
-    for gone, (end, tokens) in enumerate(left):
-        active, steps = len(left) - gone, end - now
-        seconds += _until_next(steps, active, context, speed)
-        context += active * steps - tokens
-        now = end
-    return seconds
+def _drain(ends: Tokens, tokens: Tokens, now: int, context: int, speed: Speed) -> float:
+    """Seconds from step `now` until the last of some sequences is done: the steps [n] at which they end, rising, and
+    the tokens [n] that they then have; now they have `context` together."""
+    steps, active = np.diff(ends, prepend=now), np.arange(len(ends), 0, -1)
+    before = context + np.cumsum(active * steps - tokens) - (active * steps - tokens)
+    contexts = steps * before + active * (steps * (steps - 1) // 2)
+    matrices = np.maximum(speed.weights, speed.arithmetic * active) + speed.step + speed.sequence * active
+    return float(steps @ matrices + speed.attention * contexts.sum())
 
 
 def _until_next(steps: int, active: int, context: int, speed: Speed) -> float:

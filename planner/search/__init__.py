@@ -8,7 +8,7 @@ from statistics import median
 from typing import Literal
 
 from planner import __version__
-from planner.predict.cost import CostModel
+from planner.predict.cost import SCENARIOS, CostModel
 from planner.predict.forecast import predict
 from planner.predict.profile import Profile, check_profiles
 from planner.search.baselines import NAMES, best_of
@@ -55,13 +55,14 @@ def find(
     pins: Sequence[str] = (),
     objective: Objective = "mean",
     time_limit: float | None = None,
+    scenarios: int = SCENARIOS,
     command: str = "",
 ) -> Result:
-    """The best plan by the objective (see `options.Problem`), runners-up and the baselines, which no pin binds. Ends
-    after `time_limit` seconds, or on Ctrl-C, with the best plan so far. Raises UserError if nothing fits or none was
-    found in that time."""
+    """The best plan by the objective (see `options.Problem`) over at most so many length `scenarios`, runners-up and
+    the baselines, which no pin binds. Ends after `time_limit` seconds, or on Ctrl-C, with the best plan so far. Raises
+    UserError if nothing fits or none was found in that time."""
     start = time.perf_counter()
-    problem = problem_of(workload, cluster, profiles, max_staleness, objective)
+    problem = problem_of(workload, cluster, profiles, max_staleness, objective, scenarios)
     pinned = parse_pins(pins, workload.roles, cluster)
     deadline = start + time_limit if time_limit is not None else inf
     found = search(problem, keep, restriction(pinned) if pinned else None, deadline)
@@ -124,6 +125,7 @@ def problem_of(
     profiles: Sequence[Profile],
     max_staleness: int | None,
     objective: Objective = "mean",
+    scenarios: int = SCENARIOS,
 ) -> Problem:
     check_profiles(profiles, workload, cluster)
     if max_staleness is not None:
@@ -131,7 +133,7 @@ def problem_of(
     return Problem(
         workload=workload,
         cluster=cluster,
-        model=CostModel(workload, cluster, profiles),
+        model=CostModel(workload, cluster, profiles, scenarios),
         flow=ppo(workload).steady,
         max_staleness=workload.max_staleness,
         objective=objective,

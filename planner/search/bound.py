@@ -10,12 +10,13 @@ sizes of a box holds for all of it.
 """
 
 from collections.abc import Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.search.engines import ALONE, LEVELS, NEVER, level_of, with_mean
+from planner.search.engines import ALONE, LEVELS, NEVER, EngineTable, level_of, with_mean
 from planner.search.options import CUTS, Array, Problem, bytes_of
 from planner.search.programs import Cut, Program, bound_rates, cycles_of, rates, sharing_of
 from planner.search.space import Arrangement, Structure, gpus_of_kinds
@@ -67,15 +68,19 @@ class Bounds:
             self.step[number] = np.searchsorted(counts, np.arange(most + 1), "right") - 1
         self.kind_of = np.array([self.kinds.index(kind) for _, kind, _ in pools])
         self.room = np.zeros((len(pools), self.first.shape[1]), dtype=np.int64)  # level of memory for an engine
-        # The least seconds of each call, and of all calls of a role together (one layout serves them all).
+        # The least seconds of each call, and of calls of a role together: one layout serves them all.
         self.roles = [role for role in problem.workload.roles if role != "rollout"]
-        self.columns = (*problem.calls, *self.roles)
+        self.sets: list[tuple[str, ...]] = [(call,) for call in problem.calls]
+        self.sets += [some for role in self.roles for some in _sets(problem.calls_of(role)) if len(some) > 1]
+        self._column = {calls: column for column, calls in enumerate(self.sets)}
         self.scenarios = problem.model.scenarios + 1  # the last stands for the mean
-        self.seconds = np.full((len(pools), len(self.columns), self.first.shape[1], self.scenarios), NEVER)
+        self._engine = {kind: _least_engine(problem.engines(kind)) for kind in self.kinds}
+        self.seconds = np.full((len(pools), len(self.sets), self.first.shape[1], self.scenarios), NEVER)
         for pool, number in self._number.items():
             self._fill(self.seconds[number], self.room[number], *pool)
         self.engines = [problem.engines(kind) for kind in self.kinds]
-        load = np.minimum(self.seconds[:, len(problem.calls) :].sum(axis=1), NEVER)
+        whole = [self._column[problem.calls_of(role)] for role in self.roles]
+        load = np.minimum(self.seconds[:, whole].sum(axis=1), NEVER)
         self.load = self.problem.objective_of(load)  # [tables, steps]; falling, and no size is enough in the end
         for number, kind in enumerate(self.kind_of):
             self.load[number, len(ranks[self.kinds[kind]]) :] = -np.inf
@@ -90,7 +95,7 @@ class Bounds:
         steps of its size."""
         problem, device = self.problem, self.problem.device(kind)
         held = [role for role in problem.workload.roles if role in roles and role != "rollout"]
-        engine = self._engine(kind) if "rollout" in roles else np.zeros(2)
+        engine = self._engine[kind] if "rollout" in roles else np.zeros(2)
         allowed = problem.allowed(bool(held), "rollout" in roles, kind)
         steps = len(problem.ranks(kind))
         made = [self._role(role, kind, within if role == "actor" else None) for role in held]
@@ -98,24 +103,22 @@ class Bounds:
         idle = least[:, :, 0].sum(axis=0) + engine[0]
         surplus = np.maximum(least[:, :, 1].max(axis=0, initial=0.0), engine[1])
         table[:] = 0.0
-        own = {*held, *(call for role in held for call in problem.calls_of(role))}
-        rows = [row for row, name in enumerate(self.columns) if name in own]
+        rows = [self._column[calls] for role in held for calls in _sets(problem.calls_of(role))]
         for number, (role, (alone, kept, _)) in enumerate(zip(held, made, strict=True)):
             left = allowed - (idle - least[number, :, 0])
             others = np.maximum(np.delete(least[:, :, 1], number, axis=0).max(axis=0, initial=0.0), engine[1])
             levels = [level_of(bytes_left, device) for bytes_left in (left, left - others)]
             at = np.arange(steps)
             found = np.maximum(alone[:, at, levels[0]], kept[:, at, levels[1]])
-            for name, seconds in zip((*problem.calls_of(role), role), found, strict=True):
-                table[self.columns.index(name), :steps] = seconds
+            for calls, seconds in zip(_sets(problem.calls_of(role)), found, strict=True):
+                table[self._column[calls], :steps] = seconds
         table[np.ix_(np.array(rows or range(len(table))), np.flatnonzero(idle + surplus > allowed))] = NEVER
         table[:, steps:] = NEVER
         room[:steps] = level_of(allowed - (idle - engine[0]), device) if held else ALONE
 
     def _role(self, role: str, kind: str, within: bool | None) -> tuple[Array, Array, Array]:
-        """Of a role alone: least seconds [calls + 1, steps, levels, S] (the last of all its calls together) of the
-        layouts that need at most a level of memory while they run, the same of what they keep while they idle, and the
-        least memory [steps, 2]."""
+        """Of a role alone: least seconds [sets of its calls, steps, levels, S] of the layouts that need at most a level
+        of memory while they run, the same of what they keep while they idle, and the least memory [steps, 2]."""
         if (role, kind, within) not in self._made:
             problem, counts = self.problem, self.problem.ranks(kind)
             layouts = problem.layouts(role, kind).of_shards(within, problem.node(kind))
@@ -123,18 +126,13 @@ class Bounds:
             memory = np.full((len(counts), 2), NEVER)
             np.minimum.at(memory, step, layouts.memory[:, :2])
             tables = []
-            seconds = with_mean(np.concatenate([layouts.seconds, layouts.seconds.sum(axis=0)[None]]))
+            calls = problem.calls_of(role)
+            sums = [sum(layouts.seconds[calls.index(call)] for call in some) for some in _sets(calls)]
+            seconds = with_mean(np.stack(sums))
             for needed in (layouts.memory[:, :2].sum(axis=1), layouts.memory[:, 0]):
                 tables.append(_least(seconds, step, level_of(needed, problem.device(kind)), len(counts)))
             self._made[role, kind, within] = tables[0], tables[1], np.minimum.accumulate(memory, axis=0)
         return self._made[role, kind, within]
-
-    def _engine(self, kind: str) -> Array:
-        """The least resident bytes and the least surplus of an engine on a kind of GPU."""
-        table = self.problem.engines(kind)
-        _, rows = np.unique(np.column_stack([table.number, table.slots]), axis=0, return_index=True)
-        found = [bytes_of(table.memory(row, o))[:2] for row in rows.tolist() for o in table.offloads(shared=True)]
-        return np.asarray(np.min([np.full(2, NEVER), *found], axis=0))
 
     def sharpen(self, number: int, sizes: NDArray[np.int64], limit: float, queues: bool = True) -> bool:
         """Simulate generation on these sizes [1, P] where that may show the bound to be no less than `limit` seconds;
@@ -167,22 +165,21 @@ class Bounds:
         return np.where(generates, sizes, -1), room.min(axis=1)
 
     def _rows(self, programs: Sequence[Program | None]) -> Rows:
-        problem = self.problem
-        calls, pools = problem.calls, max(len(a.structure) for a in self.arrangements)
+        problem, pools = self.problem, max(len(a.structure) for a in self.arrangements)
         columns: list[list[object]] = [[] for _ in Rows._fields]
-        listed = []
+        homes, listed = dict[Structure, list[int]](), list[Array]()
+        roles = [(problem.flow[some[0]].roles or ("",))[0] for some in self.sets]
         for a, program in zip(self.arrangements, programs, strict=True):
             pad = [0] * (pools - len(a.structure))
-            actor = next(i for i, roles in enumerate(a.structure) if "actor" in roles)
-            homes = [
-                next((i for i, roles in enumerate(a.structure) if role in roles), 0)
-                for role in (*((problem.flow[call].roles or ("",))[0] for call in calls), *self.roles)
-            ]
             kind = a.kinds[a.generating[0]]
+            if a.structure not in homes:
+                at = {role: i for i, own in reversed([*enumerate(a.structure)]) for role in own}
+                homes[a.structure] = [at.get(role, 0) for role in roles]
+            actor = homes[a.structure][roles.index("actor")]
             values: list[object] = [
                 [self._number[pool] for pool in _pools_of(a)] + pad,
-                homes,
-                ["rollout" in roles for roles in a.structure] + [False] * len(pad),
+                homes[a.structure],
+                ["rollout" in own for own in a.structure] + [False] * len(pad),
                 [i == actor for i in range(pools)],
                 self.kinds.index(kind),
                 problem.node(kind) if kind == a.kinds[actor] else 0,
@@ -191,30 +188,31 @@ class Bounds:
             for column, value in zip(columns, values, strict=False):
                 column.append(value)
             listed.append(self._rates_of(a.structure, program))
-        every = np.zeros((len(listed), max(map(len, listed)), len(self.columns)))
+        every = np.zeros((len(listed), max(map(len, listed)), len(problem.calls)))
         for number, found in enumerate(listed):
             every[number, : len(found)] = found
-        return Rows(*(np.array(column) for column in columns[:-1]), every)  # type: ignore[call-arg]
+        return Rows(*(np.array(column) for column in columns[:-1]), self._by_set(every))  # type: ignore[call-arg]
 
     def _rates_of(self, structure: Structure, program: Program | None) -> Array:
-        """Rates [rows, columns] that no program of a structure is below, or those of its only one."""
-        flow, sharing = self.problem.flow, sharing_of(self.problem.flow, structure)
-        if program:
-            return self._by_role(rates(cycles_of(flow, sharing, program.items)))
-        if structure not in self._rates:
-            self._rates[structure] = self._by_role(bound_rates(flow, sharing, self.problem.max_staleness))
+        """Rates [rows, calls] that no program of a structure is below, or those of its only one."""
+        if structure not in self._rates or program:
+            flow, sharing = self.problem.flow, sharing_of(self.problem.flow, structure)
+            if program:
+                return rates(cycles_of(flow, sharing, program.items))
+            self._rates[structure] = bound_rates(flow, sharing, self.problem.max_staleness)
         return self._rates[structure]
 
-    def _by_role(self, rates: Array) -> Array:
-        """Rates [..., columns] in which roles stand for their calls where these count alike."""
-        calls = self.problem.calls
-        found = np.concatenate([rates, np.zeros((*rates.shape[:-1], len(self.roles)))], axis=-1)
-        for number, role in enumerate(self.roles):
-            own = [calls.index(call) for call in self.problem.calls_of(role)]
-            alike = (rates[..., own] == rates[..., own[:1]]).all(axis=-1)
-            found[..., len(calls) + number] = np.where(alike, rates[..., own[0]], 0.0)
-            for call in own:
-                found[..., call] = np.where(alike, 0.0, rates[..., call])
+    def _by_set(self, rates: Array) -> Array:
+        """Rates [..., calls] as rates [..., sets of calls] that add up to them. The calls of a role are taken together
+        as far as they count alike: rates 1 and 1/2 are 1/2 of both together and 1/2 of the first alone."""
+        found = np.zeros((*rates.shape[:-1], len(self.sets)))
+        found[..., : rates.shape[-1]] = rates
+        for column, some in sorted(enumerate(self.sets), key=lambda one: -len(one[1])):
+            if len(some) > 1:
+                own = [self._column[call,] for call in some]
+                alike = found[..., own].min(axis=-1)
+                found[..., column] = alike
+                found[..., own] -= alike[..., None]
         return found
 
     # --- bounds ---
@@ -250,22 +248,22 @@ class Bounds:
     def _cuts_of(self, number: int, last: int) -> list[Cut]:
         """The last few cuts of an arrangement's programs, by role."""
         sharing = sharing_of(self.problem.flow, self.arrangements[number].structure)
-        return [Cut(self._by_role(cut.rates)) for cut in self.problem.cuts(sharing)[-last:]]
+        return [Cut(self._by_set(cut.rates)) for cut in self.problem.cuts(sharing)[-last:]]
 
     def _least(self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]) -> Array:
-        """Least seconds [n, C, S + 1] of the calls, and of each role's calls together."""
+        """Least seconds [n, C, S + 1] of the calls, and of those of a role together."""
         rows, calls = self.rows, self.problem.calls
         at = np.arange(len(number))[:, None]
         home = rows.home[number]
         table = rows.table[number][at, home]
         step = self.step[self.kind_of[table], high[at, home]]
-        seconds = self.seconds[table, np.arange(len(self.columns)), step]
+        seconds = self.seconds[table, np.arange(len(self.sets)), step]
         for row, name in enumerate(calls):
             if not self.problem.flow[name].roles:
                 seconds[:, row] = with_mean(self.problem.model.host(name).seconds)
         seconds[:, calls.index("generate")] = self._generate(number, high)
-        for name in ("sync_weights", "actor"):
-            seconds[:, self.columns.index(name)] += self._handed(number, low)[:, None]
+        synced = [column for column, some in enumerate(self.sets) if "sync_weights" in some]
+        seconds[:, synced] += self._handed(number, low)[:, None, None]
         return np.asarray(np.minimum(seconds, NEVER))
 
     def _generate(self, number: NDArray[np.int64], sizes: NDArray[np.int64]) -> Array:
@@ -327,8 +325,20 @@ def _pools_of(a: Arrangement) -> list[Pool]:
     ]
 
 
+def _sets(calls: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """All non-empty sets of the calls of a role."""
+    return [some for size in range(1, len(calls) + 1) for some in combinations(calls, size)]
+
+
 def _named(pool: Pool) -> tuple[list[str], str, str]:
     return sorted(pool[0]), pool[1], str(pool[2])
+
+
+def _least_engine(table: EngineTable) -> Array:
+    """The least resident bytes and the least surplus [2] of an engine."""
+    _, rows = np.unique(np.column_stack([table.number, table.slots]), axis=0, return_index=True)
+    found = [bytes_of(table.memory(row, o))[:2] for row in rows.tolist() for o in table.offloads(shared=True)]
+    return np.asarray(np.min([np.full(2, NEVER), *found], axis=0))
 
 
 def _least(seconds: Array, step: NDArray[np.int64], level: NDArray[np.int64], steps: int) -> Array:

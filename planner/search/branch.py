@@ -2,24 +2,31 @@
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.search.bound import Bounds
+from planner.search.boxes import Boxes, Space, halved, inside, joined, lowest, padded, without_corner
 from planner.search.engines import NEVER
-from planner.search.evaluate import Candidate, dismissed, evaluate, guess, ideal_seconds
+from planner.search.evaluate import Candidate, dismissed, evaluate, guess, surpassed
 from planner.search.options import CUTS, Problem
 from planner.search.pins import Restrict
 from planner.search.programs import SAME, Program
-from planner.search.space import Arrangement, Structure, arrangements, structures
+from planner.search.space import Arrangement, arrangements, structures
 
 MUCH_SLOWER = 0.25  # than the best plan: such plans are not shown beside it
 MORE = 8  # placements to evaluate for each plan beside the best: these are good, and not proven to be next
-PATIENCE = 8  # quick plans in vain before a parked leaf is looked at: what is learned may rule out others
+TRIES = 3  # quick plans of an arrangement in vain before no more are made
+PATIENCE = 8  # leaves parked in vain before a parked leaf is looked at: what is learned may rule out others
+TOGETHER = 8  # leaves of an arrangement that are dismissed together at first
 AT_ONCE = 1024  # boxes that are halved together
+
+
+Test = Callable[[Problem, Arrangement, tuple[int, ...], float], bool]
 
 
 class Found(NamedTuple):
@@ -32,19 +39,6 @@ class Found(NamedTuple):
     evaluated: int
     proven: float = 0.0
     ended: bool = False
-
-
-class Boxes(NamedTuple):
-    """Boxes of pool sizes: the number of the arrangement [n], sizes from `low` to `high` [n, P] (0 where there is no
-    pool), and the seconds that nothing in them is below [n]."""
-
-    number: NDArray[np.int64]
-    low: NDArray[np.int64]
-    high: NDArray[np.int64]
-    bound: NDArray[np.float64]
-
-    def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> "Boxes":
-        return Boxes(*(column[which] for column in self))  # type: ignore[arg-type]
 
 
 def search(problem: Problem, keep: int, restrict: Restrict | None = None, deadline: float = np.inf) -> Found:
@@ -106,7 +100,8 @@ class _Search:
         self.problem, self.listed, self.programs, self.deadline = problem, listed, programs, deadline
         self.keep, self.slowest = 1, NEVER / 1e3
         self.best: list[Candidate] = []
-        self.guessed, self.cut, self.evaluated = set[int](), set[int](), 0
+        self.guessed, self.cut, self.evaluated = Counter[int](), set[int](), 0
+        self.together = dict[tuple[int, Test], int]()  # how many leaves of an arrangement may be dismissed at once
         self.in_vain = 0  # quick plans since one was the best, or since a parked leaf was looked at
         self.bounds, self.space = Bounds(problem, listed, programs), Space(listed)
         roots = self.space.roots()
@@ -121,7 +116,7 @@ class _Search:
     @property
     def bound(self) -> float:
         """Seconds that no plan is below, at any time of the search."""
-        found = min(map(_lowest, (self.open, self.leaves, self.parked)))
+        found = min(map(lowest, (self.open, self.leaves, self.parked)))
         found = min(found, self.best[0].seconds if self.best else NEVER)
         return found if found < NEVER / 1e3 else 0.0
 
@@ -134,7 +129,7 @@ class _Search:
             self.open, self.leaves, self.parked = (
                 boxes.take(boxes.bound < self._limits(boxes.number)) for boxes in (self.open, self.leaves, self.parked)
             )
-            opened, leaf = _lowest(self.open), _lowest(self.leaves)
+            opened, leaf = lowest(self.open), lowest(self.leaves)
             if min(opened, leaf) >= NEVER and not len(self.parked.bound):
                 break
             if self.in_vain >= PATIENCE or min(opened, leaf) >= NEVER:
@@ -144,8 +139,8 @@ class _Search:
             else:
                 self._guess_inside()
                 order = np.argsort(self.open.bound, kind="stable")
-                halves = self._bounded(_halved(self.open.take(order[:AT_ONCE])))
-                self.open = _joined(self.open.take(order[AT_ONCE:]), halves)
+                halves = self._bounded(halved(self.open.take(order[:AT_ONCE])))
+                self.open = joined(self.open.take(order[AT_ONCE:]), halves)
 
     def _park(self) -> None:
         """Put the leaf that has the lowest bound aside after a quick plan, unless no program can be better there."""
@@ -154,14 +149,12 @@ class _Search:
         number = int(leaf.number[0])
         if self.best and self.bounds.sharpen(number, leaf.high, self._limit(number), queues=False):
             self.leaves = self._sharper(self.leaves)
-        elif not self._raised(leaf):
+        elif not self._raised(leaf) and not self._dismissed(leaf, dismissed):
             self.leaves = self.leaves.take(order[1:])
-            sizes = padded(self.listed[number], leaf.high[0].tolist())
-            if self.programs or not dismissed(self.problem, self.listed[number], sizes, self._limit(number)):
-                self.parked = _joined(self.parked, leaf)
-                best = self.best[0] if self.best else None
+            self.parked = joined(self.parked, leaf)
+            self.in_vain += 1 if self.guessed[number] < TRIES else PATIENCE
+            if self.guessed[number] < TRIES:
                 self._guess(leaf)
-                self.in_vain = self.in_vain + 1 if best is (self.best[0] if self.best else None) else 0
 
     def _settle(self) -> None:
         """Take the parked leaf that has the lowest bound further: a bound by all programs, and by simulated generation;
@@ -175,9 +168,35 @@ class _Search:
             return
         if self.bounds.sharpen(number, leaf.high, self._limit(number)):
             self.parked = self._sharper(self.parked)
-        else:
+        elif not self._dismissed(leaf, surpassed):
             self.parked = self.parked.take(order[1:])
             self._evaluate(leaf)
+
+    def _dismissed(self, leaf: Boxes, test: Test) -> bool:
+        """Whether a test shows that no placement as large in every pool as this leaf and those near it is better than
+        the best, which dismisses all of them at once. As many are tried as this has lately worked for."""
+        number, limit = int(leaf.number[0]), self._limit(int(leaf.number[0]))
+        if self.programs:
+            return False
+        near = joined(self.leaves, self.parked)
+        near = near.take(near.number == number)
+        near = near.take(np.argsort(np.abs(near.high - leaf.high).max(axis=1), kind="stable"))
+        alone = self.listed[number].rollout is not None  # sizes that must add up to something
+        count = 1 if alone else min(len(near.number), self.together.get((number, test), TOGETHER))
+        while count:
+            few = near.take(np.arange(count))
+            low, high = few.low.min(axis=0), few.high.max(axis=0)
+            sizes = padded(self.listed[number], high.tolist())
+            alike = count == 1 or not self.bounds.may_share_a_node(leaf.number, low[None], high[None])[0]
+            if alike and test(self.problem, self.listed[number], sizes, limit):
+                self.open, self.leaves, self.parked = (
+                    boxes.take(~inside(boxes, number, low, high)) for boxes in (self.open, self.leaves, self.parked)
+                )
+                self.together[number, test] = 2 * count
+                return True
+            count //= 2
+        self.together[number, test] = 1
+        return False
 
     def _raised(self, leaf: Boxes) -> bool:
         """Whether the programs of a leaf raise its bound; what shows it may raise that of others of its structure."""
@@ -192,20 +211,39 @@ class _Search:
         return bool(self._sharper(leaf, number).bound[0] > leaf.bound[0] * (1 + SAME))
 
     def _guess_inside(self) -> None:
-        """A quick plan of the structure that has the lowest box of those without one, inside that box."""
+        """A quick plan of the arrangement that has the lowest box of those without one, inside that box; and another
+        one as long as they are better, or as what was simulated shows other sizes to be."""
         new = self.open.take(~np.isin(self.open.number, list(self.guessed)))
-        if len(new.bound):
-            box = new.take(np.array([new.bound.argmin()]))
-            room = box.high - box.low
-            more = self.space.slack(box.number, box.low) * room // max(1, int(room.sum()))
-            self._guess(box._replace(high=box.low + np.minimum(room, more)))
+        if not len(new.bound):
+            return
+        box = new.take(np.array([new.bound.argmin()]))
+        self.guessed[int(box.number[0])] = 0
+        for _ in range(TRIES):
+            leaf, best = self._steepest(box), self.best[:1]
+            if not len(leaf.bound):
+                break
+            self._guess(leaf)
+            if best == self.best[:1] and self._sharper(leaf).bound[0] <= leaf.bound[0] * (1 + SAME):
+                break
+
+    def _steepest(self, box: Boxes) -> Boxes:
+        """The leaf that is found by halving a box again and again, always into the half with the lower bound; none if
+        both are too slow."""
+        while len(box.bound) and not self.space.possible(box)[0]:
+            halves = self._sharper(self._tightened(halved(box)))
+            halves = halves.take(halves.bound < self._limits(halves.number))
+            box = halves.take(halves.bound.argsort(kind="stable")[:1])
+        return box
 
     def _guess(self, leaf: Boxes) -> None:
         number = int(leaf.number[0])
         self.evaluated += 1
-        self.guessed.add(number)
+        self.guessed[number] += 1
         sizes, program = padded(self.listed[number], leaf.high[0].tolist()), self._program(number)
+        best = self.best[:1]
         self._insert(guess(self.problem, self.listed[number], sizes, self._limit(number), program))
+        if best != self.best[:1]:
+            self.in_vain = self.guessed[number] = 0
 
     def _program(self, number: int) -> Program | None:
         return self.programs[number] if self.programs else None
@@ -214,18 +252,13 @@ class _Search:
         """The placement of a leaf. Smaller sizes are no better where nothing but sizes matters: where every pool fills
         its nodes, or would be no better if it did. Elsewhere the rest of the box is looked at too."""
         number, bound = int(leaf.number[0]), float(leaf.bound[0])
-        arrangement, program = self.listed[number], self._program(number)
-        sizes, single = padded(arrangement, leaf.high[0].tolist()), bool((leaf.low == leaf.high).all())
-        if program is None and not single:
-            bound = max(bound, ideal_seconds(self.problem, arrangement, sizes, self._limit(number)))
-        outcome = None
-        if bound < self._limit(number):
-            self.evaluated += 1
-            outcome = evaluate(self.problem, arrangement, sizes, self._limit(number), program)
-            self._insert(outcome.best)
-        if not single and bound < self._limit(number) and outcome is not None and not outcome.filled:
-            rest = _without_corner(bound, number, leaf.low[0].tolist(), leaf.high[0].tolist())
-            self.open = _joined(self.open, self._bounded(rest))
+        sizes = padded(self.listed[number], leaf.high[0].tolist())
+        self.evaluated += 1
+        outcome = evaluate(self.problem, self.listed[number], sizes, self._limit(number), self._program(number))
+        self._insert(outcome.best)
+        if bound < self._limit(number) and not outcome.filled and (leaf.low < leaf.high).any():
+            rest = without_corner(bound, number, leaf.low[0].tolist(), leaf.high[0].tolist())
+            self.open = joined(self.open, self._bounded(rest))
         self.bounds.refresh()
 
     # --- what is of interest ---
@@ -258,7 +291,7 @@ class _Search:
         boxes = self._sharper(self._tightened(boxes))
         boxes = boxes.take(boxes.bound < self._limits(boxes.number))
         single = self.space.possible(boxes) & ~self.bounds.may_share_a_node(boxes.number, boxes.low, boxes.high)
-        self.leaves = _joined(self.leaves, boxes.take(single))
+        self.leaves = joined(self.leaves, boxes.take(single))
         return boxes.take(~single)
 
     def _sharper(self, boxes: Boxes, cut: int | None = None) -> Boxes:
@@ -287,83 +320,3 @@ class _Search:
         free = self.space.free[boxes.number] & ~self.bounds.rows.generates[boxes.number]
         high = np.where(free, np.maximum(boxes.low, self.bounds.snapped(boxes.number, boxes.high)), boxes.high)
         return boxes._replace(high=high)
-
-
-class Space:
-    """Of each arrangement what its sizes must meet, as arrays; `same` are the arrangements of a structure, `pools` how
-    many pools each has."""
-
-    def __init__(self, listed: Sequence[Arrangement]) -> None:
-        self.pools = np.array([len(a.structure) for a in listed])
-        groups, most = max(len(a.limits) for a in listed), int(self.pools.max())
-        self.group = np.zeros((len(listed), groups, most), dtype=np.int64)
-        self.most = np.full((len(listed), groups), np.iinfo(np.int32).max)
-        self.low, self.high = np.zeros((2, len(listed), most), dtype=np.int64)
-        self.free = np.zeros((len(listed), most), dtype=bool)
-        self.same: dict[Structure, list[int]] = {}
-        for number, a in enumerate(listed):
-            self.same.setdefault(a.structure, []).append(number)
-            for i, (pools, limit) in enumerate(a.limits):
-                self.group[number, i, list(pools)], self.most[number, i] = 1, limit
-            for i in range(len(a.structure)):
-                self.low[number, i] = a.given.get(i, 1)
-                self.high[number, i] = a.given.get(i, min(limit for pools, limit in a.limits if i in pools))
-                self.free[number, i] = i not in a.given
-
-    def roots(self) -> Boxes:
-        """All sizes of each arrangement."""
-        return Boxes(np.arange(len(self.low)), self.low, self.high, np.zeros(len(self.low)))
-
-    def slack(self, number: NDArray[np.int64], low: NDArray[np.int64]) -> NDArray[np.int64]:
-        """By how much each pool [n, P] may exceed `low` if the others do not; negative where `low` is too much."""
-        group = self.group[number]
-        left = self.most[number] - (group * low[:, None, :]).sum(axis=2)
-        return np.asarray(np.where(group > 0, left[:, :, None], np.iinfo(np.int32).max).min(axis=1))
-
-    def possible(self, boxes: Boxes) -> NDArray[np.bool_]:
-        """Whether the largest sizes of each box can be had at once."""
-        held = (self.group[boxes.number] * boxes.high[:, None, :]).sum(axis=2)
-        return np.asarray((held <= self.most[boxes.number]).all(axis=1), dtype=np.bool_)
-
-
-def padded(arrangement: Arrangement, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes of the pools that there are; where those of the rollout must add up to more, the first that may takes
-    it."""
-    found = list(sizes[: len(arrangement.structure)])
-    if arrangement.rollout is not None:
-        missing = arrangement.rollout - sum(found[i] for i in arrangement.generating)
-        first = next((i for i in arrangement.generating if i not in arrangement.given), arrangement.generating[0])
-        found[first] += missing
-    return tuple(found)
-
-
-def _halved(boxes: Boxes) -> Boxes:
-    """Both halves of each box along its relatively widest side."""
-    ratio = np.where(boxes.high > 0, boxes.high / np.maximum(boxes.low, 1), 0.0)
-    side, at = ratio.argmax(axis=1), np.arange(len(boxes.number))
-    middle = (boxes.low[at, side] + boxes.high[at, side]) // 2
-    lower, upper = boxes.high.copy(), boxes.low.copy()
-    lower[at, side], upper[at, side] = middle, middle + 1
-    return _joined(boxes._replace(high=lower), boxes._replace(low=upper))
-
-
-def _without_corner(bound: float, number: int, low: list[int], high: list[int]) -> Boxes:
-    """A box without its largest sizes, as disjoint boxes."""
-    boxes = []
-    for i in range(len(low)):
-        if low[i] < high[i]:
-            boxes.append(([*high[:i], *low[i:]], [*high[:i], high[i] - 1, *high[i + 1 :]]))
-    return Boxes(
-        np.full(len(boxes), number),
-        np.array([below for below, _ in boxes]),
-        np.array([above for _, above in boxes]),
-        np.full(len(boxes), bound),
-    )
-
-
-def _lowest(boxes: Boxes) -> float:
-    return float(boxes.bound.min(initial=NEVER))
-
-
-def _joined(some: Boxes, more: Boxes) -> Boxes:
-    return Boxes(*(np.concatenate(pair) for pair in zip(some, more, strict=True)))

@@ -72,10 +72,9 @@ def dismissed(problem: Problem, arrangement: Arrangement, counts: Sequence[int],
     return not len(rows_below(site, floor_of(site, None), limit))
 
 
-def ideal_seconds(problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float) -> float:
-    """What no placement of these sizes or smaller ones is below; `limit` seconds if that is no less."""
-    best = _best_at(Site(problem, arrangement, counts, ideal=True), limit, None)
-    return best.seconds if best else limit
+def surpassed(problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float) -> bool:
+    """Whether no placement of these sizes or smaller ones is below `limit` seconds, since no ideal one is."""
+    return _best_at(Site(problem, arrangement, counts, ideal=True), limit, None, first=True) is None
 
 
 def guess(
@@ -90,7 +89,10 @@ def guess(
     return _best_at(site, limit, fixed, quick=True)
 
 
-def _best_at(site: Site, limit: float, fixed: Program | None, quick: bool = False) -> Candidate | None:
+def _best_at(
+    site: Site, limit: float, fixed: Program | None, quick: bool = False, first: bool = False
+) -> Candidate | None:
+    """The best candidate below `limit` seconds, or the `first` one; `quick`: of few."""
     floor, found = floor_of(site, fixed), list[Candidate]()  # each better than the one before
 
     def below() -> float:
@@ -104,6 +106,8 @@ def _best_at(site: Site, limit: float, fixed: Program | None, quick: bool = Fals
             picks = picks_of(site, engines, kept, floor, below(), rough)
             if len(picks) and (better := _best_of(site, engines, picks, floor, below(), fixed, quick)):
                 found.append(better)
+                if first:
+                    return better
     return found[-1] if found else None
 
 

@@ -50,11 +50,14 @@ def worth_trying(
     table, generate = site.engines, problem.calls.index("generate")
     rows = rows_below(site, floor, below())
     rows = rows[np.lexsort((statistic(table.seconds[rows]), table.queued[rows]))]
-    rows = rows[:FEW] if quick else rows
+    if quick:
+        rows = rows[table.queued[rows] == table.queued[rows].all()][: FEW * FEW]
     known: list[int] = []
     for row in rows.tolist():
         if any(_outdone(site, row, other) for other in known):
             continue
+        if quick and len(known) == FEW:
+            break
         for offload in table.offloads(site.shared):
             memory, moves = bytes_of(table.memory(row, offload)), table.moves(row, offload)
             least = _least(site, memory)
@@ -165,7 +168,8 @@ def kept_layouts(site: Site, engines: Engines, least: Array, floor: Array, thres
                 load = np.einsum("rc,cns->nrs", floor[:, own], layouts.seconds) + rest
                 layouts = layouts.take(np.flatnonzero(problem.statistic(load.max(axis=1)) < threshold))
                 columns = [layouts.memory, *layouts.seconds]
-                if role == "actor":  # what a sync really takes may depend on the shards
+                # What a sync was measured to take may depend on the shards.
+                if role == "actor" and problem.model.sync_is_measured(site.actor_device):
                     columns += [layouts.grid.shard[:, None], -layouts.grid.shard[:, None]]
             else:
                 layouts = layouts.take(fits)
@@ -242,7 +246,7 @@ def _promising(
     smallest = {role: layouts.memory.min(axis=0) for role, layouts in kept.items()}
     found, picks = means[None, :], dict[str, NDArray[np.int64]]()
     memory = np.stack([site.engine(i, engine) for i in range(len(site.structure))])[None]
-    above = threshold if problem.objective != "p95" else np.inf
+    above, cuts = (threshold, problem.cuts(site.sharing)) if problem.objective != "p95" else (np.inf, ())
     for number, role in enumerate(order):
         layouts, i = kept[role], site.pool_of[role]
         old, new = (grid.ravel() for grid in np.mgrid[: len(found), : len(layouts.memory)])
@@ -255,6 +259,8 @@ def _promising(
             if site.pool_of[later] == i:
                 most = together(most, smallest[later])
         fits = np.flatnonzero((most[:, 0] + most[:, 1] <= site.allowed(i)) & ((found @ floor.T).max(axis=1) < above))
+        for cut in cuts:
+            fits = fits[cut.least(found[fits]) < above]
         picks = {other: rows[old][fits] for other, rows in picks.items()} | {role: new[fits]}
         found, memory = found[fits], memory[fits]
     return {role: picks[role] for role in kept}
@@ -263,18 +269,18 @@ def _promising(
 def _hosts_hold(site: Site, engine: Array, picks: Picks) -> NDArray[np.int64]:
     """The combinations for which every node's host memory holds what the pools offload and the batches in flight."""
     problem = site.problem
-    nodes = np.zeros((len(site.structure), len(problem.cluster.nodes)))
+    nodes = np.zeros((len(site.structure) + 2, len(problem.cluster.nodes)))
     for i, parts in enumerate(site.spread):
         for node, _, count in parts:
             nodes[i, node] = count
+    nodes[-2, 0] = batch_bytes(problem.workload, problem.max_staleness)
+    nodes[-1] = [node.host_memory_bytes for node in problem.cluster.nodes]
+    nodes = np.unique(nodes, axis=1)  # most are alike
     pinned = np.zeros((len(picks), len(site.structure)))
     for role, rows in picks.rows.items():
         pinned[:, site.pool_of[role]] += picks.layouts[role].memory[rows, 2]
     pinned[:, list(site.generating)] += engine[2]
-    needed = pinned @ nodes
-    needed[:, 0] += batch_bytes(problem.workload, problem.max_staleness)
-    there = np.array([node.host_memory_bytes for node in problem.cluster.nodes], dtype=np.float64)
-    return np.flatnonzero((needed <= there).all(axis=1))
+    return np.flatnonzero((pinned @ nodes[:-2] + nodes[-2] <= nodes[-1]).all(axis=1))
 
 
 # --- what they take ---

@@ -63,6 +63,12 @@ class Cut(NamedTuple):
         periods = (self.rates.reshape(-1, calls) @ seconds).reshape(len(seconds), leaves, rows, -1)
         return np.asarray(objective(periods.max(axis=2)).min(axis=1))
 
+    def least(self, means: Array) -> Array:
+        """The least period [n] of any program at durations [n, calls]."""
+        leaves, rows, calls = self.rates.shape
+        periods = (means @ self.rates.reshape(-1, calls).T).reshape(len(means), leaves, rows)
+        return np.asarray(periods.max(axis=2).min(axis=1))
+
 
 class Search(NamedTuple):
     """The best program below the limit, if any, its seconds (else the limit), and the cut that proves it."""
