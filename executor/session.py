@@ -18,6 +18,7 @@ import ray
 from planner.spec.errors import UserError
 
 PREFIX, RAY = "splitplan-", "ray"  # of temporary directories, and the one of Ray in each
+NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what Ray calls it everywhere
 # Each process stands for one GPU or one core: more threads would only fight. Models come from local directories.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -32,7 +33,7 @@ def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
         return
     with _interrupt_on_sigterm():
         if address is None:
-            with _private_directory() as directory:
+            with _private_directory() as directory, _this_host_only():
                 try:
                     _start_private(cpus, directory)
                     yield
@@ -48,9 +49,6 @@ def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
 
 def _start_private(cpus: int | None, directory: Path) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    # Ray turns 127.0.0.1 into the host's outward address unless it is told that there is this host only.
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
     for key, value in ENVIRONMENT.items():  # inherited by the processes, which a runtime_env would start anew
         os.environ.setdefault(key, value)
     # Ray asks for a token. One that lives as long as this process leaves nothing in the user's home.
@@ -63,6 +61,21 @@ def _start_private(cpus: int | None, directory: Path) -> None:
         # By default as many processes start at a time as there are cores, which sixteen light ones find slow.
         _system_config={"worker_maximum_startup_concurrency": 32},
     )
+
+
+@contextlib.contextmanager
+def _this_host_only() -> Iterator[None]:
+    """Ray turns 127.0.0.1 into the host's outward address unless it is told that there are no other hosts. Not for
+    longer: this process, or what it starts, may join a cluster next."""
+    before = os.environ.get(NO_CLUSTER), ray._private.ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[NO_CLUSTER], ray._private.ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        os.environ.pop(NO_CLUSTER)
+        if before[0] is not None:
+            os.environ[NO_CLUSTER] = before[0]
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = before[1]
 
 
 def _connect(address: str) -> None:

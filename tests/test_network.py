@@ -16,6 +16,8 @@ from processes import descendants, end, end_agents, still_there, working
 from test_checkpoint import metrics_of
 from test_cluster import spread
 
+from executor.session import NO_CLUSTER
+
 pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2")]
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +89,9 @@ def network() -> Iterator[Network]:
 @pytest.fixture
 def environment() -> Iterator[dict[str, str]]:
     temporary = tempfile.mkdtemp(prefix="s-")  # short, for sockets
-    yield os.environ | {
+    # Tests share a private Ray, which this process may still have open.
+    own = {key: value for key, value in os.environ.items() if key != NO_CLUSTER}
+    yield own | {
         "RAY_TMPDIR": temporary,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "a-token-of-this-test-only",

@@ -1,5 +1,6 @@
 """The temporary directories of private Rays: gone when their owners are, those of owners that were killed too."""
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -43,3 +44,10 @@ def test_what_cannot_be_removed_yet_keeps_its_lock_for_the_next_time(tmp_path: P
     (directory / "ray").unlink()
     session._sweep()
     assert not directory.exists()
+
+
+def test_a_private_ray_leaves_nothing_that_would_keep_the_process_from_joining_a_cluster() -> None:
+    known = session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
+    with session._this_host_only():
+        assert os.environ[session.NO_CLUSTER] == "0" and not session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
+    assert session.NO_CLUSTER not in os.environ and known is session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
