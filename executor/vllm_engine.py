@@ -24,7 +24,7 @@ from executor import models
 from executor.data import Ints, Requests
 from executor.rollout import EngineWorker
 from executor.weights import Described
-from planner.predict.memory import ENGINE_BLOCK_TOKENS, kv_cache_bytes
+from planner.predict.memory import kv_cache_bytes
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.workload import Model
@@ -68,7 +68,6 @@ class VllmEngine:
             gpu_memory_utilization=rollout.memory_fraction,
             # What vLLM measures itself is wrong where trainers load their models on the same GPU meanwhile.
             kv_cache_memory_bytes=kv_cache_bytes(plan),
-            block_size=ENGINE_BLOCK_TOKENS,
             max_model_len=workload.longest,
             max_num_seqs=rollout.concurrency,
             max_cudagraph_capture_size=max(8, rollout.concurrency),

@@ -1,20 +1,28 @@
-"""What a block keeps for its backward pass is what the memory model counts. Compiled as on a GPU, but by no code
-generator; in place of the variable-length kernel stands an operator that keeps what that keeps: its inputs, its output
-and a log-sum-exp per head."""
+"""The memory model against what a block keeps for its backward pass, and against what tensors took on H200s.
+
+The block is compiled as on a GPU, but by no code generator; in place of the variable-length kernel stands an operator
+that keeps what that keeps: its inputs, its output and a log-sum-exp per head."""
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from executor import models
-from planner.predict.memory import activation_bytes
+from executor.data import minibatches, spread
+from planner.predict.memory import activation_bytes, trainer_memory
+from planner.predict.profile import Point, Profile
 from planner.spec.cluster import load_device
-from planner.spec.workload import Shape
+from planner.spec.files import profiles_dir
+from planner.spec.plan import TrainerRole
+from planner.spec.workload import Shape, Workload, load_workload
 
 TOKENS = 64
+H200 = load_device("h200")
+STEPS = 15  # as many as a profile has at most
 
 
 @torch.library.custom_op("splitplan_test::attention", mutates_args=())
@@ -84,5 +92,37 @@ def test_a_compiled_block_keeps_what_is_counted(size: tuple[int, int, int, int],
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         held = models.blocks(model)[0](hidden_states, position_embeddings=rotary, attention_mask=None)
-    assert sum(kept.values()) == TOKENS * activation_bytes(shape, load_device("h200"))[0]
+    assert sum(kept.values()) == TOKENS * activation_bytes(shape, H200)[0]
     del held
+
+
+@pytest.mark.parametrize("name", ["1.5b-2gpu", "0.5b"])
+def test_updates_on_h200s_took_what_is_predicted(name: str) -> None:
+    """Tensors at the peak of each update that was measured with all roles awake on the same GPUs."""
+    workload = load_workload(profiles_dir() / "workloads" / f"h200-{name.partition('-')[0]}.toml")
+    profile = Profile.read(profiles_dir() / "h200" / f"{name}.json")
+    points = [p for p in (*profile.points, *profile.held_out) if p.call == "train" and p.gpus == 2]
+    assert len(points) >= 8
+    for point in points:
+        assert predicted(workload, point) == pytest.approx(point.allocated_bytes, rel=0.06)
+
+
+def predicted(workload: Workload, point: Point) -> int:
+    """With the tokens of the largest micro-batch that the update had."""
+    lengths = np.array(point.response_lengths) + point.prompt_tokens // point.sequences
+    assert point.minibatch and point.micro_batch_tokens
+    shares = [
+        spread(rows, lengths, point.gpus, point.micro_batch_tokens)
+        for step in range(STEPS)
+        for rows in minibatches(len(lengths), point.minibatch, workload.seed, step, 0)
+    ]
+    tokens = max(int(lengths[rows].sum()) for share in shares for micro_batches in share for rows in micro_batches)
+    layout = TrainerRole(
+        pools=("all",),
+        shard=point.shard,
+        replicas=point.gpus // point.shard,
+        micro_batch_tokens=tokens,
+        recompute=point.recompute,
+    )
+    roles = {role: trainer_memory(workload, role, layout, H200) for role in workload.models}
+    return roles[point.role].running + sum(memory.idle for role, memory in roles.items() if role != point.role)

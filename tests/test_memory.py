@@ -3,7 +3,6 @@ import pytest
 from planner.predict.memory import (
     COMMUNICATION_BYTES,
     ENGINE_ASLEEP_BYTES,
-    ENGINE_BLOCK_TOKENS,
     ENGINE_WORKSPACE_BYTES,
     LOGIT_CHUNK_TOKENS,
     SAMPLE_BYTES_PER_TOKEN,
@@ -127,7 +126,7 @@ def test_offload_moves_bytes_from_idle_to_the_host(offload: str, idle: int, host
 
 
 def test_engine_by_hand() -> None:
-    weights, kv = 2 * LM, 8 * ENGINE_BLOCK_TOKENS * (2 * 3 * 2 * 2 * 2)  # 40 tokens need one block
+    weights, kv = 2 * LM, 8 * 40 * (2 * 3 * 2 * 2 * 2)
     process = H200.context_bytes + COMMUNICATION_BYTES
     memory = rollout_memory(SMALL, engine(), H200)
     assert memory.detail["weights"] == weights

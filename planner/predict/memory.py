@@ -27,7 +27,6 @@ SYNC_BYTES = 2**30  # of the actor's window through which weights reach the engi
 ENGINE_WORKSPACE_BYTES = (
     4_000_000_000  # of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations
 )
-ENGINE_BLOCK_TOKENS = 128  # of a vLLM engine's KV cache: handing out small blocks costs its host time at every token
 ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps
 SPARE = 0.05  # of a trainer's planned bytes: what its allocator may have unused between its tensors
 SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
@@ -176,12 +175,9 @@ def engine_weight_bytes(shape: Shape, tensor_parallel: int, device: Device) -> i
 
 def _engine_detail(workload: Workload, tensor_parallel: int, concurrency: int, device: Device) -> dict[str, int]:
     per_token = kv_bytes_per_token(workload.actor.shape, tensor_parallel, device)
-    longest = (
-        -(-workload.longest // ENGINE_BLOCK_TOKENS) * ENGINE_BLOCK_TOKENS if device.kind == "cuda" else workload.longest
-    )
     return {
         "weights": engine_weight_bytes(workload.actor.shape, tensor_parallel, device),
-        "kv_cache": min(concurrency, workload.batch) * longest * per_token,
+        "kv_cache": min(concurrency, workload.batch) * workload.longest * per_token,
         "workspace": ENGINE_WORKSPACE_BYTES if device.kind == "cuda" else 0,
     }
 
