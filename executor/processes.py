@@ -44,6 +44,7 @@ class Processes:
         self.trainers: dict[str, list[Rank]] = {}
         self.engines: list[Rank] = []
         self.judge: list[Rank] = []
+        self._version = 0  # of the weights that the engines have
         self._installed: tuple[list[ray.ObjectRef], int] | None = None  # what the engines on the CPU have
         try:
             with within(self.deadlines.of_start):
@@ -65,6 +66,7 @@ class Processes:
 
     def sync_weights(self, version: int) -> list[Record]:
         """Install the actor's weights of this version in all engines."""
+        self._version = version
         if self.sync is not None:
             return self.sync(version)
         gathered = ask(self.of("actor"), "gather", "actor", version)
@@ -73,21 +75,31 @@ class Processes:
         self._installed = [weights], version
         return gathered.records + installed.records
 
-    @property
-    def revive(self) -> Callable[[int], Rank] | None:
-        """How to start an engine again that died, with the weights that it had. Only the weights of engines on the CPU
-        lie in the object store; vLLM's come straight from the trainers, which may be in the middle of an update."""
-        return self._revive if self.sync is None else None
-
-    def _revive(self, number: int) -> Rank:
+    def revive(self, number: int) -> Rank:
+        """Start an engine again that died, with the weights that it had. Those of engines on the CPU lie in the object
+        store; vLLM's come from the trainers, as long as those have no others. Raises WorkerError if they have."""
         pool, gpus = self.plan.engine_gpus()[number]
         name = self.engines[number].name
         log.warning("%s died; it is started again", name)
-        (engine,) = pools.connect([self._again(EngineWorker, gpus, name)])
-        ask([engine], "start", self.plan, pool)
-        if self._installed is not None:
-            ask([engine], "install", *self._installed)
+        with within(self.deadlines.of_start, anew=True):
+            if self.sync is None:
+                (engine,) = pools.connect([self._again(EngineWorker, gpus, name)])
+                ask([engine], "start", self.plan, pool)
+                if self._installed is not None:
+                    ask([engine], "install", *self._installed)
+            else:
+                engine = self._revive_vllm(number, pool, gpus, name, self.sync)
         self.engines[number] = engine
+        return engine
+
+    def _revive_vllm(self, number: int, pool: str, gpus: tuple[Gpu, ...], name: str, sync: WeightSync) -> Rank:
+        (held,) = ask(self.of("actor")[:1], "version_of", "actor").results
+        if held != self._version:
+            raise WorkerError(f"{name} died, and its weights {self._version} have become {held} in the trainers since")
+        (engine,) = pools.connect([self._again(VllmWorker, gpus, name, made_for(self.plan))])
+        ask([engine], "start", self.plan, pool, sync.ways[number])
+        sync.replace(number, engine)
+        sync(held)
         return engine
 
     def restart_judge(self) -> None:
@@ -96,12 +108,12 @@ class Processes:
         self.judge[:] = pools.connect([self._again(RewardWorker, (), self.judge[0].name)])
         self._load_reward(self.plan.workload.reward)
 
-    def _again(self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...], name: str) -> Rank:
+    def _again(self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...], name: str, kind: str = "") -> Rank:
         """A fresh process, unless all are being ended: a call that this interrupts sees its processes die."""
         with self._lock:
             if self._closed:
                 raise WorkerError(f"{name} was ended")
-            return replace(self.fleet.again(worker, gpus), name=name)
+            return replace(self.fleet.again(worker, gpus, kind), name=name)
 
     def _start(self) -> None:
         """All at once, for most of their start is loading libraries."""

@@ -21,22 +21,36 @@ class WeightSync:
     one gets its weights in two turns, because each way needs the shards gathered."""
 
     def __init__(self, plan: Plan, actors: list[Rank], engines: list[Rank], ways: Sequence[Channel]) -> None:
-        self.actors = actors
+        self.actors, self.engines, self.ways = actors, list(engines), ways
+        self.tensor_parallel = plan.rollout.tensor_parallel
         self.weights: list[Described] = ask(actors[:1], "describe_weights").results[0]
         self.chunks = in_chunks(self.weights)
-        self.beside = [engine for engine, way in zip(engines, ways, strict=True) if way == "ipc"]
-        self.elsewhere = [engine for engine, way in zip(engines, ways, strict=True) if way == "nccl"]
         if self.elsewhere:
-            self._form_group(plan.rollout.tensor_parallel)
+            self._form_group()
         if self.beside:
             windows = ask(actors, "open_window", self.chunks).results
             self.handles = {gpu: handle for window in windows for gpu, handle in window.items()}
 
-    def _form_group(self, tensor_parallel: int) -> None:
+    @property
+    def beside(self) -> list[Rank]:
+        return [engine for engine, way in zip(self.engines, self.ways, strict=True) if way == "ipc"]
+
+    @property
+    def elsewhere(self) -> list[Rank]:
+        return [engine for engine, way in zip(self.engines, self.ways, strict=True) if way == "nccl"]
+
+    def replace(self, number: int, engine: Rank) -> None:
+        """Another process in the place of an engine that died. The group over NCCL is formed anew without that one, as
+        soon as the other engines in it have done what they are doing; windows can be opened by whoever comes."""
+        self.engines[number] = engine
+        if self.ways[number] == "nccl":
+            self._form_group()
+
+    def _form_group(self) -> None:
         """The sender is rank 0; each engine has as many ranks as GPUs."""
         host, port = ask(self.actors[:1], "rendezvous").results[0]
-        world = 1 + tensor_parallel * len(self.elsewhere)
-        first = [0, *range(1, world, tensor_parallel)]
+        world = 1 + self.tensor_parallel * len(self.elsewhere)
+        first = [0, *range(1, world, self.tensor_parallel)]
         members = [self.actors[0], *self.elsewhere]
         ask(members, "join_group", host, port, world, each=[(rank,) for rank in first])
 

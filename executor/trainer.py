@@ -299,6 +299,9 @@ class Trainer(Worker):
 
     # --- the actor's weights to engines on GPUs; see `sync.py` ---
 
+    def version_of(self, role: str) -> int:
+        return self.roles[role].version
+
     def describe_weights(self) -> list[Described]:
         return weights.describe(self.roles["actor"].module)
 

@@ -56,6 +56,7 @@ class VllmEngine:
         rollout, workload = plan.rollout, plan.workload
         self.eos = eos_tokens(workload.actor)
         self._awake = {"weights", "kv_cache"}
+        self._asked = 0  # requests so far
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in the trainer
         self.llm = LLM(
             model=str(_model_directory(workload.actor)),
@@ -72,19 +73,33 @@ class VllmEngine:
             max_cudagraph_capture_size=max(8, rollout.concurrency),
             logprobs_mode="processed_logprobs",
             enable_sleep_mode=rollout.offload,
+            enable_prefix_caching=False,  # looking for common beginnings costs time at every token of every sequence
             weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
         )
         gc.freeze()  # what the engine consists of stays; collecting must not look at it at every step
 
     def generate(self, requests: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
-        prompts: Any = [{"prompt_token_ids": prompt.tolist()} for prompt in requests.prompts()]
-        params = self._sampling(requests, temperature)
-        outputs = [output.outputs[0] for output in self.llm.generate(prompts, params, use_tqdm=False)]
-        lengths = np.array([len(output.token_ids) for output in outputs], dtype=np.int32)
-        total = int(lengths.sum())
-        tokens = np.fromiter(itertools.chain.from_iterable(o.token_ids for o in outputs), np.int32, total)
-        flat = itertools.chain.from_iterable(o.logprobs.logprobs for o in outputs)  # one per token
-        return lengths, tokens, np.fromiter(flat, np.float32, total)
+        """What `LLM.generate` does, but for an object per sequence that grows with every token: for small models a step
+        takes as long as the host needs for it."""
+        engine, first = self.llm.llm_engine, self._asked
+        self._asked += len(requests)
+        prompts, tasks = requests.prompts(), engine.get_supported_tasks()
+        for number, params in enumerate(self._sampling(requests, temperature), start=first):
+            prompt: Any = {"type": "token", "prompt_token_ids": prompts[number - first].tolist()}
+            request = engine.input_processor.process_inputs(str(number), prompt, params, tasks)
+            engine.engine_core.add_request(request)
+        tokens: list[list[int]] = [[] for _ in range(len(requests))]
+        log_probs: list[list[NDArray[np.float32]]] = [[] for _ in range(len(requests))]
+        left = len(requests)
+        while left:
+            for output in engine.engine_core.get_output().outputs:
+                number = int(output.request_id) - first
+                tokens[number] += output.new_token_ids
+                log_probs[number].append(output.new_logprobs.logprobs[:, 0])  # [new tokens, the token itself]
+                left -= output.finish_reason is not None
+        lengths = np.array([len(row) for row in tokens], dtype=np.int32)
+        flat = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, int(lengths.sum()))
+        return lengths, flat, np.concatenate([np.zeros(0, np.float32), *itertools.chain.from_iterable(log_probs)])
 
     def _sampling(self, requests: Requests, temperature: float | None) -> list[Any]:
         from vllm import SamplingParams
@@ -98,8 +113,8 @@ class VllmEngine:
                 ignore_eos=True,
                 stop_token_ids=None if exact else self.eos,
                 logprobs=0,  # of the token itself, and of no other
-                flat_logprobs=True,
                 detokenize=False,
+                skip_clone=True,  # nobody else has it
             )
             for key, max_tokens, exact in rows
         ]

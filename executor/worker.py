@@ -2,6 +2,7 @@
 so that a rehearsal's processes start quickly."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -126,13 +127,15 @@ def _out_of_memory(error: BaseException | None) -> str | None:
 
 
 _deadline: ContextVar[float] = ContextVar("deadline", default=float("inf"))  # on the monotonic clock
+_sending = threading.Lock()  # several threads may ask the same ranks, whose collectives must come in one order
 
 
 @contextlib.contextmanager
-def within(seconds: float) -> Iterator[None]:
+def within(seconds: float, *, anew: bool = False) -> Iterator[None]:
     """Let what is asked of processes in a `with` on this thread end after so many seconds at most, or sooner if a
-    `with` around it says so."""
-    token = _deadline.set(min(_deadline.get(), time.monotonic() + seconds))
+    `with` around it says so, unless its time begins `anew`."""
+    end = time.monotonic() + seconds
+    token = _deadline.set(end if anew else min(_deadline.get(), end))
     try:
         yield
     finally:
@@ -190,7 +193,11 @@ class Asked:
                 except Died:
                     if revive is None:
                         raise
+                    died = time.monotonic()
                     ranks[number] = revive(number)
+                    lost = time.monotonic() - died
+                    _deadline.set(_deadline.get() + lost)  # a start has a limit of its own
+                    end += lost
                     again = ranks[number].handle.call.remote(method, *self.arguments[number])
                     sent[again] = number
                     waiting.append(again)
@@ -203,7 +210,8 @@ def begin(ranks: Sequence[Rank], method: str, *args: Any, each: Sequence[tuple[A
     """Call a method on all ranks at once, without waiting for them. A rank does what it is asked in that order."""
     extra = each if each is not None else [()] * len(ranks)
     arguments = [(*args, *more) for more in extra]
-    refs = [rank.handle.call.remote(method, *its) for rank, its in zip(ranks, arguments, strict=True)]
+    with _sending:
+        refs = [rank.handle.call.remote(method, *its) for rank, its in zip(ranks, arguments, strict=True)]
     return Asked(ranks=list(ranks), method=method, arguments=arguments, refs=refs, since=time.monotonic())
 
 

@@ -98,7 +98,7 @@ def test_what_is_measured_on_four_gpus() -> None:
 
 def test_only_some_groups_may_be_measured() -> None:
     apart = groups_of(H200, make_cluster(4), "1 engine of 1")
-    assert [group.name for group in apart] == ["3 + 1 GPUs, shard 3, 18432 tokens, 1 engine of 1"]
+    assert [group.name for group in apart] == ["3 + 1 GPUs, shard 3, 32768 tokens, 1 engine of 1"]
     with pytest.raises(UserError, match="--only shard 8: no group is named so; there are 4 GPUs, shard 1 x 4, "):
         groups_of(H200, make_cluster(4), "shard 8")
 

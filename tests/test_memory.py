@@ -44,6 +44,7 @@ SMALL = Workload(
     reference=MODEL,
     reward=MODEL,
 )
+WIDEST = 4 * 8 + 2 * (8 + 3 * 20)  # a token's bytes in a forward pass: residual stream, norm, and the MLP
 SEVEN_B = load_workload(profiles_dir() / "workloads" / "7b.toml")
 
 
@@ -66,10 +67,10 @@ def test_parameters_by_hand() -> None:
 
 
 def test_activations_by_hand() -> None:
-    # norms: 2 inputs and 2 outputs; q, rotated q, attention output; k, rotated k, v; gate, up, silu, product
-    numbers = 4 * 8 + 3 * 8 + 3 * 4 + 4 * 20
-    assert activation_bytes(SHAPE, H200) == (2 * numbers + 4 * (2 * 8 + 4), 4 * 8)
-    assert activation_bytes(SHAPE, CPU) == (4 * numbers + 4 * (2 * 8 + 4), 4 * 8)
+    # outputs of 2 norms and of the attention's projection; q, attention output; k, v; gate, up, product
+    numbers = 3 * 8 + 2 * 8 + 2 * 4 + 3 * 20
+    assert activation_bytes(SHAPE, H200) == (4 * 8 + 2 * numbers + 4 * (2 + 4), 4 * 8)
+    assert activation_bytes(SHAPE, CPU) == (4 * 8 + 4 * numbers + 4 * (2 + 4), 4 * 8)
 
 
 def test_trained_role_by_hand() -> None:
@@ -79,10 +80,10 @@ def test_trained_role_by_hand() -> None:
         "weights": 4 * LM // 2,
         "optimizer": 8 * LM // 2,
         "gradients": 4 * LM // 2,
-        "gathered": 2 * (2 * BLOCK + 800) + 6 * 800,
+        "gathered": 2 * (2 * BLOCK + 800) + 6 * BLOCK + 2 * 400,
         "activations": 3 * full * 80,
         "weight window": 2**30,
-        "logits": 2 * 80 * 50 * 6,
+        "logits": 3 * 80 * 50 * 2,
     }
     assert memory.running == sum(memory.detail.values())
     assert memory.idle == 4 * LM // 2 + 8 * LM // 2 + 2**30
@@ -91,28 +92,27 @@ def test_trained_role_by_hand() -> None:
 
 
 def test_frozen_role_by_hand() -> None:
-    full, _ = activation_bytes(SHAPE, H200)
     memory = trainer_memory(SMALL, "reward", trainer(), H200)
     assert memory.idle == 2 * SCALAR // 2
     assert memory.detail["optimizer"] == memory.detail["gradients"] == memory.detail["logits"] == 0
-    assert memory.detail["activations"] == full * 80
+    assert memory.detail["activations"] == WIDEST * 80
     assert trainer_memory(SMALL, "reward", trainer(), CPU).idle == 4 * SCALAR // 2
 
 
 def test_micro_batch_holds_a_longest_sequence_and_no_more_than_a_ranks_share() -> None:
-    full, _ = activation_bytes(SHAPE, H200)
-
     def tokens(**changes: object) -> int:
-        return trainer_memory(SMALL, "reference", trainer(**changes), H200).detail["activations"] // full
+        return trainer_memory(SMALL, "reference", trainer(**changes), H200).detail["activations"] // WIDEST
 
     assert tokens(micro_batch_tokens=1) == 40
     assert tokens(micro_batch_tokens=100) == 100
     assert tokens(micro_batch_tokens=10**6, shard=4) == 64 // 4 * 40
 
 
-def test_logits_never_exceed_a_chunk() -> None:
-    big = trainer_memory(SEVEN_B, "actor", trainer(micro_batch_tokens=32768), H200)
-    assert big.detail["logits"] == 2 * LOGIT_CHUNK_TOKENS * 152064 * 6
+def test_logits_never_exceed_a_chunk_and_come_after_the_activations_of_a_forward_pass() -> None:
+    chunk = LOGIT_CHUNK_TOKENS * 152064 * 2
+    assert trainer_memory(SEVEN_B, "actor", trainer(micro_batch_tokens=32768), H200).detail["logits"] == 3 * chunk
+    found = trainer_memory(SEVEN_B, "reference", trainer(micro_batch_tokens=4096), H200).detail
+    assert found["logits"] + found["activations"] == chunk > found["activations"]
 
 
 @pytest.mark.parametrize(

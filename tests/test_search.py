@@ -370,7 +370,7 @@ def test_a_baseline_can_be_written_as_a_plan():
 
 def test_too_little_memory_is_an_error():
     with pytest.raises(UserError, match="no plan fits"):
-        find(default()[0], make_cluster(1))
+        find(default()[0], make_cluster(1, "h100"))
 
 
 def test_workloads_with_fewer_roles():

@@ -18,7 +18,7 @@ from executor.run import Silent, loop
 from executor.rundir import RunDirectory
 from executor.step import Training
 from executor.supervise import Deadlines, memory_of, one_line
-from executor.worker import OutOfMemory, Overdue, Record, Worker, WorkerError, ask, within
+from executor.worker import OutOfMemory, Overdue, Rank, Record, Worker, WorkerError, ask, within
 from planner.predict.forecast import predict
 from planner.predict.memory import plan_memory, trainer_allowance
 from planner.predict.schedule import Task, tasks_of
@@ -142,9 +142,28 @@ def test_the_inner_deadline_may_only_be_sooner(ray_two: None) -> None:
         pools.stop(ranks)
 
 
+def test_what_a_new_process_takes_to_start_is_not_counted(ray_two: None) -> None:
+    fresh, dying = pools.connect([replace(pools.start(Sleeping), name="it") for _ in range(2)])
+
+    def revive(_: int) -> Rank:
+        with within(10.0, anew=True):
+            ask([fresh], "sleep", 1.5)
+        return fresh
+
+    try:
+        with within(1.0):
+            pools.stop([dying])
+            assert ask([dying], "sleep", 0.2, revive=revive).results == [0.2]
+            with pytest.raises(Overdue):
+                ask([fresh], "sleep", 1.5)
+    finally:
+        pools.stop([fresh])
+
+
 class Sleeping(Worker):
-    def sleep(self) -> None:
-        time.sleep(1e6)
+    def sleep(self, seconds: float = 1e6) -> float:
+        time.sleep(seconds)
+        return seconds
 
 
 # --- failures on a process ---

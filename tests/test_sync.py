@@ -1,8 +1,12 @@
 """Which way the weights take to an engine, and that all of them arrive there."""
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 from conftest import colocated, make_plan, make_workload
@@ -10,10 +14,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from executor import models, weights
-from executor.sync import channels
+from executor import models, pools, weights
+from executor.sync import WeightSync, channels
+from executor.worker import Died, Rank, Worker, ask
 from planner.spec.workload import Model, Shape
 
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
 WORKLOAD = make_workload()
 
 
@@ -29,6 +35,77 @@ def test_an_engine_elsewhere_gets_them_over_nccl() -> None:
     idle = colocated(WORKLOAD, layouts={"actor": {"shard": 1}})  # the second GPU has no rank of the actor
     assert channels(idle, [((0, 0),), ((0, 1),)]) == ["ipc", "nccl"]
     assert channels(idle, [((0, 0), (0, 1))]) == ["nccl"]
+
+
+class Noting(Worker):
+    """A process that notes what it is asked, as an actor's rank or as an engine."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[tuple[Any, ...]] = []
+
+    def describe_weights(self) -> list[weights.Described]:
+        return [weights.Described(name="w", shape=(2,))]
+
+    def rendezvous(self) -> tuple[str, int]:
+        return "here", 1
+
+    def open_window(self, chunks: list[list[weights.Described]]) -> dict[str, str]:
+        return {"gpu": "handle"}
+
+    def join_group(self, host: str, port: int, world: int, rank: int) -> None:
+        self.notes.append(("join", world, rank))
+
+    def broadcast_weights(self, version: int, described: list[weights.Described]) -> None:
+        self.notes.append(("broadcast", version))
+
+    def begin_weights(self, version: int) -> None:
+        self.notes.append(("begin", version))
+
+    def fill_window(self, chunk: list[weights.Described]) -> None:
+        self.notes.append(("fill", len(chunk)))
+
+    def read_window(self, chunk: list[weights.Described], handles: dict[str, str]) -> None:
+        self.notes.append(("read", len(chunk), *handles.values()))
+
+    def end_weights(self) -> None:
+        self.notes.append(("end",))
+
+    def noted(self) -> list[tuple[Any, ...]]:
+        found, self.notes = self.notes, []
+        return found
+
+
+def test_an_engine_that_died_is_replaced_in_the_group_and_gets_the_weights_again(ray_two: None) -> None:
+    home = {"actor": "a", "reference": "a", "critic": "b", "reward": "b", "rollout": ["a", "b"]}
+    plan = make_plan(WORKLOAD, {"a": 1, "b": 2}, home)
+    ranks = [replace(pools.start(Noting), name=name) for name in ("actor", "beside", "lost", "left", "fresh")]
+    actor, beside, lost, left, fresh = pools.connect(ranks)
+
+    def noted(*those: Rank) -> list[Any]:
+        return ask(those, "noted").results
+
+    window = [("begin", 5), ("fill", 1), ("end",)]
+    read = [("begin", 5), ("read", 1, "handle"), ("end",)]
+    try:
+        sync = WeightSync(plan, [actor], [beside, lost, left], ["ipc", "nccl", "nccl"])
+        sync(5)
+        pools.stop([lost])
+        assert noted(actor, beside, left) == [
+            [("join", 3, 0), ("broadcast", 5), *window], read, [("join", 3, 2), ("broadcast", 5)]
+        ]  # fmt: skip
+        with pytest.raises(Died):
+            sync(5)
+        noted(actor, beside, left)
+        sync.replace(1, fresh)
+        sync(5)
+        assert noted(actor, beside, fresh, left) == [
+            [("join", 3, 0), ("broadcast", 5), *window], read, *([("join", 3, n), ("broadcast", 5)] for n in (1, 2))
+        ]  # fmt: skip
+        sync.replace(0, fresh)  # no group to form for one that reads the actor's memory
+        assert noted(actor, left) == [[], []]
+    finally:
+        pools.stop([actor, beside, left, fresh])
 
 
 @pytest.fixture

@@ -178,7 +178,7 @@ def test_pareto_draws_and_writes_its_figures(tmp_path, written, plan):
         (("pareto", "--gpus", "4,x"), "write numbers with commas"),
         (("pareto", "--gpus", "0,4"), "each must be 1 to 4,096"),
         (("pareto", "--gpus", "4", "--max-staleness", "-1"), "must be at least 0"),
-        (("pareto", "--gpus", "1"), "no plan fits 7b on 1 GPU: actor needs"),
+        (("pareto", "--gpus", "1", "--device", "h100"), "no plan fits 7b on 1 GPU: actor needs"),
         (("search", "--gpus", "4", "--pin", "actor=9"), "--pin actor=9 cannot be met on 4 GPUs"),
         (("explain", "missing.json"), "no such file"),
     ],

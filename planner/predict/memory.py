@@ -66,15 +66,17 @@ def compute_bytes(device: Device) -> int:
 def activation_bytes(shape: Shape, device: Device) -> tuple[int, int]:
     """Bytes that one token leaves for the backward pass in one block: (everything, with recomputation its input only).
 
-    After Korthikanti et al. 2022 (arXiv:2205.05198, equation 1), counted anew for grouped-query attention, a gated MLP,
-    RMS norms computed in fp32, rotary embeddings, no dropout, and flash attention, which keeps a log-sum-exp per head
-    instead of the square of scores: inputs of both norms and their fp32 copies and outputs; queries, keys and values,
-    before and after rotation; the attention's output; gate, up, the activated gate and their product."""
+    Counted as Korthikanti et al. 2022 (arXiv:2205.05198, equation 1) do, but for grouped-query attention, a gated MLP,
+    RMS norms and flash attention, and for a block that is compiled whole: what matrix products and attention need is
+    kept, what lies between them is computed again. So there are the residual stream before the block; what both norms
+    and the attention's output projection give; queries, keys, values and the attention's output; gate, up and the
+    activated product; in fp32 a factor per norm and a log-sum-exp per head. These are the tensors that
+    `torch.autograd.graph.saved_tensors_hooks` finds (tests/test_activations.py). On a CPU, where nothing is compiled,
+    it is up to half more."""
     width, query, key = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    numbers = 4 * width + 2 * query + 2 * key + key + query + 4 * shape.intermediate
-    single = 2 * width + shape.heads  # fp32 whatever the compute type
-    size = compute_bytes(device)
-    return size * numbers + 4 * single, 4 * width  # the residual stream is fp32
+    numbers = 3 * width + 2 * query + 2 * key + 3 * shape.intermediate
+    kept = 4 * width  # the residual stream is fp32
+    return kept + compute_bytes(device) * numbers + 4 * (2 + shape.heads), kept
 
 
 def trainer_memory(workload: Workload, role: str, layout: TrainerRole, device: Device) -> RoleMemory:
@@ -98,14 +100,15 @@ def trainer_bytes(
     moments = (8 if trained else 0) * parameters // layout.shard
     offloaded = weights * weights_away + moments * optimizer_away
     tokens = _micro_batch_tokens(workload, layout, trained)
+    activations = _activation_bytes(shape, layout.recompute, device, trained) * tokens
     detail = {
         "weights": weights,
         "optimizer": moments,
         "gradients": (4 if trained else 0) * parameters // layout.shard,
         "gathered": _gathered_bytes(shape, head, size, trained) * ((layout.shard > 1) | (size < 4)),
-        "activations": _activation_bytes(shape, layout.recompute, device, trained) * tokens,
+        "activations": activations,
         "weight window": max(SYNC_BYTES, 2 * shape.embedding_parameters) if role == "actor" and size == 2 else 0,
-        "logits": _logits(shape, tokens, size, trained) if head == "lm" else 0,
+        "logits": _logits(shape, tokens, size, trained, activations) if head == "lm" else 0,
     }
     return weights + moments - offloaded + detail["weight window"], detail, offloaded
 
@@ -133,25 +136,29 @@ def _micro_batch_tokens(workload: Workload, layout: Any, trained: bool) -> Count
 
 
 def _activation_bytes(shape: Shape, recompute: Count, device: Device, trained: bool) -> Count:
-    """Of a token. A forward pass alone holds one block's; an update one block's and what the others have kept."""
+    """Of a token. A forward pass alone is widest in an MLP, beside the residual stream and the norm's output. An update
+    holds one block's and what the others have kept."""
     full, kept = activation_bytes(shape, device)
     if not trained:
-        return full
+        return kept + compute_bytes(device) * (shape.hidden + 3 * shape.intermediate)
     return np.where(recompute, full + kept * shape.layers, full * shape.layers)
 
 
-def _logits(shape: Shape, tokens: Count, size: int, trained: bool) -> Count:
-    """Logits of a chunk and their fp32 copy; an update holds the gradients of both too."""
-    return np.minimum(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab * (size + 4) * (2 if trained else 1)
+def _logits(shape: Shape, tokens: Count, size: int, trained: bool, activations: Count) -> Count:
+    """Logits of a chunk. An update holds those of the next one and a gradient beside them, and all activations; a
+    forward pass alone has let its blocks' activations go by then. On a GPU fp32 copies are fused away."""
+    chunk = np.minimum(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab * size
+    return 3 * chunk if trained else np.maximum(chunk - activations, 0)
 
 
 def _gathered_bytes(shape: Shape, head: Head, size: int, trained: bool) -> int:
     """What FSDP2 has unsharded at once: the block that computes and the next, embedding and head throughout; in an
-    update also the gradients of one such group, before they are reduced in fp32. In fp32 a single shard has nothing to
-    gather and nothing to cast."""
+    update also a block's gradients, before they are reduced in fp32, and the vocabulary head's, which come first of all
+    (the embedding's come last, when no activations are left). In fp32 a single shard has nothing to gather and nothing
+    to cast."""
     ends = shape.embedding_parameters * (1 if head == "scalar" or shape.tied_embeddings else 2)
-    gradients = (size + 4) * max(shape.block_parameters, ends) if trained else 0
-    return size * (2 * shape.block_parameters + ends) + gradients
+    gradients = (size + 4) * shape.block_parameters + (size * shape.embedding_parameters if head == "lm" else 0)
+    return size * (2 * shape.block_parameters + ends) + (gradients if trained else 0)
 
 
 # --- rollout ---

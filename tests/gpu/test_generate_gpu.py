@@ -29,10 +29,10 @@ REPEATS = 5
 
 
 def ours(requests: Requests) -> Callable[[], int]:
-    """The executor's engine, as it is in a plan."""
+    """The executor's engine, as it is in a plan with a GPU for the rollout."""
     from executor.vllm_engine import VllmEngine
 
-    engine = VllmEngine(baseline("colocated", workload(), make_cluster(1, "h200", 1), pins=("rollout=1",)))
+    engine = VllmEngine(baseline("one-step-off", workload(), make_cluster(2, "h200", 2)))
     return lambda: int(engine.generate(requests, 1.0)[0].sum())
 
 
