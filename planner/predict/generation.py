@@ -95,7 +95,7 @@ class Batch:
     """The lengths of a batch in tokens, `prompts` and `responses` [S, B], with what floors ask of them often."""
 
     FOLLOWED = 8  # of the longest responses: how many are looked at with those that share their engine
-    LEVELS = (0.25, 0.5, 0.75, 0.9)  # quantiles of responses at which a wave is cut into parts
+    LEVELS = (0.25, 0.5, 0.75, 0.9)  # of responses that are shorter: there a wave is cut into parts
     DEEPEST = 32  # waves of a queue: with more, the shared work is what counts
 
     def __init__(self, prompts: Tokens, responses: Tokens) -> None:
@@ -107,7 +107,7 @@ class Batch:
         self._first: dict[tuple[int, int], Tokens] = {}
         self._sums = [values.sum(axis=1) for values in (responses, self.contexts, prompts, prompts**2)]
         self._rising = np.sort(responses, axis=1)
-        self._levels = np.quantile(responses, self.LEVELS).astype(np.int64)
+        self._levels = self._rising[0, [int(share * responses.shape[1]) for share in self.LEVELS]]
 
     def floors(self, speed: Speed, engines: NDArray[np.int64], concurrency: NDArray[np.int64]) -> Seconds:
         """Seconds [n, S] that generation on so many engines with so many slots each [n] is not below: what all engines

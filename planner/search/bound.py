@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from planner.search.engines import ALONE, LEVELS, NEVER, EngineTable, level_of, with_mean
 from planner.search.options import CUTS, Array, Problem, bytes_of
 from planner.search.programs import Cut, Program, bound_rates, cycles_of, rates, sharing_of
-from planner.search.space import Arrangement, Structure, gpus_of_kinds
+from planner.search.space import Arrangement, Structure
 
 AT_ONCE = 1024  # boxes that are bounded together
 LOOSE = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it may take
@@ -52,9 +52,8 @@ class Bounds:
         self, problem: Problem, arrangements: Sequence[Arrangement], programs: Sequence[Program | None] | None = None
     ) -> None:
         self.problem, self.arrangements = problem, arrangements
-        there = gpus_of_kinds(problem.cluster)
-        self.kinds = tuple(there)
-        most = max(there.values())
+        self.kinds = tuple(problem.there)
+        most = max(problem.there.values())
         self._made: dict[Held, tuple[Array, Array, Array]] = {}
         self._rates: dict[Structure, Array] = {}
         pools = sorted({pool for a in arrangements for pool in _pools_of(a)}, key=_named)
@@ -167,24 +166,22 @@ class Bounds:
     def _rows(self, programs: Sequence[Program | None]) -> Rows:
         problem, pools = self.problem, max(len(a.structure) for a in self.arrangements)
         columns: list[list[object]] = [[] for _ in Rows._fields]
-        homes, listed = dict[Structure, list[int]](), list[Array]()
+        known, listed = dict[tuple[Structure, tuple[str, ...]], list[object]](), list[Array]()
         roles = [(problem.flow[some[0]].roles or ("",))[0] for some in self.sets]
         for a, program in zip(self.arrangements, programs, strict=True):
             pad = [0] * (pools - len(a.structure))
-            kind = a.kinds[a.generating[0]]
-            if a.structure not in homes:
+            if (a.structure, a.kinds) not in known:
                 at = {role: i for i, own in reversed([*enumerate(a.structure)]) for role in own}
-                homes[a.structure] = [at.get(role, 0) for role in roles]
-            actor = homes[a.structure][roles.index("actor")]
-            values: list[object] = [
-                [self._number[pool] for pool in _pools_of(a)] + pad,
-                homes[a.structure],
-                ["rollout" in own for own in a.structure] + [False] * len(pad),
-                [i == actor for i in range(pools)],
-                self.kinds.index(kind),
-                problem.node(kind) if kind == a.kinds[actor] else 0,
-                [problem.hand_over(a, same_node=same_node) for same_node in (True, False)],
-            ]
+                kind = a.kinds[a.generating[0]]
+                known[a.structure, a.kinds] = [
+                    [at.get(role, 0) for role in roles],
+                    ["rollout" in own for own in a.structure] + [False] * len(pad),
+                    [i == at["actor"] for i in range(pools)],
+                    self.kinds.index(kind),
+                    problem.node(kind) if kind == a.kinds[at["actor"]] else 0,
+                    [problem.hand_over(a, same_node=same_node) for same_node in (True, False)],
+                ]
+            values = [[self._number[pool] for pool in _pools_of(a)] + pad, *known[a.structure, a.kinds]]
             for column, value in zip(columns, values, strict=False):
                 column.append(value)
             listed.append(self._rates_of(a.structure, program))

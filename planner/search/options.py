@@ -6,6 +6,7 @@ step time only grows with each duration, so what is dominated need not be consid
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -115,11 +116,20 @@ class Problem:
 
     def node(self, kind: str) -> int:
         """GPUs of the largest node of a kind."""
-        return max(node.gpus for node in self.cluster.nodes if node.device == kind)
+        return self._largest[kind]
+
+    @cached_property
+    def _largest(self) -> dict[str, int]:
+        return {kind: max(node.gpus for node in self.cluster.nodes if node.device == kind) for kind in self.there}
+
+    @cached_property
+    def there(self) -> dict[str, int]:
+        """GPUs of each kind."""
+        return gpus_of_kinds(self.cluster)
 
     def ranks(self, kind: str) -> tuple[int, ...]:
         """On how many GPUs of a kind a trained or inference role may compute."""
-        return rank_counts(gpus_of_kinds(self.cluster)[kind], self.workload.minibatch, self.node(kind))
+        return rank_counts(self.there[kind], self.workload.minibatch, self.node(kind))
 
     def layouts(self, role: str, kind: str) -> Layouts:
         """Of a role on all GPUs of a kind and on any fewer, in the order of the ranks, as if every pool filled its
@@ -207,7 +217,7 @@ class Problem:
     def engines(self, kind: str) -> EngineTable:
         """The engines that a rollout may have on GPUs of a kind."""
         if kind not in self._engines:
-            gpus, node = gpus_of_kinds(self.cluster)[kind], self.node(kind)
+            gpus, node = self.there[kind], self.node(kind)
             self._engines[kind] = EngineTable(self.workload, self.model, self.device(kind), node, gpus, self.statistic)
         return self._engines[kind]
 

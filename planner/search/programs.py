@@ -345,7 +345,9 @@ def bound_rates(flow: Dataflow, sharing: Sharing, k: int) -> Array:
 
 def _shared(pools: dict[str, tuple[str, ...]]) -> NDArray[np.bool_]:
     """Which calls [n, n] have a pool in common."""
-    return np.array([[bool(set(own) & set(other)) for other in pools.values()] for own in pools.values()])
+    names = sorted({pool for own in pools.values() for pool in own})
+    held = np.array([[name in own for name in names] for own in pools.values()])
+    return np.asarray(held @ held.T)
 
 
 def _exclusive(least: Array, shared: NDArray[np.bool_]) -> Array:

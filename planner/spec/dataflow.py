@@ -42,6 +42,10 @@ class Call:
 class Dataflow:
     calls: tuple[Call, ...]
 
+    def __hash__(self) -> int:
+        """Of the names alone: a search looks flows up often, and hashing all that calls read takes long."""
+        return hash(self.names)
+
     def __getitem__(self, name: str) -> Call:
         return next(call for call in self.calls if call.name == name)
 
