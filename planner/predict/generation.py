@@ -103,7 +103,6 @@ class Batch:
         self.contexts = prompts * responses + responses * (responses - 1) // 2  # over all steps of a sequence
         self.even = bool((prompts == prompts[0, 0]).all())
         self.longest = np.argsort(-responses, axis=1, kind="stable")[:, : self.FOLLOWED]
-        self._queues: dict[int, list[tuple[int, int]]] = {}
         self._first: dict[tuple[int, int], Tokens] = {}
         self._sums = [values.sum(axis=1) for values in (responses, self.contexts, prompts, prompts**2)]
         self._rising = np.sort(responses, axis=1)
@@ -111,7 +110,9 @@ class Batch:
 
     def floors(self, speed: Speed, engines: NDArray[np.int64], concurrency: NDArray[np.int64]) -> Seconds:
         """Seconds [n, S] that generation on so many engines with so many slots each [n] is not below: what all engines
-        take on average; or the steps that pass at least, full ones as long as there is a queue (see `queue_floor`).
+        take on average; or the steps that pass at least, full ones as long as there is a queue: as jobs taken in their
+        order start no later if some of them get shorter, start times are not below those of jobs that take their length
+        in full steps with no contexts but prompts. After the queue is empty a step takes no less than a lone sequence's.
 
         An engine's steps are no fewer than its tokens over its slots, nor than the longest response among those that it
         starts with. Only their number depends on the order of the requests; the rest is linear in tokens and contexts,
@@ -162,20 +163,6 @@ class Batch:
                 last[number] = np.maximum(last[number], (ended + self.responses[scenario, at]).max(axis=1))
         return emptied, last
 
-    def queue_floor(self, speed: Speed, engines: int, slots: int) -> Seconds:
-        """Seconds [S] that generation with fewer slots than sequences is not below.
-
-        While there is a queue every slot is busy and every step is a full one. As jobs taken in their order start no
-        later if some of them get shorter, start times are not below those of jobs that take their length in full steps
-        with no contexts but prompts. After the queue is empty a step takes no less than that of a lone sequence."""
-        prompt = int(self.prompts.min())
-        full = speed.matrices(slots) + speed.attention * slots * prompt
-        lone = speed.matrices(1) + speed.attention * prompt
-        if engines * slots not in self._queues:
-            self._queues[engines * slots] = [_listed(row, engines * slots) for row in self.responses.tolist()]
-        emptied, last = np.array(self._queues[engines * slots]).T
-        return np.asarray(emptied * (full - lone) + last * lone)
-
     def wave_floors(self, speeds: Sequence[Speed], engines: int) -> list[Seconds]:
         """Seconds [S] for each speed that generation with a slot for every sequence is not below: those of the engines
         that hold the longest sequences (where prompts are equal and so dealt in turn)."""
@@ -203,18 +190,6 @@ class Batch:
         ]
 
 
-def _listed(responses: Sequence[int], slots: int) -> tuple[int, int]:
-    """Steps until the queue is empty and until the last response ends, if each starts in the slot that is free first
-    and every step takes as long."""
-    ends = sorted(responses[:slots])
-    last, emptied = ends[-1], 0
-    for response in responses[slots:]:
-        emptied = ends[0]
-        heapq.heapreplace(ends, emptied + response)
-        last = max(last, emptied + response)
-    return emptied, last
-
-
 class Simulation:
     """Generation on some engines, simulated scenario by scenario as far as it is asked for: `seconds` [S] are floors
     but for the first `known` scenarios."""
@@ -224,7 +199,7 @@ class Simulation:
     ) -> None:
         self._batch, self._engines, self._concurrency, self._limit = batch, engines, concurrency, limit
         self.seconds = np.zeros(len(batch.responses)) if floor is None else floor.copy()
-        self.known, self._rough = 0, True
+        self.known = 0
 
     @property
     def done(self) -> bool:
@@ -236,15 +211,11 @@ class Simulation:
         return int(self._batch.responses.shape[1]) > len(self._engines) * self._concurrency
 
     def advance(self) -> None:
-        """Simulate one more scenario; all of them where none waits for a slot. With a queue a better floor is found
-        first."""
+        """Simulate one more scenario; all of them where none waits for a slot."""
         batch, engines, slots = self._batch, self._engines, self._concurrency
         if not self.queued:
             self.seconds = generation_seconds(batch.prompts, batch.responses, engines, slots, self._limit)
             self.known = len(self.seconds)
-        elif self._rough and _alike(engines):
-            self._rough = False
-            self.seconds = np.maximum(self.seconds, batch.queue_floor(engines[0], len(engines), slots))
         else:
             at, count = self.known, len(engines)
             some = min(count, FOLLOWED_ENGINES) if _alike(engines) else count

@@ -19,14 +19,15 @@ from planner.search.programs import SAME, Program
 from planner.search.space import Arrangement, arrangements, structures
 
 MUCH_SLOWER = 0.25  # than the best plan: such plans are not shown beside it
-MORE = 8  # placements to evaluate for each plan beside the best: these are good, and not proven to be next
+NEAR = 1e-3  # of a step time: by how much a baseline or a plan beside the best may be slower than the best of its kind
+MORE = 4  # placements to evaluate for each plan beside the best: these are good, and not proven to be next
 TRIES = 3  # quick plans of an arrangement in vain before no more are made
 PATIENCE = 8  # leaves parked in vain before a parked leaf is looked at: what is learned may rule out others
 TOGETHER = 8  # leaves of an arrangement that are dismissed together at first
 AT_ONCE = 1024  # boxes that are halved together
 
 
-Test = Callable[[Problem, Arrangement, tuple[int, ...], float], bool]
+Test = Callable[[Problem, Arrangement, tuple[int, ...], float, Program | None], bool]
 
 
 class Found(NamedTuple):
@@ -64,7 +65,8 @@ def best_of_arrangements(
     programs: Sequence[Program] | None = None,
     deadline: float = np.inf,
 ) -> Found:
-    """As `search`, of these arrangements; each with its own program if there are `programs`."""
+    """As `search`, of these arrangements; each with its own program if there are `programs`, and then the best but for a
+    thousandth."""
     if not listed:
         return Found((), 0.0, 0)
     run = _Search(problem, listed, programs, deadline)
@@ -98,7 +100,7 @@ class _Search:
         deadline: float,
     ) -> None:
         self.problem, self.listed, self.programs, self.deadline = problem, listed, programs, deadline
-        self.keep, self.slowest = 1, NEVER / 1e3
+        self.keep, self.slowest, self.near = 1, NEVER / 1e3, NEAR if programs else SAME
         self.best: list[Candidate] = []
         self.guessed, self.cut, self.evaluated = Counter[int](), set[int](), 0
         self.together = dict[tuple[int, Test], int]()  # how many leaves of an arrangement may be dismissed at once
@@ -110,7 +112,7 @@ class _Search:
 
     def widen(self, keep: int) -> None:
         """Look for the best plans of other structures too, as far as they are not much slower."""
-        self.keep, self.slowest = keep, (1 + MUCH_SLOWER) * self.best[0].seconds
+        self.keep, self.slowest, self.near = keep, (1 + MUCH_SLOWER) * self.best[0].seconds, NEAR
         self.open = self._bounded(self.space.roots())
 
     @property
@@ -168,7 +170,7 @@ class _Search:
             return
         if self.bounds.sharpen(number, leaf.high, self._limit(number)):
             self.parked = self._sharper(self.parked)
-        elif not self._dismissed(leaf, surpassed):
+        elif self.keep > 1 or not self._dismissed(leaf, surpassed):  # plans beside the best need no proof
             self.parked = self.parked.take(order[1:])
             self._evaluate(leaf)
 
@@ -176,8 +178,6 @@ class _Search:
         """Whether a test shows that no placement as large in every pool as this leaf and those near it is better than
         the best, which dismisses all of them at once. As many are tried as this has lately worked for."""
         number, limit = int(leaf.number[0]), self._limit(int(leaf.number[0]))
-        if self.programs:
-            return False
         near = joined(self.leaves, self.parked)
         near = near.take(near.number == number)
         near = near.take(np.argsort(np.abs(near.high - leaf.high).max(axis=1), kind="stable"))
@@ -188,7 +188,7 @@ class _Search:
             low, high = few.low.min(axis=0), few.high.max(axis=0)
             sizes = padded(self.listed[number], high.tolist())
             alike = count == 1 or not self.bounds.may_share_a_node(leaf.number, low[None], high[None])[0]
-            if alike and test(self.problem, self.listed[number], sizes, limit):
+            if alike and test(self.problem, self.listed[number], sizes, limit, self._program(number)):
                 self.open, self.leaves, self.parked = (
                     boxes.take(~inside(boxes, number, low, high)) for boxes in (self.open, self.leaves, self.parked)
                 )
@@ -272,7 +272,7 @@ class _Search:
         for candidate in self.best:
             own = self.space.same[candidate.structure]
             found[own] = np.minimum(found[own], candidate.seconds)
-        return np.asarray(found[number] * (1 - SAME))
+        return np.asarray(found[number] * (1 - self.near))
 
     def _insert(self, candidate: Candidate | None) -> None:
         """Keep the list sorted, the first found first among equals, with one entry per structure."""

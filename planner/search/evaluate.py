@@ -65,16 +65,20 @@ def evaluate(
     return Outcome(_best_at(site, limit, fixed), site.filled)
 
 
-def dismissed(problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float) -> bool:
+def dismissed(
+    problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float, fixed: Program | None = None
+) -> bool:
     """Whether a look at each role's layouts alone shows that no placement of these sizes or smaller ones is below
     `limit` seconds."""
     site = Site(problem, arrangement, counts, ideal=True)
-    return not len(rows_below(site, floor_of(site, None), limit))
+    return not len(rows_below(site, floor_of(site, fixed), limit))
 
 
-def surpassed(problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float) -> bool:
+def surpassed(
+    problem: Problem, arrangement: Arrangement, counts: Sequence[int], limit: float, fixed: Program | None = None
+) -> bool:
     """Whether no placement of these sizes or smaller ones is below `limit` seconds, since no ideal one is."""
-    return _best_at(Site(problem, arrangement, counts, ideal=True), limit, None, first=True) is None
+    return _best_at(Site(problem, arrangement, counts, ideal=True), limit, fixed, first=True) is None
 
 
 def guess(
