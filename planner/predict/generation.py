@@ -297,16 +297,18 @@ def _queued(prompt_tokens: Tokens, responses: list[int], engines: Sequence[Speed
 
     An engine's heap holds the step at which each sequence ends and the request, as one integer."""
     count, prompts, batch = len(engines), prompt_tokens.tolist(), len(responses)
-    totals = prompt_tokens + np.array(responses)
+    response_tokens = np.array(responses)
+    totals = prompt_tokens + response_tokens
     step, context = [0] * count, [0] * count
     first = deal(prompt_tokens, count, slots, limit)[0]
     running, agenda = [], []  # agenda: (time of an engine's next event, engine)
     for engine, speed in enumerate(engines):
-        requests = np.flatnonzero(first == engine).tolist()
-        running.append([responses[request] * batch + request for request in requests])
+        requests = np.flatnonzero(first == engine)
+        held = prompt_tokens[requests]
+        running.append((response_tokens[requests] * batch + requests).tolist())
         heapq.heapify(running[engine])
-        context[engine] = sum(prompts[request] for request in requests)
-        clock = sum(speed.prefill(prompts[request]) for request in requests)
+        context[engine] = int(held.sum())
+        clock = speed.prefill_token * context[engine] + speed.prefill_square * int((held**2).sum())
         agenda.append((clock + _until_next(running[engine][0] // batch, slots, context[engine], speed), engine))
     heapq.heapify(agenda)
     full, waiting = [speed.matrices(slots) for speed in engines], len(first)

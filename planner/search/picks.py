@@ -51,7 +51,8 @@ def worth_trying(
     rows = rows_below(site, floor, below())
     rows = rows[np.lexsort((statistic(table.seconds[rows]), table.queued[rows]))]
     if quick:
-        rows = rows[table.queued[rows] == table.queued[rows].all()][: FEW * FEW]
+        queued = table.queued[rows].all()  # which takes long to simulate
+        rows = rows[table.queued[rows] == queued][: FEW if queued else FEW * FEW]
     known: list[int] = []
     for row in rows.tolist():
         if any(_outdone(site, row, other) for other in known):
