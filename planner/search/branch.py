@@ -170,7 +170,7 @@ class _Search:
             return
         if self.bounds.sharpen(number, leaf.high, self._limit(number)):
             self.parked = self._sharper(self.parked)
-        elif self.keep > 1 or not self._dismissed(leaf, surpassed):  # plans beside the best need no proof
+        elif self.keep > 1 or self.programs or not self._dismissed(leaf, surpassed):  # only the best needs a proof
             self.parked = self.parked.take(order[1:])
             self._evaluate(leaf)
 
