@@ -112,7 +112,7 @@ class Batch:
         """Seconds [n, S] that generation on so many engines with so many slots each [n] is not below: what all engines
         take on average; or the steps that pass at least, full ones as long as there is a queue: as jobs taken in their
         order start no later if some of them get shorter, start times are not below those of jobs that take their length
-        in full steps with no contexts but prompts. After the queue is empty a step takes no less than a lone sequence's.
+        in full steps with no contexts but prompts. After the queue is empty a step takes no less than that of a lone one.
 
         An engine's steps are no fewer than its tokens over its slots, nor than the longest response among those that it
         starts with. Only their number depends on the order of the requests; the rest is linear in tokens and contexts,

@@ -65,8 +65,8 @@ def best_of_arrangements(
     programs: Sequence[Program] | None = None,
     deadline: float = np.inf,
 ) -> Found:
-    """As `search`, of these arrangements; each with its own program if there are `programs`, and then the best but for a
-    thousandth."""
+    """As `search`, of these arrangements; each with its own program if there are `programs`, and then but for a
+    thousandth the best."""
     if not listed:
         return Found((), 0.0, 0)
     run = _Search(problem, listed, programs, deadline)
