@@ -110,9 +110,9 @@ class Batch:
 
     def floors(self, speed: Speed, engines: NDArray[np.int64], concurrency: NDArray[np.int64]) -> Seconds:
         """Seconds [n, S] that generation on so many engines with so many slots each [n] is not below: what all engines
-        take on average; or the steps that pass at least, full ones as long as there is a queue: as jobs taken in their
+        take on average; or the steps that pass at least, full ones as long as there is a queue. As jobs taken in their
         order start no later if some of them get shorter, start times are not below those of jobs that take their length
-        in full steps with no contexts but prompts. After the queue is empty a step takes no less than that of a lone one.
+        in full steps with no contexts but prompts. Once the queue is empty a step takes no less than a lone sequence's.
 
         An engine's steps are no fewer than its tokens over its slots, nor than the longest response among those that it
         starts with. Only their number depends on the order of the requests; the rest is linear in tokens and contexts,
