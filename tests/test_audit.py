@@ -26,6 +26,7 @@ from planner.spec.errors import UserError
 
 UNITS = 10**6  # of time in a step: what rounding to whole numbers leaves is below TOLERANCE
 TOLERANCE = 2e-5
+SCENARIOS = 2  # of random lengths: each multiplies the work of the auditor
 QUICK, NIGHTLY = 60, 400
 PATIENCE = 60  # seconds; a few instances with random lengths take the auditor longer than that
 
@@ -391,11 +392,11 @@ class Auditor:
 def audit(workload, cluster):
     """The search's optimum is the auditor's, and its bound is not above it."""
     try:
-        predicted = find(workload, cluster, keep=1).best.predicted
+        predicted = find(workload, cluster, keep=1, scenarios=SCENARIOS).best.predicted
     except UserError as error:
         assert "no plan fits" in str(error)
         predicted = None
-    given = Given(workload, cluster, CostModel(workload, cluster))
+    given = Given(workload, cluster, CostModel(workload, cluster, scenarios=SCENARIOS))
     found = Auditor(given, predicted and predicted.step_seconds).step_seconds()
     if predicted is None:
         assert found is None
@@ -404,12 +405,6 @@ def audit(workload, cluster):
         assert found == pytest.approx(predicted.step_seconds, rel=TOLERANCE)
         assert predicted.lower_bound_seconds <= found * (1 + TOLERANCE)
     return predicted
-
-
-@pytest.fixture(autouse=True)
-def few_scenarios(monkeypatch):
-    """Of random lengths: each multiplies the auditor's work."""
-    monkeypatch.setattr(CostModel.__init__, "__defaults__", ((), 2, None))
 
 
 @pytest.mark.parametrize("seed", range(QUICK))
