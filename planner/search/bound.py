@@ -72,7 +72,7 @@ class Bounds:
         self.sets: list[tuple[str, ...]] = [(call,) for call in problem.calls]
         self.sets += [some for role in self.roles for some in _sets(problem.calls_of(role)) if len(some) > 1]
         self._column = {calls: column for column, calls in enumerate(self.sets)}
-        self.scenarios = problem.model.scenarios + 1  # the last stands for the mean
+        self.scenarios = with_mean(np.zeros(problem.model.scenarios)).size  # the last stands for the mean
         self._engine = {kind: _least_engine(problem.engines(kind)) for kind in self.kinds}
         self.seconds = np.full((len(pools), len(self.sets), self.first.shape[1], self.scenarios), NEVER)
         for pool, number in self._number.items():

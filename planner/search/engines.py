@@ -23,7 +23,9 @@ ALONE = LEVELS + 1  # the level of an engine that shares its GPUs with no other 
 
 
 def with_mean(seconds: Array) -> Array:
-    """Seconds [..., S + 1]: those [..., S] in each scenario, and their mean."""
+    """Seconds [..., S + 1]: those [..., S] in each scenario, and their mean. One scenario is its own mean."""
+    if seconds.shape[-1] == 1:
+        return seconds
     return np.concatenate([seconds, seconds.mean(axis=-1, keepdims=True)], axis=-1)
 
 
@@ -156,8 +158,8 @@ class EngineTable:
             self.seconds[own] = self._model.generate_least(
                 self._simulated[own], self.sizes[number], self.slots[own], self.counts[self.at[own]], self._device
             )
-        self.least = np.full((len(self.sizes), ALONE + 1, len(self.counts), self._model.scenarios + 1), NEVER)
         seconds = with_mean(self.seconds)
+        self.least = np.full((len(self.sizes), ALONE + 1, len(self.counts), seconds.shape[-1]), NEVER)
         np.minimum.at(self.least, (self.number, self.level, self.at), seconds)
         np.minimum.accumulate(self.least, axis=1, out=self.least)
         self.least[:, ALONE] = NEVER
@@ -167,7 +169,7 @@ class EngineTable:
     def least_on(self, pools: Rows, room: Rows) -> Array:
         """Seconds [n, S + 1] with the engines that fit pools of these sizes [n, P] (-1: not the rollout's), each of
         which needs one, in a level of memory [n]."""
-        found = np.full((len(pools), self._model.scenarios + 1), NEVER)
+        found = np.full((len(pools), self.least.shape[-1]), NEVER)
         for number, count, able in self._fitting(pools):
             found = np.minimum(found, np.where(able[:, None], self.least[number, room, count], NEVER))
         return found

@@ -92,6 +92,8 @@ class Problem:
     def objective_of(self, periods: Array) -> Array:
         """The objective in seconds of periods [..., S + 1] (see `with_mean`), which may be bounds. A period is a
         maximum of sums, hence convex: at the mean durations it is at most the mean of the periods."""
+        if periods.shape[-1] == 1:
+            return np.asarray(periods[..., 0])
         found = self.statistic(periods[..., :-1])
         return found if self.objective == "p95" else np.maximum(found, periods[..., -1])
 
