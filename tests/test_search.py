@@ -23,6 +23,7 @@ from planner.search.branch import search
 from planner.search.engines import with_mean
 from planner.search.evaluate import dismissed, evaluate, surpassed
 from planner.search.orders import all_programs, orders
+from planner.search.pins import parse_pins, restriction
 from planner.search.programs import best_program, bound_rates, choices_of, cycles_of
 from planner.search.space import arrangements, pack, parts_of, sizes, structures
 from planner.spec.cluster import Cluster, Device, Node, make_cluster
@@ -442,6 +443,50 @@ def test_nodes_of_unequal_size_equal_brute_force(monkeypatch):
     workload, cluster = small_workload(), Cluster(name="uneven", nodes=nodes, devices={"g": device})
     found = find(workload, cluster).best
     assert found.predicted.step_seconds == pytest.approx(brute_force(workload, cluster), rel=1e-9)
+
+
+def best_of_all_placements(problem, restrict):
+    """The least seconds of all arrangements that pins allow, one placement at a time."""
+    best = np.inf
+    for structure in structures(problem.workload.roles):
+        for a in filter(None, map(restrict, arrangements(structure, problem.cluster))):
+            for counts in product(range(1, len(problem.cluster.gpus) + 1), repeat=len(structure)):
+                if all(sum(counts[i] for i in pools) <= most for pools, most in a.limits):
+                    found = evaluate(problem, a, counts, best).best
+                    best = found.seconds if found else best
+    return best
+
+
+LITTLE = {"memory_bytes": 22_810 * 10**6, "flops": 5e13, "host_bandwidth": 2e11}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host_memory", "network", "device", "changes", "pins"),
+    [
+        # Pools of one and two GPUs lie on two nodes, though one has three; those of one GPU each lie on one node.
+        ((3, 2), (1e12, 1e12), 5e9, {}, {"batch": 16, "max_staleness": 1}, ["actor+critic", "actor/rollout"]),
+        # On a node of three and another one a pool of four has one engine of two GPUs, on two smaller nodes two.
+        ((3, 2, 2, 2), (1e12,) * 4, 50e9, {"memory_bytes": 40 * 10**9}, {"tensor_parallel": 2, "max_staleness": 0}, []),
+        # What engines on five GPUs offload while they sleep is too much for a host.
+        ((3, 2), (26.07e9, 5.7e9), 50e9, LITTLE, {"max_staleness": 0}, []),
+    ],
+)
+def test_no_smaller_pools_are_left_out_that_are_better(monkeypatch, nodes, host_memory, network, device, changes, pins):
+    monkeypatch.setattr(layouts, "MICRO_BATCH_TOKENS", (8192,))
+    monkeypatch.setattr(layouts, "CONCURRENCY", (16, 32))
+    monkeypatch.setattr(layouts, "TENSOR_PARALLEL", (1, 2))
+    pairs = zip(nodes, host_memory, strict=True)
+    cluster = Cluster(
+        name="uneven",
+        nodes=tuple(Node(gpus=n, device="g", host_memory_bytes=int(h)) for n, h in pairs),
+        devices={"g": tiny_cluster(1).devices["g"].model_copy(update=device)},
+        network_bandwidth=network,
+    )
+    workload = small_workload(**changes)
+    restrict = restriction(parse_pins(pins, workload.roles, cluster))
+    found = search(problem_of(workload, cluster, (), None), 1, restrict)
+    best = best_of_all_placements(problem_of(workload, cluster, (), None), restrict)
+    assert found.best[0].seconds == pytest.approx(best, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ["actor", "critic", "reference", "reward"])

@@ -40,8 +40,8 @@ class Candidate(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The best candidate of a placement, None if nothing fits or is below the limit. `filled`: every pool fills its
-    nodes, so that no smaller pools could be better."""
+    """The best candidate of a placement, None if nothing fits or is below the limit. `filled`: no smaller pools could
+    be better (see `Site.filled`)."""
 
     best: Candidate | None
     filled: bool
@@ -62,7 +62,8 @@ def evaluate(
             return Outcome(None, False)
         arrangement = placed
     site = Site(problem, arrangement, counts)
-    return Outcome(_best_at(site, limit, fixed), site.filled)
+    best = _best_at(site, limit, fixed)
+    return Outcome(best, site.filled)
 
 
 def dismissed(

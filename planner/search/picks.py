@@ -79,7 +79,7 @@ def rows_below(site: Site, floor: Array, limit: float) -> NDArray[np.int64]:
     """The engines with which the least that the other roles take, each call for itself, is below the limit; none if
     some role has no layout whose calls all together are."""
     problem, table = site.problem, site.engines
-    rows, least = table.rows_on([site.places[i].parts for i in site.generating], site.shared), _least(site, np.zeros(3))
+    rows, least = table.rows_on(site.engine_parts, site.shared), _least(site, np.zeros(3))
     if least is None:
         return rows[:0]
     many = np.repeat(least[None], len(rows), axis=0)
@@ -206,7 +206,11 @@ def picks_of(
             picks.rows.update(_lightest(site, i, kept, engine))
     else:
         picks = Picks(kept, _promising(site, engines, kept, floor, threshold))
-    return picks.take(_hosts_hold(site, engine, picks)) if len(picks) and not site.ideal else picks
+    if site.ideal or not len(picks):
+        return picks
+    held = _hosts_hold(site, engine, picks)
+    site.hosts_bind |= len(held) < len(picks)
+    return picks.take(held)
 
 
 def _lightest(site: Site, pool: int, kept: dict[str, Layouts], engine: Array) -> dict[str, NDArray[np.int64]]:

@@ -39,14 +39,31 @@ class Site:
         handed = problem.hand_over(arrangement, same_node=self.same_node)
         self.layouts["actor"] = self.layouts["actor"].of_shards(arrangement.within, node).with_sync(handed)
         self.sharing = sharing_of(problem.flow, self.structure)
+        self.hosts_bind = False  # whether hosts have too little memory for layouts that may be the best
 
     @cached_property
     def same_node(self) -> bool:
-        pools = {self.pool_of["actor"], *self.generating}
+        """Whether weights are handed over within a node."""
         if self.ideal:
-            kinds = {self.kinds[i] for i in pools}
-            return len(kinds) == 1 and sum(self.counts[i] for i in pools) <= self.problem.node(*kinds)
-        return len({node for i in pools for node, *_ in self.spread[i]}) == 1
+            return self._fits_a_node
+        return len({node for i in self._handing for node, *_ in self.spread[i]}) == 1
+
+    @property
+    def _handing(self) -> set[int]:
+        """The pools between which weights are handed over."""
+        return {self.pool_of["actor"], *self.generating}
+
+    @property
+    def _fits_a_node(self) -> bool:
+        """Whether a node has room for these pools, if nothing else is on it."""
+        kinds = {self.kinds[i] for i in self._handing}
+        return len(kinds) == 1 and sum(self.counts[i] for i in self._handing) <= self.problem.node(*kinds)
+
+    @property
+    def engine_parts(self) -> list[tuple[int, ...]]:
+        """GPUs per node of the generating pools, for whole engines; an ideal pool lies on one node, since the largest
+        need not be the one of which engines leave the fewest GPUs over."""
+        return [(self.counts[i],) if self.ideal else self.places[i].parts for i in self.generating]
 
     @property
     def engines(self) -> EngineTable:
@@ -63,11 +80,12 @@ class Site:
 
     @property
     def filled(self) -> bool:
-        """Whether each pool lies on whole nodes of its kind's largest size, and what is left of it on one."""
+        """Whether no smaller pools could be better: each lies on whole nodes of its kind's largest size, and what is
+        left of it on one; weights are handed over within a node if one has room for that; and hosts do not bind, as far
+        as layouts have been looked at."""
         nodes = [self.problem.node(kind) for kind in self.kinds]
-        return all(
-            all(part == node for part in place.parts[:-1]) for place, node in zip(self.places, nodes, strict=True)
-        )
+        whole = all(part == node for place, node in zip(self.places, nodes, strict=True) for part in place.parts[:-1])
+        return whole and (self.same_node or not self._fits_a_node) and not self.hosts_bind
 
     def held(self, pool: int) -> list[str]:
         """The trained and inference roles of a pool."""
