@@ -62,7 +62,7 @@ def evaluate(
             return Outcome(None, False)
         arrangement = placed
     site = Site(problem, arrangement, counts)
-    best = _best_at(site, limit, fixed)
+    best = _best_at(site, limit, fixed)  # which tells whether hosts bind
     return Outcome(best, site.filled)
 
 

@@ -233,7 +233,7 @@ def _lightest(site: Site, pool: int, kept: dict[str, Layouts], engine: Array) ->
 def _promising(
     site: Site, engines: Engines, kept: dict[str, Layouts], floor: Array, threshold: float
 ) -> dict[str, NDArray[np.int64]]:
-    """All combinations whose bound `floor` [rows, calls] is below the threshold.
+    """All combinations whose bounds, by `floor` [rows, calls] and by the cuts, are below the threshold.
 
     Roles are added one by one, the busiest pool's first; those to come count with their least seconds and bytes."""
     problem, engine = site.problem, engines.memory
