@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 from planner.predict.cost import CostModel
-from planner.predict.layouts import rollout_layouts, trainer_layouts
+from planner.predict.layouts import MICRO_BATCH_TOKENS, rollout_layouts, trainer_layouts
 from planner.predict.memory import plan_memory
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import ppo
@@ -14,8 +14,6 @@ from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed
 from planner.spec.plan import Issue, Plan, Pool, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
-
-MICRO_BATCH_TOKENS = (32768, 18432, 8192, 4096)  # the largest that fits is measured, and the smallest beside it
 
 # Seconds beside the calls themselves, as they were on hosts of 1 to 4 H200 and on a laptop's cores.
 START = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all processes
@@ -152,7 +150,7 @@ def _batches(workload: Workload) -> tuple[Batch, ...]:
     if workload.data is not None:
         return (Batch(sequences=workload.batch, repeats=3),)
     plain = [Batch(sequences=n, repeats=3, extra=2 * n < workload.batch) for n in sizes]
-    tokens = max(MICRO_BATCH_TOKENS[-1], workload.longest)
+    tokens = max(MICRO_BATCH_TOKENS[0], workload.longest)
     narrow = Batch(sequences=sizes[-2:][0], repeats=3, micro_batch_tokens=tokens, extra=True)
     stretch = 0.5 if isinstance(workload.response, Fixed) else 1.5
     unseen = Batch(sequences=_share(workload, 0.75), repeats=2, stretch=stretch, held_out=True)
@@ -209,7 +207,7 @@ def _plan(
         rollout = _rollout(workload, parts, rollout_pools, device, tensor_parallel, away)
         if rollout is None:
             continue
-        for recompute, tokens in product((False, True), MICRO_BATCH_TOKENS):
+        for recompute, tokens in product((False, True), reversed(MICRO_BATCH_TOKENS)):
             trainers = {
                 role: _trainer(workload, role, len(homes[pool]), pool, device, shard, tokens, recompute, away)
                 for role, pool in roles.items()

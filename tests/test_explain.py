@@ -41,6 +41,12 @@ def test_every_rung_is_a_plan_and_the_last_is_the_winner(plan, explanation):
     assert len(rungs) >= 4 or rungs[2].seconds == rungs[-1].seconds
 
 
+def test_a_plan_is_explained_in_the_scenarios_that_it_was_found_in():
+    one = find(small_workload(response=TAIL), tiny_cluster(2), scenarios=1).best
+    assert explain(one).step_seconds == pytest.approx(one.predicted.step_seconds, rel=1e-9)
+    assert predict(one).step_seconds != pytest.approx(one.predicted.step_seconds, rel=1e-6)
+
+
 def test_the_rungs_add_up_to_the_whole_difference(plan, explanation):
     rungs = explanation.ladder
     bought = [before.seconds - after.seconds for before, after in pairwise(rungs)]

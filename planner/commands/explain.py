@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from planner.commands.inputs import make_console, profiles_of
+from planner.predict.cost import CostModel
 from planner.predict.forecast import predict
 from planner.predict.memory import plan_memory
 from planner.predict.schedule import load_plan
@@ -18,13 +19,15 @@ from planner.report.insight import (
 )
 from planner.report.tables import bottleneck, seconds
 from planner.search import explain as explaining
+from planner.search import scenarios_of
 
 
 def explain(plan: Path, profiles: Sequence[Path]) -> None:
     checked = load_plan(plan)
     errors, console = make_console(stderr=True), make_console()
     found = profiles_of(checked, plan, profiles, errors)
-    predicted = predict(checked, found)
+    model = CostModel(checked.workload, checked.cluster, found, scenarios_of(checked))
+    predicted = predict(checked, found, model=model)
     checked = checked.model_copy(update={"predicted": predicted})
     with errors.status("explaining"):
         explanation = explaining.explain(checked, found)

@@ -16,6 +16,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.textpath import TextPath
 
 from planner.report.compare import occupancy
+from planner.report.tables import seconds
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
@@ -115,11 +116,11 @@ def window_of(timeline: Timeline, steps: int) -> Window:
 
 def busy_in(timeline: Timeline, window: Window) -> dict[str, float]:
     """Share of the window in which each pool runs a call: what the picture shows."""
-    seconds = {pool: 0.0 for span in timeline.spans for pool in span.pools}
+    busy = {pool: 0.0 for span in timeline.spans for pool in span.pools}
     for span in _visible(timeline, window):
         for pool in span.pools:
-            seconds[pool] += min(span.end, window.end) - max(span.start, window.begin)
-    return {pool: busy / (window.end - window.begin) for pool, busy in seconds.items()}
+            busy[pool] += min(span.end, window.end) - max(span.start, window.begin)
+    return {pool: seconds / (window.end - window.begin) for pool, seconds in busy.items()}
 
 
 def lanes_of(timeline: Timeline, plan: Plan, window: Window) -> list[Lane]:
@@ -185,7 +186,7 @@ def _visible(timeline: Timeline, window: Window) -> list[Span]:
 def _draw_panel(axis: Axes, timeline: Timeline, plan: Plan, window: Window, lanes: list[Lane]) -> None:
     period, busy = step_seconds(timeline), busy_in(timeline, window)
     word = "predicted" if timeline.source == "simulated" else "measured"
-    text = f"{word}: {_seconds(period)} s per step, {occupancy(plan, busy):.0%} of all {_unit(plan, 1)} time busy"
+    text = f"{word}: {seconds(period)} s per step, {occupancy(plan, busy):.0%} of all {_unit(plan, 1)} time busy"
     axis.set_title(text, loc="left", fontsize=FONT + 1, pad=17)
     length = window.end - window.begin
     for lane in lanes:
@@ -264,7 +265,3 @@ def _ink(color: Color) -> str:
     """Black or white, whichever is easier to read on the colour (relative luminance of WCAG 2, without gamma)."""
     red, green, blue = color
     return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else "white"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"

@@ -119,6 +119,11 @@ def baseline(
     return _complete(plan, provenance, problem, None, 0.0, 0.0)
 
 
+def scenarios_of(plan: Plan) -> int:
+    """How many length scenarios a plan was found with at most."""
+    return plan.predicted.proof.scenarios if plan.predicted else SCENARIOS
+
+
 def problem_of(
     workload: Workload,
     cluster: Cluster,

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from planner.predict.cost import CostModel
 from planner.predict.profile import Profile
 from planner.predict.schedule import unroll
-from planner.search import problem_of
+from planner.search import problem_of, scenarios_of
 from planner.search.ladder import Rung, cycles_of, ladder, seconds_of, step_of, waits_of
 from planner.spec.plan import Issue, Plan, Wait
 
@@ -64,7 +64,7 @@ class Explanation:
 
 def explain(plan: Plan, profiles: Sequence[Profile] = ()) -> Explanation:
     """Explain a plan, at the costs that the profiles (else the roofline) give. Raises UserError."""
-    problem = problem_of(plan.workload, plan.cluster, profiles, None)
+    problem = problem_of(plan.workload, plan.cluster, profiles, None, scenarios=scenarios_of(plan))
     model, seconds = problem.model, seconds_of(plan, problem.model)
     rungs = ladder(plan, problem)
     start = rungs[0]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from planner.predict.profile import Profile, check_profiles
-from planner.search import assemble, problem_of
+from planner.search import assemble, problem_of, scenarios_of
 from planner.search.branch import search
 from planner.search.changes import resized, with_models, with_network, with_response, with_tail
 from planner.search.infeasible import what_binds
@@ -71,7 +71,7 @@ def _usual_gpus(cluster: Cluster) -> list[int]:
 def what_if(plan: Plan, condition: Condition, profiles: Sequence[Profile] = ()) -> Outcome:
     """Plan anew under a condition; profiles that say nothing about it are left out. UserError if nothing fits."""
     fitting = [profile for profile in profiles if _fits(profile, condition)]
-    problem = problem_of(condition.workload, condition.cluster, fitting, None)
+    problem = problem_of(condition.workload, condition.cluster, fitting, None, scenarios=scenarios_of(plan))
     found = search(problem, 1)
     if not found.best:
         raise UserError(f"nothing fits: {what_binds(problem)}")
