@@ -94,6 +94,7 @@ class VllmEngine:
         while left:
             for output in engine.engine_core.get_output().outputs:
                 number = int(output.request_id) - first
+                assert number >= 0, "an output of a call that was cut short"
                 tokens[number] += output.new_token_ids
                 log_probs[number].append(output.new_logprobs.logprobs[:, 0])  # [new tokens, the token itself]
                 left -= output.finish_reason is not None

@@ -249,8 +249,8 @@ class _Search:
         return self.programs[number] if self.programs else None
 
     def _evaluate(self, leaf: Boxes) -> None:
-        """The placement of a leaf. Smaller sizes are no better where nothing but sizes matters: where every pool fills
-        its nodes, or would be no better if it did. Elsewhere the rest of the box is looked at too."""
+        """The placement of a leaf. Where smaller sizes may be better (see `Site.filled`), the rest of the box is looked
+        at too."""
         number, bound = int(leaf.number[0]), float(leaf.bound[0])
         sizes = padded(self.listed[number], leaf.high[0].tolist())
         self.evaluated += 1

@@ -15,6 +15,7 @@ from planner.search.site import Site
 from planner.spec.plan import RolloutRole, TrainerRole
 
 FEW = 3  # layouts of the rollout that a quick plan tries, and combinations of layouts
+MANY = 9  # layouts of the rollout that it simulates to find those, as their floors may be far below what they take
 
 
 class Engines(NamedTuple):
@@ -51,8 +52,8 @@ def worth_trying(
     rows = rows_below(site, floor, below())
     rows = rows[np.lexsort((statistic(table.seconds[rows]), table.queued[rows]))]
     if quick:
-        queued = table.queued[rows].all()  # which takes long to simulate
-        rows = rows[table.queued[rows] == queued][: FEW if queued else FEW * FEW]
+        direct = rows[~table.queued[rows]]
+        rows = direct[:MANY] if len(direct) else rows[:FEW]  # queues take long to simulate
     known: list[int] = []
     for row in rows.tolist():
         if any(_outdone(site, row, other) for other in known):
