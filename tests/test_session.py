@@ -46,7 +46,10 @@ def test_what_cannot_be_removed_yet_keeps_its_lock_for_the_next_time(tmp_path: P
     assert not directory.exists()
 
 
-def test_a_private_ray_leaves_nothing_that_would_keep_the_process_from_joining_a_cluster() -> None:
+def test_a_private_ray_leaves_nothing_that_would_keep_the_process_from_joining_a_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(session.NO_CLUSTER, raising=False)  # other tests share a private Ray that is still open
     known = session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
     with session._this_host_only():
         assert os.environ[session.NO_CLUSTER] == "0" and not session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
