@@ -93,6 +93,7 @@ def check_driver(driver: str) -> None:
 def check_engine(plan: Plan) -> None:
     rollout = plan.rollout
     if rollout.engine == "vllm":
+        _check_reach(plan)
         if importlib.util.find_spec("vllm") is None:
             raise UserError(
                 "the rollout's engine is vllm, which is not installed; "
@@ -100,7 +101,6 @@ def check_engine(plan: Plan) -> None:
             )
         if plan.device_of(rollout.pools[0]).kind == "cpu":
             raise UserError("the rollout's engine is vllm, which needs GPUs; plan with engine transformers")
-        _check_reach(plan)
         return
     if rollout.tensor_parallel != 1:
         raise UserError(

@@ -103,6 +103,17 @@ def test_only_some_groups_may_be_measured() -> None:
         groups_of(H200, make_cluster(4), "shard 8")
 
 
+def test_what_the_host_does_not_hold_is_not_measured() -> None:
+    large = load_workload(profiles_dir() / "workloads" / "h200-7b.toml")
+
+    def names(host_gigabytes: int) -> list[str]:
+        cluster = make_cluster(2, gpus_per_node=2, host_memory_bytes=host_gigabytes * 10**9)
+        return [group.name for group in groups_of(large, cluster)]
+
+    both, apart = names(2000), names(230)
+    assert ["shard 2" in name for name in both] == [True, False] and apart == both[1:]
+
+
 def test_a_budget_drops_extra_batches_then_the_last_groups() -> None:
     groups = groups_of(H200, make_cluster(4))
     total = sum(group.seconds for group in groups)

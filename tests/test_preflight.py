@@ -95,6 +95,20 @@ def test_a_driver_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: 
         preflight.check_machine(plan_for(2))
 
 
+def test_an_engine_that_is_wider_than_an_actor_beside_it_is_refused() -> None:
+    layouts = {
+        "rollout": {"engine": "vllm", "tensor_parallel": 2, "replicas": 1, "memory_fraction": 0.5},
+        "actor": {"shard": 1},
+    }
+    cluster, roles = make_cluster(2, "h200", 2), dict.fromkeys(ROLES, "all")
+    narrow = make_plan(make_workload(), {"all": 2}, roles, layouts=layouts, cluster=cluster)
+    with pytest.raises(UserError, match="engine of 2 GPUs shares some with the actor, which has 1"):
+        preflight.check_engine(narrow)
+    layouts["actor"] = {"shard": 2}
+    with pytest.raises(UserError, match="not installed"):
+        preflight.check_engine(make_plan(make_workload(), {"all": 2}, roles, layouts=layouts, cluster=cluster))
+
+
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     missing = RewardFunction(function=f"{tmp_path}/none.py:f")
     plan = colocated(make_workload(reward=missing), cores=1, layouts={"rollout": {"engine": "vllm"}})
