@@ -2,7 +2,7 @@
 
 vLLM's engine runs inside of the worker's process, so it ends when that does; with tensor parallelism its further
 processes watch for that. Weights come by NCCL from a trainer on another GPU, or by CUDA IPC from the one that shares
-the GPU.
+the GPU. A build of vLLM for CPUs runs in float32 and gets them from Ray's object store, as engines on transformers do.
 """
 
 import gc
@@ -23,13 +23,14 @@ from transformers import AutoConfig, GenerationConfig
 from executor import models
 from executor.data import Ints, Requests
 from executor.rollout import EngineWorker
-from executor.weights import Described
+from executor.weights import Arrays, Described
 from planner.predict.memory import kv_cache_bytes
+from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.workload import Model
 
-Channel = Literal["ipc", "nccl"]
+Channel = Literal["ipc", "nccl", "store"]
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine dies with the process it is in
@@ -49,11 +50,13 @@ class VllmEngine:
     drop_weights = False
 
     def __init__(self, plan: Plan) -> None:
+        """Raises UserError if the vLLM that is installed was built for other devices."""
         os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
         rollout, workload = plan.rollout, plan.workload
+        on_cpu = _on_cpu(plan)
         self.eos = eos_tokens(workload.actor)
         self._awake = {"weights", "kv_cache"}
         self._asked = 0  # requests so far
@@ -62,7 +65,8 @@ class VllmEngine:
             model=str(_model_directory(workload.actor)),
             load_format="dummy",
             skip_tokenizer_init=True,
-            dtype="bfloat16",
+            dtype="float32" if on_cpu else "bfloat16",
+            enforce_eager=on_cpu,
             tensor_parallel_size=rollout.tensor_parallel,
             distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
             gpu_memory_utilization=rollout.memory_fraction,
@@ -72,7 +76,7 @@ class VllmEngine:
             max_num_seqs=rollout.concurrency,
             max_cudagraph_capture_size=max(8, rollout.concurrency),
             logprobs_mode="processed_logprobs",
-            enable_sleep_mode=rollout.offload,
+            enable_sleep_mode=rollout.offload and not on_cpu,
             enable_prefix_caching=False,  # looking for common beginnings costs time at every token of every sequence
             weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
         )
@@ -136,8 +140,13 @@ class VllmEngine:
 
     # --- weights ---
 
+    def load(self, arrays: Arrays) -> None:
+        """All weights. On a CPU vLLM computes with another format than theirs, so it builds its layers anew."""
+        tensors = [(name, torch.tensor(array)) for name, array in arrays.items()]
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+
     def receive_by(self, channel: Channel) -> None:
-        """Take weights over by this channel from here on."""
+        """On GPUs: take weights over by this channel from here on."""
         from executor.vllm_transfer import receive_by
 
         self.llm.collective_rpc(receive_by, args=(channel,))
@@ -173,7 +182,7 @@ def made_for(plan: Plan) -> str:
 
 
 class VllmWorker(EngineWorker):
-    """The process of a vLLM engine, on all of its GPUs."""
+    """The process of a vLLM engine, on all of its GPUs or on a core."""
 
     engine: VllmEngine
 
@@ -185,16 +194,17 @@ class VllmWorker(EngineWorker):
         os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
         import vllm  # noqa: F401
 
-    def start(self, plan: Plan, pool: str, channel: Channel = "nccl") -> list[int]:
+    def start(self, plan: Plan, pool: str, channel: Channel = "store") -> list[int]:
         """Become an engine of a plan, without weights yet; the tokens that end a response. An engine that was started
         before must fit the plan: one process holds one engine."""
         if not hasattr(self, "engine"):
             self.engine, self.made_for = VllmEngine(plan), made_for(plan)
         assert self.made_for == made_for(plan), "this process has an engine of another kind"
-        self.engine.receive_by(channel)
+        if channel != "store":
+            self.engine.receive_by(channel)
         # Without an evaluation there is a transfer between any two generations.
         self.engine.drop_weights = "evaluate" not in plan.dataflow.names
-        self.offload, self.version = plan.rollout.offload, -1
+        self.offload, self.version = plan.rollout.offload and channel != "store", -1  # on a CPU there is no sleep
         self._sleep()
         return self.engine.eos
 
@@ -250,7 +260,19 @@ def send(group: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
         group.broadcast(weight, src=0, stream=stream)
 
 
-# --- the model ---
+# --- the device and the model ---
+
+
+def _on_cpu(plan: Plan) -> bool:
+    from vllm.platforms import current_platform
+
+    built, wanted = current_platform.device_type, plan.device_of(plan.rollout.pools[0]).kind
+    if built != wanted:
+        raise UserError(
+            f"the rollout runs on {wanted}, and the vLLM that is installed on {built or 'nothing that is here'}; "
+            f"install a vLLM built for {wanted}, or plan with engine transformers"
+        )
+    return wanted == "cpu"
 
 
 def eos_tokens(model: Model) -> list[int]:
