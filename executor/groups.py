@@ -7,7 +7,7 @@ from itertools import product
 
 from planner.predict.cost import CostModel
 from planner.predict.layouts import MICRO_BATCH_TOKENS, rollout_layouts, trainer_layouts
-from planner.predict.memory import plan_memory
+from planner.predict.memory import check_memory
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -221,9 +221,17 @@ def _plan(
                 program=tuple(Issue(call=call.name) for call in ppo(workload).calls),
                 staleness=0,
             )
-            if all(memory.peak <= memory.allowed for memory in plan_memory(plan).values()):
+            if _fits(plan):
                 return plan.model_copy(update={"name": _name(plan)})
     return None
+
+
+def _fits(plan: Plan) -> bool:
+    try:
+        check_memory(plan)
+    except UserError:
+        return False
+    return True
 
 
 def _trainer(

@@ -98,11 +98,26 @@ def check_engine(plan: Plan) -> None:
             "pip install 'splitplan[vllm]', or plan with engine transformers, or use --rehearse"
         )
     on_gpus = plan.device_of(rollout.pools[0]).kind == "cuda"
-    if rollout.tensor_parallel != 1 and not (rollout.engine == "vllm" and on_gpus):
+    if rollout.engine == "vllm" and on_gpus:
+        _check_reach(plan)
+    elif rollout.tensor_parallel != 1:
         raise UserError(
             f"roles.rollout: engine {rollout.engine} runs on 1 {'GPU' if on_gpus else 'core'}, not "
             f"{rollout.tensor_parallel}; set tensor_parallel to 1"
         )
+
+
+def _check_reach(plan: Plan) -> None:
+    """Whether weights have a way to every engine: NCCL cannot join two processes of one GPU."""
+    layout = plan.trainers["actor"]
+    first, *others = plan.pools[layout.pools[0]].gpus[: layout.gpus]
+    for _, engine in plan.engine_gpus():
+        if first in engine and not {first, *others}.issuperset(engine):
+            raise UserError(
+                f"roles.rollout: an engine of {len(engine)} GPUs shares some with the actor, which has {layout.gpus}, "
+                "and gets no weights on the others; let the actor use all of them, or set tensor_parallel to "
+                f"{layout.gpus}"
+            )
 
 
 def check_models(workload: Workload) -> None:

@@ -65,7 +65,7 @@ class EngineWorker(Worker):
     def generate(self, requests: Requests, temperature: float | None) -> Generated:
         self._wake()
         lengths, tokens, log_probs = self.engine.generate(requests, temperature)
-        self._peak = memory.peak() if self._watching else {}  # an engine that sleeps holds nothing
+        self._peak = self.peak() if self._watching else {}  # an engine that sleeps holds nothing
         self._sleep()
         return Generated(lengths=lengths, tokens=tokens, log_probs=log_probs, weights_version=self.version)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 
-from executor import memory, pools, preflight
+from executor import pools, preflight
 from executor.data import PromptSource
 from executor.execute import _run
 from executor.processes import fleet_for
@@ -27,6 +27,7 @@ from executor.step import Training
 from executor.supervise import Deadlines, one_line
 from executor.trainer import Trainer
 from executor.vllm_engine import VllmWorker, made_for
+from executor.worker import Worker
 from planner import __version__
 from planner.spec.plan import Gpu, Plan
 from planner.spec.study import CellResult, GpuMemory
@@ -210,13 +211,13 @@ def _on_processes(backend: Training, ask: Callable[[Any], dict[str, int]]) -> li
     return [(gpu, kind, answer) for (gpu, kind, _), answer in zip(places, answers, strict=True)]
 
 
-def _forget_peak(_: Any) -> dict[str, int]:
-    memory.forget_peak()
+def _forget_peak(worker: Worker) -> dict[str, int]:
+    worker.forget_peak()
     return {}
 
 
-def _peak(_: Any) -> dict[str, int]:
-    return memory.peak()
+def _peak(worker: Worker) -> dict[str, int]:
+    return worker.peak()
 
 
 def _memory(watched: dict[Gpu, int], told: Sequence[tuple[Gpu, str, dict[str, int]]]) -> list[GpuMemory]:
@@ -235,7 +236,7 @@ class MemoryWatch:
 
     def __init__(self, devices: dict[Gpu, str]) -> None:
         nvml = _nvml() if devices else None
-        handles = {gpu: nvml.nvmlDeviceGetHandleByIndex(int(device)) for gpu, device in devices.items()} if nvml else {}
+        handles = {gpu: _handle(nvml, device) for gpu, device in devices.items()} if nvml else {}
         self._used = {
             gpu: lambda handle=handle: nvml.nvmlDeviceGetMemoryInfo(handle).used for gpu, handle in handles.items()
         }
@@ -257,6 +258,11 @@ class MemoryWatch:
                 self.peaks[gpu] = max(self.peaks.get(gpu, 0), int(used()))
             if self._done.wait(SAMPLE_SECONDS):
                 break
+
+
+def _handle(nvml: Any, device: str) -> Any:
+    """Of a GPU by its number or by its UUID."""
+    return nvml.nvmlDeviceGetHandleByIndex(int(device)) if device.isdigit() else nvml.nvmlDeviceGetHandleByUUID(device)
 
 
 def _nvml() -> Any:

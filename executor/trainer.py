@@ -66,6 +66,8 @@ class Hosted:
 class Trainer(Worker):
     """A rank of a pool's torch.distributed group. A role runs on the first `shard * replicas` ranks."""
 
+    group: Any = None  # over NCCL, with the engines on other GPUs
+
     def configure(self, plan: Plan, pool: str, rank: int) -> None:
         """Become this rank of a plan's pool; whatever came before is dropped."""
         self.leave()
@@ -82,7 +84,7 @@ class Trainer(Worker):
         """Leave the pool's group and drop the models. All ranks must do so at the same time: NCCL waits for them."""
         if dist.is_initialized():
             dist.destroy_process_group()
-        self.group: Any = None
+        self._leave_engines()
         self.roles: dict[str, Hosted] = {}
         self.window: weights.Window | None = None
         gc.collect()
@@ -311,7 +313,13 @@ class Trainer(Worker):
 
     def join_group(self, host: str, port: int, world: int, _: int) -> None:
         """Form the NCCL group with the GPUs of the engines elsewhere. Returns when all have joined."""
+        self._leave_engines()
         self.group = vllm_engine.connect_sender(host, port, world)
+
+    def _leave_engines(self) -> None:
+        if self.group is not None:
+            vllm_engine.disconnect_sender(self.group)
+        self.group = None
 
     def broadcast_weights(self, version: int, _: list[Described]) -> None:
         """Send the weights of this version to that group, from the rank that is in it."""

@@ -1,10 +1,13 @@
-"""Generation with vLLM, and both ends of its weight transfer; only `vllm_transfer.py` knows more of vLLM.
+"""Generation with vLLM, and both ends of its weight transfer; `vllm_scheduler.py`, `vllm_worker.py` and
+`vllm_transfer.py` are what vLLM is given to work with.
 
-vLLM's engine runs inside of the worker's process, so it ends when that does; with tensor parallelism its further
-processes watch for that. Weights come by NCCL from a trainer on another GPU, or by CUDA IPC from the one that shares
-the GPU. A build of vLLM for CPUs runs in float32 and gets them from Ray's object store, as engines on transformers do.
+vLLM's engine runs inside of our worker's process, and on each of its GPUs in a process that ends when ours does. So one
+schedules the next step and collects what the last one made while the other launches kernels: for small models a step
+takes as long as the host needs for it. Weights come by NCCL from a trainer on another GPU, or by CUDA IPC from the one
+that shares the GPU. A build of vLLM for CPUs computes in float32, and its weights come from Ray's object store.
 """
 
+import contextlib
 import gc
 import hashlib
 import itertools
@@ -20,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
-from executor import models
+from executor import gpus, models
 from executor.data import Ints, Requests
 from executor.rollout import EngineWorker
 from executor.weights import Arrays, Described
@@ -60,7 +63,8 @@ class VllmEngine:
         self.eos = eos_tokens(workload.actor)
         self._awake = {"weights", "kv_cache"}
         self._asked = 0  # requests so far
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in the trainer
+        if not on_cpu:
+            _check_room(plan)
         self.llm = LLM(
             model=str(_model_directory(workload.actor)),
             load_format="dummy",
@@ -68,7 +72,8 @@ class VllmEngine:
             dtype="float32" if on_cpu else "bfloat16",
             enforce_eager=on_cpu,
             tensor_parallel_size=rollout.tensor_parallel,
-            distributed_executor_backend="uni" if rollout.tensor_parallel == 1 else "mp",
+            distributed_executor_backend="mp",
+            worker_extension_cls="executor.vllm_worker.Extension",
             gpu_memory_utilization=rollout.memory_fraction,
             # What vLLM measures itself is wrong where trainers load their models on the same GPU meanwhile.
             kv_cache_memory_bytes=kv_cache_bytes(plan),
@@ -77,14 +82,35 @@ class VllmEngine:
             max_cudagraph_capture_size=max(8, rollout.concurrency),
             logprobs_mode="processed_logprobs",
             enable_sleep_mode=rollout.offload and not on_cpu,
+            scheduler_cls="executor.vllm_scheduler.Scheduler",
             enable_prefix_caching=False,  # looking for common beginnings costs time at every token of every sequence
             weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
         )
+        self._scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
         gc.freeze()  # what the engine consists of stays; collecting must not look at it at every step
 
     def generate(self, requests: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
-        """What `LLM.generate` does, but for an object per sequence that grows with every token: for small models a step
-        takes as long as the host needs for it."""
+        """What `LLM.generate` does, but for an object per sequence that grows with every token."""
+        first = self._add(requests, temperature)
+        tokens: list[list[int]] = [[] for _ in range(len(requests))]
+        log_probs: list[list[float]] = [[] for _ in range(len(requests))]
+        left = len(requests)
+        with _no_collecting():
+            while left:
+                if not (outputs := self.llm.llm_engine.engine_core.get_output().outputs):
+                    continue  # the first step's come when the second has been queued
+                for output, log_prob in zip(outputs, self._scheduler.log_probs.tolist(), strict=True):
+                    number = int(output.request_id) - first
+                    assert number >= 0, "an output of a call that was cut short"
+                    tokens[number] += output.new_token_ids
+                    log_probs[number].append(log_prob)
+                    left -= output.finish_reason is not None
+        lengths = np.array([len(row) for row in tokens], dtype=np.int32)
+        total, flat = int(lengths.sum()), itertools.chain.from_iterable
+        return lengths, np.fromiter(flat(tokens), np.int32, total), np.fromiter(flat(log_probs), np.float32, total)
+
+    def _add(self, requests: Requests, temperature: float | None) -> int:
+        """Queue requests; the number of the first one."""
         engine, first = self.llm.llm_engine, self._asked
         self._asked += len(requests)
         prompts, tasks = requests.prompts(), engine.get_supported_tasks()
@@ -92,19 +118,7 @@ class VllmEngine:
             prompt: Any = {"type": "token", "prompt_token_ids": prompts[number - first].tolist()}
             request = engine.input_processor.process_inputs(str(number), prompt, params, tasks)
             engine.engine_core.add_request(request)
-        tokens: list[list[int]] = [[] for _ in range(len(requests))]
-        log_probs: list[list[NDArray[np.float32]]] = [[] for _ in range(len(requests))]
-        left = len(requests)
-        while left:
-            for output in engine.engine_core.get_output().outputs:
-                number = int(output.request_id) - first
-                assert number >= 0, "an output of a call that was cut short"
-                tokens[number] += output.new_token_ids
-                log_probs[number].append(output.new_logprobs.logprobs[:, 0])  # [new tokens, the token itself]
-                left -= output.finish_reason is not None
-        lengths = np.array([len(row) for row in tokens], dtype=np.int32)
-        flat = np.fromiter(itertools.chain.from_iterable(tokens), np.int32, int(lengths.sum()))
-        return lengths, flat, np.concatenate([np.zeros(0, np.float32), *itertools.chain.from_iterable(log_probs)])
+        return first
 
     def _sampling(self, requests: Requests, temperature: float | None) -> list[Any]:
         from vllm import SamplingParams
@@ -126,8 +140,17 @@ class VllmEngine:
 
     # --- memory ---
 
+    def forget_peak(self) -> None:
+        self.llm.collective_rpc("forget_peak")
+
+    def peak(self) -> dict[str, int]:
+        """Of the fullest GPU, by kind."""
+        found = self.llm.collective_rpc("peak")
+        return {kind: max(peak[kind] for peak in found) for kind in found[0]}
+
     def sleep(self) -> None:
-        if self._awake:
+        """Nothing to do where the weights alone are awake: vLLM does not let them sleep again before the rest woke."""
+        if "kv_cache" in self._awake:
             self.llm.sleep(level=2 if self.drop_weights else 1)
             self._awake = set()
 
@@ -147,9 +170,7 @@ class VllmEngine:
 
     def receive_by(self, channel: Channel) -> None:
         """On GPUs: take weights over by this channel from here on."""
-        from executor.vllm_transfer import receive_by
-
-        self.llm.collective_rpc(receive_by, args=(channel,))
+        self.llm.collective_rpc("receive_by", args=(channel,))
 
     def connect(self, host: str, port: int, rank: int, world: int) -> None:
         """Join the sender's NCCL group with this engine's GPUs as ranks from `rank` on. Returns when all have."""
@@ -175,6 +196,25 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
 
 
+@contextlib.contextmanager
+def _no_collecting() -> Iterator[None]:
+    """Do not look for garbage meanwhile: all that a step adds stays until the end, and looking at it again and again
+    costs a tenth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _check_room(plan: Plan) -> None:
+    """Raise MemoryError where less is free than an engine takes; vLLM tells that to a log only."""
+    needed = plan.rollout.memory_fraction * plan.device_of(plan.rollout.pools[0]).memory_bytes
+    for gpu in gpus.found():
+        if (free := gpu.total - gpu.used) < needed:
+            raise MemoryError(f"GPU {gpu.index} has {free / 1e9:.1f} GB free, an engine takes {needed / 1e9:.1f} GB")
+
+
 def made_for(plan: Plan) -> str:
     """All that an engine cannot change once it has started."""
     rollout = plan.rollout.model_dump_json(exclude={"pools", "replicas"})
@@ -189,6 +229,14 @@ class VllmWorker(EngineWorker):
     def synchronize(self) -> None:
         """vLLM returns when it has done."""
 
+    def forget_peak(self) -> None:
+        self._peak = {}
+        if hasattr(self, "engine"):
+            self.engine.forget_peak()
+
+    def peak(self) -> dict[str, int]:
+        return self._peak or (self.engine.peak() if hasattr(self, "engine") else {})
+
     def load(self) -> None:
         """Load the library, which takes long and needs no GPU."""
         os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
@@ -202,8 +250,8 @@ class VllmWorker(EngineWorker):
         assert self.made_for == made_for(plan), "this process has an engine of another kind"
         if channel != "store":
             self.engine.receive_by(channel)
-        # Without an evaluation there is a transfer between any two generations.
-        self.engine.drop_weights = "evaluate" not in plan.dataflow.names
+        # Then there is a transfer between any two generations.
+        self.engine.drop_weights = plan.staleness == 0 and "evaluate" not in plan.dataflow.names
         self.offload, self.version = plan.rollout.offload and channel != "store", -1  # on a CPU there is no sleep
         self._sleep()
         return self.engine.eos
@@ -251,6 +299,10 @@ def connect_sender(host: str, port: int, world: int) -> Any:
 
     info = {"master_address": host, "master_port": port, "world_size": world}
     return NCCLWeightTransferEngine.trainer_init(info)
+
+
+def disconnect_sender(group: Any) -> None:
+    group.destroy()  # it holds buffers
 
 
 def send(group: Any, weights: Iterator[tuple[str, Tensor]]) -> None:

@@ -21,6 +21,15 @@ class OverNccl(NCCLWeightTransferEngine):
     """One broadcast per weight, all on the stream that loads them: nothing is packed, and nothing allocated anew for
     streams that come and go."""
 
+    def init_transfer_engine(self, init_info: Any) -> None:
+        self.shutdown()  # a group is formed anew when an engine in it was started again
+        super().init_transfer_engine(init_info)
+
+    def shutdown(self) -> None:
+        if self.model_update_group is not None:
+            self.model_update_group.destroy()
+        super().shutdown()
+
     def start_weight_update(self) -> None:
         pass
 
@@ -63,14 +72,3 @@ class OverIpc(IPCWeightTransferEngine):
 
 
 ENGINES = {"nccl": OverNccl, "ipc": OverIpc}
-
-
-def receive_by(worker: Any, channel: str) -> None:
-    """In each process of an engine: take weights over by this channel from here on."""
-    worker = getattr(worker, "worker", worker)  # vLLM wraps it
-    worker.weight_transfer_engine = ENGINES[channel](
-        worker.vllm_config.weight_transfer_config,
-        worker.vllm_config,
-        worker.device,
-        worker.model_runner.get_model(),
-    )

@@ -133,7 +133,7 @@ def test_engine_by_hand() -> None:
     assert memory.detail["kv_cache"] == kv
     assert memory.running == memory.idle == int(0.5 * H200.memory_bytes) - process  # reserved from the start
     asleep = rollout_memory(SMALL, engine(offload=True), H200)
-    assert (asleep.idle, asleep.host, asleep.running) == (ENGINE_ASLEEP_BYTES, weights, memory.running)
+    assert (asleep.idle, asleep.host, asleep.running) == (ENGINE_ASLEEP_BYTES + weights, weights, memory.running)
     fraction = rollout_fraction(SMALL, 1, 8, H200)
     needed = weights + kv + ENGINE_WORKSPACE_BYTES + process
     assert needed <= fraction * H200.memory_bytes < needed + 0.01 * H200.memory_bytes

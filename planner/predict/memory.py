@@ -27,7 +27,7 @@ SYNC_BYTES = 2**30  # of the actor's window through which weights reach the engi
 ENGINE_WORKSPACE_BYTES = (
     4_000_000_000  # of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations
 )
-ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps
+ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps, besides its weights
 SPARE = 0.05  # of a trainer's planned bytes: what its allocator may have unused between its tensors
 SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
 
@@ -191,14 +191,15 @@ def rollout_fraction(workload: Workload, tensor_parallel: int, concurrency: int,
 
 
 def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> RoleMemory:
-    """Of one engine on one of its GPUs, its process not counted. vLLM reserves all of its fraction from the start; the
-    transformers engine allocates what it needs while it runs."""
+    """Of one engine on one of its GPUs, its process not counted. vLLM reserves all of its fraction from the start, and
+    one that sleeps has its weights again from a sync on; the transformers engine allocates what it needs while it
+    runs."""
     detail = _engine_detail(workload, layout.tensor_parallel, layout.concurrency, device)
     weights = detail["weights"]
     if layout.engine == "vllm":
         reserved = int(layout.memory_fraction * device.memory_bytes) - process_bytes(device)
         detail["reserve"] = max(0, reserved - sum(detail.values()))
-        kept = sum(detail.values()) if not layout.offload else ENGINE_ASLEEP_BYTES
+        kept = sum(detail.values()) if not layout.offload else ENGINE_ASLEEP_BYTES + weights
     else:
         kept = 0 if layout.offload else weights
     return RoleMemory(idle=kept, running=sum(detail.values()), host=weights if layout.offload else 0, detail=detail)

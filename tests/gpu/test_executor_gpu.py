@@ -1,19 +1,23 @@
 """On GPUs: packed attention and log-probs against an exact reference, and PPO steps of a small model with vLLM through
 every way that weights take. `python -m pytest -m gpu tests/gpu` on a host with two GPUs."""
 
+import os
+import signal
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from conftest import ROLES, SERIAL, make_plan, make_workload
+from ray.exceptions import RayActorError
 
 from executor import models, preflight
 from executor.data import Sequences
 from executor.packing import pack
 from executor.run import Silent, loop
-from executor.step import Training
-from planner.predict.schedule import tasks_of
+from executor.step import Done, Training
+from planner.predict.schedule import Task, tasks_of
 from planner.spec.cluster import make_cluster
 from planner.spec.lengths import sample
 from planner.spec.plan import Plan
@@ -29,11 +33,11 @@ SHAPE = {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "intermediate": 
 HOME = {"actor": "a", "reference": "a", "critic": "b", "reward": "b"}
 
 
-def small_workload() -> Workload:
+def small_workload(actor_lr: float = 1e-4) -> Workload:
     model = {"shape": SHAPE, "random_weights": True}
     roles = {role: model for role in ROLES if role != "rollout"}
     response = {"kind": "lognormal", "mean": 32, "sigma": 0.5, "max": 64}
-    return make_workload(**roles, batch=32, minibatch=16, response=response, ppo={"actor_lr": 1e-4})
+    return make_workload(**roles, batch=32, minibatch=16, response=response, ppo={"actor_lr": actor_lr})
 
 
 class Recording(Training):
@@ -53,16 +57,16 @@ class Recording(Training):
 
 
 def plan_of(name: str) -> Plan:
-    workload = small_workload()
+    workload = small_workload(actor_lr=1e-9 if name == "asleep_ahead" else 1e-4)
     layouts: dict[str, dict[str, Any]] = {role: {"micro_batch_tokens": 1024, "shard": 1} for role in ROLES}
     layouts["rollout"] = {"engine": "vllm", "replicas": 2, "memory_fraction": 0.2, "concurrency": 16}
     pools, roles = {"a": 1, "b": 1}, {**HOME, "rollout": ["a", "b"]}
     more: dict[str, Any] = {}
-    if name == "asleep":  # CUDA IPC and sleep, sharded actor, everything offloaded
+    if name.startswith("asleep"):  # CUDA IPC and sleep, sharded actor, everything offloaded
         pools, roles = {"all": 2}, dict.fromkeys(ROLES, "all")
         layouts |= {role: {"shard": 2, "micro_batch_tokens": 1024, "offload": "all"} for role in ("actor", "critic")}
         layouts["rollout"] |= {"offload": True}
-        more = {"blocking": True}
+        more = {"offsets": {"generate": 1}, "staleness": 1} if name == "asleep_ahead" else {"blocking": True}
     elif name == "tensor_parallel":
         pools, roles = {"all": 2}, dict.fromkeys(ROLES, "all")
         layouts["actor"] = {"shard": 1, "replicas": 2, "micro_batch_tokens": 1024, "recompute": True}
@@ -83,20 +87,43 @@ def ray_gpus() -> Any:
         yield
 
 
-@pytest.mark.parametrize("name", ["spanning", "asleep", "tensor_parallel", "one_step_off"])
+def run(backend: Recording, steps: int = 3) -> None:
+    spans: dict[int, Span] = {}
+    try:
+        loop(tasks_of(backend.plan, steps), backend, spans, Silent())
+    finally:
+        backend.close()
+
+
+@pytest.mark.parametrize("name", ["spanning", "asleep", "asleep_ahead", "tensor_parallel", "one_step_off"])
 def test_engines_sample_from_what_the_trainers_see(ray_gpus: None, name: str) -> None:
     plan = plan_of(name)
     backend = Recording(plan)
-    spans: dict[int, Span] = {}
-    try:
-        loop(tasks_of(plan, 3), backend, spans, Silent())
-    finally:
-        backend.close()
+    run(backend)
     for number, metrics in enumerate(backend.metrics):
         assert metrics["weights_version"] == max(0, number - plan.staleness)
         assert metrics["actor/grad_norm"] > 0
-        if number == 0 or plan.staleness == 0:  # else the weights differ on purpose
+        if number == 0 or plan.staleness == 0 or name == "asleep_ahead":  # else the weights differ on purpose
             assert backend.differences[number].mean() < 0.02
+
+
+class Mortal(Recording):
+    """An engine dies before each of the later generations: first one that gets weights through CUDA IPC, then one that
+    gets them over NCCL."""
+
+    def generate(self, task: Task) -> Done:
+        if task.step:
+            engine = self.processes.engines[task.step - 1]
+            with pytest.raises(RayActorError):
+                ray.get(engine.handle.__ray_call__.remote(lambda _: os.kill(os.getpid(), signal.SIGKILL)))
+        return super().generate(task)
+
+
+def test_an_engine_that_dies_comes_back_with_its_weights(ray_gpus: None) -> None:
+    backend = Mortal(plan_of("spanning"))
+    run(backend)
+    assert [metrics["weights_version"] for metrics in backend.metrics] == [0, 1, 2]
+    assert all(difference.mean() < 0.02 for difference in backend.differences)
 
 
 def test_packed_equals_exact_attention() -> None:
