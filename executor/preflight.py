@@ -92,19 +92,18 @@ def check_driver(driver: str) -> None:
 
 def check_engine(plan: Plan) -> None:
     rollout = plan.rollout
-    if rollout.engine == "vllm":
+    on_gpus = plan.device_of(rollout.pools[0]).kind == "cuda"
+    if rollout.engine == "vllm" and on_gpus:
         _check_reach(plan)
-        if importlib.util.find_spec("vllm") is None:
-            raise UserError(
-                "the rollout's engine is vllm, which is not installed; "
-                "pip install 'splitplan[vllm]', or plan with engine transformers, or use --rehearse"
-            )
-        if plan.device_of(rollout.pools[0]).kind == "cpu":
-            raise UserError("the rollout's engine is vllm, which needs GPUs; plan with engine transformers")
-        return
-    if rollout.tensor_parallel != 1:
+    elif rollout.tensor_parallel != 1:
         raise UserError(
-            f"roles.rollout: engine transformers runs on 1 GPU, not {rollout.tensor_parallel}; set tensor_parallel to 1"
+            f"roles.rollout: engine {rollout.engine} runs on 1 {'GPU' if on_gpus else 'core'}, not "
+            f"{rollout.tensor_parallel}; set tensor_parallel to 1"
+        )
+    if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise UserError(
+            "the rollout's engine is vllm, which is not installed; "
+            "pip install 'splitplan[vllm]', or plan with engine transformers, or use --rehearse"
         )
 
 

@@ -38,6 +38,8 @@ class Processes:
     ) -> None:
         self.plan, self._saved = plan, saved
         self.deadlines = deadlines or Deadlines(plan=plan)
+        vllm = plan.rollout.engine == "vllm"
+        self._engine_class, self._made_for = (VllmWorker, made_for(plan)) if vllm else (EngineWorker, "")
         self._own = fleet is None
         self._closed, self._lock = False, threading.Lock()
         self.fleet = fleet or fleet_for([plan])
@@ -45,7 +47,7 @@ class Processes:
         self.engines: list[Rank] = []
         self.judge: list[Rank] = []
         self._version = 0  # of the weights that the engines have
-        self._installed: tuple[list[ray.ObjectRef], int] | None = None  # what the engines on the CPU have
+        self._installed: tuple[list[ray.ObjectRef], int] | None = None  # what engines have from the object store
         try:
             with within(self.deadlines.of_start):
                 self._start()
@@ -76,27 +78,27 @@ class Processes:
         return gathered.records + installed.records
 
     def revive(self, number: int) -> Rank:
-        """Start an engine again that died, with the weights that it had. Those of engines on the CPU lie in the object
-        store; vLLM's come from the trainers, as long as those have no others. Raises WorkerError if they have."""
+        """Start an engine again that died, with the weights that it had. They lie in the object store; those that come
+        from GPU to GPU are sent anew, as long as the trainers have no others. Raises WorkerError if they have."""
         pool, gpus = self.plan.engine_gpus()[number]
         name = self.engines[number].name
         log.warning("%s died; it is started again", name)
         with within(self.deadlines.of_start, anew=True):
             if self.sync is None:
-                (engine,) = pools.connect([self._again(EngineWorker, gpus, name)])
+                (engine,) = pools.connect([self._again(self._engine_class, gpus, name, self._made_for)])
                 ask([engine], "start", self.plan, pool)
                 if self._installed is not None:
                     ask([engine], "install", *self._installed)
             else:
-                engine = self._revive_vllm(number, pool, gpus, name, self.sync)
+                engine = self._revive_on_gpus(number, pool, gpus, name, self.sync)
         self.engines[number] = engine
         return engine
 
-    def _revive_vllm(self, number: int, pool: str, gpus: tuple[Gpu, ...], name: str, sync: WeightSync) -> Rank:
+    def _revive_on_gpus(self, number: int, pool: str, gpus: tuple[Gpu, ...], name: str, sync: WeightSync) -> Rank:
         (held,) = ask(self.of("actor")[:1], "version_of", "actor").results
         if held != self._version:
             raise WorkerError(f"{name} died, and its weights {self._version} have become {held} in the trainers since")
-        (engine,) = pools.connect([self._again(VllmWorker, gpus, name, made_for(self.plan))])
+        (engine,) = pools.connect([self._again(self._engine_class, gpus, name, self._made_for)])
         ask([engine], "start", self.plan, pool, sync.ways[number])
         sync.replace(number, engine)
         sync(held)
@@ -120,13 +122,11 @@ class Processes:
         for pool in dict.fromkeys(layout.pools[0] for layout in self.plan.trainers.values()):
             ranks = [self.fleet.process(Trainer, (gpu,)) for gpu in self.plan.pools[pool].gpus]
             self.trainers[pool] = [replace(r, name=f"trainer {i} of pool {pool}") for i, r in enumerate(ranks)]
-        worker = VllmWorker if self.plan.rollout.engine == "vllm" else EngineWorker
         places = self.plan.engine_gpus()
-        made = made_for(self.plan) if worker is VllmWorker else ""
-        keep = [(gpus, made) for _, gpus in places]
+        keep = [(gpus, self._made_for) for _, gpus in places]
         self.fleet.retire(VllmWorker, [gpu for pool in self.plan.pools.values() for gpu in pool.gpus], keep)
         for number, (pool, gpus) in enumerate(places):
-            engine = self.fleet.process(worker, gpus, made)
+            engine = self.fleet.process(self._engine_class, gpus, self._made_for)
             self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
         if isinstance(self.plan.workload.reward, RewardFunction):
             self.judge.append(replace(self.fleet.process(RewardWorker, ()), name="the reward function's process"))
@@ -144,15 +144,14 @@ class Processes:
             engines.wait()
             engines = self._begin_engines(ways)
         self.eos: list[int] = engines.wait().results[0]
-        vllm = plan.rollout.engine == "vllm"
-        self.sync = WeightSync(plan, self.of("actor"), self.engines, ways) if vllm else None
-        if self.sync is not None or self._saved is not None:
+        self.sync = WeightSync(plan, self.of("actor"), self.engines, ways) if "store" not in ways else None
+        if self._engine_class is VllmWorker or self._saved is not None:
             self.sync_weights(self._saved.roles["actor"].version if self._saved else 0)
         if isinstance(plan.workload.reward, RewardFunction):
             self._load_reward(plan.workload.reward)
 
     def _begin_engines(self, ways: Sequence[Channel]) -> Asked:
-        vllm, places = self.plan.rollout.engine == "vllm", zip(self.plan.engine_gpus(), ways, strict=True)
+        vllm, places = self._engine_class is VllmWorker, zip(self.plan.engine_gpus(), ways, strict=True)
         each = [(pool, way) if vllm else (pool,) for (pool, _), way in places]
         return begin(self.engines, "start", self.plan, each=each)
 

@@ -1,4 +1,4 @@
-"""`sync_weights`: the actor's weights to every vLLM engine, by the way that reaches it."""
+"""`sync_weights` on GPUs: the actor's weights to every vLLM engine, by the way that reaches it."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,11 @@ from planner.spec.plan import Gpu, Plan
 
 
 def channels(plan: Plan, engines: Sequence[tuple[Gpu, ...]]) -> list[Channel]:
-    """How each engine, given its GPUs, gets its weights: from the actor's ranks on the same GPUs through CUDA IPC, else
-    from the actor's first rank over NCCL, which cannot join two processes of one GPU."""
+    """How each engine, given its GPUs, gets its weights. vLLM on GPUs: from the actor's ranks on the same GPUs through
+    CUDA IPC, else from the actor's first rank over NCCL, which cannot join two processes of one GPU. All others: from
+    Ray's object store."""
+    if plan.rollout.engine != "vllm" or plan.device_of(plan.rollout.pools[0]).kind == "cpu":
+        return ["store"] * len(engines)
     layout = plan.trainers["actor"]
     actor = set(plan.pools[layout.pools[0]].gpus[: layout.gpus])
     return ["ipc" if actor.issuperset(gpus) else "nccl" for gpus in engines]

@@ -4,7 +4,7 @@
 vLLM's engine runs inside of our worker's process, and on each of its GPUs in a process that ends when ours does. So one
 schedules the next step and collects what the last one made while the other launches kernels: for small models a step
 takes as long as the host needs for it. Weights come by NCCL from a trainer on another GPU, or by CUDA IPC from the one
-that shares the GPU.
+that shares the GPU. A build of vLLM for CPUs computes in float32, and its weights come from Ray's object store.
 """
 
 import contextlib
@@ -26,13 +26,14 @@ from transformers import AutoConfig, GenerationConfig
 from executor import gpus, models
 from executor.data import Ints, Requests
 from executor.rollout import EngineWorker
-from executor.weights import Described
+from executor.weights import Arrays, Described
 from planner.predict.memory import kv_cache_bytes
+from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.workload import Model
 
-Channel = Literal["ipc", "nccl"]
+Channel = Literal["ipc", "nccl", "store"]
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine dies with the process it is in
@@ -52,20 +53,24 @@ class VllmEngine:
     drop_weights = False
 
     def __init__(self, plan: Plan) -> None:
+        """Raises UserError if the vLLM that is installed was built for other devices."""
         os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
         rollout, workload = plan.rollout, plan.workload
+        on_cpu = _on_cpu(plan)
         self.eos = eos_tokens(workload.actor)
         self._awake = {"weights", "kv_cache"}
         self._asked = 0  # requests so far
-        _check_room(plan)
+        if not on_cpu:
+            _check_room(plan)
         self.llm = LLM(
             model=str(_model_directory(workload.actor)),
             load_format="dummy",
             skip_tokenizer_init=True,
-            dtype="bfloat16",
+            dtype="float32" if on_cpu else "bfloat16",
+            enforce_eager=on_cpu,
             tensor_parallel_size=rollout.tensor_parallel,
             distributed_executor_backend="mp",
             worker_extension_cls="executor.vllm_worker.Extension",
@@ -76,7 +81,7 @@ class VllmEngine:
             max_num_seqs=rollout.concurrency,
             max_cudagraph_capture_size=max(8, rollout.concurrency),
             logprobs_mode="processed_logprobs",
-            enable_sleep_mode=rollout.offload,
+            enable_sleep_mode=rollout.offload and not on_cpu,
             scheduler_cls="executor.vllm_scheduler.Scheduler",
             enable_prefix_caching=False,  # looking for common beginnings costs time at every token of every sequence
             weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
@@ -158,8 +163,13 @@ class VllmEngine:
 
     # --- weights ---
 
+    def load(self, arrays: Arrays) -> None:
+        """All weights. On a CPU vLLM computes with another format than theirs, so it builds its layers anew."""
+        tensors = [(name, torch.tensor(array)) for name, array in arrays.items()]
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+
     def receive_by(self, channel: Channel) -> None:
-        """Take weights over by this channel from here on."""
+        """On GPUs: take weights over by this channel from here on."""
         self.llm.collective_rpc("receive_by", args=(channel,))
 
     def connect(self, host: str, port: int, rank: int, world: int) -> None:
@@ -212,7 +222,7 @@ def made_for(plan: Plan) -> str:
 
 
 class VllmWorker(EngineWorker):
-    """The process of a vLLM engine, on all of its GPUs."""
+    """The process of a vLLM engine, on all of its GPUs or on a core."""
 
     engine: VllmEngine
 
@@ -232,16 +242,17 @@ class VllmWorker(EngineWorker):
         os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
         import vllm  # noqa: F401
 
-    def start(self, plan: Plan, pool: str, channel: Channel = "nccl") -> list[int]:
+    def start(self, plan: Plan, pool: str, channel: Channel = "store") -> list[int]:
         """Become an engine of a plan, without weights yet; the tokens that end a response. An engine that was started
         before must fit the plan: one process holds one engine."""
         if not hasattr(self, "engine"):
             self.engine, self.made_for = VllmEngine(plan), made_for(plan)
         assert self.made_for == made_for(plan), "this process has an engine of another kind"
-        self.engine.receive_by(channel)
+        if channel != "store":
+            self.engine.receive_by(channel)
         # Then there is a transfer between any two generations.
         self.engine.drop_weights = plan.staleness == 0 and "evaluate" not in plan.dataflow.names
-        self.offload, self.version = plan.rollout.offload, -1
+        self.offload, self.version = plan.rollout.offload and channel != "store", -1  # on a CPU there is no sleep
         self._sleep()
         return self.engine.eos
 
@@ -301,7 +312,19 @@ def send(group: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
         group.broadcast(weight, src=0, stream=stream)
 
 
-# --- the model ---
+# --- the device and the model ---
+
+
+def _on_cpu(plan: Plan) -> bool:
+    from vllm.platforms import current_platform
+
+    built, wanted = current_platform.device_type, plan.device_of(plan.rollout.pools[0]).kind
+    if built != wanted:
+        raise UserError(
+            f"the rollout runs on {wanted}, and the vLLM that is installed on {built or 'nothing that is here'}; "
+            f"install a vLLM built for {wanted}, or plan with engine transformers"
+        )
+    return wanted == "cpu"
 
 
 def eos_tokens(model: Model) -> list[int]:

@@ -7,7 +7,7 @@ from conftest import SHAPE
 
 from executor import models, weights
 from executor.data import Requests, make_requests
-from executor.rollout import TransformersEngine, _invert
+from executor.rollout import Engine, TransformersEngine, _invert
 from planner.spec.workload import Model
 
 EOS = 5
@@ -27,7 +27,7 @@ def requests(prompts: list[list[int]], max_tokens: int = 12, exact: bool = False
 PROMPTS = [[1, 2, 3], [4], [6, 7, 8, 9, 10], [11, 12]] * 3
 
 
-def responses(engine: TransformersEngine, asked: Requests, temperature: float | None) -> list[list[int]]:
+def responses(engine: Engine, asked: Requests, temperature: float | None) -> list[list[int]]:
     lengths, tokens, _ = engine.generate(asked, temperature)
     ends = np.cumsum(lengths)
     return [tokens[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]

@@ -17,24 +17,37 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from executor import models, pools, weights
 from executor.sync import WeightSync, channels
 from executor.worker import Died, Rank, Worker, ask
+from planner.spec.cluster import make_cluster
 from planner.spec.workload import Model, Shape
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
 WORKLOAD = make_workload()
 
 
+VLLM: dict[str, Any] = {"rollout": {"engine": "vllm"}}
+GPUS: dict[str, Any] = {"layouts": VLLM, "cluster": make_cluster(4, "h200", 4)}
+
+
 def test_an_engine_beside_the_actor_reads_its_memory() -> None:
-    assert channels(colocated(WORKLOAD), [((0, 0),), ((0, 1),)]) == ["ipc", "ipc"]
-    assert channels(colocated(WORKLOAD), [((0, 0), (0, 1))]) == ["ipc"]
+    assert channels(colocated(WORKLOAD, **GPUS), [((0, 0),), ((0, 1),)]) == ["ipc", "ipc"]
+    assert channels(colocated(WORKLOAD, **GPUS), [((0, 0), (0, 1))]) == ["ipc"]
 
 
 def test_an_engine_elsewhere_gets_them_over_nccl() -> None:
     home = {"actor": "a", "reference": "a", "critic": "b", "reward": "b", "rollout": ["a", "b"]}
-    spanning = make_plan(WORKLOAD, {"a": 1, "b": 2}, home)
+    spanning = make_plan(WORKLOAD, {"a": 1, "b": 2}, home, **GPUS)
     assert channels(spanning, [((0, 0),), ((0, 1), (0, 2))]) == ["ipc", "nccl"]
-    idle = colocated(WORKLOAD, layouts={"actor": {"shard": 1}})  # the second GPU has no rank of the actor
+    layouts = {**VLLM, "actor": {"shard": 1}}
+    idle = colocated(WORKLOAD, **{**GPUS, "layouts": layouts})  # the second GPU has no rank of the actor
     assert channels(idle, [((0, 0),), ((0, 1),)]) == ["ipc", "nccl"]
     assert channels(idle, [((0, 0), (0, 1))]) == ["nccl"]
+
+
+def test_engines_on_cores_or_on_transformers_get_them_from_the_object_store() -> None:
+    on_cores = colocated(WORKLOAD, layouts=VLLM)
+    on_transformers = colocated(WORKLOAD, cluster=GPUS["cluster"])
+    for plan in (on_cores, on_transformers):
+        assert channels(plan, [((0, 0),), ((0, 1),)]) == ["store", "store"]
 
 
 class Noting(Worker):

@@ -1,0 +1,186 @@
+"""vLLM behind the seam of engines, with a build of it for CPUs (`make test-vllm`). It computes in float32, so what it
+generates is what transformers would."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from conftest import ROLES, colocated, make_workload
+from numpy.typing import NDArray
+from test_rollout import PROMPTS, requests, responses
+from transformers import PreTrainedModel
+
+from executor import models, pools, preflight, weights
+from executor.data import Ints, Requests
+from executor.processes import fleet_for
+from executor.rollout import TransformersEngine
+from executor.run import Silent, loop
+from executor.step import Training
+from executor.vllm_engine import VllmEngine, VllmWorker, made_for
+from executor.worker import Rank, ask
+from planner.predict.schedule import tasks_of
+from planner.spec.cluster import make_cluster
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.workload import Model, Workload
+
+pytestmark = pytest.mark.vllm
+SHAPE = {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64, "vocab": 48}  # it wants large heads
+EOS = 5
+MANY = PROMPTS * 8
+
+
+def random_model(seed: int) -> PreTrainedModel:
+    return models.load("actor", Model(shape=SHAPE, random_weights=True), seed, torch.float32)
+
+
+def workload(**changes: Any) -> Workload:
+    model = {"shape": SHAPE, "random_weights": True}
+    return make_workload(**{**{role: model for role in ROLES if role != "rollout"}, **changes})
+
+
+def plan_of(workload: Workload, cores: int, **layout: Any) -> Plan:
+    layouts = {"rollout": {"engine": "vllm", "memory_fraction": 0.1, **layout}}
+    return colocated(workload, cores, layouts=layouts)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return random_model(3)
+
+
+class Remote:
+    """An engine in a process of its own, asked as the executor asks it."""
+
+    def __init__(self, rank: Rank) -> None:
+        self.rank, self.version = rank, 0
+
+    def generate(self, asked: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        (found,) = ask([self.rank], "generate", asked, temperature).results
+        assert found.weights_version == self.version
+        return found.lengths, found.tokens, found.log_probs
+
+    def install(self, model: PreTrainedModel) -> None:
+        self.version += 1
+        ask([self.rank], "install", [ray.put(weights.gather(model, keep=True))], self.version)
+
+
+@pytest.fixture(scope="module")
+def started(ray_two: None, tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel) -> Iterator[Remote]:
+    """An engine for responses of up to 20 tokens, which the token EOS ends."""
+    directory = tmp_path_factory.mktemp("actor")
+    model.config.eos_token_id = model.generation_config.eos_token_id = EOS
+    model.save_pretrained(directory)
+    response = {"kind": "lognormal", "mean": 12, "sigma": 0.5, "max": 20}
+    prompt = {"kind": "fixed", "tokens": 8}
+    plan = plan_of(workload(actor={"shape": SHAPE, "path": directory}, prompt=prompt, response=response), cores=1)
+    fleet, ((pool, cores),) = fleet_for([plan]), plan.engine_gpus()
+    (rank,) = pools.connect([fleet.process(VllmWorker, cores, made_for(plan))])
+    assert ask([rank], "start", plan, pool).results == [[EOS]]
+    yield Remote(rank)
+    fleet.close()
+
+
+@pytest.fixture
+def engine(started: Remote, model: PreTrainedModel) -> Remote:
+    """The same one, with the model's weights."""
+    started.install(model)
+    return started
+
+
+def test_the_same_keys_draw_the_same_tokens_in_any_batch(engine: Remote) -> None:
+    together = responses(engine, requests(MANY), 1.0)
+    assert together == responses(engine, requests(MANY), 1.0)
+    reverse = np.arange(len(MANY))[::-1].copy()
+    assert together[::-1] == responses(engine, requests(MANY).take(reverse), 1.0)
+    assert together != responses(engine, requests(MANY, seed=1), 1.0)
+
+
+def test_responses_end_at_end_of_sequence_or_at_their_own_limit(engine: Remote) -> None:
+    limits = np.arange(len(MANY)) % 20 + 1
+    found = responses(engine, replace(requests(MANY), max_tokens=limits), 2.0)
+    ended = [response[-1] == EOS for response in found]
+    assert any(ended) and not all(ended)
+    assert all(EOS not in response[:-1] for response in found)
+    assert all(end or len(response) == limit for end, response, limit in zip(ended, found, limits, strict=True))
+
+
+def test_exact_requests_ignore_end_of_sequence(engine: Remote) -> None:
+    found = responses(engine, requests(MANY, max_tokens=20, exact=True), 2.0)
+    assert {len(response) for response in found} == {20}
+    assert any(EOS in response[:-1] for response in found)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_log_probs_are_those_of_the_model(engine: Remote, model: PreTrainedModel, temperature: float) -> None:
+    lengths, tokens, log_probs = engine.generate(requests(MANY, max_tokens=20), temperature)
+    ends = np.cumsum(lengths)
+    for prompt, end, length in zip(MANY, ends, lengths, strict=True):
+        response = tokens[end - length : end].tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        assert np.allclose(log_probs[end - length : end], expected, atol=1e-5)
+
+
+def test_tokens_are_drawn_as_often_as_the_model_says(engine: Remote, model: PreTrainedModel) -> None:
+    _, tokens, _ = engine.generate(requests([[1, 2, 3]] * 2000, max_tokens=1), 0.1)
+    with torch.no_grad():
+        expected = (model(torch.tensor([[1, 2, 3]])).logits[0, -1] / 0.1).softmax(-1)
+    assert np.abs(np.bincount(tokens, minlength=SHAPE["vocab"]) / 2000 - expected.numpy()).max() < 0.03
+
+
+def test_new_weights_are_used_and_then_the_old_ones_again(engine: Remote, model: PreTrainedModel) -> None:
+    """Greedily, so that what comes is what transformers gives."""
+    other = random_model(4)
+    of_model, of_other = (responses(TransformersEngine(m, [EOS], 64), requests(MANY), None) for m in (model, other))
+    assert of_model != of_other
+    assert responses(engine, requests(MANY), None) == of_model
+    engine.install(other)
+    assert responses(engine, requests(MANY), None) == of_other
+    engine.install(model)
+    assert responses(engine, requests(MANY), None) == of_model
+
+
+def test_what_a_build_for_cpus_cannot_run_is_refused() -> None:
+    with pytest.raises(UserError, match="engine vllm runs on 1 core, not 2; set tensor_parallel to 1"):
+        preflight.check_engine(plan_of(workload(), 2, tensor_parallel=2, replicas=1))
+    layouts = {"rollout": {"engine": "vllm"}}
+    on_gpus = colocated(workload(), 1, layouts=layouts, cluster=make_cluster(1, "h200", 1))
+    with pytest.raises(UserError, match="runs on cuda, and the vLLM that is installed on cpu; install"):
+        VllmEngine(on_gpus)
+
+
+class Recording(Training):
+    """Keeps what the log-probs of engines and trainers differ by, and the metrics. After each step an engine dies."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan, preflight.check(plan, local=True))
+        self.differences: list[np.ndarray] = []
+        self.metrics: list[dict[str, Any]] = []
+
+    def end_step(self, number: int) -> dict[str, Any]:
+        step = self.steps[number]
+        difference = step.columns["proximal_log_probs"] - step.sequences.log_probs
+        self.differences.append(np.abs(difference[step.sequences.mask]))
+        ray.kill(self.processes.engines[number % 2].handle)
+        self.metrics.append(super().end_step(number))
+        return self.metrics[-1]
+
+
+def test_steps_with_an_engine_that_dies_sample_from_what_the_trainers_see(ray_two: None) -> None:
+    """Two engines, whose weights come through the object store; the one that is started anew gets those it had."""
+    plan = plan_of(workload(), cores=2, offload=True)
+    backend = Recording(plan)
+    try:
+        loop(tasks_of(plan, 3), backend, {}, Silent())
+    finally:
+        backend.close()
+    for number, metrics in enumerate(backend.metrics):
+        assert metrics["weights_version"] == number
+        assert metrics["actor/grad_norm"] > 0
+        assert backend.differences[number].size and backend.differences[number].max() < 1e-5
