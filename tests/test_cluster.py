@@ -19,7 +19,7 @@ from processes import descendants, end, end_agents, working
 from test_checkpoint import metrics_of
 
 from executor import pools
-from executor.trainer import _interface
+from executor.host import _interface
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.plan import Plan
 
