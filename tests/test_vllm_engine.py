@@ -11,6 +11,7 @@ import ray
 import torch
 from conftest import ROLES, colocated, make_workload
 from numpy.typing import NDArray
+from recording import Recording
 from test_rollout import PROMPTS, requests, responses
 from transformers import PreTrainedModel
 
@@ -18,11 +19,8 @@ from executor import models, pools, preflight, weights
 from executor.data import Ints, Requests
 from executor.processes import fleet_for
 from executor.rollout import TransformersEngine
-from executor.run import Silent, loop
-from executor.step import Training
 from executor.vllm_engine import VllmEngine, VllmWorker, made_for
 from executor.worker import Rank, ask
-from planner.predict.schedule import tasks_of
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -155,31 +153,19 @@ def test_what_a_build_for_cpus_cannot_run_is_refused() -> None:
         VllmEngine(on_gpus)
 
 
-class Recording(Training):
-    """Keeps what the log-probs of engines and trainers differ by, and the metrics. After each step an engine dies."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, preflight.check(plan, local=True))
-        self.differences: list[np.ndarray] = []
-        self.metrics: list[dict[str, Any]] = []
+class Mortal(Recording):
+    """After each step an engine dies."""
 
     def end_step(self, number: int) -> dict[str, Any]:
-        step = self.steps[number]
-        difference = step.columns["proximal_log_probs"] - step.sequences.log_probs
-        self.differences.append(np.abs(difference[step.sequences.mask]))
         ray.kill(self.processes.engines[number % 2].handle)
-        self.metrics.append(super().end_step(number))
-        return self.metrics[-1]
+        return super().end_step(number)
 
 
 def test_steps_with_an_engine_that_dies_sample_from_what_the_trainers_see(ray_two: None) -> None:
     """Two engines, whose weights come through the object store; the one that is started anew gets those it had."""
     plan = plan_of(workload(), cores=2, offload=True)
-    backend = Recording(plan)
-    try:
-        loop(tasks_of(plan, 3), backend, {}, Silent())
-    finally:
-        backend.close()
+    backend = Mortal(plan)
+    backend.take(3)
     for number, metrics in enumerate(backend.metrics):
         assert metrics["weights_version"] == number
         assert metrics["actor/grad_norm"] > 0

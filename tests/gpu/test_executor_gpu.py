@@ -11,17 +11,16 @@ import ray
 import torch
 from conftest import ROLES, SERIAL, make_plan, make_workload
 from ray.exceptions import RayActorError
+from recording import Recording
 
-from executor import models, preflight
+from executor import models
 from executor.data import Sequences
 from executor.packing import pack
-from executor.run import Silent, loop
-from executor.step import Done, Training
-from planner.predict.schedule import Task, tasks_of
+from executor.step import Done
+from planner.predict.schedule import Task
 from planner.spec.cluster import make_cluster
 from planner.spec.lengths import sample
 from planner.spec.plan import Plan
-from planner.spec.timeline import Span
 from planner.spec.workload import Workload
 
 pytestmark = [
@@ -38,22 +37,6 @@ def small_workload(actor_lr: float = 1e-4) -> Workload:
     roles = {role: model for role in ROLES if role != "rollout"}
     response = {"kind": "lognormal", "mean": 32, "sigma": 0.5, "max": 64}
     return make_workload(**roles, batch=32, minibatch=16, response=response, ppo={"actor_lr": actor_lr})
-
-
-class Recording(Training):
-    """Keeps the log-probs of the engines and of the trainers, and the metrics."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, preflight.check(plan, local=True))
-        self.differences: list[np.ndarray] = []
-        self.metrics: list[dict[str, Any]] = []
-
-    def end_step(self, number: int) -> dict[str, Any]:
-        step = self.steps[number]
-        difference = step.columns["proximal_log_probs"] - step.sequences.log_probs
-        self.differences.append(np.abs(difference[step.sequences.mask]))
-        self.metrics.append(super().end_step(number))
-        return self.metrics[-1]
 
 
 def plan_of(name: str) -> Plan:
@@ -87,19 +70,11 @@ def ray_gpus() -> Any:
         yield
 
 
-def run(backend: Recording, steps: int = 3) -> None:
-    spans: dict[int, Span] = {}
-    try:
-        loop(tasks_of(backend.plan, steps), backend, spans, Silent())
-    finally:
-        backend.close()
-
-
 @pytest.mark.parametrize("name", ["spanning", "asleep", "asleep_ahead", "tensor_parallel", "one_step_off"])
 def test_engines_sample_from_what_the_trainers_see(ray_gpus: None, name: str) -> None:
     plan = plan_of(name)
     backend = Recording(plan)
-    run(backend)
+    backend.take(3)
     for number, metrics in enumerate(backend.metrics):
         assert metrics["weights_version"] == max(0, number - plan.staleness)
         assert metrics["actor/grad_norm"] > 0
@@ -121,7 +96,7 @@ class Mortal(Recording):
 
 def test_an_engine_that_dies_comes_back_with_its_weights(ray_gpus: None) -> None:
     backend = Mortal(plan_of("spanning"))
-    run(backend)
+    backend.take(3)
     assert [metrics["weights_version"] for metrics in backend.metrics] == [0, 1, 2]
     assert all(difference.mean() < 0.02 for difference in backend.differences)
 
