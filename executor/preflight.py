@@ -101,9 +101,10 @@ def check_engine(plan: Plan) -> None:
             f"{rollout.tensor_parallel}; set tensor_parallel to 1"
         )
     if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        how = "pip install 'splitplan[vllm]'" if on_gpus else "install a build of it for CPUs"
         raise UserError(
-            "the rollout's engine is vllm, which is not installed; "
-            "pip install 'splitplan[vllm]', or plan with engine transformers, or use --rehearse"
+            f"the rollout's engine is vllm, which is not installed; {how}, or plan with engine transformers, or use "
+            "--rehearse"
         )
 
 

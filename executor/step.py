@@ -89,7 +89,7 @@ class Training:
         self.steps: dict[int, StepData] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
         self.deadlines = deadlines or Deadlines(plan=plan)
-        torch.set_num_threads(1)  # each thread of the loop would get as many again, for little work
+        torch.set_num_threads(1)  # of this process, for small work; each thread of the loop would start its own
         self.skipped: dict[str, int] = {}  # optimizer steps in a row without finite gradients, by role
         self.processes = Processes(plan, fleet, self.deadlines, resumed.saved if resumed else None)
         if resumed:

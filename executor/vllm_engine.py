@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import os
 import socket
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from executor import gpus, models
 from executor.data import Ints, Requests
 from executor.rollout import EngineWorker
 from executor.weights import Arrays, Described
+from executor.worker import Record
 from planner.predict.memory import kv_cache_bytes
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
@@ -65,29 +67,43 @@ class VllmEngine:
         self._asked = 0  # requests so far
         if not on_cpu:
             _check_room(plan)
-        self.llm = LLM(
-            model=str(_model_directory(workload.actor)),
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            dtype="float32" if on_cpu else "bfloat16",
-            enforce_eager=on_cpu,
-            tensor_parallel_size=rollout.tensor_parallel,
-            distributed_executor_backend="mp",
-            worker_extension_cls="executor.vllm_worker.Extension",
-            gpu_memory_utilization=rollout.memory_fraction,
-            # What vLLM measures itself is wrong where trainers load their models on the same GPU meanwhile.
-            kv_cache_memory_bytes=kv_cache_bytes(plan),
-            max_model_len=workload.longest,
-            max_num_seqs=rollout.concurrency,
-            max_cudagraph_capture_size=max(8, rollout.concurrency),
-            logprobs_mode="processed_logprobs",
-            enable_sleep_mode=rollout.offload and not on_cpu,
-            scheduler_cls="executor.vllm_scheduler.Scheduler",
-            enable_prefix_caching=False,  # looking for common beginnings costs time at every token of every sequence
-            weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
-        )
+        with _told_what_fails():
+            self.llm = LLM(
+                model=str(_model_directory(workload.actor)),
+                load_format="dummy",
+                skip_tokenizer_init=True,
+                dtype="float32" if on_cpu else "bfloat16",
+                enforce_eager=on_cpu,
+                tensor_parallel_size=rollout.tensor_parallel,
+                distributed_executor_backend="mp",
+                worker_extension_cls="executor.vllm_worker.Extension",
+                gpu_memory_utilization=rollout.memory_fraction,
+                # What vLLM measures itself is wrong where trainers load their models on the same GPU meanwhile.
+                kv_cache_memory_bytes=kv_cache_bytes(plan),
+                max_model_len=workload.longest,
+                max_num_seqs=rollout.concurrency,
+                max_cudagraph_capture_size=max(8, rollout.concurrency),
+                logprobs_mode="processed_logprobs",
+                enable_sleep_mode=rollout.offload and not on_cpu,
+                scheduler_cls="executor.vllm_scheduler.Scheduler",
+                enable_prefix_caching=False,  # looking for common beginnings takes time at every token of a sequence
+                weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
+            )
+        self._executor: Any = self.llm.llm_engine.model_executor
+        self._unlink_queues()
         self._scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
         gc.freeze()  # what the engine consists of stays; collecting must not look at it at every step
+
+    def _unlink_queues(self) -> None:
+        """In shared memory: all processes have opened them by now, and they would outlive some that are killed."""
+        for queue in (self._executor.rpc_broadcast_mq, *self._executor.response_mqs):
+            queue.buffer.shared_memory.unlink()
+        self.llm.collective_rpc("unlink_queues")
+
+    @property
+    def failed(self) -> bool:
+        """Whether a process of a GPU has ended."""
+        return bool(self._executor.is_failed)
 
     def generate(self, requests: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """What `LLM.generate` does, but for an object per sequence that grows with every token."""
@@ -198,8 +214,7 @@ class VllmEngine:
 
 @contextlib.contextmanager
 def _no_collecting() -> Iterator[None]:
-    """Do not look for garbage meanwhile: all that a step adds stays until the end, and looking at it again and again
-    costs a tenth of the time."""
+    """Do not look for garbage meanwhile: steps make none, and looking again and again costs a tenth of the time."""
     gc.disable()
     try:
         yield
@@ -207,11 +222,27 @@ def _no_collecting() -> Iterator[None]:
         gc.enable()
 
 
+@contextlib.contextmanager
+def _told_what_fails() -> Iterator[None]:
+    """Raise what ended one of an engine's processes while it starts; vLLM raises that one ended."""
+    with tempfile.TemporaryDirectory() as directory:
+        file = Path(directory) / "failure.txt"
+        os.environ["SPLITPLAN_ENGINE_FAILURE"] = str(file)  # see `vllm_worker.py`
+        try:
+            yield
+        except Exception as error:
+            if not file.exists():
+                raise
+            raise RuntimeError(file.read_text(encoding="utf-8")) from error
+        finally:
+            del os.environ["SPLITPLAN_ENGINE_FAILURE"]
+
+
 def _check_room(plan: Plan) -> None:
-    """Raise MemoryError where less is free than an engine takes; vLLM tells that to a log only."""
+    """Raise MemoryError where less is free than an engine takes, before it has taken a minute to start."""
     needed = plan.rollout.memory_fraction * plan.device_of(plan.rollout.pools[0]).memory_bytes
     for gpu in gpus.found():
-        if (free := gpu.total - gpu.used) < needed:
+        if gpu.total and (free := gpu.total - gpu.used) < needed:
             raise MemoryError(f"GPU {gpu.index} has {free / 1e9:.1f} GB free, an engine takes {needed / 1e9:.1f} GB")
 
 
@@ -225,6 +256,15 @@ class VllmWorker(EngineWorker):
     """The process of a vLLM engine, on all of its GPUs or on a core."""
 
     engine: VllmEngine
+
+    def call(self, method: str, *args: Any) -> tuple[Any, Record]:
+        """As of any process. It ends when one of its GPUs' does: the engine is started again as a whole."""
+        try:
+            return super().call(method, *args)
+        except Exception:
+            if hasattr(self, "engine") and self.engine.failed:
+                os._exit(1)
+            raise
 
     def synchronize(self) -> None:
         """vLLM returns when it has done."""
@@ -321,8 +361,8 @@ def _on_cpu(plan: Plan) -> bool:
     built, wanted = current_platform.device_type, plan.device_of(plan.rollout.pools[0]).kind
     if built != wanted:
         raise UserError(
-            f"the rollout runs on {wanted}, and the vLLM that is installed on {built or 'nothing that is here'}; "
-            f"install a vLLM built for {wanted}, or plan with engine transformers"
+            f"the rollout runs on {wanted}, and the vLLM that is installed is built for {built or 'no device here'}; "
+            f"install one built for {wanted}, or plan with engine transformers"
         )
     return wanted == "cpu"
 

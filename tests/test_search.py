@@ -445,6 +445,13 @@ def test_nodes_of_unequal_size_equal_brute_force(monkeypatch):
     assert found.predicted.step_seconds == pytest.approx(brute_force(workload, cluster), rel=1e-9)
 
 
+def test_an_engine_beside_the_actor_is_no_wider_than_it():
+    workload = small_workload(tensor_parallel=2, minibatch=1, batch=2, max_staleness=0)
+    best = find(workload, make_cluster(4, gpus_per_node=4)).best
+    assert best.trainers["actor"].gpus == 1 and best.rollout.tensor_parallel == 2
+    assert not {*best.trainers["actor"].pools} & {*best.rollout.pools}
+
+
 def best_of_all_placements(problem, restrict):
     """The least seconds of all arrangements that pins allow, one placement at a time."""
     best = np.inf

@@ -1,8 +1,11 @@
 """vLLM behind the seam of engines, with a build of it for CPUs (`make test-vllm`). It computes in float32, so what it
 generates is what transformers would."""
 
+import logging
+import os
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from executor import models, pools, preflight, weights
 from executor.data import Ints, Requests
 from executor.processes import fleet_for
 from executor.rollout import TransformersEngine
-from executor.vllm_engine import VllmEngine, VllmWorker, made_for
+from executor.vllm_engine import VllmEngine, VllmWorker, _told_what_fails, made_for
 from executor.worker import Rank, ask
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
@@ -144,28 +147,54 @@ def test_new_weights_are_used_and_then_the_old_ones_again(engine: Remote, model:
     assert responses(engine, requests(MANY), None) == of_model
 
 
+def test_what_ends_a_process_of_an_engine_that_starts_is_told() -> None:
+    from executor.vllm_worker import _Failures  # which needs vLLM
+
+    logger = logging.getLogger("vllm")
+    with pytest.raises(RuntimeError, match="ValueError: too many heads"), _told_what_fails():
+        handler = _Failures(Path(os.environ["SPLITPLAN_ENGINE_FAILURE"]))
+        logger.addHandler(handler)
+        try:
+            raise ValueError("too many heads")
+        except ValueError:
+            logger.exception("WorkerProc failed to start.")
+        raise RuntimeError("an exception in a background process")
+    logger.exception("nobody asks any more")
+    logger.removeHandler(handler)
+
+
 def test_what_a_build_for_cpus_cannot_run_is_refused() -> None:
     with pytest.raises(UserError, match="engine vllm runs on 1 core, not 2; set tensor_parallel to 1"):
         preflight.check_engine(plan_of(workload(), 2, tensor_parallel=2, replicas=1))
     layouts = {"rollout": {"engine": "vllm"}}
     on_gpus = colocated(workload(), 1, layouts=layouts, cluster=make_cluster(1, "h200", 1))
-    with pytest.raises(UserError, match="runs on cuda, and the vLLM that is installed on cpu; install"):
+    with pytest.raises(UserError, match="installed is built for cpu; install one built for cuda"):
         VllmEngine(on_gpus)
 
 
 class Mortal(Recording):
-    """After each step an engine dies."""
+    """After the first step an engine dies, after the second what computes for the other one."""
 
     def end_step(self, number: int) -> dict[str, Any]:
-        ray.kill(self.processes.engines[number % 2].handle)
+        engine = self.processes.engines[number % 2].handle
+        if number == 1:
+            ray.get(engine.__ray_call__.remote(lambda worker: worker.engine._executor.workers[0].proc.kill()))
+        else:
+            ray.kill(engine)
         return super().end_step(number)
+
+
+def queues() -> set[str]:
+    """Of any processes, in shared memory."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
 
 
 def test_steps_with_an_engine_that_dies_sample_from_what_the_trainers_see(ray_two: None) -> None:
     """Two engines, whose weights come through the object store; the one that is started anew gets those it had."""
     plan = plan_of(workload(), cores=2, offload=True)
-    backend = Mortal(plan)
+    backend, before = Mortal(plan), queues()
     backend.take(3)
+    assert queues() <= before
     for number, metrics in enumerate(backend.metrics):
         assert metrics["weights_version"] == number
         assert metrics["actor/grad_norm"] > 0

@@ -161,6 +161,8 @@ def kept_layouts(site: Site, engines: Engines, least: Array, floor: Array, thres
         for role, fits in _fitting(site, i, engines.memory).items():
             own = [problem.calls.index(call) for call in problem.calls_of(role)]
             layouts = site.layouts[role]
+            if role == "actor" and i in site.generating:  # whose weights reach engines of its own GPUs
+                fits = fits[layouts.grid.gpus[fits] >= engines.layout.tensor_parallel]
             if np.isfinite(threshold):
                 rest = floor @ np.where(np.isin(np.arange(len(least)), own)[:, None], 0.0, least)
                 if problem.objective != "p95":  # means first: there are fewer
