@@ -206,6 +206,19 @@ def test_check_shows_the_memory_of_each_pool(written: Path) -> None:
     assert "It can be run on this machine." in result.stdout
 
 
+def test_check_shows_what_the_host_must_hold(tmp_path: Path) -> None:
+    shape = {"hidden": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "intermediate": 18944, "vocab": 152064}
+    model = {"shape": shape, "random_weights": True}
+    workload = make_workload(**{role: model for role in ROLES if role != "rollout"})
+    layouts = {role: {"shard": 8, "offload": "all"} for role in ("actor", "critic")}
+    cluster, roles = make_cluster(8), dict.fromkeys(ROLES, "all")
+    make_plan(workload, {"all": 8}, roles, layouts=layouts, cluster=cluster).write(tmp_path / "away.json")
+    result = plan("check", tmp_path / "away.json")
+    parameters = 7_615_283_200 + 7_070_290_432  # with a language model's head, and a scalar one
+    gigabytes = (4 + 8) * parameters / 1e9  # weights and moments in fp32
+    assert f"take {gigabytes:.0f} of 2,000 GB of the host's memory on node 0." in result.stdout, result.output
+
+
 def test_check_says_why_a_plan_cannot_be_run_here(tmp_path: Path) -> None:
     cluster, roles = make_cluster(8), dict.fromkeys(ROLES, "all")
     make_plan(make_workload(), {"all": 8}, roles, cluster=cluster).write(tmp_path / "large.json")
