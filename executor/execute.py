@@ -13,7 +13,7 @@ from executor import pools
 from executor.rehearse import Rehearsal
 from executor.run import Backend, Course, Progress, Silent, loop
 from executor.rundir import RunDirectory, check_free, lock, log, timeline_of
-from executor.session import ray_session
+from executor.session import last_words, ray_session
 from executor.stops import Stops
 from executor.supervise import FLOOR_SECONDS, Deadlines, one_line
 from executor.worker import OutOfMemory, WorkerError, within
@@ -164,6 +164,7 @@ def _log_end(error: BaseException) -> None:
     log.error("ended by %s: %s", type(error).__name__, error)
     if isinstance(error.__cause__, WorkerError):
         log.error("".join(traceback.format_exception(error.__cause__)))
+        log.error("what processes wrote last:\n%s", last_words())
 
 
 class _Recorded:

@@ -19,6 +19,7 @@ from planner.spec.errors import UserError
 
 PREFIX, RAY = "splitplan-", "ray"  # of temporary directories, and the one of Ray in each
 NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what Ray calls it everywhere
+LAST_FILES, LAST_LINES = 4, 30
 # Each process stands for one GPU or one core: more threads would only fight. Models come from local directories.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -45,6 +46,18 @@ def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
                 yield
             finally:
                 ray.shutdown()
+
+
+def last_words() -> str:
+    """What the processes that Ray started on this host wrote to stderr lately, which goes when Ray does: a crash says
+    there why it came."""
+    node = ray._private.worker._global_node
+    if node is None:
+        return ""
+    written = [file for file in Path(node.get_logs_dir_path()).glob("worker-*.err") if file.stat().st_size]
+    latest = sorted(written, key=lambda file: file.stat().st_mtime)[-LAST_FILES:]
+    tails = {file.name: file.read_text(errors="replace").splitlines()[-LAST_LINES:] for file in latest}
+    return "\n".join(f"--- {name}\n" + "\n".join(lines) for name, lines in tails.items())
 
 
 def _start_private(cpus: int | None, directory: Path) -> None:

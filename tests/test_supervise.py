@@ -1,5 +1,6 @@
 """Nothing hangs silently: what is stuck, dies or runs out of memory ends a run with one line that names it."""
 
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -131,6 +132,20 @@ def test_a_start_that_hangs_leaves_a_log(ray_two: None, tmp_path: Path) -> None:
     finally:
         pools.stop(ranks)
     assert "no answer to 'now'" in (tmp_path / "r" / "log.txt").read_text()
+
+
+class Crashing(Worker):
+    def crash(self) -> None:
+        print("a fatal error", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def test_a_process_that_crashes_leaves_its_last_words(ray_two: None, tmp_path: Path) -> None:
+    plan = colocated(WORKLOAD)
+    ranks = pools.connect([replace(pools.start(Crashing), name="it")])
+    with pytest.raises(UserError, match=r"^the start: it died in crash"):
+        _started(Deadlines(plan=plan), tmp_path / "r", lambda: ask(ranks, "crash"))
+    assert "a fatal error" in (tmp_path / "r" / "log.txt").read_text()
 
 
 def test_the_inner_deadline_may_only_be_sooner(ray_two: None) -> None:
