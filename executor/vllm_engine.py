@@ -95,9 +95,11 @@ class VllmEngine:
         gc.freeze()  # what the engine consists of stays; collecting must not look at it at every step
 
     def _unlink_queues(self) -> None:
-        """In shared memory: all processes have opened them by now, and they would outlive some that are killed."""
+        """All processes have opened their files by now, which would outlive processes that are killed."""
+        from executor.vllm_worker import unlink
+
         for queue in (self._executor.rpc_broadcast_mq, *self._executor.response_mqs):
-            queue.buffer.shared_memory.unlink()
+            unlink(queue)
         self.llm.collective_rpc("unlink_queues")
 
     @property

@@ -40,7 +40,7 @@ class Extension:
         """Once all have opened them: they would outlive processes that are killed."""
         queue = get_tp_group().mq_broadcaster
         if queue is not None and queue.buffer.is_creator:
-            queue.buffer.shared_memory.unlink()
+            unlink(queue)
 
     def receive_by(self, channel: str) -> None:
         """Take weights over by this channel from here on."""
@@ -54,6 +54,13 @@ class Extension:
 
     def peak(self) -> dict[str, int]:
         return memory.peak()
+
+
+def unlink(queue: Any) -> None:
+    """The names of a message queue's shared memory and sockets; who has opened them goes on."""
+    queue.buffer.shared_memory.unlink()
+    for address in (queue.handle.local_subscribe_addr, queue.handle.local_notify_addr):
+        Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 class _Failures(logging.Handler):

@@ -3,6 +3,7 @@ generates is what transformers would."""
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -184,9 +185,10 @@ class Mortal(Recording):
         return super().end_step(number)
 
 
-def queues() -> set[str]:
-    """Of any processes, in shared memory."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
+def queues() -> set[Path]:
+    """The files of any processes' queues: shared memory, and sockets."""
+    sockets = {path for path in Path(tempfile.gettempdir()).iterdir() if path.is_socket()}
+    return {*Path("/dev/shm").glob("psm_*"), *sockets}
 
 
 def test_steps_with_an_engine_that_dies_sample_from_what_the_trainers_see(ray_two: None) -> None:
