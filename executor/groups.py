@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from executor.vllm_engine import made_for
+from executor.vllm_worker import made_for
 from planner.predict.cost import CostModel
 from planner.predict.layouts import MICRO_BATCH_TOKENS, rollout_layouts, trainer_layouts
 from planner.predict.memory import check_memory

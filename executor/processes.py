@@ -15,7 +15,8 @@ from executor.shards import Saved
 from executor.supervise import Deadlines
 from executor.sync import WeightSync, channels
 from executor.trainer import Trainer
-from executor.vllm_engine import Channel, VllmWorker, made_for
+from executor.vllm_engine import Channel
+from executor.vllm_worker import VllmWorker, made_for
 from executor.worker import Asked, Rank, Record, Worker, WorkerError, ask, begin, within
 from planner.spec.plan import Gpu, Plan
 from planner.spec.workload import RewardFunction

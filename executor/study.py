@@ -26,7 +26,7 @@ from executor.session import ray_session
 from executor.step import Training
 from executor.supervise import Deadlines, one_line
 from executor.trainer import Trainer
-from executor.vllm_engine import VllmWorker, made_for
+from executor.vllm_worker import VllmWorker, made_for
 from executor.worker import Worker
 from planner import __version__
 from planner.spec.plan import Gpu, Plan

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from executor import models, ppo, shards, vllm_engine, weights
+from executor import models, ppo, shards, vllm_sender, weights
 from executor.data import Rows, Sequences
 from executor.host import Host, Hosted
 from executor.packing import Packed, pack
@@ -186,16 +186,16 @@ class Trainer(Host):
 
     def rendezvous(self) -> tuple[str, int]:
         """Where to form a group: this host and a free port of it."""
-        return ray.util.get_node_ip_address(), vllm_engine.free_port()
+        return ray.util.get_node_ip_address(), vllm_sender.free_port()
 
     def join_group(self, host: str, port: int, world: int, _: int) -> None:
         """Form the NCCL group with the GPUs of the engines elsewhere. Returns when all have joined."""
         self._leave_engines()
-        self.group = vllm_engine.connect_sender(host, port, world)
+        self.group = vllm_sender.connect(host, port, world)
 
     def _leave_engines(self) -> None:
         if self.group is not None:
-            vllm_engine.disconnect_sender(self.group)
+            vllm_sender.disconnect(self.group)
         self.group = None
 
     def broadcast_weights(self, version: int, _: list[Described]) -> None:
@@ -203,7 +203,7 @@ class Trainer(Host):
         with self._awake("actor", version) as hosted:
             gathered = weights.compute_weights(hosted.module)
             if self.rank == 0:
-                vllm_engine.send(self.group, gathered)
+                vllm_sender.send(self.group, gathered)
             else:
                 collections.deque(gathered, maxlen=0)
 

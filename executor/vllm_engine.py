@@ -1,10 +1,11 @@
-"""Generation with vLLM, and both ends of its weight transfer; `vllm_scheduler.py`, `vllm_worker.py` and
-`vllm_transfer.py` are what vLLM is given to work with.
+"""Generation with vLLM; `vllm_scheduler.py`, `vllm_extension.py` and `vllm_transfer.py` are what vLLM is given to work
+with.
 
-vLLM's engine runs inside of our worker's process, and on each of its GPUs in a process that ends when ours does. So one
-schedules the next step and collects what the last one made while the other launches kernels: for small models a step
-takes as long as the host needs for it. Weights come by NCCL from a trainer on another GPU, or by CUDA IPC from the one
-that shares the GPU. A build of vLLM for CPUs computes in float32, and its weights come from Ray's object store.
+vLLM's engine runs inside of our worker's process (`vllm_worker.py`), and on each of its GPUs in a process that ends when
+ours does. So one schedules the next step and collects what the last one made while the other launches kernels: for small
+models a step takes as long as the host needs for it. Weights come by NCCL from a trainer on another GPU, or by CUDA IPC
+from the one that shares the GPU. A build of vLLM for CPUs computes in float32, and its weights come from Ray's object
+store.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import gc
 import hashlib
 import itertools
 import os
-import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,14 +21,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from executor import gpus, models
 from executor.data import Ints, Requests
-from executor.rollout import EngineWorker
 from executor.weights import Arrays, Described
-from executor.worker import Record
 from planner.predict.memory import kv_cache_bytes
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
@@ -56,7 +53,7 @@ class VllmEngine:
 
     def __init__(self, plan: Plan) -> None:
         """Raises UserError if the vLLM that is installed was built for other devices."""
-        os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+        load_library()
         from vllm import LLM
         from vllm.config import WeightTransferConfig
 
@@ -76,7 +73,7 @@ class VllmEngine:
                 enforce_eager=on_cpu,
                 tensor_parallel_size=rollout.tensor_parallel,
                 distributed_executor_backend="mp",
-                worker_extension_cls="executor.vllm_worker.Extension",
+                worker_extension_cls="executor.vllm_extension.Extension",
                 gpu_memory_utilization=rollout.memory_fraction,
                 # What vLLM measures itself is wrong where trainers load their models on the same GPU meanwhile.
                 kv_cache_memory_bytes=kv_cache_bytes(plan),
@@ -96,7 +93,7 @@ class VllmEngine:
 
     def _unlink_queues(self) -> None:
         """All processes have opened their files by now, which would outlive processes that are killed."""
-        from executor.vllm_worker import unlink
+        from executor.vllm_extension import unlink
 
         for queue in (self._executor.rpc_broadcast_mq, *self._executor.response_mqs):
             unlink(queue)
@@ -214,6 +211,12 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
 
 
+def load_library() -> None:
+    """Takes long, and needs no GPU."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    import vllm  # noqa: F401
+
+
 @contextlib.contextmanager
 def _no_collecting() -> Iterator[None]:
     """Do not look for garbage meanwhile: steps make none, and looking again and again costs a tenth of the time."""
@@ -229,7 +232,7 @@ def _told_what_fails() -> Iterator[None]:
     """Raise what ended one of an engine's processes while it starts; vLLM raises that one ended."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "failure.txt"
-        os.environ["SPLITPLAN_ENGINE_FAILURE"] = str(file)  # see `vllm_worker.py`
+        os.environ["SPLITPLAN_ENGINE_FAILURE"] = str(file)  # see `vllm_extension.py`
         try:
             yield
         except Exception as error:
@@ -246,112 +249,6 @@ def _check_room(plan: Plan) -> None:
     for gpu in gpus.found():
         if gpu.total and (free := gpu.total - gpu.used) < needed:
             raise MemoryError(f"GPU {gpu.index} has {free / 1e9:.1f} GB free, an engine takes {needed / 1e9:.1f} GB")
-
-
-def made_for(plan: Plan) -> str:
-    """All that an engine cannot change once it has started."""
-    rollout = plan.rollout.model_dump_json(exclude={"pools", "replicas"})
-    return f"{rollout} {plan.workload.actor.model_dump_json()} {plan.workload.longest}"
-
-
-class VllmWorker(EngineWorker):
-    """The process of a vLLM engine, on all of its GPUs or on a core."""
-
-    engine: VllmEngine
-
-    def call(self, method: str, *args: Any) -> tuple[Any, Record]:
-        """As of any process. It ends when one of its GPUs' does: the engine is started again as a whole."""
-        try:
-            return super().call(method, *args)
-        except Exception:
-            if hasattr(self, "engine") and self.engine.failed:
-                os._exit(1)
-            raise
-
-    def synchronize(self) -> None:
-        """vLLM returns when it has done."""
-
-    def forget_peak(self) -> None:
-        self._peak = {}
-        if hasattr(self, "engine"):
-            self.engine.forget_peak()
-
-    def peak(self) -> dict[str, int]:
-        return self._peak or (self.engine.peak() if hasattr(self, "engine") else {})
-
-    def load(self) -> None:
-        """Load the library, which takes long and needs no GPU."""
-        os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
-        import vllm  # noqa: F401
-
-    def start(self, plan: Plan, pool: str, channel: Channel = "store") -> list[int]:
-        """Become an engine of a plan, without weights yet; the tokens that end a response. An engine that was started
-        before must fit the plan: one process holds one engine."""
-        if not hasattr(self, "engine"):
-            self.engine, self.made_for = VllmEngine(plan), made_for(plan)
-        assert self.made_for == made_for(plan), "this process has an engine of another kind"
-        if channel != "store":
-            self.engine.receive_by(channel)
-        # Then there is a transfer between any two generations.
-        self.engine.drop_weights = plan.staleness == 0 and "evaluate" not in plan.dataflow.names
-        self.offload, self.version = plan.rollout.offload and channel != "store", -1  # on a CPU there is no sleep
-        self._sleep()
-        return self.engine.eos
-
-    def join_group(self, host: str, port: int, world: int, rank: int) -> None:
-        self.engine.connect(host, port, rank, world)
-
-    def broadcast_weights(self, version: int, weights: Sequence[Described]) -> None:
-        """Take over what the group's sender broadcasts."""
-        self.begin_weights(version)
-        with self.part("transfer"):
-            self.engine.receive(weights)
-        self.end_weights()
-
-    def begin_weights(self, version: int) -> None:
-        """Before the first of the chunks that make up the weights of this version."""
-        if self.offload:
-            with self.part("wake"):
-                self.engine.wake("weights")
-        self.engine.begin()
-        self.coming = version
-
-    def read_window(self, chunk: Sequence[Described], handles: dict[str, Any]) -> None:
-        with self.part("transfer"):
-            self.engine.read(chunk, handles)
-
-    def end_weights(self) -> None:
-        self.engine.end()
-        self.version = self.coming
-
-
-# --- the sender's end ---
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
-        port: int = server.getsockname()[1]
-        return port
-
-
-def connect_sender(host: str, port: int, world: int) -> Any:
-    """The NCCL group of a sender (rank 0) and the GPUs of its receivers. Returns when all have joined."""
-    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-
-    info = {"master_address": host, "master_port": port, "world_size": world}
-    return NCCLWeightTransferEngine.trainer_init(info)
-
-
-def disconnect_sender(group: Any) -> None:
-    group.destroy()  # it holds buffers
-
-
-def send(group: Any, weights: Iterator[tuple[str, Tensor]]) -> None:
-    """Broadcast weights on the stream that makes them."""
-    stream = torch.cuda.current_stream()
-    for _, weight in weights:
-        group.broadcast(weight, src=0, stream=stream)
 
 
 # --- the device and the model ---

@@ -1,76 +1,86 @@
-"""What an engine asks of its processes on the GPUs besides what vLLM knows. Imports vLLM, so it is imported there."""
+"""The process of a vLLM engine, as the executor asks it."""
 
-import contextlib
-import ctypes
-import logging
 import os
-import signal
-import sys
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import torch
-from vllm.distributed.parallel_state import get_tp_group
-
-from executor import memory
-from executor.vllm_transfer import ENGINES
-
-PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
+from executor.rollout import EngineWorker
+from executor.vllm_engine import Channel, VllmEngine, load_library
+from executor.weights import Described
+from executor.worker import Record
+from planner.spec.plan import Plan
 
 
-class Extension:
-    """vLLM appends this class to the bases of its worker's, of which each process has one."""
+def made_for(plan: Plan) -> str:
+    """All that an engine cannot change once it has started."""
+    rollout = plan.rollout.model_dump_json(exclude={"pools", "replicas"})
+    return f"{rollout} {plan.workload.actor.model_dump_json()} {plan.workload.longest}"
 
-    weight_transfer_engine: Any
-    vllm_config: Any
-    device: torch.device
-    model_runner: Any
 
-    def __new__(cls, *_: Any, **__: Any) -> Any:
-        """Before the worker uses its GPU. vLLM itself would let a process finish what it does when the engine is gone,
-        and it may wait for that engine."""
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False  # as in the trainer
-        if file := os.environ.get("SPLITPLAN_ENGINE_FAILURE"):
-            logging.getLogger("vllm").addHandler(_Failures(Path(file)))
-        return super().__new__(cls)
+class VllmWorker(EngineWorker):
+    """The process of a vLLM engine, on all of its GPUs or on a core."""
 
-    def unlink_queues(self) -> None:
-        """Once all have opened them: they would outlive processes that are killed."""
-        queue = get_tp_group().mq_broadcaster
-        if queue is not None and queue.buffer.is_creator:
-            unlink(queue)
+    engine: VllmEngine
 
-    def receive_by(self, channel: str) -> None:
-        """Take weights over by this channel from here on."""
-        self.weight_transfer_engine.shutdown()
-        self.weight_transfer_engine = ENGINES[channel](
-            self.vllm_config.weight_transfer_config, self.vllm_config, self.device, self.model_runner.get_model()
-        )
+    def call(self, method: str, *args: Any) -> tuple[Any, Record]:
+        """As of any process. It ends when one of its GPUs' does: the engine is started again as a whole."""
+        try:
+            return super().call(method, *args)
+        except Exception:
+            if hasattr(self, "engine") and self.engine.failed:
+                os._exit(1)
+            raise
+
+    def synchronize(self) -> None:
+        """vLLM returns when it has done."""
 
     def forget_peak(self) -> None:
-        memory.forget_peak()
+        self._peak = {}
+        if hasattr(self, "engine"):
+            self.engine.forget_peak()
 
     def peak(self) -> dict[str, int]:
-        return memory.peak()
+        return self._peak or (self.engine.peak() if hasattr(self, "engine") else {})
 
+    def load(self) -> None:
+        load_library()
 
-def unlink(queue: Any) -> None:
-    """The names of a message queue's shared memory and sockets; who has opened them goes on."""
-    queue.buffer.shared_memory.unlink()
-    for address in (queue.handle.local_subscribe_addr, queue.handle.local_notify_addr):
-        Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+    def start(self, plan: Plan, pool: str, channel: Channel = "store") -> list[int]:
+        """Become an engine of a plan, without weights yet; the tokens that end a response. An engine that was started
+        before must fit the plan: one process holds one engine."""
+        if not hasattr(self, "engine"):
+            self.engine, self.made_for = VllmEngine(plan), made_for(plan)
+        assert self.made_for == made_for(plan), "this process has an engine of another kind"
+        if channel != "store":
+            self.engine.receive_by(channel)
+        # Then there is a transfer between any two generations.
+        self.engine.drop_weights = plan.staleness == 0 and "evaluate" not in plan.dataflow.names
+        self.offload, self.version = plan.rollout.offload and channel != "store", -1  # on a CPU there is no sleep
+        self._sleep()
+        return self.engine.eos
 
+    def join_group(self, host: str, port: int, world: int, rank: int) -> None:
+        self.engine.connect(host, port, rank, world)
 
-class _Failures(logging.Handler):
-    """Writes an exception that vLLM logs to a file: while it starts, the engine learns only that there was one."""
+    def broadcast_weights(self, version: int, weights: Sequence[Described]) -> None:
+        """Take over what the group's sender broadcasts."""
+        self.begin_weights(version)
+        with self.part("transfer"):
+            self.engine.receive(weights)
+        self.end_weights()
 
-    def __init__(self, file: Path) -> None:
-        super().__init__(logging.ERROR)
-        self.file = file
+    def begin_weights(self, version: int) -> None:
+        """Before the first of the chunks that make up the weights of this version."""
+        if self.offload:
+            with self.part("wake"):
+                self.engine.wake("weights")
+        self.engine.begin()
+        self.coming = version
 
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and (error := record.exc_info[1]) is not None:
-            with contextlib.suppress(OSError):  # the engine has started, and the file's directory is gone
-                self.file.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+    def read_window(self, chunk: Sequence[Described], handles: dict[str, Any]) -> None:
+        with self.part("transfer"):
+            self.engine.read(chunk, handles)
+
+    def end_weights(self) -> None:
+        self.engine.end()
+        self.version = self.coming

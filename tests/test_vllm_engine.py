@@ -23,7 +23,8 @@ from executor import models, pools, preflight, weights
 from executor.data import Ints, Requests
 from executor.processes import fleet_for
 from executor.rollout import TransformersEngine
-from executor.vllm_engine import VllmEngine, VllmWorker, _told_what_fails, made_for
+from executor.vllm_engine import VllmEngine, _told_what_fails
+from executor.vllm_worker import VllmWorker, made_for
 from executor.worker import Rank, ask
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
@@ -149,7 +150,7 @@ def test_new_weights_are_used_and_then_the_old_ones_again(engine: Remote, model:
 
 
 def test_what_ends_a_process_of_an_engine_that_starts_is_told() -> None:
-    from executor.vllm_worker import _Failures  # which needs vLLM
+    from executor.vllm_extension import _Failures  # which needs vLLM
 
     logger = logging.getLogger("vllm")
     with pytest.raises(RuntimeError, match="ValueError: too many heads"), _told_what_fails():
