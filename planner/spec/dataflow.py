@@ -137,17 +137,18 @@ def ppo(workload: Workload) -> Dataflow:
         )
     )
     if workload.data and workload.data.evaluate_every:
-        reads = (Read(data="rollout_weights"),)
-        every = workload.data.evaluate_every
-        calls.append(
-            Call(
-                name="evaluate",
-                roles=("rollout",),
-                kind="generate",
-                reads=reads,
-                writes=("metrics",),
-                every=every,
-                monitor=True,
-            )
-        )
+        calls.append(_evaluate(workload.data.evaluate_every))
     return Dataflow(calls=tuple(calls))
+
+
+def _evaluate(every: int) -> Call:
+    """What the last weights make of held-out prompts, every so many steps."""
+    return Call(
+        name="evaluate",
+        roles=("rollout",),
+        kind="generate",
+        reads=(Read(data="rollout_weights"),),
+        writes=("metrics",),
+        every=every,
+        monitor=True,
+    )
