@@ -1,7 +1,7 @@
 """Generation with vLLM; `vllm_scheduler.py`, `vllm_extension.py` and `vllm_transfer.py` are what vLLM is given to work
 with.
 
-vLLM's engine runs inside of our worker's process (`vllm_worker.py`), and on each of its GPUs in a process that ends with
+vLLM's engine runs inside of our worker's process (`vllm_worker.py`) and on each of its GPUs in a process that ends with
 ours. So one schedules the next step and collects what the last one made while the other launches kernels: for small
 models a step takes as long as the host needs for it. Weights come by NCCL from a trainer on another GPU, or by CUDA IPC
 from the one that shares the GPU. A build of vLLM for CPUs computes in float32, and its weights come from Ray's object
