@@ -37,6 +37,38 @@ def make_workload(**changes: Any) -> Workload:
     return Workload.model_validate({**base, **changes})
 
 
+def small_workload(**changes: Any) -> Workload:
+    """A 1B actor and critic, no reference, a rule as reward: few enough calls for brute force."""
+    shape = {"hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "intermediate": 8192, "vocab": 128256}
+    model = {"shape": shape, "random_weights": True}
+    base = {
+        "name": "small",
+        "batch": 64,
+        "minibatch": 16,
+        "prompt": {"kind": "fixed", "tokens": 256},
+        "response": {"kind": "fixed", "tokens": 512},
+        "actor": model,
+        "critic": model,
+        "reference": None,
+        "reward": {"function": "r.py:f"},
+        "ppo": {},
+    }
+    return make_workload(**{**base, **changes})
+
+
+def tiny_cluster(gpus: int, memory: float = 80e9, flops: float = 300e12) -> Cluster:
+    device = Device(
+        memory_bytes=int(memory),
+        flops=flops,
+        memory_bandwidth=2e12,
+        link_bandwidth=100e9,
+        host_bandwidth=20e9,
+        overhead_seconds=0.02,
+        context_bytes=10**9,
+    )
+    return Cluster(name="tiny", nodes=(Node(gpus=gpus, device="g", host_memory_bytes=10**12),), devices={"g": device})
+
+
 def cpu_cluster(cores: int) -> Cluster:
     device = Device(
         kind="cpu", memory_bytes=2 * 10**9, flops=1e10, memory_bandwidth=1e10, link_bandwidth=1e9, host_bandwidth=1e10

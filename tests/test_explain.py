@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from test_search import small_workload, tiny_cluster
+from conftest import small_workload, tiny_cluster
 
 from planner.predict.cost import CostModel
 from planner.predict.forecast import predict

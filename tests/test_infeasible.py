@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from test_search import small_workload, tiny_cluster
+from conftest import small_workload, tiny_cluster
 
 from planner.predict.memory import process_bytes, trainer_memory
 from planner.search import baseline, find

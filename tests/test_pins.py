@@ -3,10 +3,9 @@
 import re
 
 import pytest
-from conftest import ROLES
+from conftest import ROLES, small_workload, tiny_cluster
 from hypothesis import given
 from hypothesis import strategies as st
-from test_search import small_workload, tiny_cluster
 
 from planner.search import baseline, find
 from planner.search.pins import parse_pins, restriction

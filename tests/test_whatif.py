@@ -4,8 +4,7 @@ import csv
 
 import pytest
 from click.testing import CliRunner
-from conftest import ROLES, make_workload
-from test_search import small_workload, tiny_cluster
+from conftest import ROLES, make_workload, small_workload, tiny_cluster
 
 from planner.cli import main
 from planner.predict.memory import check_memory
