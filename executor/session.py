@@ -19,7 +19,8 @@ from planner.spec.errors import UserError
 
 PREFIX, RAY = "splitplan-", "ray"  # of temporary directories, and the one of Ray in each
 NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what Ray calls it everywhere
-LAST_FILES, LAST_LINES = 4, 30
+LAST_FILES, LAST_LINES = 4, 100
+RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines with which Ray marks a log
 # Each process stands for one GPU or one core: more threads would only fight. Models come from local directories.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 
@@ -54,10 +55,11 @@ def last_words() -> str:
     node = ray._private.worker._global_node
     if node is None:
         return ""
-    written = [file for file in Path(node.get_logs_dir_path()).glob("worker-*.err") if file.stat().st_size]
-    latest = sorted(written, key=lambda file: file.stat().st_mtime)[-LAST_FILES:]
-    tails = {file.name: file.read_text(errors="replace").splitlines()[-LAST_LINES:] for file in latest}
-    return "\n".join(f"--- {name}\n" + "\n".join(lines) for name, lines in tails.items())
+    files = sorted(Path(node.get_logs_dir_path()).glob("worker-*.err"), key=lambda file: file.stat().st_mtime)
+    lines = {file.name: file.read_text(errors="replace").splitlines() for file in files}
+    written = {name: [line for line in each if not line.startswith(RAYS_OWN)] for name, each in lines.items()}
+    latest = [(name, each[-LAST_LINES:]) for name, each in written.items() if each][-LAST_FILES:]
+    return "\n".join(f"--- {name}\n" + "\n".join(each) for name, each in latest)
 
 
 def _start_private(cpus: int | None, directory: Path) -> None:
