@@ -110,14 +110,14 @@ def _on_cores(workload: Workload, cluster: Cluster) -> Iterator[Group]:
         places = (range(first, first + size) for first in range(0, count - size + 1, size))
         yield from _group(batches, *(_shared(workload, cluster, cores, size, 1) for cores in places))
     if count > 1:
-        yield from _group(batches, _split(workload, cluster, count // 2, 1))
+        yield from _group(batches, _split(workload, cluster, count // 2, count // 2, 1, asleep=True))
 
 
 def _on_gpus(workload: Workload, cluster: Cluster) -> Iterator[Group]:
     """Shards over one GPU (what is chosen where it fits), over all, over those that an engine leaves and over half;
-    engines of one, half and all; weights that stay within their GPUs and others; roles awake and asleep. In few groups,
-    and those with the same engines together: an engine of another kind takes a minute to start. The first is measured
-    with all batches."""
+    engines of one, half and all; weights that stay within their GPUs, others and both; updates side by side on halves;
+    roles awake and asleep. In few groups, and those with the same engines together: an engine of another kind takes a
+    minute to start. The first is measured with all batches."""
     count = len(cluster.gpus)
     every, most = _batches(workload), range(count)
     regular = tuple(batch for batch in every if not batch.held_out and batch.micro_batch_tokens is None)
@@ -128,9 +128,10 @@ def _on_gpus(workload: Workload, cluster: Cluster) -> Iterator[Group]:
         yield from _group(large, _shared(workload, cluster, most, 1, 1, asleep=True))
         return
     yield from _group(large if small else every, _shared(workload, cluster, most, count, 1))
+    yield from _group(large, _split(workload, cluster, count // 2, 1, 1))
     yield from _group(regular, _apart(workload, cluster, count - max(1, count // 4)))
     if count > 2:
-        yield from _group(large, _split(workload, cluster, count // 2, count // 2))
+        yield from _group(large, _split(workload, cluster, count // 2, count // 2, count // 2, asleep=True))
     yield from _group(large, _shared(workload, cluster, most, count // 2, count, asleep=count == 2))
 
 
@@ -181,12 +182,14 @@ def _apart(workload: Workload, cluster: Cluster, trainers: int) -> Plan | None:
     return _plan(workload, cluster, homes, roles, ("generate",), trainers, 1, asleep=False)
 
 
-def _split(workload: Workload, cluster: Cluster, half: int, tensor_parallel: int) -> Plan | None:
-    """The tutorial's two pools with a rollout over both; what is idle is in the host's memory."""
+def _split(
+    workload: Workload, cluster: Cluster, half: int, shard: int, tensor_parallel: int, *, asleep: bool = False
+) -> Plan | None:
+    """The tutorial's two pools with a rollout over both."""
     home = {"actor": "a", "reference": "a", "critic": "b", "reward": "b"}
     homes = {"a": range(half), "b": range(half, 2 * half)}
     roles = {role: home[role] for role in workload.models}
-    return _plan(workload, cluster, homes, roles, ("a", "b"), half, tensor_parallel, asleep=True)
+    return _plan(workload, cluster, homes, roles, ("a", "b"), shard, tensor_parallel, asleep)
 
 
 def _plan(

@@ -87,13 +87,21 @@ def test_batches_of_several_sizes_run_on_the_same_processes(two_cores: Fleet) ->
 def test_what_is_measured_on_four_gpus() -> None:
     groups = groups_of(H200, make_cluster(4))
     layouts = [plan.trainers["actor"] for group in groups for plan in group.plans]
-    assert {(layout.shard, layout.replicas) for layout in layouts} == {(4, 1), (1, 4), (3, 1), (2, 1), (2, 2)}
+    shards = {(layout.shard, layout.replicas) for layout in layouts}
+    assert shards == {(1, 4), (4, 1), (1, 2), (3, 1), (2, 1), (2, 2)}
     assert {plan.rollout.tensor_parallel for group in groups for plan in group.plans} == {1, 2, 4}
     assert {plan.rollout.offload for group in groups for plan in group.plans} == {False, True}
     assert [batch.sequences for batch in groups[0].batches] == [128, 256, 512, 256, 384]
     assert [batch.held_out for batch in groups[0].batches] == [False, False, False, False, True]
-    assert groups[0].plans[0].rollout == groups[1].plans[0].rollout  # the engines stay
-    assert groups[1].start_seconds < groups[2].start_seconds
+    beside = groups[2].plans[0]
+    assert {role: layout.pools for role, layout in beside.trainers.items() if role in ("actor", "critic")} == {
+        "actor": ("a",),
+        "critic": ("b",),
+    }
+    assert beside.rollout.pools == ("a", "b") and not beside.rollout.offload
+    engines = [group.plans[0].rollout.model_dump(exclude={"pools"}) for group in groups]
+    assert engines[0] == engines[1] == engines[2] != engines[3]  # the engines stay
+    assert groups[1].start_seconds == groups[2].start_seconds < groups[3].start_seconds
 
 
 def test_only_some_groups_may_be_measured() -> None:
@@ -121,8 +129,8 @@ def test_a_budget_drops_extra_batches_then_the_last_groups() -> None:
     least = [group.only([batch for batch in group.batches if not batch.extra]) for group in groups]
     assert fitting(groups, sum(group.seconds for group in least) + 1e-6) == least
     two = fitting(groups, least[0].seconds + least[1].seconds + 1e-6)
-    assert two == [least[0], least[1], None, None, None]
-    assert fitting(groups, 10) == [None] * 5
+    assert two == [least[0], least[1], None, None, None, None]
+    assert fitting(groups, 10) == [None] * 6
 
 
 def test_more_gpus_than_there_are_are_refused_before_anything_is_started(tmp_path: Path) -> None:
