@@ -55,14 +55,18 @@ class Group:
 
     @property
     def steps(self) -> tuple[tuple[Batch, bool], ...]:
-        """The batch of each step, and whether it counts: the first is a warm-up."""
-        counted = [(batch, True) for batch in self.batches for _ in range(batch.repeats)]
-        return ((self.batches[0], False), *counted)
+        """The batch of each step, and whether it counts: a warm-up does not, before the first batch and before those
+        whose micro-batches are so small that other code is compiled for them."""
+        found: list[tuple[Batch, bool]] = []
+        for number, batch in enumerate(self.batches):
+            found += [(batch, False)] * (number == 0 or batch.micro_batch_tokens is not None)
+            found += [(batch, True)] * batch.repeats
+        return tuple(found)
 
     @property
     def seconds(self) -> float:
-        steps = zip(self.batches, self.step_seconds, strict=True)
-        return self.start_seconds + self.step_seconds[0] + sum(batch.repeats * each for batch, each in steps)
+        each = dict(zip(self.batches, self.step_seconds, strict=True))
+        return self.start_seconds + sum(each[batch] for batch, _ in self.steps)
 
     def only(self, batches: Sequence[Batch]) -> "Group":
         kept = [number for number, batch in enumerate(self.batches) if batch in batches]

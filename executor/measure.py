@@ -354,6 +354,7 @@ def _key(plan: Plan, span: Span, made: Sequences, batch: Batch) -> tuple[Point, 
         key |= {"gpus": layout.gpus, "shard": layout.shard}
         if call.kind == "transfer":
             key["shared"] = plan.rollout.pools == layout.pools
+            key["partly"] = not key["shared"] and layout.pools[0] in plan.rollout.pools
         else:
             key["micro_batch_tokens"] = batch.micro_batch_tokens or layout.micro_batch_tokens
         if call.kind == "train":

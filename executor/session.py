@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 
+from executor.stops import unrepeated
 from planner.spec.errors import UserError
 
 PREFIX, RAY = "splitplan-", "ray"  # of temporary directories, and the one of Ray in each
@@ -166,7 +167,7 @@ def _interrupt_on_sigterm() -> Iterator[None]:
 def _take_sigterm() -> None:
     """Make SIGTERM raise KeyboardInterrupt."""
     if _in_main_thread():  # no other may set handlers
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, unrepeated(signal.default_int_handler))
 
 
 def _in_main_thread() -> bool:

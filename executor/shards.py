@@ -69,6 +69,16 @@ class Copied:
     tensors: dict[str, Tensor]
 
 
+def give_moments(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """The state that AdamW makes itself in its first step, from the start: then a warm-up meets all that a step does,
+    and no moment lies between activations."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            # The fused kernels want the count of steps on the device.
+            moments = {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            optimizer.state[parameter] = {"step": torch.zeros((), device=device), **moments}
+
+
 def copy(
     role: str,
     model: nn.Module,
@@ -202,20 +212,18 @@ class Restored:
             self._open[name] = safe_open(self._directory / name, framework="pt")
         return self._open[name]
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-        """Give an optimizer the moments that the ranks had, for this rank's shards of a model that is filled."""
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Fill an optimizer's moments with those that the ranks had, for this rank's shards of a model that is
+        filled."""
         for names, parameter in loading.parameters(model):
             if not self._stored(names, parameter.shape)[1].moments:
                 continue
-            # AdamW's fused kernels want the count of steps on the device
-            state = {"step": torch.tensor(float(self.state.optimizer_steps), device=device)}
+            state = optimizer.state[parameter]
+            state["step"].fill_(self.state.optimizer_steps)
             shard, begin = _local(parameter), loading.first_row(parameter)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter)
-                if len(shard):
-                    rows = self._read(moment, names, parameter.shape, begin, begin + len(shard))
-                    _local(state[moment]).copy_(rows)
-            optimizer.state[parameter] = state
+            for moment in MOMENTS if len(shard) else ():
+                rows = self._read(moment, names, parameter.shape, begin, begin + len(shard))
+                _local(state[moment]).copy_(rows)
 
     def _error(self, what: str) -> UserError:
         return UserError(f"checkpoint {self._directory}, {self._role}: {what}")

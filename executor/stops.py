@@ -4,10 +4,14 @@ import contextlib
 import math
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from planner.predict.schedule import Task
+
+Handler = Callable[[int, FrameType | None], None]
+REPEAT_SECONDS = 0.2  # the same signal within so long is the same request: timeout(1) sends it to us and to our group
 
 
 class Stops:
@@ -47,9 +51,24 @@ class Stops:
             self.asked = True
             say("stopping after this step with a last checkpoint; interrupt again to end at once without")
 
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        handler = unrepeated(handle)
+        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, former in before.items():
+                signal.signal(number, former)
+
+
+def unrepeated(handle: Handler) -> Handler:
+    """A signal handler that is not disturbed by a signal that comes twice. One that raised again, while what waits for
+    a lock is being left, would end as another error."""
+    heard = -math.inf
+
+    def once(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        since, heard = time.monotonic() - heard, time.monotonic()
+        if since > REPEAT_SECONDS:
+            handle(number, frame)
+
+    return once

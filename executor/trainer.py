@@ -47,33 +47,38 @@ class Trainer(Host):
         super().leave()
 
     def warm_up(self) -> None:
-        """Compile all that the roles run, by a full micro-batch each, so that the first step is as fast as any. Leaves
-        nothing behind: no optimizer step is taken. A collective; nothing to do where nothing is compiled."""
+        """Compile all that the roles run and take all the memory that a step may, by a full micro-batch each: then the
+        first step is as fast as any, and what does not fit fails now. Leaves nothing behind: no optimizer step is
+        taken. A collective; nothing to do where nothing is compiled."""
         if self.on_cpu:
             return
+        full = {role: self._full_micro_batch(role, hosted.layout) for role, hosted in self.roles.items()}
         for role, hosted in self.roles.items():
-            sequences = self._full_micro_batch(role, hosted.layout)
-            batch = pack(sequences, np.arange(len(sequences.lengths)), self.device)
             with self._awake(role, None), torch.no_grad():
-                hosted.module.eval()(batch)
+                hosted.module.eval()(full[role])
                 reshard(hosted.module)
+        # The first pass of each model made new streams for all of them; what is held for the old ones is lost to them.
+        self.synchronize()
+        torch.cuda.empty_cache()
+        for role, hosted in self.roles.items():
             if hosted.optimizer is not None:
                 with self._awake(role, None, train=True):
-                    hosted.module.train()(batch).mean().backward()
+                    hosted.module.train()(full[role]).mean().backward()
                     hosted.optimizer.zero_grad()
 
-    def _full_micro_batch(self, role: str, layout: TrainerRole) -> Sequences:
+    def _full_micro_batch(self, role: str, layout: TrainerRole) -> Packed:
         """As many of the longest sequences as a micro-batch may have."""
         workload = self.plan.workload
         share = (workload.minibatch if role in models.TRAINED else workload.batch) // layout.gpus
         count = max(1, min(layout.micro_batch_tokens // workload.longest, share))
-        return Sequences(
+        sequences = Sequences(
             tokens=np.zeros((count, workload.longest), dtype=np.int32),
             prompt_lengths=np.full(count, workload.prompt.longest, dtype=np.int32),
             response_lengths=np.full(count, workload.response.longest, dtype=np.int32),
             log_probs=np.zeros((count, workload.response.longest), dtype=np.float32),
             weights_versions=np.zeros(count, dtype=np.int32),
         )
+        return pack(sequences, np.arange(count), self.device)
 
     # --- calls ---
 

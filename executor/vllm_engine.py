@@ -79,7 +79,7 @@ class VllmEngine:
                 kv_cache_memory_bytes=kv_cache_bytes(plan),
                 max_model_len=workload.longest,
                 max_num_seqs=rollout.concurrency,
-                max_cudagraph_capture_size=max(8, rollout.concurrency),
+                cudagraph_capture_sizes=None if on_cpu else graph_sizes(rollout.concurrency),
                 logprobs_mode="processed_logprobs",
                 enable_sleep_mode=rollout.offload and not on_cpu,
                 scheduler_cls="executor.vllm_scheduler.Scheduler",
@@ -209,6 +209,14 @@ class VllmEngine:
     def end(self) -> None:
         self.llm.finish_weight_update()
         self.llm.reset_prefix_cache()
+
+
+def graph_sizes(concurrency: int) -> list[int]:
+    """The numbers of sequences for which a step is captured as a CUDA graph: close together where there are few, and
+    the largest possible one, for with more than the last a step runs without a graph, which takes several times as
+    long. vLLM's own sizes end with a multiple of 8."""
+    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, concurrency, 16), concurrency}
+    return sorted(size for size in sizes if size <= concurrency)
 
 
 def load_library() -> None:

@@ -298,6 +298,22 @@ def test_a_rank_that_is_done_first_tells_its_part_until_all_are(tmp_path: Path) 
     assert writer.finished() == first and set(first[0]) == {"actor"} and set(first[1]) == {copied.file}
 
 
+def test_moments_that_are_given_are_those_that_adam_makes() -> None:
+    models = [torch.nn.Linear(3, 5), torch.nn.Linear(3, 5)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1, fused=True) for model in models]
+    shards.give_moments(optimizers[1], torch.device("cpu"))
+    assert not optimizers[0].state and len(optimizers[1].state) == 2
+    for step in range(3):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model(torch.arange(3.0) - step).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    copies = [shards.copy("actor", *pair, 1, 0) for pair in zip(models, optimizers, strict=True)]
+    assert copies[0] is not None and copies[1] is not None and copies[0].state == copies[1].state
+    assert all(torch.equal(copies[1].tensors[name], tensor) for name, tensor in copies[0].tensors.items())
+
+
 def test_what_is_parked_on_the_host_is_saved_from_there() -> None:
     model = torch.nn.Linear(3, 5)
     optimizer = torch.optim.AdamW(model.parameters())

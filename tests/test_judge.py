@@ -25,6 +25,7 @@ EVERY_CALL = [
     point("generate", "rollout", concurrency=16, **ENGINES, **LIKE),
     point("transfer", engines=4, shared=True, **NOTHING),
     point("transfer", gpus=3, shard=3, engines=1, **NOTHING),
+    point("transfer", gpus=2, shard=2, engines=3, partly=True, **NOTHING),
     point("wake", offload="all", **NOTHING),
     point("wake", "critic", offload="optimizer", **NOTHING),
     point("offload", "reference", offload="all", **NOTHING),

@@ -34,7 +34,8 @@ def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_
     inferred, trained = ("reward", "reference", "actor", "critic"), ("actor", "critic")
     for gpus in (1, 2):
         assert {("infer", role, gpus) for role in inferred} | {("train", role, gpus) for role in trained} <= points
-    assert {(p.engines, p.shared) for p in result.points if p.call == "transfer"} == {(1, True), (2, True), (2, False)}
+    ways = {(p.engines, p.shared, p.partly) for p in result.points if p.call == "transfer"}
+    assert ways == {(1, True, False), (2, True, False), (2, False, True)}
     assert {p.engines for p in result.points if p.call == "generate"} == {1, 2}
     assert ("host", "advantages", 1) in points
     assert all(0 < p.seconds < 5 and p.repeats >= 3 for p in result.points)
@@ -66,7 +67,7 @@ def test_batches_of_several_sizes_run_on_the_same_processes(two_cores: Fleet) ->
     )
     said: list[str] = []
     points, held_out = measure(Group(name="sizes", plans=(plan,), batches=batches), two_cores, said.append)
-    assert len(said) == 1 + 1 + 2 + 2 + 1 + 1  # that it begins, and each step with the warm-up
+    assert len(said) == 1 + 1 + 2 + 2 + 2 + 1  # that it begins, and each step with two warm-ups
     lengths = sample(workload.response, 8, workload.seed, 0, 1)
     generated = {p.sequences: p for p in points if p.call == "generate"}
     assert {n: (p.response_lengths, p.repeats) for n, p in generated.items()} == {

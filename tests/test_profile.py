@@ -78,6 +78,19 @@ def test_exact_matches_of_generate_sync_and_host() -> None:
     assert measured.host("score").source == "host"
 
 
+def test_a_transfer_is_estimated_from_those_that_go_the_same_way() -> None:
+    ways: dict[str, dict[str, Any]] = {"within": {"shared": True}, "both": {"partly": True}, "across": {}}
+    known = enumerate(ways.values(), start=1)
+    measured = model(*(point("transfer", tensor_parallel=1, engines=2, seconds=n, **way) for n, way in known))
+    rollout = RolloutRole(
+        engine="vllm", pools=("a",), tensor_parallel=1, replicas=2, memory_fraction=0.5, concurrency=16
+    )
+    asked = {"within": ([PLACE], True), "both": ([PLACE, PLACE], True), "across": ([PLACE], False)}
+    found = [measured.sync(layout(), PLACE, rollout, p, same_node=True, shared=s) for p, s in asked.values()]
+    assert [estimate.source for estimate in found] == ["measured"] * 3
+    assert [float(estimate.seconds[0]) for estimate in found] == pytest.approx([1, 2, 3], rel=1e-12)
+
+
 def test_a_measured_batch_of_varied_lengths_is_met_exactly() -> None:
     lengths = tuple(sample(VARIED.response, 64, VARIED.seed, 0, 1).tolist())
     like = {"response_tokens": sum(lengths), "response_lengths": lengths}

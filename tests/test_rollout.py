@@ -8,6 +8,7 @@ from conftest import SHAPE
 from executor import models, weights
 from executor.data import Requests, make_requests
 from executor.rollout import Engine, TransformersEngine, _invert
+from executor.vllm_engine import graph_sizes
 from planner.spec.workload import Model
 
 EOS = 5
@@ -95,3 +96,12 @@ def test_new_weights_are_used_and_must_be_the_same_parameters(model: torch.nn.Mo
     )
     with pytest.raises(AssertionError, match="lm_head"):
         engine.load({name: array for name, array in arrays.items() if "lm_head" not in name})
+
+
+def test_every_number_of_sequences_has_a_graph_that_is_little_larger() -> None:
+    for concurrency in (1, 2, 3, 7, 8, 9, 128, 171, 255, 256, 257, 512):
+        sizes = graph_sizes(concurrency)
+        assert sizes[-1] == concurrency and sizes == sorted(set(sizes))
+        steps = np.diff([0, *sizes])
+        assert max(steps) <= (8 if concurrency <= 256 else 16)
+        assert len(sizes) <= 52  # each takes time to capture

@@ -10,9 +10,12 @@ from conftest import colocated, cpu_cluster, make_workload, split
 
 from executor.study import Bench, Job, engines_of, in_order
 from planner.cli import main
+from planner.predict.profile import Profile
+from planner.predict.schedule import load_plan
 from planner.report.compare import compare
 from planner.report.study import company, rows_of, summary_of
 from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
 from planner.spec.study import CellResult, load_study
 from planner.spec.timeline import Span, Timeline, step_seconds
@@ -185,3 +188,12 @@ def test_nothing_is_summed_up_before_anything_is_measured(study: Path) -> None:
     ok(plan("study", study, "--plan-only"))
     assert "Nothing has been measured yet" in ok(plan("study", study, "--report"))
     assert summary_of(rows_of(load_study(study), study.with_suffix(""))) is None
+
+
+def test_the_shipped_studies_were_planned_with_shipped_profiles() -> None:
+    shipped = {Profile.read(path).sha256 for path in profiles_dir().glob("*/*.json")}
+    plans = list((Path(__file__).parents[1] / "reports" / "h200").glob("*/*/plan.json"))
+    assert plans
+    for path in plans:
+        provenance = load_plan(path).provenance
+        assert provenance is not None and set(provenance.profiles.values()) <= shipped, path

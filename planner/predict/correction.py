@@ -171,8 +171,8 @@ def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Clus
     if point.call == "transfer":
         size = np.log(point.gpus + point.engines * point.tensor_parallel)
         seconds = sync_cost(
-            shape, split, device, cluster, point.tensor_parallel, same_node=point.nodes == 1, shared=point.shared,
-            separate=not point.shared,
+            shape, split, device, cluster, point.tensor_parallel, same_node=point.nodes == 1,
+            shared=point.shared or point.partly, separate=not point.shared,
         )  # fmt: skip
         return float(size), seconds
     if point.call in ("wake", "offload"):

@@ -331,7 +331,7 @@ class CostModel:
         )  # fmt: skip
         like = Layout(
             split=actor.shard,
-            preferred={"shared": not separate, "tensor_parallel": tensor_parallel},
+            preferred={"shared": not separate, "partly": shared and separate, "tensor_parallel": tensor_parallel},
             exact={"gpus": actor.gpus, "engines": rollout.replicas},
         )
         size = np.full(self.scenarios, np.log(actor.gpus + rollout.replicas * tensor_parallel))

@@ -159,8 +159,8 @@ def estimate(point: Point, shape: Shape, device: Device, cluster: Cluster, profi
     if point.call == "host":
         return float(model.host(point.role).seconds[0])
     if point.call == "transfer":
-        synced = model.sync(layout, place, rollout, [place], same_node=point.nodes == 1, shared=point.shared)
-        return float(synced.seconds[0])
+        places, shared = [place] * (1 + point.partly), point.shared or point.partly
+        return float(model.sync(layout, place, rollout, places, same_node=point.nodes == 1, shared=shared).seconds[0])
     if point.role == "rollout":
         found = model.generate(rollout, [place])
     elif point.call == "train" or (point.call != "infer" and point.role in ("actor", "critic")):

@@ -15,6 +15,7 @@ from planner.spec.plan import Offload
 from planner.spec.workload import Epochs, Shape, Workload
 
 Head = Literal["lm", "scalar"]
+_SINCE = Field(exclude_if=lambda value: not value)  # keys that came later: older profiles keep their sha256 without
 
 
 def head_of(role: str) -> Head:
@@ -44,7 +45,8 @@ class Point(Spec):
     tensor_parallel: Count = 1
     engines: Count = 1
     concurrency: Count | None = None
-    shared: bool = False  # of a transfer: between processes on the same GPUs
+    shared: bool = False  # of a transfer: all engines are on the actor's GPUs
+    partly: Annotated[bool, _SINCE] = False  # of a transfer: some are, and some are elsewhere
     sequences: Annotated[int, Field(ge=0, le=2**20)] = 0
     minibatch: Count | None = None
     epochs: Epochs = 1
