@@ -125,4 +125,5 @@ def predicted(workload: Workload, point: Point) -> int:
         recompute=point.recompute,
     )
     roles = {role: trainer_memory(workload, role, layout, H200) for role in workload.models}
-    return roles[point.role].running + sum(memory.idle for role, memory in roles.items() if role != point.role)
+    tensors = roles[point.role].running - roles[point.role].detail["spare"]
+    return tensors + sum(memory.idle for role, memory in roles.items() if role != point.role)

@@ -28,7 +28,7 @@ ENGINE_WORKSPACE_BYTES = (
     4_000_000_000  # of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations
 )
 ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps, besides its weights
-SPARE = 0.05  # of a trainer's planned bytes: what its allocator may have unused between its tensors
+SPARE = 16  # one in so many bytes of a role that runs is what its allocator holds unused between and beside tensors
 SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
 
 
@@ -110,6 +110,8 @@ def trainer_bytes(
         "weight window": max(SYNC_BYTES, 2 * shape.embedding_parameters) if role == "actor" and size == 2 else 0,
         "logits": _logits(shape, tokens, size, trained, activations) if head == "lm" else 0,
     }
+    if device.kind == "cuda":
+        detail["spare"] = sum(detail.values()) // SPARE
     return weights + moments - offloaded + detail["weight window"], detail, offloaded
 
 
@@ -244,15 +246,14 @@ def kv_cache_bytes(plan: Plan) -> int:
 
 
 def trainer_allowance(plan: Plan, pool: str) -> int:
-    """Bytes that the roles of a pool's trainer process may take on a GPU: what is planned for them, `SPARE` of it
-    and the workspaces of libraries, as far as the processes themselves and what an engine keeps while it idles leave so
-    much. Without a limit torch may keep much more than its tensors ever take at a time."""
+    """Bytes that the roles of a pool's trainer process may take on a GPU: what is planned for them, and the workspaces
+    of libraries as far as the processes themselves and what an engine keeps while it idles leave room. Without a limit
+    torch may keep much more than its tensors ever take at a time."""
     device, engine = plan.device_of(pool), pool in plan.rollout.pools
     kept = role_memory(plan, "rollout").idle if engine else 0
     left = device.memory_bytes - process_bytes(device) * (1 + engine) - kept
     members = [role_memory(plan, role) for role, layout in plan.trainers.items() if pool in layout.pools]
-    planned = pool_peak(members, False, False, device)
-    return min(left, int((1 + SPARE) * planned) + COMMUNICATION_BYTES)
+    return min(left, pool_peak(members, False, False, device) + COMMUNICATION_BYTES)
 
 
 def batch_bytes(workload: Workload, staleness: int) -> int:
