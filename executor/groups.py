@@ -21,6 +21,7 @@ START = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all proces
 ENGINES = {"cuda": 55.0, "cpu": 1.0}  # to start some side by side
 TRAINERS = {"cuda": 12.0, "cpu": 2.0}  # to load models and take over the weights
 COMPILING = {"cuda": 20.0, "cpu": 0.0}  # in the first step of all
+LONG_STEP = 15.0  # of these two repeats are enough, and what is not the whole batch is the first to be left out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,7 +309,7 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
         start = TRAINERS[kind] + (0.0 if engines <= running else ENGINES[kind])
         start += COMPILING[kind] / (1 if number == 0 else 3) + (START[kind] if number == 0 else 0.0)
         running = engines  # an engine of another kind on the same GPUs ends
-        steps = []
+        steps, batches = [], []
         for batch in group.batches:
             if batch.sequences not in models:
                 sized = workload.model_copy(update={"batch": batch.sequences})
@@ -316,5 +317,9 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
             model, plan = models[batch.sequences], group.plans[0]
             seconds = sum(float(model.call(call, plan).seconds[0]) for call in plan.dataflow.calls)
             steps.append(max(1.0, batch.stretch) * seconds)
-        found.append(replace(group, start_seconds=start, step_seconds=tuple(steps)))
+            if steps[-1] > LONG_STEP:
+                less = batch.sequences < workload.batch and not batch.held_out
+                batch = replace(batch, repeats=min(2, batch.repeats), extra=batch.extra or less)
+            batches.append(batch)
+        found.append(replace(group, batches=tuple(batches), start_seconds=start, step_seconds=tuple(steps)))
     return found

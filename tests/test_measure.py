@@ -105,6 +105,17 @@ def test_what_is_measured_on_four_gpus() -> None:
     assert groups[1].start_seconds == groups[2].start_seconds < groups[3].start_seconds
 
 
+def test_long_steps_are_repeated_less_and_smaller_batches_are_left_out_first() -> None:
+    groups = groups_of(load_workload(profiles_dir() / "workloads" / "h200-7b.toml"), make_cluster(4))
+    steps = [step for group in groups for step in zip(group.batches, group.step_seconds, strict=True)]
+    assert {seconds > 15 for _, seconds in steps} == {False, True}
+    for batch, seconds in steps:
+        assert batch.repeats == (2 if seconds > 15 or batch.held_out else 3)
+        assert batch.extra or seconds < 15 or batch.held_out or batch.sequences == 512
+    least = [group.only([batch for batch in group.batches if not batch.extra]) for group in groups]
+    assert [[batch.sequences for batch in group.batches] for group in least] == [[512, 384], [512], [512], [512]]
+
+
 def test_only_some_groups_may_be_measured() -> None:
     apart = groups_of(H200, make_cluster(4), "1 engine of 1")
     assert [group.name for group in apart] == ["3 + 1 GPUs, shard 3, 32768 tokens, 1 engine of 1"]
