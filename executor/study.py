@@ -226,8 +226,12 @@ def _memory(watched: dict[Gpu, int], told: Sequence[tuple[Gpu, str, dict[str, in
     for gpu, _, peak in told:
         if gpu not in watched and "used" in peak:
             seen[gpu] = max(seen.get(gpu, 0), peak["used"])
-    allocated = {gpu: {kind: peak["allocated"] for g, kind, peak in told if g == gpu and peak} for gpu in seen}
-    return [GpuMemory(gpu=gpu, used=used, allocated=allocated[gpu]) for gpu, used in sorted(seen.items())]
+    found = []
+    for gpu, used in sorted(seen.items()):
+        peaks = {kind: peak for place, kind, peak in told if place == gpu and peak}
+        allocated, reserved = ({kind: p[what] for kind, p in peaks.items()} for what in ("allocated", "reserved"))
+        found.append(GpuMemory(gpu=gpu, used=used, allocated=allocated, reserved=reserved))
+    return found
 
 
 class MemoryWatch:

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import colocated, cpu_cluster, make_workload, split
 
-from executor.study import Bench, Job, engines_of, in_order
+from executor.study import Bench, Job, _memory, engines_of, in_order
 from planner.cli import main
 from planner.predict.profile import Profile
 from planner.predict.schedule import load_plan
@@ -188,6 +188,16 @@ def test_nothing_is_summed_up_before_anything_is_measured(study: Path) -> None:
     ok(plan("study", study, "--plan-only"))
     assert "Nothing has been measured yet" in ok(plan("study", study, "--report"))
     assert summary_of(rows_of(load_study(study), study.with_suffix(""))) is None
+
+
+def test_memory_is_what_the_driver_saw_and_each_process_of_it() -> None:
+    trainer = {"allocated": 50, "reserved": 60, "used": 90}
+    told = [((0, 0), "trainer", trainer), ((0, 0), "engine", trainer | {"reserved": 55}), ((0, 1), "trainer", trainer)]
+    first, second = _memory({(0, 0): 100}, told)
+    assert (first.gpu, first.used) == ((0, 0), 100)
+    assert first.allocated == {"trainer": 50, "engine": 50} and first.reserved == {"trainer": 60, "engine": 55}
+    assert (second.gpu, second.used) == ((0, 1), 90)  # nobody could ask the driver
+    assert _memory({}, [((0, 0), "trainer", {})]) == []  # on cores
 
 
 def test_the_shipped_studies_were_planned_with_shipped_profiles() -> None:

@@ -41,13 +41,15 @@ class CallRow:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRow:
-    """Peak bytes of a pool's fullest GPU. `allocated` is what torch held in the trainer and in the engine."""
+    """Peak bytes of a pool's fullest GPU. `allocated` is what tensors took in the trainer and in the engine,
+    `reserved` what the allocators held for them."""
 
     pool: str
     predicted: int
     measured: int
     allowed: int
     allocated: dict[str, int]
+    reserved: dict[str, int]
 
     @property
     def error(self) -> float:
@@ -238,6 +240,7 @@ def _memory(plan: Plan, result: CellResult) -> tuple[MemoryRow, ...]:
                     measured=fullest.used,
                     allowed=plan.device_of(name).memory_bytes,
                     allocated=fullest.allocated,
+                    reserved=fullest.reserved,
                 )
             )
     return tuple(rows)

@@ -169,7 +169,7 @@ CALLS = (
 )
 MEMORY = (
     "Peak of each pool's fullest GPU over all steps, of all processes, as the driver counts. Torch's own: the peak of "
-    "what the tensors of a trainer and of an engine took there."
+    "what the tensors of a trainer and of an engine took there, of what its allocator held."
 )
 
 
@@ -190,7 +190,8 @@ def _memory_table(rows: Sequence[Row]) -> str:
     for row in _own(rows):
         assert row.figures is not None
         for found in row.figures.memory:
-            parts = ", ".join(f"{kind} {count / 1e9:.1f}" for kind, count in found.allocated.items())
+            held = {kind: f" of {_gb(count)}" for kind, count in found.reserved.items()}
+            parts = ", ".join(f"{kind} {_gb(count)}{held.get(kind, '')}" for kind, count in found.allocated.items())
             cells = [f"`{row.cell.name}`", found.pool, _gb(found.predicted), _gb(found.measured), f"{found.error:+.1%}"]
             lines.append([*cells, _gb(found.allowed), parts or "–"])
     titles = ["plan", "pool", "predicted GB", "measured GB", "error", "allowed GB", "torch's own"]

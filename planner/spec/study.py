@@ -83,12 +83,13 @@ def _checked(data: dict[str, Any], path: Path) -> Study:
 
 
 class GpuMemory(Spec):
-    """Peak bytes of one GPU over the steps of a cell: `used` of all processes, as the driver counts, and `allocated`
-    by torch in each process."""
+    """Peak bytes of one GPU over the steps of a cell: `used` of all processes, as the driver counts, and in each
+    process what torch's tensors took (`allocated`) and what its allocator held for them (`reserved`)."""
 
     gpu: Gpu
     used: Bytes
     allocated: dict[str, Bytes] = Field(default_factory=dict)
+    reserved: dict[str, Bytes] = Field(default_factory=dict)
 
 
 class CellResult(File):
