@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, share_comm_ctx
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from executor import loading, memory, models, shards
 from executor.offload import Parking
@@ -108,8 +108,6 @@ class Host(Worker):
                 mesh = _mesh(layout, self.device.type)  # a collective over the whole pool, idle ranks too
                 if self.rank < layout.gpus:
                     self.roles[role] = self._host(role, layout, mesh, saved)
-        # What the allocator holds for one model's streams is of no use to another's, and they take turns anyway.
-        share_comm_ctx([hosted.module for hosted in self.roles.values()])
         if not self.on_cpu:
             torch.cuda.empty_cache()  # of whole parameters; an engine that starts on this GPU takes what is free
 

@@ -11,7 +11,7 @@ from types import FrameType
 from planner.predict.schedule import Task
 
 Handler = Callable[[int, FrameType | None], None]
-REPEAT_SECONDS = 0.2  # the same signal within so long is the same request: timeout(1) sends it to us and to our group
+REPEAT_SECONDS = 0.2  # a SIGTERM within so long is the same request: timeout(1) sends it to us and to our group
 
 
 class Stops:
@@ -51,8 +51,8 @@ class Stops:
             self.asked = True
             say("stopping after this step with a last checkpoint; interrupt again to end at once without")
 
-        handler = unrepeated(handle)
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, handle)}
+        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, unrepeated(handle))
         try:
             yield
         finally:
@@ -63,12 +63,17 @@ class Stops:
 def unrepeated(handle: Handler) -> Handler:
     """A signal handler that is not disturbed by a signal that comes twice. One that raised again, while what waits for
     a lock is being left, would end as another error."""
-    heard = -math.inf
+    handled, busy = -math.inf, threading.Lock()
 
     def once(number: int, frame: FrameType | None) -> None:
-        nonlocal heard
-        since, heard = time.monotonic() - heard, time.monotonic()
-        if since > REPEAT_SECONDS:
+        nonlocal handled
+        if not busy.acquire(blocking=False):  # it comes in the middle of this very function
+            return
+        now = time.monotonic()
+        repeated = now - handled <= REPEAT_SECONDS
+        handled = handled if repeated else now
+        busy.release()
+        if not repeated:
             handle(number, frame)
 
     return once

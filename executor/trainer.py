@@ -52,18 +52,14 @@ class Trainer(Host):
         taken. A collective; nothing to do where nothing is compiled."""
         if self.on_cpu:
             return
-        full = {role: self._full_micro_batch(role, hosted.layout) for role, hosted in self.roles.items()}
         for role, hosted in self.roles.items():
+            batch = self._full_micro_batch(role, hosted.layout)
             with self._awake(role, None), torch.no_grad():
-                hosted.module.eval()(full[role])
+                hosted.module.eval()(batch)
                 reshard(hosted.module)
-        # The first pass of each model made new streams for all of them; what is held for the old ones is lost to them.
-        self.synchronize()
-        torch.cuda.empty_cache()
-        for role, hosted in self.roles.items():
             if hosted.optimizer is not None:
                 with self._awake(role, None, train=True):
-                    hosted.module.train()(full[role]).mean().backward()
+                    hosted.module.train()(batch).mean().backward()
                     hosted.optimizer.zero_grad()
 
     def _full_micro_batch(self, role: str, layout: TrainerRole) -> Packed:

@@ -18,6 +18,7 @@ from executor.execute import _run, execute
 from executor.rehearse import Rehearsal
 from executor.run import Silent, loop
 from executor.rundir import RunDirectory, log
+from executor.stops import unrepeated
 from executor.supervise import Deadlines
 from executor.worker import Record
 from planner.predict.schedule import Task, tasks_of
@@ -195,6 +196,30 @@ def test_what_a_thread_of_a_library_raises_is_for_the_log(tmp_path: Path, capfd:
     directory.close()
     assert "a thread ended by ZeroDivisionError" in (tmp_path / "r" / "log.txt").read_text()
     assert capfd.readouterr().err == "" and threading.excepthook is hook
+
+
+def test_a_signal_that_comes_twice_is_handled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    handled: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        handled.append(number)
+        once(number, None)  # the second one, in the middle of it
+
+    once = unrepeated(handle)
+    clock = [100.0]
+
+    def now() -> float:
+        once(signal.SIGTERM, None)  # the second one, before the first is known to have come
+        return clock[0]
+
+    monkeypatch.setattr("executor.stops.time.monotonic", now)
+    once(signal.SIGTERM, None)
+    clock[0] += 0.1
+    once(signal.SIGTERM, None)
+    assert handled == [signal.SIGTERM]
+    clock[0] += 0.15  # from the one that was handled
+    once(signal.SIGTERM, None)
+    assert handled == [signal.SIGTERM] * 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -81,6 +81,7 @@ def test_trained_role_by_hand() -> None:
         "weights": 4 * LM // 2,
         "optimizer": 8 * LM // 2,
         "gradients": 4 * LM // 2,
+        "replicas' sums": 0,
         "gathered": 2 * (2 * BLOCK + 800) + 6 * BLOCK + 2 * 400,
         "activations": 3 * full * 80,
         "weight window": 2**30,
@@ -91,6 +92,13 @@ def test_trained_role_by_hand() -> None:
     assert memory.idle == 4 * LM // 2 + 8 * LM // 2 + 2**30
     recomputing = trainer_memory(SMALL, "actor", trainer(recompute=True), H200)
     assert recomputing.detail["activations"] == (full + 3 * kept) * 80
+
+
+def test_replicas_keep_the_sums_of_their_gradients() -> None:
+    sharded, replicated = (trainer_memory(SMALL, "actor", trainer(replicas=n), H200) for n in (1, 2))
+    assert sharded.detail["replicas' sums"] == 0
+    assert replicated.detail["replicas' sums"] == replicated.idle - sharded.idle == 4 * LM // 2
+    assert trainer_memory(SMALL, "reward", trainer(replicas=2), H200).detail["replicas' sums"] == 0
 
 
 def test_frozen_role_by_hand() -> None:

@@ -2,8 +2,9 @@
 
 Sizes. N parameters of a model, s its shard size, T tokens of a micro-batch. On a GPU weights compute in bf16 (2 bytes)
 and a trained model keeps a master copy in fp32 (4); on a CPU everything is fp32. Trained, per GPU: master weights 4N/s,
-Adam's two moments 8N/s, and while an update runs gradients 4N/s. A frozen model (reference, reward) keeps its compute
-copy only, 2N/s.
+Adam's two moments 8N/s, and while an update runs gradients 4N/s. Replicas add up gradients over a minibatch's
+micro-batches in a stream of each model's own, and the 4N/s that this takes stay with that stream. A frozen model
+(reference, reward) keeps its compute copy only, 2N/s.
 """
 
 import math
@@ -28,7 +29,7 @@ ENGINE_WORKSPACE_BYTES = (
     4_000_000_000  # of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations
 )
 ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps, besides its weights
-SPARE = 16  # one in so many bytes of a role that runs is what its allocator holds unused between and beside tensors
+SPARE = 32  # one in so many bytes of a role that runs is what its allocator holds unused between its tensors
 SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
 
 
@@ -98,6 +99,7 @@ def trainer_bytes(
     parameters = shape.parameters(head)
     weights = (4 if trained else size) * parameters // layout.shard
     moments = (8 if trained else 0) * parameters // layout.shard
+    sums = (4 if trained and device.kind == "cuda" else 0) * parameters // layout.shard * (layout.gpus > layout.shard)
     offloaded = weights * weights_away + moments * optimizer_away
     tokens = _micro_batch_tokens(workload, layout, trained)
     activations = _activation_bytes(shape, layout.recompute, device, trained) * tokens
@@ -105,6 +107,7 @@ def trainer_bytes(
         "weights": weights,
         "optimizer": moments,
         "gradients": (4 if trained else 0) * parameters // layout.shard,
+        "replicas' sums": sums,
         "gathered": _gathered_bytes(shape, head, size, trained) * ((layout.shard > 1) | (size < 4)),
         "activations": activations,
         "weight window": max(SYNC_BYTES, 2 * shape.embedding_parameters) if role == "actor" and size == 2 else 0,
@@ -112,7 +115,7 @@ def trainer_bytes(
     }
     if device.kind == "cuda":
         detail["spare"] = sum(detail.values()) // SPARE
-    return weights + moments - offloaded + detail["weight window"], detail, offloaded
+    return weights + moments + sums - offloaded + detail["weight window"], detail, offloaded
 
 
 def offloaded_bytes(shape: Shape, role: str, shard: int, offload: Offload, device: Device, *, train: bool) -> int:

@@ -15,7 +15,8 @@ from planner.spec.plan import Offload
 from planner.spec.workload import Epochs, Shape, Workload
 
 Head = Literal["lm", "scalar"]
-_SINCE = Field(exclude_if=lambda value: not value)  # keys that came later: older profiles keep their sha256 without
+# Of a key that came later: files without it keep their sha256.
+_LEFT_OUT_IF_FALSE = Field(exclude_if=lambda value: not value)
 
 
 def head_of(role: str) -> Head:
@@ -46,7 +47,7 @@ class Point(Spec):
     engines: Count = 1
     concurrency: Count | None = None
     shared: bool = False  # of a transfer: all engines are on the actor's GPUs
-    partly: Annotated[bool, _SINCE] = False  # of a transfer: some are, and some are elsewhere
+    partly: Annotated[bool, _LEFT_OUT_IF_FALSE] = False  # of a transfer: some are, and some are elsewhere
     sequences: Annotated[int, Field(ge=0, le=2**20)] = 0
     minibatch: Count | None = None
     epochs: Epochs = 1
