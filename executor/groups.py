@@ -98,8 +98,12 @@ def fitting(groups: Sequence[Group], seconds: float) -> list[Group | None]:
         found.append(least if fits else None)
         seconds -= least.seconds if fits else 0.0
     for number, group in enumerate(groups):
-        if (least := found[number]) is not None and group.seconds - least.seconds <= seconds:
-            found[number], seconds = group, seconds - (group.seconds - least.seconds)
+        least = found[number]
+        if least is None and not all(batch.extra for batch in group.batches):
+            continue
+        more = group.seconds - (least.seconds if least else 0.0)
+        if more <= seconds:
+            found[number], seconds = group, seconds - more
     return found
 
 

@@ -11,7 +11,7 @@ from types import FrameType
 from planner.predict.schedule import Task
 
 Handler = Callable[[int, FrameType | None], None]
-REPEAT_SECONDS = 0.2  # a SIGTERM within so long is the same request: timeout(1) sends it to us and to our group
+REPEAT_SECONDS = 0.2  # the same signal within so long is the same request: timeout(1) sends it to us and to our group
 
 
 class Stops:
@@ -51,8 +51,7 @@ class Stops:
             self.asked = True
             say("stopping after this step with a last checkpoint; interrupt again to end at once without")
 
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, handle)}
-        before[signal.SIGTERM] = signal.signal(signal.SIGTERM, unrepeated(handle))
+        before = {number: signal.signal(number, unrepeated(handle)) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -69,10 +68,12 @@ def unrepeated(handle: Handler) -> Handler:
         nonlocal handled
         if not busy.acquire(blocking=False):  # it comes in the middle of this very function
             return
-        now = time.monotonic()
-        repeated = now - handled <= REPEAT_SECONDS
-        handled = handled if repeated else now
-        busy.release()
+        try:
+            now = time.monotonic()
+            repeated = now - handled <= REPEAT_SECONDS
+            handled = handled if repeated else now
+        finally:
+            busy.release()
         if not repeated:
             handle(number, frame)
 

@@ -79,7 +79,7 @@ class VllmEngine:
                 kv_cache_memory_bytes=kv_cache_bytes(plan),
                 max_model_len=workload.longest,
                 max_num_seqs=rollout.concurrency,
-                cudagraph_capture_sizes=None if on_cpu else graph_sizes(rollout.concurrency, workload.prompt.longest),
+                cudagraph_capture_sizes=None if on_cpu else graph_sizes(rollout.concurrency),
                 logprobs_mode="processed_logprobs",
                 enable_sleep_mode=rollout.offload and not on_cpu,
                 scheduler_cls="executor.vllm_scheduler.Scheduler",
@@ -211,14 +211,12 @@ class VllmEngine:
         self.llm.reset_prefix_cache()
 
 
-def graph_sizes(concurrency: int, prompt_tokens: int) -> list[int]:
-    """The numbers of tokens for which a step is captured as a CUDA graph; any other step takes several times as long.
-
-    One token per sequence: close together where there are few, up to the largest possible number (vLLM's own sizes end
-    with a multiple of 8). And as many with one to three new prompts, for when sequences wait for others to end."""
-    alone = {1, 2, 4, *range(8, 256, 8), *range(256, concurrency, 16), concurrency}
-    joined = {concurrency + count * prompt_tokens for count in (1, 2, 3)}
-    return sorted({size for size in alone if size <= concurrency} | {size for size in joined if size <= 2048})
+def graph_sizes(concurrency: int) -> list[int]:
+    """The numbers of sequences for which a step is captured as a CUDA graph: close together where there are few, and
+    the largest possible one, for with more than the last a step runs without a graph, which takes several times as
+    long. vLLM's own sizes end with a multiple of 8 or 16."""
+    sizes = {1, 2, 4, *range(8, 256, 8), *range(256, concurrency, 16), concurrency}
+    return sorted(size for size in sizes if size <= concurrency)
 
 
 def load_library() -> None:

@@ -14,8 +14,7 @@ from planner.spec.plan import Plan
 def made_for(plan: Plan) -> str:
     """All that an engine cannot change once it has started."""
     rollout = plan.rollout.model_dump_json(exclude={"pools", "replicas"})
-    workload = plan.workload
-    return f"{rollout} {workload.actor.model_dump_json()} {workload.prompt.longest} {workload.longest}"
+    return f"{rollout} {plan.workload.actor.model_dump_json()} {plan.workload.longest}"
 
 
 class VllmWorker(EngineWorker):

@@ -125,6 +125,6 @@ def predicted(workload: Workload, point: Point) -> int:
         recompute=point.recompute,
     )
     roles = {role: trainer_memory(workload, role, layout, H200) for role in workload.models}
-    unused = {role: memory.detail["replicas' sums"] for role, memory in roles.items()}  # of tensors that have gone
-    tensors = roles[point.role].running - roles[point.role].detail["spare"] - unused[point.role]
-    return tensors + sum(memory.idle - unused[role] for role, memory in roles.items() if role != point.role)
+    tensors = roles[point.role].running - roles[point.role].detail["spare"]
+    others = [memory for role, memory in roles.items() if role != point.role]
+    return tensors + sum(memory.idle - memory.detail["gradients"] for memory in others)  # theirs have gone

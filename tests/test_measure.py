@@ -143,6 +143,8 @@ def test_a_budget_drops_extra_batches_then_the_last_groups() -> None:
     two = fitting(groups, least[0].seconds + least[1].seconds + 1e-6)
     assert two == [least[0], least[1], None, None, None, None]
     assert fitting(groups, 10) == [None] * 6
+    extra = groups[0].only([batch for batch in groups[0].batches if batch.extra])  # what an earlier budget left
+    assert fitting([extra], extra.seconds + 1) == [extra] and fitting([extra], extra.seconds - 1) == [None]
 
 
 def test_more_gpus_than_there_are_are_refused_before_anything_is_started(tmp_path: Path) -> None:

@@ -100,13 +100,8 @@ def test_new_weights_are_used_and_must_be_the_same_parameters(model: torch.nn.Mo
 
 def test_every_number_of_sequences_has_a_graph_that_is_little_larger() -> None:
     for concurrency in (1, 2, 3, 7, 8, 9, 128, 171, 255, 256, 257, 512):
-        sizes = graph_sizes(concurrency, prompt_tokens=10_000)
+        sizes = graph_sizes(concurrency)
         assert sizes[-1] == concurrency and sizes == sorted(set(sizes))
         steps = np.diff([0, *sizes])
         assert max(steps) <= (8 if concurrency <= 256 else 16)
         assert len(sizes) <= 52  # each takes time to capture
-
-
-def test_steps_in_which_new_sequences_join_have_graphs_too() -> None:
-    assert graph_sizes(256, prompt_tokens=256)[-4:] == [256, 512, 768, 1024]
-    assert graph_sizes(256, prompt_tokens=800)[-3:] == [256, 1056, 1856]  # longer steps keep the GPU busy as they are

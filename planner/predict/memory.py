@@ -2,9 +2,8 @@
 
 Sizes. N parameters of a model, s its shard size, T tokens of a micro-batch. On a GPU weights compute in bf16 (2 bytes)
 and a trained model keeps a master copy in fp32 (4); on a CPU everything is fp32. Trained, per GPU: master weights 4N/s,
-Adam's two moments 8N/s, and while an update runs gradients 4N/s. Replicas add up gradients over a minibatch's
-micro-batches in a stream of each model's own, and the 4N/s that this takes stay with that stream. A frozen model
-(reference, reward) keeps its compute copy only, 2N/s.
+Adam's two moments 8N/s, and gradients 4N/s. These lie in a stream of each model's own, so on a GPU what they took stays
+with the model, unless it is offloaded. A frozen model (reference, reward) keeps its compute copy only, 2N/s.
 """
 
 import math
@@ -99,15 +98,15 @@ def trainer_bytes(
     parameters = shape.parameters(head)
     weights = (4 if trained else size) * parameters // layout.shard
     moments = (8 if trained else 0) * parameters // layout.shard
-    sums = (4 if trained and device.kind == "cuda" else 0) * parameters // layout.shard * (layout.gpus > layout.shard)
+    gradients = (4 if trained else 0) * parameters // layout.shard
+    kept = gradients * (1 - optimizer_away) if device.kind == "cuda" else 0
     offloaded = weights * weights_away + moments * optimizer_away
     tokens = _micro_batch_tokens(workload, layout, trained)
     activations = _activation_bytes(shape, layout.recompute, device, trained) * tokens
     detail = {
         "weights": weights,
         "optimizer": moments,
-        "gradients": (4 if trained else 0) * parameters // layout.shard,
-        "replicas' sums": sums,
+        "gradients": gradients,
         "gathered": _gathered_bytes(shape, head, size, trained) * ((layout.shard > 1) | (size < 4)),
         "activations": activations,
         "weight window": max(SYNC_BYTES, 2 * shape.embedding_parameters) if role == "actor" and size == 2 else 0,
@@ -115,7 +114,7 @@ def trainer_bytes(
     }
     if device.kind == "cuda":
         detail["spare"] = sum(detail.values()) // SPARE
-    return weights + moments + sums - offloaded + detail["weight window"], detail, offloaded
+    return weights + moments + kept - offloaded + detail["weight window"], detail, offloaded
 
 
 def offloaded_bytes(shape: Shape, role: str, shard: int, offload: Offload, device: Device, *, train: bool) -> int:

@@ -169,7 +169,7 @@ CALLS = (
 )
 MEMORY = (
     "Peak of each pool's fullest GPU over all steps, of all processes, as the driver counts. Torch's own: the peak of "
-    "what the tensors of a trainer and of an engine took there, of what its allocator held."
+    "what the tensors of a trainer and of an engine took there, and what allocators held for them."
 )
 
 
