@@ -219,7 +219,7 @@ def test_a_role_that_does_not_fit_is_named_with_numbers() -> None:
     with pytest.raises(UserError) as error:
         check_memory(plan(critic=trainer(shard=1, micro_batch_tokens=8192, recompute=False, offload="all")))
     assert "critic needs 1" in str(error.value)
-    assert "GB per GPU at shard 1, but 150 GB are there; use shard 2, a smaller micro_batch_tokens" in str(error.value)
+    assert "GB per GPU at shard 1, but 149 GB are there; use shard 2, a smaller micro_batch_tokens" in str(error.value)
 
 
 def test_roles_that_do_not_fit_together_are_named() -> None:
