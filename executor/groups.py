@@ -18,7 +18,8 @@ from planner.spec.workload import Workload
 
 # Seconds beside the calls themselves, as they were on hosts of 1 to 4 H200 and on a laptop's cores.
 START = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all processes
-ENGINES = {"cuda": 55.0, "cpu": 1.0}  # to start some side by side
+ENGINES = {"cuda": 60.0, "cpu": 1.0}  # to start some side by side
+PARALLEL = {"cuda": 60.0, "cpu": 0.0}  # what tensor-parallel ones take beyond that
 TRAINERS = {"cuda": 12.0, "cpu": 2.0}  # to load models and take over the weights
 COMPILING = {"cuda": 20.0, "cpu": 0.0}  # in the first step of all
 LONG_STEP = 15.0  # of these two repeats are enough, and what is not the whole batch is the first to be left out
@@ -310,7 +311,9 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
     found = []
     for number, group in enumerate(groups):
         engines = {(gpus, made_for(plan)) for plan in group.plans for _, gpus in plan.engine_gpus()}
-        start = TRAINERS[kind] + (0.0 if engines <= running else ENGINES[kind])
+        start = TRAINERS[kind]
+        if not engines <= running:
+            start += ENGINES[kind] + PARALLEL[kind] * any(plan.rollout.tensor_parallel > 1 for plan in group.plans)
         start += COMPILING[kind] / (1 if number == 0 else 3) + (START[kind] if number == 0 else 0.0)
         running = engines  # an engine of another kind on the same GPUs ends
         steps, batches = [], []

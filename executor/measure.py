@@ -69,6 +69,8 @@ def profile(
         return result
     if result is empty:
         result.write(out)  # now, rather than after the first group, if it cannot be written
+    elif empty.command not in result.command.splitlines():
+        result = result.model_copy(update={"command": f"{result.command}\n{empty.command}"})
 
     def say(text: str) -> None:
         progress(f"[{time.monotonic() - began:5.0f} s] {text}")
@@ -108,18 +110,22 @@ def _plans(groups: Sequence[Group]) -> list[Plan]:
 def _announce(missing: Sequence[Group], there: int, minutes: float | None, progress: Say) -> None:
     """What will be measured, how long that takes, and what is left out."""
     if there:
-        progress(f"{there} groups of measurements are there already")
+        progress(f"{_count(there)} there already")
     if not missing:
         return
     chosen = fitting(missing, np.inf if minutes is None else 60 * minutes)
     kept = [group for group in chosen if group is not None]
     seconds = sum(group.seconds for group in kept)
     said = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
-    progress(f"{len(kept)} groups of measurements, about {said} with their start")
+    progress(f"{_count(len(kept))}, about {said} with their start")
     for whole, part in zip(missing, chosen, strict=True):
         lost = [batch.name for batch in whole.batches if part is None or batch not in part.batches]
         if lost:
             progress(f"left out for lack of time: {whole.name}: {'; '.join(lost)}")
+
+
+def _count(groups: int) -> str:
+    return f"{groups} group{'s' * (groups != 1)} of measurements"
 
 
 # --- the file ---

@@ -27,15 +27,17 @@ def _grow(on: bool) -> None:
 
 
 def forget_peak() -> None:
-    """From here on, look for a new peak."""
+    """From here on, look for a new peak, and count retries anew."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_accumulated_memory_stats()
 
 
 def peak() -> dict[str, int]:
     """Bytes at the peak since then: what tensors of this process took (`allocated`), what its allocator held for them
-    (`reserved`), and what the whole GPU had in use with that (`used`: other processes and contexts too). Nothing
-    where this process uses no GPU."""
+    (`reserved`), and what the whole GPU had in use with that (`used`: other processes and contexts too); and how often
+    the allocator had to give back what it held before it got more (`retries`). Nothing where this process uses no
+    GPU."""
     if not torch.cuda.is_initialized():
         return {}
     free, total = torch.cuda.mem_get_info()
@@ -44,4 +46,5 @@ def peak() -> dict[str, int]:
         "allocated": torch.cuda.max_memory_allocated(),
         "reserved": reserved,
         "used": total - free - torch.cuda.memory_reserved() + reserved,
+        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
     }

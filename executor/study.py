@@ -229,8 +229,8 @@ def _memory(watched: dict[Gpu, int], told: Sequence[tuple[Gpu, str, dict[str, in
     found = []
     for gpu, used in sorted(seen.items()):
         peaks = {kind: peak for place, kind, peak in told if place == gpu and peak}
-        allocated, reserved = ({kind: p[what] for kind, p in peaks.items()} for what in ("allocated", "reserved"))
-        found.append(GpuMemory(gpu=gpu, used=used, allocated=allocated, reserved=reserved))
+        own = {what: {kind: p[what] for kind, p in peaks.items()} for what in ("allocated", "reserved", "retries")}
+        found.append(GpuMemory(gpu=gpu, used=used, **own))
     return found
 
 

@@ -191,11 +191,12 @@ def test_nothing_is_summed_up_before_anything_is_measured(study: Path) -> None:
 
 
 def test_memory_is_what_the_driver_saw_and_each_process_of_it() -> None:
-    trainer = {"allocated": 50, "reserved": 60, "used": 90}
+    trainer = {"allocated": 50, "reserved": 60, "used": 90, "retries": 2}
     told = [((0, 0), "trainer", trainer), ((0, 0), "engine", trainer | {"reserved": 55}), ((0, 1), "trainer", trainer)]
     first, second = _memory({(0, 0): 100}, told)
     assert (first.gpu, first.used) == ((0, 0), 100)
     assert first.allocated == {"trainer": 50, "engine": 50} and first.reserved == {"trainer": 60, "engine": 55}
+    assert first.retries == {"trainer": 2, "engine": 2}
     assert (second.gpu, second.used) == ((0, 1), 90)  # nobody could ask the driver
     assert _memory({}, [((0, 0), "trainer", {})]) == []  # on cores
 

@@ -42,7 +42,7 @@ class CallRow:
 @dataclass(frozen=True, kw_only=True)
 class MemoryRow:
     """Peak bytes of a pool's fullest GPU. `allocated` is what tensors took in the trainer and in the engine,
-    `reserved` what the allocators held for them."""
+    `reserved` what the allocators held for them, `retries` how often they had to give it back to get more."""
 
     pool: str
     predicted: int
@@ -50,6 +50,7 @@ class MemoryRow:
     allowed: int
     allocated: dict[str, int]
     reserved: dict[str, int]
+    retries: dict[str, int]
 
     @property
     def error(self) -> float:
@@ -241,6 +242,7 @@ def _memory(plan: Plan, result: CellResult) -> tuple[MemoryRow, ...]:
                     allowed=plan.device_of(name).memory_bytes,
                     allocated=fullest.allocated,
                     reserved=fullest.reserved,
+                    retries=fullest.retries,
                 )
             )
     return tuple(rows)

@@ -169,7 +169,8 @@ CALLS = (
 )
 MEMORY = (
     "Peak of each pool's fullest GPU over all steps, of all processes, as the driver counts. Torch's own: the peak of "
-    "what the tensors of a trainer and of an engine took there, and what allocators held for them."
+    "what the tensors of a trainer and of an engine took there, of what allocators held for them; retries: how often one "
+    "had to give that back to get more."
 )
 
 
@@ -191,6 +192,7 @@ def _memory_table(rows: Sequence[Row]) -> str:
         assert row.figures is not None
         for found in row.figures.memory:
             held = {kind: f" of {_gb(count)}" for kind, count in found.reserved.items()}
+            held |= {kind: f"{held.get(kind, '')} ({count} retries)" for kind, count in found.retries.items() if count}
             parts = ", ".join(f"{kind} {_gb(count)}{held.get(kind, '')}" for kind, count in found.allocated.items())
             cells = [f"`{row.cell.name}`", found.pool, _gb(found.predicted), _gb(found.measured), f"{found.error:+.1%}"]
             lines.append([*cells, _gb(found.allowed), parts or "–"])

@@ -84,12 +84,14 @@ def _checked(data: dict[str, Any], path: Path) -> Study:
 
 class GpuMemory(Spec):
     """Peak bytes of one GPU over the steps of a cell: `used` of all processes, as the driver counts, and in each
-    process what torch's tensors took (`allocated`) and what its allocator held for them (`reserved`)."""
+    process what torch's tensors took (`allocated`) and what its allocator held for them (`reserved`); and the
+    allocator's `retries`: how often it had to give back what it held before it got more, which takes time."""
 
     gpu: Gpu
     used: Bytes
     allocated: dict[str, Bytes] = Field(default_factory=dict)
     reserved: dict[str, Bytes] = Field(default_factory=dict)
+    retries: dict[str, NonNegativeInt] = Field(default_factory=dict)
 
 
 class CellResult(File):
