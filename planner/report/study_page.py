@@ -169,8 +169,8 @@ CALLS = (
 )
 MEMORY = (
     "Peak of each pool's fullest GPU over all steps, of all processes, as the driver counts. Torch's own: the peak of "
-    "what the tensors of a trainer and of an engine took there, of what allocators held for them; retries: how often one "
-    "had to give that back to get more."
+    "what the tensors of a trainer and of an engine took there, of what allocators held for them; retries: how often "
+    "one had to give that back to get more."
 )
 
 
