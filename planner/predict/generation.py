@@ -32,10 +32,9 @@ Seconds = NDArray[np.float64]
 FOLLOWED_ENGINES = 64  # of equal ones with a queue: more are taken to do as these with their share of the requests
 
 # Of a decoding step beside the roofline: scheduling, sampling with log-probs, launching the graph; and of each sequence
-# in it. vLLM on an H200 decodes about 34,000 tokens/s with 256 sequences of a 1.5B model, 7.5 ms a step, of which the
-# roofline explains 2.6; the split into a fixed and a growing part is a guess that profiles replace.
-STEP_SECONDS = {"cuda": 2e-3, "cpu": 4e-3}
-SEQUENCE_SECONDS = {"cuda": 1.2e-5, "cpu": 1e-4}
+# in it. On a GPU as engines of 1.5B and 7B models with 64 to 512 sequences each had it (profiles/h200, since 7b-2gpu.json).
+STEP_SECONDS = {"cuda": 1.5e-3, "cpu": 4e-3}
+SEQUENCE_SECONDS = {"cuda": 1e-5, "cpu": 1e-4}
 
 
 @dataclass(frozen=True, kw_only=True)
