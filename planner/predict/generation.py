@@ -32,7 +32,7 @@ Seconds = NDArray[np.float64]
 FOLLOWED_ENGINES = 64  # of equal ones with a queue: more are taken to do as these with their share of the requests
 
 # Of a decoding step beside the roofline: scheduling, sampling with log-probs, launching the graph; and of each sequence
-# in it. On a GPU as engines of 1.5B and 7B models with 64 to 512 sequences each had it (profiles/h200, since 7b-2gpu.json).
+# in it. On a GPU as engines of 1.5B and 7B models with 64 to 512 sequences each had it (profiles/h200/README.md).
 STEP_SECONDS = {"cuda": 1.5e-3, "cpu": 4e-3}
 SEQUENCE_SECONDS = {"cuda": 1e-5, "cpu": 1e-4}
 
