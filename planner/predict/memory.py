@@ -24,10 +24,9 @@ TRAINED = ("actor", "critic")
 LOGIT_CHUNK_TOKENS = 4096  # log-probs are taken so many tokens at a time: the full logits never exist
 COMMUNICATION_BYTES = 1_000_000_000  # per process on a GPU: NCCL's buffers, a packed buffer for weights
 SYNC_BYTES = 2**30  # of the actor's window through which weights reach the engines; a larger weight fills one alone
-# Of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations; and between GPUs of one engine the
-# buffers of its all-reduces (3.4 GB on each of four GPUs, about 2 on each of two: profiles/h200).
-ENGINE_WORKSPACE_BYTES = 4_000_000_000
-ALL_REDUCE_BYTES = 3_000_000_000
+ENGINE_WORKSPACE_BYTES = (
+    4_000_000_000  # of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations
+)
 ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps, besides its weights
 SPARE = 32  # one in so many bytes of a role that runs is what its allocator holds unused between its tensors
 SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
@@ -183,7 +182,7 @@ def _engine_detail(workload: Workload, tensor_parallel: int, concurrency: int, d
     return {
         "weights": engine_weight_bytes(workload.actor.shape, tensor_parallel, device),
         "kv_cache": min(concurrency, workload.batch) * workload.longest * per_token,
-        "workspace": ENGINE_WORKSPACE_BYTES + ALL_REDUCE_BYTES * (tensor_parallel > 1) if device.kind == "cuda" else 0,
+        "workspace": ENGINE_WORKSPACE_BYTES if device.kind == "cuda" else 0,
     }
 
 
