@@ -19,7 +19,7 @@ from planner.spec.workload import Workload
 # Seconds beside the calls themselves, as they were on hosts of 1 to 4 H200 and on a laptop's cores.
 START = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all processes
 ENGINES = {"cuda": 60.0, "cpu": 1.0}  # to start some side by side
-PARALLEL = {"cuda": 60.0, "cpu": 0.0}  # what tensor-parallel ones take beyond that
+TENSOR_PARALLEL = 60.0  # beyond that, if an engine has several GPUs
 TRAINERS = {"cuda": 12.0, "cpu": 2.0}  # to load models and take over the weights
 COMPILING = {"cuda": 20.0, "cpu": 0.0}  # in the first step of all
 LONG_STEP = 15.0  # of these two repeats are enough, and what is not the whole batch is the first to be left out
@@ -126,8 +126,8 @@ def _on_cores(workload: Workload, cluster: Cluster) -> Iterator[Group]:
 def _on_gpus(workload: Workload, cluster: Cluster) -> Iterator[Group]:
     """Shards over one GPU (what is chosen where it fits), over all, over those that an engine leaves and over half;
     engines of one, half and all; weights that stay within their GPUs, others and both; updates side by side on halves;
-    roles awake and asleep. In few groups, and those with the same engines together: an engine of another kind takes a
-    minute to start. The first is measured with all batches."""
+    roles awake and asleep. In few groups, and those with the same engines together: an engine of another kind takes one
+    to three minutes to start. The first is measured with all batches."""
     count = len(cluster.gpus)
     every, most = _batches(workload), range(count)
     regular = tuple(batch for batch in every if not batch.held_out and batch.micro_batch_tokens is None)
@@ -313,7 +313,7 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
         engines = {(gpus, made_for(plan)) for plan in group.plans for _, gpus in plan.engine_gpus()}
         start = TRAINERS[kind]
         if not engines <= running:
-            start += ENGINES[kind] + PARALLEL[kind] * any(plan.rollout.tensor_parallel > 1 for plan in group.plans)
+            start += ENGINES[kind] + TENSOR_PARALLEL * any(plan.rollout.tensor_parallel > 1 for plan in group.plans)
         start += COMPILING[kind] / (1 if number == 0 else 3) + (START[kind] if number == 0 else 0.0)
         running = engines  # an engine of another kind on the same GPUs ends
         steps, batches = [], []

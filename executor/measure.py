@@ -69,8 +69,6 @@ def profile(
         return result
     if result is empty:
         result.write(out)  # now, rather than after the first group, if it cannot be written
-    elif empty.command not in result.command.splitlines():
-        result = result.model_copy(update={"command": f"{result.command}\n{empty.command}"})
 
     def say(text: str) -> None:
         progress(f"[{time.monotonic() - began:5.0f} s] {text}")
@@ -90,7 +88,7 @@ def profile(
             if fleet is None:
                 fleet = fleets.enter_context(contextlib.closing(fleet_for(_plans(groups))))
             try:
-                result = _with(result, group, *measure(group, fleet, say))
+                result = _with(result, group, *measure(group, fleet, say), empty.command)
             except UserError as error:  # other groups may do nevertheless, on new processes
                 say(f"failed: {error}")
                 failed.append(group.name)
@@ -110,7 +108,7 @@ def _plans(groups: Sequence[Group]) -> list[Plan]:
 def _announce(missing: Sequence[Group], there: int, minutes: float | None, progress: Say) -> None:
     """What will be measured, how long that takes, and what is left out."""
     if there:
-        progress(f"{_count(there)} there already")
+        progress(f"{_count(there)}: there already")
     if not missing:
         return
     chosen = fitting(missing, np.inf if minutes is None else 60 * minutes)
@@ -169,9 +167,11 @@ def _missing(group: Group, there: Profile) -> list[Batch]:
     return [batch for batch in group.batches if group.label(batch) not in there.measured]
 
 
-def _with(result: Profile, group: Group, points: Sequence[Point], held_out: Sequence[Point]) -> Profile:
+def _with(result: Profile, group: Group, points: Sequence[Point], held_out: Sequence[Point], command: str) -> Profile:
+    commands = dict.fromkeys([*result.command.splitlines(), command])
     return result.model_copy(
         update={
+            "command": "\n".join(commands),
             "points": (*result.points, *points),
             "held_out": (*result.held_out, *held_out),
             "measured": result.measured + tuple(group.label(batch) for batch in group.batches),

@@ -19,6 +19,7 @@ import ray
 from executor import pools, preflight
 from executor.data import PromptSource
 from executor.execute import _run
+from executor.groups import TENSOR_PARALLEL
 from executor.processes import fleet_for
 from executor.run import Silent
 from executor.rundir import RunDirectory
@@ -111,6 +112,11 @@ def _whole_estimate(bench: "Bench", jobs: Sequence[Job]) -> float:
     return sum(bench.estimate(job, engines_of(before.plan) if before else frozenset()) for before, job in pairs)
 
 
+def _longer(plan: Plan, new: Engines) -> float:
+    """Seconds that new engines take to start if they are tensor-parallel, beyond those of others."""
+    return TENSOR_PARALLEL if new and plan.rollout.tensor_parallel > 1 else 0.0
+
+
 class Bench:
     """The fleet of a study, what is running on it, and how long things have taken on it."""
 
@@ -125,7 +131,7 @@ class Bench:
     def estimate(self, job: Job, alive: Engines | None = None) -> float:
         """Seconds that a job will take, with these engines (those that there are) running."""
         new = engines_of(job.plan) - (self._engines if alive is None else alive)
-        return self._beside[bool(new)] + job.steps * job.seconds
+        return self._beside[bool(new)] + _longer(job.plan, new) + job.steps * job.seconds
 
     def measure(self, job: Job, prompts: PromptSource) -> str:
         """Run a job and write what came of it; how it ended, in words."""
@@ -144,7 +150,7 @@ class Bench:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         seconds, whole = step_seconds(timeline), time.monotonic() - began
-        self._beside[bool(new)] = whole - job.steps * seconds
+        self._beside[bool(new)] = whole - _longer(job.plan, new) - job.steps * seconds
         self._engines = engines_of(job.plan)
         timeline.write(job.directory / "timeline.json")
         (job.directory / "log.txt").unlink(missing_ok=True)  # of an earlier attempt

@@ -30,7 +30,7 @@ def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_
     result = profile(workload, cluster, out, progress=said.append, command="the others")
     assert load_profiles([out]) == (result,)
     check_profiles([result], workload, cluster)
-    assert said[0].startswith("1 group of measurements, about ") and "1 group of measurements there already" in said
+    assert said[0].startswith("1 group of measurements, about ") and "1 group of measurements: there already" in said
     assert len(result.measured) == 3 and result.command == "the last group\nthe others"
 
     points = {(point.call, point.role, point.gpus) for point in result.points}
@@ -53,7 +53,7 @@ def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_
 
     again: list[str] = []
     assert profile(workload, cluster, out, progress=again.append) == result
-    assert again == ["3 groups of measurements there already"]
+    assert again == ["3 groups of measurements: there already"]
     with pytest.raises(UserError, match=r"p\.json: was measured with another workload"):
         profile(workload.model_copy(update={"seed": 1}), cluster, out, progress=again.append)
 

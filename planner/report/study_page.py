@@ -169,9 +169,9 @@ CALLS = (
 )
 MEMORY = (
     "Peak of each pool's fullest GPU over all steps, of all processes, as the driver counts. Torch's own: the peak of "
-    "what the tensors of a trainer and of an engine took there, of what allocators held for them; retries: how often "
-    "one had to give that back to get more."
+    "what the tensors of a trainer and of an engine took there, and what allocators held for them."
 )
+RETRIES = " Retries: how often an allocator had to give back what it held before it got more."
 
 
 def _calls_table(rows: Sequence[Row]) -> str:
@@ -192,12 +192,13 @@ def _memory_table(rows: Sequence[Row]) -> str:
         assert row.figures is not None
         for found in row.figures.memory:
             held = {kind: f" of {_gb(count)}" for kind, count in found.reserved.items()}
-            held |= {kind: f"{held.get(kind, '')} ({count} retries)" for kind, count in found.retries.items() if count}
+            held |= {kind: f"{held.get(kind, '')} (retries: {count})" for kind, count in found.retries.items()}
             parts = ", ".join(f"{kind} {_gb(count)}{held.get(kind, '')}" for kind, count in found.allocated.items())
             cells = [f"`{row.cell.name}`", found.pool, _gb(found.predicted), _gb(found.measured), f"{found.error:+.1%}"]
             lines.append([*cells, _gb(found.allowed), parts or "–"])
     titles = ["plan", "pool", "predicted GB", "measured GB", "error", "allowed GB", "torch's own"]
-    return f"## Memory\n\n{_table(titles, lines)}\n\n{MEMORY}" if lines else ""
+    counted = any(found.retries for row in _own(rows) if row.figures for found in row.figures.memory)
+    return f"## Memory\n\n{_table(titles, lines)}\n\n{MEMORY}{RETRIES if counted else ''}" if lines else ""
 
 
 def _gb(count: int) -> str:
