@@ -46,5 +46,5 @@ def peak() -> dict[str, int]:
         "allocated": torch.cuda.max_memory_allocated(),
         "reserved": reserved,
         "used": total - free - torch.cuda.memory_reserved() + reserved,
-        "retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        "retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
     }

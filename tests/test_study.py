@@ -17,7 +17,7 @@ from planner.report.study import company, rows_of, summary_of
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
-from planner.spec.study import CellResult, load_study
+from planner.spec.study import CellResult, GpuMemory, load_study
 from planner.spec.timeline import Span, Timeline, step_seconds
 
 STUDY = """
@@ -105,6 +105,18 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     assert (directory / "README.md").read_text() == page + "\n## Notes\n\nBy hand.\n"
     assert "Left as they are: colocated, split, off" in ok(plan("study", study, "--plan-only"))
     assert (directory / "split" / "result.json").read_bytes() == before
+
+    gpu = GpuMemory(gpu=(0, 0), used=6 * 10**9, allocated={"trainer": 4 * 10**9}, reserved={"trainer": 5 * 10**9})
+    result = CellResult.read(directory / "split" / "result.json")
+    for memory, says in (
+        (gpu, "trainer 4.0 of 5.0 |"),
+        (gpu.model_copy(update={"retries": {"trainer": 2}}), "of 5.0 (retries: 2) |"),
+    ):
+        result.model_copy(update={"memory": (memory,)}).write(directory / "split" / "result.json")
+        ok(plan("study", study, "--report"))
+        page = (directory / "README.md").read_text()
+        assert says in page and ("Retries: how often" in page) == bool(memory.retries)
+
     split_plan = Plan.read(directory / "split" / "plan.json")
     split_plan.model_copy(update={"name": "other"}).write(directory / "split" / "plan.json")
     changed = {row.cell.name: row for row in rows_of(load_study(study), directory)}
