@@ -234,7 +234,7 @@ def _run(
                     progress.on_note(f"the checkpoint before could not be written ({saver.error})")
                 _save(backend, saver, *arrived, tasks, timeline(), directory, plan)
                 if stops.asked:
-                    _end_asked(saver, recorded, directory.path)
+                    _end_asked(saver, recorded, directory.path, steps)
             limit, everywhere = backend.deadlines.of_start, tuple(plan.pools)
             line = one_line(plan, "export of the models", everywhere, "export", f" ({limit:.3g} s allowed)")
             with line, within(limit):
@@ -252,13 +252,13 @@ def _run(
             directory.close()
 
 
-def _end_asked(saver: "Saver", progress: Progress, path: Path) -> NoReturn:
+def _end_asked(saver: "Saver", progress: Progress, path: Path, steps: int) -> NoReturn:
     saver.wait()
     if saver.error is not None:
         raise UserError(
             f"interrupted, and the last checkpoint could not be written ({saver.error}); see {path}/log.txt"
         )
-    progress.on_note(f"saved; go on with: plan execute --resume {path}")
+    progress.on_note(f"saved; go on with: plan execute --resume {path} --steps {steps}")
     raise KeyboardInterrupt
 
 

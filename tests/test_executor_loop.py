@@ -232,7 +232,8 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals, 
     command = [sys.executable, "-m", "planner.cli", "execute", str(plan), "--name", "r", "--runs", str(tmp_path)]
     command += ["--steps", "5000", *(["--rehearse"] if rehearse else [])]
     root = Path(__file__).parents[1]
-    process = subprocess.Popen(command, start_new_session=True, cwd=root, stderr=subprocess.PIPE, text=True)
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, start_new_session=True, cwd=root, text=True, **both)
     children: list[int] = []
     try:
         deadline = time.monotonic() + 60
@@ -246,7 +247,7 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals, 
         else:
             os.kill(process.pid, number)
             os.kill(process.pid, number)  # timeout(1) sends it twice
-        _, errors = process.communicate(timeout=60)
+        said, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and errors.strip() == "plan: interrupted", errors
         assert len(children) > 5 and not still_there(children)
         assert open_at == {"127.0.0.1"}  # of all of them, Ray's and torch's
@@ -255,6 +256,7 @@ def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals, 
         if not rehearse:  # all that was begun before the last checkpoint has ended
             ended = max(span.step for span in timeline.spans if span.call == "sync_weights")
             assert checkpoint.find(tmp_path / "r").manifest.step == ended + 1
+            assert "plan execute --resume" in said and said.split()[-2:] == ["--steps", "5000"]
     finally:
         end([process.pid, *children])
         process.wait()
