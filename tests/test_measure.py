@@ -7,11 +7,11 @@ import pytest
 from conftest import cpu_cluster, make_workload
 
 from executor.groups import Batch, Group, fitting, groups_of
-from executor.measure import measure, profile
+from executor.measure import Sample, measure, profile, summed_up
 from executor.pools import Fleet
 from planner.predict.cost import CostModel
 from planner.predict.layouts import trainer_layouts
-from planner.predict.profile import check_profiles, load_profiles
+from planner.predict.profile import Point, check_profiles, load_profiles
 from planner.predict.roofline import Place
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
@@ -135,6 +135,21 @@ def test_what_the_host_does_not_hold_is_not_measured() -> None:
 
     both, apart = names(2000), names(230)
     assert ["shard 2" in name for name in both] == [True, False] and apart == both[1:]
+
+
+@pytest.mark.parametrize(
+    ("taken", "seconds"), [([7.9, 10.3], 7.9), ([10.3, 7.9], 7.9), ([3.0, 1.0, 2.0], 2.0), ([4.0, 1.0, 3.0, 2.0], 2.0)]
+)
+def test_a_point_is_the_median_and_of_an_even_number_the_lower_one(taken: list[float], seconds: float) -> None:
+    key = Point(call="infer", role="actor", sequences=4, seconds=1.0)
+    samples = [
+        Sample(key=key, seconds=t, tokens={"response_tokens": int(100 * t)}, memory={"used": number})
+        for number, t in enumerate(taken)
+    ]
+    point = summed_up(key, samples)
+    assert (point.seconds, point.response_tokens, point.repeats) == (seconds, int(100 * seconds), len(taken))
+    assert point.peak_bytes == len(taken) - 1
+    assert point.spread == pytest.approx(float(np.subtract(*np.quantile(taken, [0.75, 0.25]))) / 2)
 
 
 def test_a_budget_drops_extra_batches_then_the_last_groups() -> None:

@@ -97,7 +97,11 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     page = (directory / "README.md").read_text()
     assert "3 plans measured" in page and "split/gantt.png" in page
     assert (directory / "split" / "gantt.png").exists() and (directory / "steps.png").exists()
-    assert len((directory / "off" / "metrics.jsonl").read_text().splitlines()) == 5
+    metrics = (directory / "off" / "metrics.jsonl").read_text().splitlines()
+    assert len(metrics) == 5
+    gap = rows["off"].figures.log_prob_gap
+    assert gap == json.loads(metrics[0])["log_prob_gap"] < 1e-4  # fp32 on both sides
+    assert results["cells"][2]["log_prob_gap"] == gap and "Log-probs of engine and trainer" in page
 
     before = (directory / "split" / "result.json").read_bytes()
     (directory / "README.md").write_text(page + "\n## Notes\n\nBy hand.\n")

@@ -2,9 +2,11 @@
 `study_page.py` writes them down."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,7 +63,8 @@ class MemoryRow:
 class Figures:
     """Of a measured cell. `flops_share` is the share of the measured matrix rate that an update reaches: by 6 FLOPs per
     parameter and token and attention; `computed_share` counts the vocabulary's head only for the responses, for which
-    alone it is computed."""
+    alone it is computed. `log_prob_gap` is the mean distance per token between the log-probs of engine and trainer at
+    step 0, where both have the same weights: rounding."""
 
     result: CellResult
     measured: Timeline
@@ -73,6 +76,7 @@ class Figures:
     tokens_per_second: float
     flops_share: dict[str, float]
     computed_share: dict[str, float]
+    log_prob_gap: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +92,14 @@ class Row:
     figures: Figures | None = None
     same_as: str | None = None
     speed_ups: dict[str, tuple[float, float]] = field(default_factory=dict)  # reference -> (predicted, measured)
+
+
+class Measured(NamedTuple):
+    """What was measured of a cell, as it lies in its directory."""
+
+    result: CellResult
+    timeline: Timeline
+    log_prob_gap: float | None
 
 
 def sha256_of(path: Path) -> str:
@@ -133,10 +145,13 @@ def rows_of(study: Study, directory: Path) -> list[Row]:
 
 
 def _with_figures(study: Study, rows: Sequence[Row], directory: Path) -> list[Row]:
-    measured: dict[str, tuple[CellResult, Timeline]] = {}
+    measured: dict[str, Measured] = {}
     for row in rows:
         if row.result is not None and row.result.status == "done":
-            measured[row.cell.name] = row.result, Timeline.read(directory / row.cell.name / "timeline.json")
+            place = directory / row.cell.name
+            measured[row.cell.name] = Measured(
+                row.result, Timeline.read(place / "timeline.json"), log_prob_gap(place / "metrics.jsonl")
+            )
     for row in rows:
         if row.same_as in measured:
             measured[row.cell.name] = measured[row.same_as]
@@ -145,19 +160,31 @@ def _with_figures(study: Study, rows: Sequence[Row], directory: Path) -> list[Ro
     for row in rows:
         figures = None
         if row.cell.name in measured:
-            result, timeline = measured[row.cell.name]
-            apart = alone.get(result.host, {})
-            figures = _figures(study, row, result, timeline, apart)
+            here = measured[row.cell.name]
+            figures = _figures(study, row, here, alone.get(here.result.host, {}))
         found.append(Row(**{**vars(row), "figures": figures}))
     return [Row(**{**vars(row), "speed_ups": _speed_ups(row, found)}) for row in found]
 
 
-def _alone(rows: Sequence[Row], measured: dict[str, tuple[CellResult, Timeline]]) -> dict[str, dict[str, float]]:
+def log_prob_gap(metrics: Path) -> float | None:
+    """Of step 0, by a run's metrics; None where they do not say. Raises UserError."""
+    if not metrics.exists():
+        return None
+    with metrics.open(encoding="utf-8") as lines:
+        try:
+            first = json.loads(next(lines, "{}"))
+        except ValueError as error:
+            raise UserError(f"{metrics}: its first line is no JSON ({error}); measure the cell again") from None
+    gap = first.get("log_prob_gap") if isinstance(first, dict) and first.get("step") == 0 else None
+    return gap if isinstance(gap, float) else None
+
+
+def _alone(rows: Sequence[Row], measured: dict[str, Measured]) -> dict[str, dict[str, float]]:
     """Host -> call -> measured over predicted seconds where every call runs alone."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         if row.cell.baseline == "colocated" and row.cell.name in measured:
-            result, timeline = measured[row.cell.name]
+            result, timeline, _ = measured[row.cell.name]
             predicted, taken = _medians(row.predicted), _medians(timeline)
             found.setdefault(result.host, {call: taken[call] / predicted[call] for call in taken if predicted[call]})
     return found
@@ -176,7 +203,8 @@ def _counted(timeline: Timeline) -> dict[str, list[Span]]:
     return found
 
 
-def _figures(study: Study, row: Row, result: CellResult, measured: Timeline, alone: dict[str, float]) -> Figures:
+def _figures(study: Study, row: Row, found: Measured, alone: dict[str, float]) -> Figures:
+    result, measured, gap = found
     comparison = compare(row.plan, row.predicted, measured)
     spans = _counted(measured)
     made = sum(span.tokens for span in spans["generate"])
@@ -192,6 +220,7 @@ def _figures(study: Study, row: Row, result: CellResult, measured: Timeline, alo
         tokens_per_second=made / sum(span.seconds for span in spans["generate"]),
         flops_share={call: share[0] for call, share in shares.items() if share},
         computed_share={call: share[1] for call, share in shares.items() if share},
+        log_prob_gap=gap,
     )
 
 
@@ -296,6 +325,7 @@ class Summary:
     fastest_measured: str
     behind: float  # measured seconds of the one predicted fastest over those of the one measured fastest, less 1
     worst_overhead: float
+    log_prob_gaps: tuple[float, float] | None  # least and most
     memory_error: float | None  # worst
     memory_above: tuple[str, ...]  # cells that used more than was allowed
 
@@ -309,6 +339,7 @@ def summary_of(rows: Sequence[Row]) -> Summary | None:
     chosen, figures_of_chosen = min(done, key=lambda pair: pair[0].predicted_seconds)
     quickest, figures_of_quickest = min(done, key=lambda pair: pair[1].step_seconds)
     memory = [(row.cell.name, memory) for row, figures in done for memory in figures.memory]
+    gaps = [figures.log_prob_gap for _, figures in done if figures.log_prob_gap is not None]
     worst = max(errors, key=lambda name: errors[name])
     return Summary(
         plans=len(done),
@@ -319,6 +350,7 @@ def summary_of(rows: Sequence[Row]) -> Summary | None:
         fastest_measured=quickest.cell.name,
         behind=figures_of_chosen.step_seconds / figures_of_quickest.step_seconds - 1,
         worst_overhead=max(figures.overhead for _, figures in done),
+        log_prob_gaps=(min(gaps), max(gaps)) if gaps else None,
         memory_error=max((abs(found.error) for _, found in memory), default=None),
         memory_above=tuple(dict.fromkeys(name for name, found in memory if found.measured > found.allowed)),
     )

@@ -76,6 +76,10 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
         *_ratios(rows, found),
         f"Controller overhead: {found.worst_overhead:.1%} at most.",
     ]
+    if found.log_prob_gaps is not None:
+        least, most = (f"{gap:.3g}" for gap in found.log_prob_gaps)
+        apart = least if least == most else f"{least} to {most}"
+        lines.append(f"Log-probs of engine and trainer, same weights (step 0): {apart} apart, the mean over tokens.")
     if found.memory_error is not None:
         above = ", ".join(f"`{name}`" for name in found.memory_above)
         lines.append(
@@ -276,6 +280,7 @@ def _measured(row: Row, figures: Figures, predicted_rank: int, measured_rank: in
         "generate_tokens_per_second": figures.tokens_per_second,
         "flops_share": figures.flops_share,
         "flops_share_computed": figures.computed_share,
+        "log_prob_gap": figures.log_prob_gap,
         "calls": [{**asdict(call), "error": call.error} for call in figures.calls],
         "memory": [{**asdict(found), "error": found.error} for found in figures.memory],
         "start_seconds": result.start_seconds,
