@@ -9,8 +9,10 @@ import ray
 
 from executor import gpus, pools, reward
 from executor.data import Dataset, PromptSource, Synthetic
+from planner.predict.memory import host_bytes
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
+from planner.spec.machine import memory_bytes
 from planner.spec.plan import Plan
 from planner.spec.workload import Model, RewardFunction, Shape, Workload, shape_of
 
@@ -64,9 +66,21 @@ def check_machine(plan: Plan) -> None:
             "run it where they are (--address for a Ray cluster), or play it here with --rehearse"
         )
     gpus.check_kind(plan, there)
+    check_host(plan, memory_bytes())
     check_driver(there[0].driver)
     if not ray.is_initialized():  # else it may be us
         gpus.check_free(there, gpus.users())
+
+
+def check_host(plan: Plan, there: int) -> None:
+    """Whether so many bytes of memory on one machine hold what the plan's hosts are to hold."""
+    needed = sum(host_bytes(plan).values())
+    if needed > there:
+        raise UserError(
+            f"plan {plan.name!r} needs {needed / 1e9:.0f} GB of the host's memory for what is offloaded and the batches "
+            f"in flight, and this machine has {there / 1e9:.0f}; search again with a --cluster file that has its "
+            "host_memory_bytes"
+        )
 
 
 def check_driver(driver: str) -> None:

@@ -12,11 +12,12 @@ import pytest
 from conftest import SHAPE
 from test_cli import files, one_line, plan
 
-from planner.commands.local import local_cluster, physical_cores
+from planner.commands.local import local_cluster
 from planner.predict.profile import Point, Profile
 from planner.predict.schedule import load_plan
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
+from planner.spec.machine import physical_cores
 from planner.spec.plan import Plan
 
 MODEL = """

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROLES, colocated, make_plan, make_workload
 
 from executor import gpus, preflight
+from planner.predict.memory import host_bytes
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -76,6 +77,16 @@ def test_a_gpu_in_use_is_named_with_its_process_and_the_free_ones(
     line = str(error.value)
     assert "GPU 1 (21.5 GB), by process 4711 (python3)" in line and "CUDA_VISIBLE_DEVICES=0" in line
     gpus.check_free(gpus.found()[:1], gpus.users())
+
+
+def test_a_host_that_does_not_hold_what_is_offloaded_is_refused() -> None:
+    plan = plan_for(2)
+    away = {role: layout.model_copy(update={"offload": "all"}) for role, layout in plan.trainers.items()}
+    plan = plan.model_copy(update={"roles": {**plan.roles, **away}})
+    needed = sum(host_bytes(plan).values())
+    preflight.check_host(plan, needed)
+    with pytest.raises(UserError, match=r"of the host's memory for what is offloaded .* and this machine has 0;"):
+        preflight.check_host(plan, needed - 1)
 
 
 def test_too_few_gpus_and_a_torch_that_cannot_use_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
