@@ -77,7 +77,7 @@ def check_host(plan: Plan, there: int) -> None:
     needed = sum(host_bytes(plan).values())
     if needed > there:
         raise UserError(
-            f"plan {plan.name!r} needs {needed / 1e9:.0f} GB of the host's memory for what is offloaded and the batches "
+            f"plan {plan.name!r} needs {needed / 1e9:.0f} GB of the host's memory for what is offloaded and batches "
             f"in flight, and this machine has {there / 1e9:.0f}; search again with a --cluster file that has its "
             "host_memory_bytes"
         )
