@@ -30,6 +30,7 @@ from executor.trainer import Trainer
 from executor.vllm_worker import VllmWorker, made_for
 from executor.worker import Worker
 from planner import __version__
+from planner.spec.machine import memory_bytes
 from planner.spec.plan import Gpu, Plan
 from planner.spec.study import CellResult, GpuMemory
 from planner.spec.timeline import Timeline, step_seconds
@@ -71,6 +72,8 @@ def run(jobs: Sequence[Job], *, seconds: float | None, say: Callable[[str], None
     began = time.monotonic()
     widest = max(jobs, key=lambda job: pools.needed(job.plan))
     prompts = {job.plan.name: preflight.check(job.plan, local=job is widest) for job in jobs}
+    for job in jobs:
+        preflight.check_host(job.plan, memory_bytes())
     jobs, left = in_order(jobs), []
     on_cores = pools.resource_of(jobs[0].plan) == "CPU"
     gpus = {gpu for job in jobs for pool in job.plan.pools.values() for gpu in pool.gpus}
