@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
-from planner.spec.timeline import Span, Timeline, drain_of
+from planner.spec.timeline import Span, Timeline
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
     from executor import trackers
@@ -118,10 +118,9 @@ def _log_thread(raised: threading.ExceptHookArgs) -> None:
 
 
 def timeline_of(plan: Plan, steps: int, spans: Iterable[Span]) -> Timeline:
-    """What was measured of `steps` steps that were asked for. The pipeline fills for `staleness` steps and drains for
-    as many, and the first calls load libraries."""
+    """What was measured of `steps` steps that were asked for. The pipeline fills for `staleness` steps, and the first
+    calls load libraries."""
     found = tuple(spans)
     first = min((span.step for span in found), default=0)
     warmup = min(first + plan.staleness + 1, max(0, steps - 1))
-    drain = drain_of(plan.staleness, steps, warmup)
-    return Timeline(source="measured", plan=plan.name, steps=steps, warmup=warmup, drain=drain, spans=found)
+    return Timeline(source="measured", plan=plan.name, steps=steps, warmup=warmup, spans=found)

@@ -85,7 +85,7 @@ def test_a_host_that_does_not_hold_what_is_offloaded_is_refused() -> None:
     plan = plan.model_copy(update={"roles": {**plan.roles, **away}})
     needed = sum(host_bytes(plan).values())
     preflight.check_host(plan, needed)
-    with pytest.raises(UserError, match=r"of the host's memory for what is offloaded .* and this machine has 0;"):
+    with pytest.raises(UserError, match=r"of the host's memory for what is offloaded .* and this machine has "):
         preflight.check_host(plan, needed - 1)
 
 

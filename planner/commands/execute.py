@@ -13,7 +13,6 @@ from planner.predict.forecast import task_seconds
 from planner.predict.schedule import load_plan
 from planner.report import trace
 from planner.report.live import LiveProgress
-from planner.report.tables import counted_text
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline, step_seconds
@@ -130,7 +129,7 @@ def free_name(runs: Path, wanted: str) -> str:
 
 def summary(plan: Plan, timeline: Timeline, progress: LiveProgress) -> str:
     measured = step_seconds(timeline)
-    text = f"{timeline.steps} steps, {measured:.3g} s per step {counted_text(timeline)}"
+    text = f"{timeline.steps} steps, {measured:.3g} s per step after {timeline.warmup} to warm up"
     if plan.predicted is not None:
         text += f" (predicted {plan.predicted.step_seconds:.3g} s)"
     for key in ("reward", "exact_match"):

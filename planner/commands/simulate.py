@@ -8,7 +8,7 @@ from planner.predict.forecast import forecast
 from planner.predict.schedule import load_plan
 from planner.report import trace as traces
 from planner.report.compare import occupancy, pool_busy
-from planner.report.tables import calls_table, counted_text, seconds
+from planner.report.tables import calls_table, seconds
 from planner.spec.timeline import mean_call_seconds, step_seconds
 
 
@@ -31,7 +31,7 @@ def simulate(
     console.print()
     busy = pool_busy(simulated)
     console.print(
-        f"{steps} steps: {seconds(step_seconds(simulated))} s per step {counted_text(simulated)}, "
+        f"{steps} steps: {seconds(step_seconds(simulated))} s per step after {simulated.warmup} to warm up, "
         f"{occupancy(checked, busy):.0%} of all GPU time busy."
     )
     if timeline is not None:

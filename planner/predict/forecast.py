@@ -11,7 +11,7 @@ from planner.predict.profile import Profile
 from planner.predict.schedule import Task, steady_edges, tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.plan import Plan, Predicted, Proof
-from planner.spec.timeline import Span, Timeline, drain_of
+from planner.spec.timeline import Span, Timeline
 
 
 def durations(plan: Plan, profiles: Sequence[Profile] = (), model: CostModel | None = None) -> dict[str, Estimate]:
@@ -33,15 +33,13 @@ def task_seconds(plan: Plan, profiles: Sequence[Profile] = ()) -> Callable[[Task
 
 
 def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeline:
-    """The simulated timeline of `steps` steps. The warm-up is the filling of the pipeline and one step more, its
-    draining does not count either."""
+    """The simulated timeline of `steps` steps. The warm-up is the filling of the pipeline and one step more."""
     estimates = durations(plan, profiles)
     tasks = tasks_of(plan, steps)
     spans = simulate(tasks, task_seconds(plan, profiles))
     detailed = tuple(_with_parts(span, estimates[span.call]) for span in spans)
     warmup = min(plan.staleness + 1, max(0, steps - 1))
-    drain = drain_of(plan.staleness, steps, warmup)
-    return Timeline(source="simulated", plan=plan.name, steps=steps, warmup=warmup, drain=drain, spans=detailed)
+    return Timeline(source="simulated", plan=plan.name, steps=steps, warmup=warmup, spans=detailed)
 
 
 def _with_parts(span: Span, estimate: Estimate) -> Span:

@@ -176,7 +176,7 @@ def log_prob_gap(metrics: Path) -> float | None:
         except ValueError as error:
             raise UserError(f"{metrics}: its first line is no JSON ({error}); measure the cell again") from None
     gap = first.get("log_prob_gap") if isinstance(first, dict) and first.get("step") == 0 else None
-    return gap if isinstance(gap, float) else None
+    return gap if isinstance(gap, float) and np.isfinite(gap) else None
 
 
 def _alone(rows: Sequence[Row], measured: dict[str, Measured]) -> dict[str, dict[str, float]]:
@@ -198,7 +198,7 @@ def _counted(timeline: Timeline) -> dict[str, list[Span]]:
     """The spans of each call in the steps that count."""
     found: dict[str, list[Span]] = {}
     for span in timeline.spans:
-        if timeline.counts(span.step):
+        if span.step >= timeline.warmup:
             found.setdefault(span.call, []).append(span)
     return found
 

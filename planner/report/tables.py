@@ -8,15 +8,8 @@ from rich.table import Table
 
 from planner.report.compare import Comparison, Row, critical_seconds, occupancy
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
-from planner.spec.timeline import Timeline
 
 SOURCES = ("measured", "interpolated", "extrapolated", "roofline")
-
-
-def counted_text(timeline: Timeline) -> str:
-    """Which steps do not count in the step time."""
-    drain = f" and without the last {timeline.drain}" if timeline.drain else ""
-    return f"after {timeline.warmup} to warm up{drain}"
 
 
 def plans_table(best: Plan, baselines: Mapping[str, Plan | str], runners_up: Sequence[Plan] = ()) -> Table:

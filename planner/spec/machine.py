@@ -1,4 +1,4 @@
-"""What this machine has, a container's limits counted."""
+"""What this machine has, or of it the container (where its limits are at the root of cgroup v2)."""
 
 import os
 import re

@@ -3,7 +3,7 @@
     python reports/h200/rounding.py 7b      # 2 minutes and 8 GB on two CPU cores; or 1.5b
 
 The same bf16 weights and tokens go through the model three times, layer by layer: in fp32; as an engine computes,
-where every operation's result and the residual are bf16; and as the trainers do, where the residual is fp32. No kernel
+where what each operation gives and the residual are bf16; and as the trainers do, where the residual is fp32. No kernel
 of a GPU takes part, so what differs is rounding.
 """
 
