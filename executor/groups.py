@@ -13,6 +13,7 @@ from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed
+from planner.spec.machine import memory_bytes
 from planner.spec.plan import Issue, Plan, Pool, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
@@ -87,6 +88,13 @@ def groups_of(workload: Workload, cluster: Cluster, only: str = "") -> list[Grou
     if not (chosen := [group for group in found if only in group.name]) and found:
         raise UserError(f"--only {only}: no group is named so; there are {'; '.join(group.name for group in found)}")
     return _estimated(chosen, workload, cluster)
+
+
+def on_this_host(cluster: Cluster) -> Cluster:
+    """The cluster with no more host memory than this machine has: groups that need more are left out."""
+    (node,) = cluster.nodes
+    there = min(node.host_memory_bytes, memory_bytes())
+    return cluster.model_copy(update={"nodes": (node.model_copy(update={"host_memory_bytes": there}),)})
 
 
 def fitting(groups: Sequence[Group], seconds: float) -> list[Group | None]:

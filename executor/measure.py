@@ -18,7 +18,7 @@ import numpy as np
 
 from executor import pools, preflight
 from executor.data import Ints, Prompts, PromptSource, Sequences, Synthetic
-from executor.groups import Batch, Group, fitting, groups_of
+from executor.groups import Batch, Group, fitting, groups_of, on_this_host
 from executor.processes import fleet_for
 from executor.run import Silent, loop
 from executor.session import ray_session
@@ -29,7 +29,6 @@ from planner.predict.profile import Point, Profile
 from planner.predict.schedule import Task, tasks_of
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
-from planner.spec.machine import memory_bytes
 from planner.spec.plan import Plan
 from planner.spec.timeline import Span
 from planner.spec.workload import Workload
@@ -57,7 +56,7 @@ def profile(
     began = time.monotonic()
     if len(cluster.nodes) != 1:
         raise UserError(f"cluster {cluster.name!r} has {len(cluster.nodes)} nodes; measure on one node of each kind")
-    workload, cluster = _without_evaluation(workload), _as_it_is(cluster)
+    workload, cluster = _without_evaluation(workload), on_this_host(cluster)
     empty = _empty(workload, cluster, command)
     result = _resumed(out, empty)
     groups = groups_of(workload, cluster, only)
@@ -184,13 +183,6 @@ def _without_evaluation(workload: Workload) -> Workload:
     if workload.data is None:
         return workload
     return workload.model_copy(update={"data": workload.data.model_copy(update={"evaluate_every": 0})})
-
-
-def _as_it_is(cluster: Cluster) -> Cluster:
-    """The cluster with no more host memory than this machine has: groups that need more are left out."""
-    (node,) = cluster.nodes
-    there = min(node.host_memory_bytes, memory_bytes())
-    return cluster.model_copy(update={"nodes": (node.model_copy(update={"host_memory_bytes": there}),)})
 
 
 # --- running them ---

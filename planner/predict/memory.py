@@ -24,9 +24,8 @@ TRAINED = ("actor", "critic")
 LOGIT_CHUNK_TOKENS = 4096  # log-probs are taken so many tokens at a time: the full logits never exist
 COMMUNICATION_BYTES = 1_000_000_000  # per process on a GPU: NCCL's buffers, a packed buffer for weights
 SYNC_BYTES = 2**30  # of the actor's window through which weights reach the engines; a larger weight fills one alone
-ENGINE_WORKSPACE_BYTES = (
-    4_000_000_000  # of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations
-)
+# Of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations.
+ENGINE_WORKSPACE_BYTES = 4_000_000_000
 ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps, besides its weights
 SPARE = 32  # one in so many bytes of a role that runs is what its allocator holds unused between its tensors
 SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns

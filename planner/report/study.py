@@ -149,9 +149,9 @@ def _with_figures(study: Study, rows: Sequence[Row], directory: Path) -> list[Ro
     for row in rows:
         if row.result is not None and row.result.status == "done":
             place = directory / row.cell.name
-            measured[row.cell.name] = Measured(
-                row.result, Timeline.read(place / "timeline.json"), log_prob_gap(place / "metrics.jsonl")
-            )
+            compared = any(call.name == "old_logprobs" for call in row.plan.dataflow.calls)
+            gap = log_prob_gap(place / "metrics.jsonl") if compared else None
+            measured[row.cell.name] = Measured(row.result, Timeline.read(place / "timeline.json"), gap)
     for row in rows:
         if row.same_as in measured:
             measured[row.cell.name] = measured[row.same_as]
