@@ -96,12 +96,12 @@ def test_a_compiled_block_keeps_what_is_counted(size: tuple[int, int, int, int],
     del held
 
 
-@pytest.mark.parametrize("name", ["1.5b-2gpu", "0.5b"])
-def test_updates_on_h200s_took_what_is_predicted(name: str) -> None:
+@pytest.mark.parametrize(("name", "gpus"), [("1.5b-1gpu", 1), ("1.5b-2gpu", 2), ("0.5b-2gpu", 2)])
+def test_updates_on_h200s_took_what_is_predicted(name: str, gpus: int) -> None:
     """Tensors at the peak of each update that was measured with all roles awake on the same GPUs."""
     workload = load_workload(profiles_dir() / "workloads" / f"h200-{name.partition('-')[0]}.toml")
     profile = Profile.read(profiles_dir() / "h200" / f"{name}.json")
-    points = [p for p in (*profile.points, *profile.held_out) if p.call == "train" and p.gpus == 2]
+    points = [p for p in (*profile.points, *profile.held_out) if p.call == "train" and p.gpus == gpus]
     assert len(points) >= 8
     for point in points:
         assert predicted(workload, point) == pytest.approx(point.allocated_bytes, rel=0.06)
