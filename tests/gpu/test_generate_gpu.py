@@ -1,5 +1,6 @@
-"""`generate` against a bare vLLM engine on the same requests (tokens and their log-probs), each on a GPU of its own and at
-the same time: tokens per second of the 1.5B model. `python -m pytest -m gpu -s tests/gpu/test_generate_gpu.py` on a host with two GPUs."""
+"""`generate` against a bare vLLM engine on the same requests (tokens and their log-probs), each on a GPU of its own and
+at the same time: tokens per second of the 1.5B model. On a host with two GPUs:
+`python -m pytest -m gpu -s tests/gpu/test_generate_gpu.py`."""
 
 import json
 import os
