@@ -46,12 +46,14 @@ Engines = frozenset[tuple[tuple[Gpu, ...], str]]  # the GPUs of each, and what i
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A plan to measure, under the name of its cell: `steps` in all, `warmup` of which do not count, each predicted
-    to take `seconds`. What comes of it goes into `directory`; `sha256` is that of the plan's file."""
+    """A plan to measure, under the name of its cell: `steps` in all, the first `warmup` and the last `drain` of which
+    do not count, each predicted to take `seconds`. What comes of it goes into `directory`; `sha256` is that of the
+    plan's file."""
 
     plan: Plan
     steps: int
     warmup: int
+    drain: int = 0
     seconds: float
     directory: Path
     sha256: str
@@ -176,8 +178,8 @@ class Bench:
         found = _memory(watch.peaks, _on_processes(backend, _peak))
         backend.close()  # the processes stay
         (scratch / "metrics.jsonl").replace(job.directory / "metrics.jsonl")
-        timeline = Timeline.read(scratch / "timeline.json").model_copy(update={"warmup": job.warmup})
-        return timeline, start, found
+        uncounted = {"warmup": job.warmup, "drain": job.drain}
+        return Timeline.read(scratch / "timeline.json").model_copy(update=uncounted), start, found
 
     def _make_room(self, plan: Plan) -> pools.Fleet:
         """The fleet, without the processes that this plan has no use for: a trainer holds models until it is told of

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import colocated, cpu_cluster, make_plan, make_workload
+from conftest import ROLES, colocated, cpu_cluster, make_plan, make_workload
 from matplotlib.colors import to_rgb
 from rich.console import Console, RenderableType
 
@@ -105,6 +105,22 @@ def test_controller_overhead_is_what_the_gaps_add() -> None:
     assert {row.name: row.error for row in comparison.calls} == pytest.approx(dict.fromkeys(plan.dataflow.names, 0.2))
     assert [row.name for row in comparison.steps] == ["1", "2", "3", "4", "5"]
     assert [row.measured for row in comparison.steps] == pytest.approx([1.1 * calls] * 5)
+
+
+def test_the_last_steps_of_a_pipeline_do_not_count_unless_the_run_ended_before_them() -> None:
+    plan = make_plan(
+        make_workload(), {"a": 1}, dict.fromkeys(ROLES, "a"), offsets={"generate": 1}, staleness=1, blocking=False
+    )
+    total = sum(SECONDS.values())
+    whole = timeline_of(plan, 6).model_copy(update={"drain": 1})
+    assert [row.name for row in compare(plan, whole, whole).steps] == ["2", "3", "4"]
+    assert compare(plan, whole, whole).step.measured == pytest.approx(total)
+    window = gantt.window_of(whole, 9)
+    assert list(window.ends) == [1, 2, 3, 4] and window.end - window.begin == pytest.approx(3 * total)
+
+    spans = tuple(span for span in whole.spans if span.step < 5 or span.call == "generate")
+    ended_early = whole.model_copy(update={"spans": spans})
+    assert [row.name for row in compare(plan, whole, ended_early).steps] == ["2", "3", "4"]
 
 
 def test_a_timeline_compared_with_itself_has_no_error() -> None:

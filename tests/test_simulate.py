@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from conftest import SHAPE, colocated, make_plan, make_workload, split
+from conftest import ROLES, SHAPE, colocated, make_plan, make_workload, split
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +13,7 @@ from planner.predict.schedule import check, staleness, steady_edges, tasks_of, u
 from planner.predict.simulate import simulate
 from planner.spec.dataflow import Call, Dataflow, Read, ppo
 from planner.spec.plan import Issue, Wait
-from planner.spec.timeline import Timeline, step_seconds
+from planner.spec.timeline import Timeline, mean_call_seconds, step_seconds
 
 MODEL = {"shape": SHAPE, "random_weights": True}
 SECONDS = {
@@ -90,6 +90,15 @@ def test_one_step_ahead_takes_the_longer_of_generation_and_training():
     assert step_seconds(run(plan, 6, warmup=2)) == pytest.approx(training)
     slow = SECONDS | {"generate": 40.0}
     assert step_seconds(run(plan, 6, slow, warmup=2)) == pytest.approx(40.5)  # the sync holds the rollout's pool too
+
+
+def test_steps_that_generate_nothing_more_do_not_count():
+    plan = make_plan(make_workload(), {"a": 1}, dict.fromkeys(ROLES, "a"), offsets={"generate": 1}, staleness=1)
+    timeline = run(plan, 4, warmup=2)
+    assert step_seconds(timeline) == pytest.approx(sum(SECONDS.values()) - SECONDS["generate"] / 2)
+    timeline = timeline.model_copy(update={"drain": 1})
+    assert step_seconds(timeline) == pytest.approx(sum(SECONDS.values()))
+    assert mean_call_seconds(timeline) == pytest.approx(SECONDS)
 
 
 @st.composite

@@ -70,7 +70,7 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     written = {path: path.read_bytes() for path in directory.rglob("*.json")}
     assert len(written) == 8 and not list(directory.rglob("result.json"))
     predicted = Timeline.read(directory / "off" / "predicted.json")
-    assert (predicted.steps, predicted.warmup) == (5, 2)
+    assert (predicted.steps, predicted.warmup, predicted.drain) == (6, 2, 1)
 
     assert "No time for colocated, split, off" in ok(plan("study", study, "--minutes", "0.001"))
     assert "0 of" not in ok(plan("study", study))
@@ -79,7 +79,7 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     for name, row in rows.items():
         assert row.figures is not None and row.figures.result.status == "done", name
         measured = row.figures.measured
-        assert measured.source == "measured" and measured.steps - measured.warmup == 3
+        assert measured.source == "measured" and measured.steps - measured.warmup - measured.drain == 3
         assert row.figures.step_seconds == step_seconds(measured)
         assert row.figures.error == compare(row.plan, row.predicted, measured).step.error
         assert 0 < row.figures.flops_share["update_actor"] < 100
@@ -98,11 +98,12 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     assert "3 plans measured" in page and "split/gantt.png" in page
     assert (directory / "split" / "gantt.png").exists() and (directory / "steps.png").exists()
     metrics = (directory / "off" / "metrics.jsonl").read_text().splitlines()
-    assert len(metrics) == 5
+    assert len(metrics) == 6
     gap = rows["off"].figures.log_prob_gap
     assert gap == json.loads(metrics[0])["log_prob_gap"] < 1e-4  # fp32 on both sides
     assert results["cells"][2]["log_prob_gap"] == gap and "Log-probs of engine and trainer" in page
 
+    ok(plan("compare", directory / "off" / "plan.json", directory / "off", "--out", directory / "compare.png"))
     before = (directory / "split" / "result.json").read_bytes()
     (directory / "README.md").write_text(page + "\n## Notes\n\nBy hand.\n")
     assert "Every cell has been measured" in ok(plan("study", study))

@@ -20,7 +20,8 @@ def compare(plan: Path, run: Path, out: Path | None, profiles: Sequence[Path]) -
     target = out or run / "compare.png"
     check_target(target, ".png", ".svg", ".pdf")
     found = profiles_of(checked, plan, profiles, make_console(stderr=True))
-    predicted = forecast(checked, measured.steps, found)
+    counted = {"warmup": measured.warmup, "drain": measured.drain}
+    predicted = forecast(checked, measured.steps, found).model_copy(update=counted)
     comparison = compare_timelines(checked, predicted, measured)
     from planner.report.gantt import draw  # matplotlib is slow to load
 

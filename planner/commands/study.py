@@ -151,21 +151,21 @@ def _paths(workload: Workload, write: object) -> Workload:
 
 
 def _write(asked: Asked, plan: Plan, inputs: Inputs) -> None:
-    directory, steps, warmup = asked.directory / plan.name, *_steps(asked.study, plan)
+    directory, (steps, warmup, drain) = asked.directory / plan.name, _steps(asked.study, plan)
     provenance = Provenance(
         version=__version__, seed=plan.workload.seed, command=asked.command, profiles=inputs.provenance
     )
     predicted = plan.predicted or predict(plan, inputs.profiles)
     plan = plan.model_copy(update={"provenance": provenance, "predicted": predicted})
-    timeline = forecast(plan, steps, inputs.profiles).model_copy(update={"warmup": warmup})
+    timeline = forecast(plan, steps, inputs.profiles).model_copy(update={"warmup": warmup, "drain": drain})
     timeline.write(directory / "predicted.json")
     plan.write(directory / "plan.json")
 
 
-def _steps(study: Study, plan: Plan) -> tuple[int, int]:
-    """All steps of a plan, and those of them that do not count."""
-    warmup = study.warmup_of(plan.staleness)
-    return warmup + study.steps, warmup
+def _steps(study: Study, plan: Plan) -> tuple[int, int, int]:
+    """All steps of a plan, and how many of the first and of the last do not count."""
+    warmup, drain = study.warmup_of(plan.staleness), plan.staleness
+    return warmup + study.steps + drain, warmup, drain
 
 
 def _plans_table(asked: Asked) -> Table:
@@ -190,18 +190,17 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
     for cell in asked.study.cells:
         directory = asked.directory / cell.name
         plan = load_plan(directory / "plan.json")
-        predicted = _predicted(asked.study, plan, directory)
-        _check_profiles(asked.study, plan)
         again = any(same_plan(plan, other) for other in seen)
         seen.append(plan)
         if again or _measured(asked, cell):
             continue
-        steps, warmup = _steps(asked.study, plan)
+        predicted = _predicted(asked.study, plan, directory)
+        _check_profiles(asked.study, plan)
         located = plan.model_copy(update={"workload": _paths(plan.workload, _absolute)})
         sha256 = sha256_of(directory / "plan.json")
         jobs.append(
-            Job(plan=located, steps=steps, warmup=warmup, seconds=step_seconds(predicted), directory=directory,
-                sha256=sha256)
+            Job(plan=located, steps=predicted.steps, warmup=predicted.warmup, drain=predicted.drain,
+                seconds=step_seconds(predicted), directory=directory, sha256=sha256)
         )  # fmt: skip
     if not jobs:
         console.print("Every cell has been measured.")
@@ -218,7 +217,7 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
 def _predicted(study: Study, plan: Plan, directory: Path) -> Timeline:
     """The committed prediction, checked to be of the steps that the study asks for. Raises UserError."""
     predicted = Timeline.read(directory / "predicted.json")
-    if (predicted.plan, predicted.steps, predicted.warmup) != (plan.name, *_steps(study, plan)):
+    if (predicted.plan, predicted.steps, predicted.warmup, predicted.drain) != (plan.name, *_steps(study, plan)):
         raise UserError(
             f"{directory / 'predicted.json'} is of other steps or another plan; write it anew with --plan-only"
         )

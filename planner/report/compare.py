@@ -62,7 +62,7 @@ def compare(plan: Plan, predicted: Timeline, measured: Timeline) -> Comparison:
         steps=tuple(
             Row(name=str(step), predicted=times_predicted[step], measured=seconds)
             for step, seconds in times_measured.items()
-            if step >= measured.warmup and step in times_predicted
+            if measured.counts(step) and step in times_predicted
         ),
         step=Row(name="step", predicted=step_seconds(predicted), measured=step_seconds(measured)),
         resimulated_step_seconds=step_seconds(resimulate(plan, measured)),
@@ -104,7 +104,8 @@ def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
             "execute more steps"
         )
     spans = tuple(span for span in timeline.spans if span.step < steps)
-    return timeline.model_copy(update={"steps": steps, "spans": spans})
+    drain = max(0, timeline.drain - (timeline.steps - steps))  # a run that ended early went on generating
+    return timeline.model_copy(update={"steps": steps, "drain": drain, "spans": spans})
 
 
 def steps_of(timeline: Timeline) -> dict[int, float]:
@@ -116,10 +117,9 @@ def steps_of(timeline: Timeline) -> dict[int, float]:
 
 
 def pool_busy(timeline: Timeline) -> dict[str, float]:
-    """Share of a step in which each pool runs a call, from the steps after the warm-up. What a pipeline does not do
-    while it fills and drains does not count against it."""
-    steps = timeline.steps - timeline.warmup
-    counted = [span for span in timeline.spans if steps <= 0 or span.step >= timeline.warmup]
+    """Share of a step in which each pool runs a call, from the steps that count."""
+    steps = timeline.steps - timeline.warmup - timeline.drain
+    counted = [span for span in timeline.spans if steps <= 0 or timeline.counts(span.step)]
     seconds = {pool: 0.0 for span in timeline.spans for pool in span.pools}
     for span in counted:
         for pool in span.pools:

@@ -104,10 +104,10 @@ def render(timelines: Sequence[Timeline], plan: Plan, file_format: str = "png", 
 
 
 def window_of(timeline: Timeline, steps: int) -> Window:
-    """From the end of the last warm-up step (of the one before, if none follows it) over `steps` steps."""
+    """From the end of the last warm-up step over `steps` steps that count; the whole timeline if none do."""
     ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
     first = timeline.warmup - 1
-    last = min(first + steps, max(ends, default=-1))
+    last = min(first + steps, max(filter(timeline.counts, ends), default=-1))
     if first not in ends or last <= first:
         return Window(begin=0.0, end=timeline.makespan or 1.0, ends=ends)
     shown = {step: end for step, end in ends.items() if first <= step <= last}

@@ -198,7 +198,7 @@ def _counted(timeline: Timeline) -> dict[str, list[Span]]:
     """The spans of each call in the steps that count."""
     found: dict[str, list[Span]] = {}
     for span in timeline.spans:
-        if span.step >= timeline.warmup:
+        if timeline.counts(span.step):
             found.setdefault(span.call, []).append(span)
     return found
 

@@ -35,11 +35,12 @@ def page(study: Study, rows: Sequence[Row], path: str) -> str:
 
 def _conditions(study: Study, rows: Sequence[Row], path: str) -> str:
     workload, cluster = rows[0].plan.workload, rows[0].plan.cluster
+    drained = " and as many as its staleness behind" if any(row.predicted.drain for row in rows) else ""
     text = (
         f"Workload `{workload.name}`: batch {workload.batch}, minibatch {workload.minibatch}, prompts "
         f"{_lengths(workload.prompt)}, responses {_lengths(workload.response)}; {len(cluster.gpus)} GPUs "
-        f"({cluster.name}). {study.steps} measured steps of each plan, after {study.warmup} (or staleness + 1) before. "
-        "Each plan and its predicted timeline were written before anything was measured."
+        f"({cluster.name}). {study.steps} measured steps of each plan, after {study.warmup} (or staleness + 1) before"
+        f"{drained}. Each plan and its predicted timeline were written before anything was measured."
     )
     results = [row.figures.result for row in rows if row.figures]
     if results:

@@ -34,7 +34,8 @@ class Span:
 
 
 class Timeline(File):
-    """Spans in order of their issue. The first `warmup` steps do not count in the step time."""
+    """Spans in order of their issue. In the step time the first `warmup` steps do not count, in which a pipeline fills,
+    nor the last `drain`, in which it generates nothing more (0 in a run, whose last steps are few of many)."""
 
     SCHEMA: ClassVar[str] = "splitplan/timeline/1"
 
@@ -42,6 +43,7 @@ class Timeline(File):
     plan: str
     steps: Annotated[int, Field(ge=0, le=MOST_STEPS)]
     warmup: NonNegativeInt
+    drain: NonNegativeInt = 0
     spans: tuple[Span, ...]
 
     @model_validator(mode="after")
@@ -51,29 +53,32 @@ class Timeline(File):
                 raise ValueError(f"spans.{number}: {span.call} of step {span.step} ends before it starts")
         return self
 
+    def counts(self, step: int) -> bool:
+        return self.warmup <= step < self.steps - self.drain
+
     @property
     def makespan(self) -> float:
         return max((span.end for span in self.spans), default=0.0)
 
 
 def step_seconds(timeline: Timeline) -> float:
-    """Seconds of one step: (end of the last `update_actor` - end of the last warm-up one) / steps between.
+    """Seconds of one step: (end of the last `update_actor` that counts - end of the last warm-up one) / steps between.
 
-    The one definition, for predicted and for measured runs. With no step after the warm-up it is the makespan by the
-    number of steps."""
+    The one definition, for predicted and for measured runs. With no step that counts it is the makespan by the number
+    of steps."""
     ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
-    last, first = max(ends, default=-1), timeline.warmup - 1
+    last, first = max(filter(timeline.counts, ends), default=-1), timeline.warmup - 1
     if first in ends and last > first:
         return (ends[last] - ends[first]) / (last - first)
     return timeline.makespan / max(1, len(ends))
 
 
 def mean_call_seconds(timeline: Timeline) -> dict[str, float]:
-    """Mean duration of each call after the warm-up (of all its spans if there are no later ones)."""
+    """Mean duration of each call in the steps that count (of all its spans if there are none)."""
     calls = dict.fromkeys(span.call for span in timeline.spans)
     return {call: float(np.mean(_durations(timeline, call))) for call in calls}
 
 
 def _durations(timeline: Timeline, call: str) -> list[float]:
     every = [span for span in timeline.spans if span.call == call]
-    return [span.seconds for span in every if span.step >= timeline.warmup] or [span.seconds for span in every]
+    return [span.seconds for span in every if timeline.counts(span.step)] or [span.seconds for span in every]
