@@ -189,8 +189,13 @@ def test_a_wrong_study_is_refused(study: Path, edit: tuple[str, str], says: str)
     assert result.exit_code == 2 and says in result.stderr, result.output
 
 
-def test_a_plan_made_with_other_profiles_is_not_run(ray_two: None, study: Path) -> None:
+def test_a_plan_made_with_other_profiles_or_for_other_steps_is_not_run(ray_two: None, study: Path) -> None:
     ok(plan("study", study, "--plan-only"))
+    text = study.read_text()
+    study.write_text(text.replace("steps = 3", "steps = 4"))
+    result = plan("study", study)
+    assert result.exit_code == 2 and "4 steps (1 before and 0 behind" in result.stderr and "not of" in result.stderr
+    study.write_text(text)
     place = study.with_suffix("") / "split" / "plan.json"
     made = Plan.read(place)
     provenance = made.provenance.model_copy(update={"profiles": {"p.json": "0" * 64}})

@@ -168,6 +168,10 @@ def _steps(study: Study, plan: Plan) -> tuple[int, int, int]:
     return warmup + study.steps + drain, warmup, drain
 
 
+def _steps_text(steps: int, warmup: int, drain: int) -> str:
+    return f"{steps} steps ({warmup} before and {drain} behind those that count)"
+
+
 def _plans_table(asked: Asked) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("cell", "predicted s", "stale", "GPUs of each pool: its roles"):
@@ -217,9 +221,11 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
 def _predicted(study: Study, plan: Plan, directory: Path) -> Timeline:
     """The committed prediction, checked to be of the steps that the study asks for. Raises UserError."""
     predicted = Timeline.read(directory / "predicted.json")
-    if (predicted.plan, predicted.steps, predicted.warmup, predicted.drain) != (plan.name, *_steps(study, plan)):
+    found, asked = (predicted.steps, predicted.warmup, predicted.drain), _steps(study, plan)
+    if predicted.plan != plan.name or found != asked:
         raise UserError(
-            f"{directory / 'predicted.json'} is of other steps or another plan; write it anew with --plan-only"
+            f"{directory / 'predicted.json'} is of plan {predicted.plan!r} and {_steps_text(*found)}, not of "
+            f"{plan.name!r} and {_steps_text(*asked)}; write it anew with --plan-only"
         )
     return predicted
 
