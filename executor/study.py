@@ -53,7 +53,7 @@ class Job:
     plan: Plan
     steps: int
     warmup: int
-    drain: int = 0
+    drain: int
     seconds: float
     directory: Path
     sha256: str

@@ -13,6 +13,7 @@ from conftest import ROLES, colocated, cpu_cluster, make_plan, make_workload
 from matplotlib.colors import to_rgb
 from rich.console import Console, RenderableType
 
+from planner.predict.forecast import forecast, forecast_of
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
 from planner.report import gantt, tables, trace
@@ -47,6 +48,14 @@ def one_step_off() -> Plan:
         staleness=1,
         cluster=cpu_cluster(8),
         name="one-step-off",
+    )
+
+
+def ahead(staleness: int) -> Plan:
+    """All roles on one GPU, generating so many steps ahead."""
+    offsets = {"generate": staleness} if staleness else {}
+    return make_plan(
+        make_workload(), {"a": 1}, dict.fromkeys(ROLES, "a"), offsets=offsets, staleness=staleness, blocking=False
     )
 
 
@@ -107,20 +116,35 @@ def test_controller_overhead_is_what_the_gaps_add() -> None:
     assert [row.measured for row in comparison.steps] == pytest.approx([1.1 * calls] * 5)
 
 
-def test_the_last_steps_of_a_pipeline_do_not_count_unless_the_run_ended_before_them() -> None:
-    plan = make_plan(
-        make_workload(), {"a": 1}, dict.fromkeys(ROLES, "a"), offsets={"generate": 1}, staleness=1, blocking=False
-    )
+def test_the_last_steps_of_a_pipeline_do_not_count() -> None:
+    plan = ahead(1)
     total = sum(SECONDS.values())
-    whole = timeline_of(plan, 6).model_copy(update={"drain": 1})
-    assert [row.name for row in compare(plan, whole, whole).steps] == ["2", "3", "4"]
-    assert compare(plan, whole, whole).step.measured == pytest.approx(total)
-    window = gantt.window_of(whole, 9)
+    timeline = timeline_of(plan, 6)
+    assert step_seconds(timeline) < total
+    timeline = timeline.model_copy(update={"drain": 1})
+    comparison = compare(plan, timeline, timeline)
+    assert [row.name for row in comparison.steps] == ["2", "3", "4"]
+    assert comparison.step.measured == pytest.approx(total)
+    window = gantt.window_of(timeline, 9)
     assert list(window.ends) == [1, 2, 3, 4] and window.end - window.begin == pytest.approx(3 * total)
 
-    spans = tuple(span for span in whole.spans if span.step < 5 or span.call == "generate")
-    ended_early = whole.model_copy(update={"spans": spans})
-    assert [row.name for row in compare(plan, whole, ended_early).steps] == ["2", "3", "4"]
+
+@pytest.mark.parametrize("staleness", [0, 1, 2])
+@pytest.mark.parametrize("left", [1, 3, 12, 30])
+def test_a_run_that_ended_early_is_compared_with_a_run_that_did_too(staleness: int, left: int) -> None:
+    """Each call took what was expected, so nothing is off, however many calls of the run are missing."""
+    plan = ahead(staleness)
+    expected = forecast(plan, 9)
+    cut = expected.model_copy(update={"source": "measured", "spans": in_order(expected)[:-left]})
+    measured = whole_steps(plan, cut)
+    comparison = compare(plan, forecast_of(plan, measured), measured)
+    assert comparison.step.error == pytest.approx(0, abs=1e-9)
+    assert comparison.controller_overhead == pytest.approx(0, abs=1e-9)
+    assert whole_steps(plan, measured) == measured
+
+
+def in_order(timeline: Timeline) -> tuple[Span, ...]:
+    return tuple(sorted(timeline.spans, key=lambda span: span.end))
 
 
 def test_a_timeline_compared_with_itself_has_no_error() -> None:

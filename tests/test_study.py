@@ -10,6 +10,7 @@ from conftest import colocated, cpu_cluster, make_workload, split
 
 from executor.study import Bench, Job, _memory, engines_of, in_order
 from planner.cli import main
+from planner.predict.forecast import forecast_of
 from planner.predict.profile import Profile
 from planner.predict.schedule import load_plan
 from planner.report.compare import compare
@@ -103,7 +104,14 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     assert gap == json.loads(metrics[0])["log_prob_gap"] < 1e-4  # fp32 on both sides
     assert results["cells"][2]["log_prob_gap"] == gap and "Log-probs of engine and trainer" in page
 
+    assert "of `off` as many as the staleness behind" in page
     ok(plan("compare", directory / "off" / "plan.json", directory / "off", "--out", directory / "compare.png"))
+    off = rows["off"]
+    assert forecast_of(off.plan, off.figures.measured).spans == off.predicted.spans
+    text = study.read_text()
+    study.write_text(text.replace("steps = 3", "steps = 4"))
+    assert "is of 3 steps" in plan("study", study).stderr
+    study.write_text(text)
     before = (directory / "split" / "result.json").read_bytes()
     (directory / "README.md").write_text(page + "\n## Notes\n\nBy hand.\n")
     assert "Every cell has been measured" in ok(plan("study", study))
@@ -134,7 +142,9 @@ def test_a_cell_that_fails_is_recorded_and_the_next_one_runs(ray_two: None, tmp_
     wrong = make_workload(reward={"function": f"{tmp_path}/wrong.py:none"}, critic=None, reference=None)
     right = make_workload(critic=None, reference=None)
     plans = [colocated(wrong, cores=1).model_copy(update={"name": "wrong"}), colocated(right, cores=1)]
-    jobs = [Job(plan=p, steps=2, warmup=1, seconds=0.1, directory=tmp_path / p.name, sha256="x") for p in plans]
+    jobs = [
+        Job(plan=p, steps=2, warmup=1, drain=0, seconds=0.1, directory=tmp_path / p.name, sha256="x") for p in plans
+    ]
     from executor.study import run
 
     said: list[str] = []
@@ -153,7 +163,15 @@ def test_jobs_that_share_engines_follow_each_other(tmp_path: Path) -> None:
     one, two = colocated(workload, cores=1), colocated(workload, cores=2)
     names = {"a": two, "b": one, "c": split(workload), "d": two}
     jobs = [
-        Job(plan=p.model_copy(update={"name": name}), steps=2, warmup=1, seconds=1, directory=tmp_path, sha256="")
+        Job(
+            plan=p.model_copy(update={"name": name}),
+            steps=2,
+            warmup=1,
+            drain=0,
+            seconds=1,
+            directory=tmp_path,
+            sha256="",
+        )
         for name, p in names.items()
     ]
     assert [job.plan.name for job in in_order(jobs)] == ["a", "b", "c", "d"]
@@ -194,7 +212,7 @@ def test_a_plan_made_with_other_profiles_or_for_other_steps_is_not_run(ray_two: 
     text = study.read_text()
     study.write_text(text.replace("steps = 3", "steps = 4"))
     result = plan("study", study)
-    assert result.exit_code == 2 and "4 steps (1 before and 0 behind" in result.stderr and "not of" in result.stderr
+    assert result.exit_code == 2 and "is of 3 steps of plan 'colocated' after 1 to warm up, not of 4" in result.stderr
     study.write_text(text)
     place = study.with_suffix("") / "split" / "plan.json"
     made = Plan.read(place)

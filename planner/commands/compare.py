@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from planner.commands.inputs import check_target, make_console, profiles_of
-from planner.predict.forecast import forecast
+from planner.predict.forecast import forecast_of
 from planner.predict.schedule import load_plan
 from planner.report.compare import compare as compare_timelines
 from planner.report.compare import whole_steps
@@ -20,8 +20,7 @@ def compare(plan: Path, run: Path, out: Path | None, profiles: Sequence[Path]) -
     target = out or run / "compare.png"
     check_target(target, ".png", ".svg", ".pdf")
     found = profiles_of(checked, plan, profiles, make_console(stderr=True))
-    counted = {"warmup": measured.warmup, "drain": measured.drain}
-    predicted = forecast(checked, measured.steps, found).model_copy(update=counted)
+    predicted = forecast_of(checked, measured, found)
     comparison = compare_timelines(checked, predicted, measured)
     from planner.report.gantt import draw  # matplotlib is slow to load
 

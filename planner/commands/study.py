@@ -151,25 +151,16 @@ def _paths(workload: Workload, write: object) -> Workload:
 
 
 def _write(asked: Asked, plan: Plan, inputs: Inputs) -> None:
-    directory, (steps, warmup, drain) = asked.directory / plan.name, _steps(asked.study, plan)
+    directory = asked.directory / plan.name
+    warmup, drain = asked.study.warmup_of(plan.staleness), plan.staleness
     provenance = Provenance(
         version=__version__, seed=plan.workload.seed, command=asked.command, profiles=inputs.provenance
     )
     predicted = plan.predicted or predict(plan, inputs.profiles)
     plan = plan.model_copy(update={"provenance": provenance, "predicted": predicted})
-    timeline = forecast(plan, steps, inputs.profiles).model_copy(update={"warmup": warmup, "drain": drain})
-    timeline.write(directory / "predicted.json")
+    timeline = forecast(plan, warmup + asked.study.steps + drain, inputs.profiles)
+    timeline.model_copy(update={"warmup": warmup, "drain": drain}).write(directory / "predicted.json")
     plan.write(directory / "plan.json")
-
-
-def _steps(study: Study, plan: Plan) -> tuple[int, int, int]:
-    """All steps of a plan, and how many of the first and of the last do not count."""
-    warmup, drain = study.warmup_of(plan.staleness), plan.staleness
-    return warmup + study.steps + drain, warmup, drain
-
-
-def _steps_text(steps: int, warmup: int, drain: int) -> str:
-    return f"{steps} steps ({warmup} before and {drain} behind those that count)"
 
 
 def _plans_table(asked: Asked) -> Table:
@@ -194,12 +185,12 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
     for cell in asked.study.cells:
         directory = asked.directory / cell.name
         plan = load_plan(directory / "plan.json")
+        predicted = _predicted(asked.study, plan, directory)
+        _check_profiles(asked.study, plan)
         again = any(same_plan(plan, other) for other in seen)
         seen.append(plan)
         if again or _measured(asked, cell):
             continue
-        predicted = _predicted(asked.study, plan, directory)
-        _check_profiles(asked.study, plan)
         located = plan.model_copy(update={"workload": _paths(plan.workload, _absolute)})
         sha256 = sha256_of(directory / "plan.json")
         jobs.append(
@@ -221,11 +212,12 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
 def _predicted(study: Study, plan: Plan, directory: Path) -> Timeline:
     """The committed prediction, checked to be of the steps that the study asks for. Raises UserError."""
     predicted = Timeline.read(directory / "predicted.json")
-    found, asked = (predicted.steps, predicted.warmup, predicted.drain), _steps(study, plan)
-    if predicted.plan != plan.name or found != asked:
+    counted, asked = predicted.steps - predicted.warmup - predicted.drain, study.steps
+    warmup = study.warmup_of(plan.staleness)
+    if (predicted.plan, counted, predicted.warmup) != (plan.name, asked, warmup):
         raise UserError(
-            f"{directory / 'predicted.json'} is of plan {predicted.plan!r} and {_steps_text(*found)}, not of "
-            f"{plan.name!r} and {_steps_text(*asked)}; write it anew with --plan-only"
+            f"{directory / 'predicted.json'} is of {counted} steps of plan {predicted.plan!r} after {predicted.warmup} "
+            f"to warm up, not of {asked} of {plan.name!r} after {warmup}; write it anew with --plan-only"
         )
     return predicted
 

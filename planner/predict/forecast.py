@@ -42,6 +42,12 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
     return Timeline(source="simulated", plan=plan.name, steps=steps, warmup=warmup, spans=detailed)
 
 
+def forecast_of(plan: Plan, measured: Timeline, profiles: Sequence[Profile] = ()) -> Timeline:
+    """What was to be expected of the steps of a measured timeline, of which the same count."""
+    counted = {"warmup": measured.warmup, "drain": measured.drain}
+    return forecast(plan, measured.steps, profiles).model_copy(update=counted)
+
+
 def _with_parts(span: Span, estimate: Estimate) -> Span:
     parts = {name: float(s[span.step % len(s)]) for name, s in estimate.parts.items()}
     return Span(

@@ -16,7 +16,8 @@ from planner.spec.timeline import Timeline, mean_call_seconds, step_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Seconds of one call (mean after the warm-up) or of one step. `error` is predicted over measured, less 1."""
+    """Seconds of one call (mean over the steps that count) or of one step. `error` is predicted over measured, less
+    1."""
 
     name: str
     pools: tuple[str, ...] = ()
@@ -30,7 +31,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`steps` has a row per step after the warm-up, from the end of one `update_actor` to the next. The re-simulated
+    """`steps` has a row per step that counts, from the end of one `update_actor` to the next. The re-simulated
     step time is that of the same program with the measured durations; what the measured step takes beyond it is the
     controller's."""
 
@@ -48,7 +49,7 @@ class Comparison:
 
 
 def compare(plan: Plan, predicted: Timeline, measured: Timeline) -> Comparison:
-    """Compare two timelines of one plan. Steps that the run did not finish are left out. Raises UserError."""
+    """Compare two timelines of one plan. Steps that the run did not finish do not count. Raises UserError."""
     measured = whole_steps(plan, measured)
     calls_predicted, calls_measured = mean_call_seconds(predicted), mean_call_seconds(measured)
     pools = {span.call: span.pools for span in predicted.spans}
@@ -72,8 +73,9 @@ def compare(plan: Plan, predicted: Timeline, measured: Timeline) -> Comparison:
 
 
 def resimulate(plan: Plan, measured: Timeline) -> Timeline:
-    """The plan's program simulated with the measured durations of whole steps: a run with a controller that costs
-    nothing. Raises UserError as `whole_steps` does."""
+    """The plan's program simulated with the measured durations, up to the steps that were begun ahead of the last whole
+    one (what did not run takes no time): a run with a controller that costs nothing. Raises UserError as `whole_steps`
+    does."""
     measured = whole_steps(plan, measured)
     seconds: dict[tuple[str, int], float] = defaultdict(float)  # of all chunks and attempts
     for span in measured.spans:
@@ -83,8 +85,8 @@ def resimulate(plan: Plan, measured: Timeline) -> Timeline:
 
 
 def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
-    """The leading steps of which every call was run. Raises UserError if there is none after the warm-up, or if the
-    timeline is of another program."""
+    """The leading steps of which every call was run; those that a run that ended early had begun ahead of them stay and
+    do not count. Raises UserError if no whole step follows the warm-up, or if the timeline is of another program."""
     calls = {call.name for call in plan.dataflow.calls}
     if unknown := {span.call for span in timeline.spans} - calls:
         raise UserError(
@@ -103,9 +105,10 @@ def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
             f"the run finished {steps} steps, of which {timeline.warmup} are warm-up; there is nothing to compare, "
             "execute more steps"
         )
-    spans = tuple(span for span in timeline.spans if span.step < steps)
-    drain = max(0, timeline.drain - (timeline.steps - steps))  # a run that ended early went on generating
-    return timeline.model_copy(update={"steps": steps, "drain": drain, "spans": spans})
+    last = min(steps, timeline.steps - timeline.drain)
+    begun = min(steps + plan.staleness, timeline.steps)
+    spans = tuple(span for span in timeline.spans if span.step < begun)
+    return timeline.model_copy(update={"steps": begun, "drain": begun - last, "spans": spans})
 
 
 def steps_of(timeline: Timeline) -> dict[int, float]:

@@ -35,12 +35,13 @@ def page(study: Study, rows: Sequence[Row], path: str) -> str:
 
 def _conditions(study: Study, rows: Sequence[Row], path: str) -> str:
     workload, cluster = rows[0].plan.workload, rows[0].plan.cluster
-    drained = " and as many as its staleness behind" if any(row.predicted.drain for row in rows) else ""
+    drained = ", ".join(f"`{row.cell.name}`" for row in rows if row.predicted.drain)
+    behind = f", and of {drained} as many as the staleness behind" if drained else ""
     text = (
         f"Workload `{workload.name}`: batch {workload.batch}, minibatch {workload.minibatch}, prompts "
         f"{_lengths(workload.prompt)}, responses {_lengths(workload.response)}; {len(cluster.gpus)} GPUs "
         f"({cluster.name}). {study.steps} measured steps of each plan, after {study.warmup} (or staleness + 1) before"
-        f"{drained}. Each plan and its predicted timeline were written before anything was measured."
+        f"{behind}. Each plan and its predicted timeline were written before anything was measured."
     )
     results = [row.figures.result for row in rows if row.figures]
     if results:
@@ -125,11 +126,12 @@ def ranks(rows: Sequence[Row]) -> tuple[dict[str, int], dict[str, int]]:
 
 
 PLANS = (
-    "Seconds per step are (end of the last `update_actor` − end of the last warm-up one) / steps between, of the "
-    "predicted timeline of the same steps and of the measured one; an error is predicted over measured, less 1. Rank: "
-    "predicted → measured. Overhead: measured step time over the same program re-simulated with the measured seconds, "
-    "less 1. Against a reference: predicted / measured, of cells measured on one host. MFU: 6 FLOPs per parameter and "
-    "token and attention (recomputation not counted), over the measured bf16 matrix rate of the GPUs; `results.json` "
+    "Seconds per step are (end of the last `update_actor` that counts − end of the last warm-up one) / steps between, "
+    "of the predicted timeline of the same steps and of the measured one; an error is predicted over measured, less 1. "
+    "Rank: predicted → measured. Overhead: measured step time over the same program re-simulated with the measured "
+    "seconds, less 1. Against a reference: predicted / measured, of cells measured on one host. MFU: 6 FLOPs per "
+    "parameter and token and attention (recomputation not counted), over the measured bf16 matrix rate of the GPUs; "
+    "`results.json` "
     "has it also with the vocabulary's head counted for responses only, for which alone it is computed."
 )
 

@@ -32,8 +32,8 @@ class Cell(Spec):
 
 class Study(File):
     """Plans of one workload on one cluster. `steps` are measured in each cell, after `warmup` ones or as many as its
-    pipeline takes to fill and one more. `matrix_flops` is the measured rate of a bf16 matrix product on one GPU,
-    FLOP/s, of which the updates' share is stated."""
+    pipeline takes to fill and one more, and before those in which it drains. `matrix_flops` is the measured rate of a
+    bf16 matrix product on one GPU, FLOP/s, of which the updates' share is stated."""
 
     SCHEMA: ClassVar[str] = "splitplan/study/1"
 
@@ -56,7 +56,7 @@ class Study(File):
         return self
 
     def warmup_of(self, staleness: int) -> int:
-        """Steps of a plan that do not count."""
+        """First steps of a plan, which do not count."""
         return max(self.warmup, staleness + 1)
 
 
