@@ -17,6 +17,7 @@ from planner.cli import KINDS, Commands, main
 from planner.predict.schedule import load_plan
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir
 from planner.spec.timeline import Timeline
 
 
@@ -206,6 +207,8 @@ def test_simulate_writes_what_is_asked(tmp_path: Path, written: Path) -> None:
     assert targets["--gantt"].read_bytes().startswith(b"\x89PNG")
     assert "s per step" in result.stdout
     assert "at least 1" in one_line(plan("simulate", written, "--steps", "0"))
+    other = profiles_dir() / "h200" / "7b.json"
+    assert "profile 1 (h200, hidden 3584, 28 layers) is for" in one_line(plan("simulate", written, "--profile", other))
     assert ".png or .svg or .pdf" in one_line(plan("simulate", written, "--gantt", tmp_path / "sim.jpg"))
 
 

@@ -65,8 +65,12 @@ def test_truncated_plan(tmp_path, cut):
 
 
 def test_plan_of_another_kind_or_version(tmp_path):
-    refused(tmp_path, plan_json(schema="splitplan/plan/9"), "splitplan/plan/9")
-    refused(tmp_path, plan_json(schema="splitplan/timeline/1"), "splitplan/timeline/1")
+    refused(tmp_path, plan_json(schema="splitplan/plan/9"), "make it anew, or use the splitplan that made it")
+    refused(
+        tmp_path,
+        plan_json(schema="splitplan/timeline/1"),
+        "'splitplan/timeline/1', but 'splitplan/plan/1' is needed here; name a file",
+    )
     data = plan_json()
     del data["schema"]
     refused(tmp_path, data, 'no "schema" key')

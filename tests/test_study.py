@@ -134,6 +134,8 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     split_plan.model_copy(update={"name": "other"}).write(directory / "split" / "plan.json")
     changed = {row.cell.name: row for row in rows_of(load_study(study), directory)}
     assert changed["split"].figures is None and changed["off"].figures is not None
+    ok(plan("study", study, "--report"))
+    assert "- `split`: not run since its plan changed" in (directory / "README.md").read_text()
 
 
 def test_a_cell_that_fails_is_recorded_and_the_next_one_runs(ray_two: None, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from planner.predict.profile import Profile, load_profiles, warnings_of
+from planner.predict.profile import Profile, check_profiles, load_profiles, warnings_of
 from planner.spec.cluster import Cluster, load_cluster, make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import MOST_STEPS, profiles_dir
@@ -74,7 +74,9 @@ def profiles_of(plan: Plan, path: Path, given: Sequence[Path], console: Console)
     """The profiles to simulate a plan with: those given, else those that it was searched with, looked for where its
     provenance says and beside it. One that is gone or has changed is named, and left out. Raises UserError."""
     if given or plan.provenance is None:
-        return _load(given, console)
+        loaded = _load(given, console)
+        check_profiles(loaded, plan.workload, plan.cluster)
+        return loaded
     found = []
     for name, sha256 in plan.provenance.profiles.items():
         profile = _same_profile((Path(name), path.parent / name, path.parent / Path(name).name), sha256)

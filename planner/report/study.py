@@ -89,6 +89,7 @@ class Row:
     predicted: Timeline
     predicted_seconds: float
     result: CellResult | None = None
+    changed: bool = False  # it was measured, and its plan is another one since
     figures: Figures | None = None
     same_as: str | None = None
     speed_ups: dict[str, tuple[float, float]] = field(default_factory=dict)  # reference -> (predicted, measured)
@@ -135,7 +136,8 @@ def rows_of(study: Study, directory: Path) -> list[Row]:
                 plan=plan,
                 predicted=predicted,
                 predicted_seconds=step_seconds(predicted),
-                result=read_result(place),
+                result=(result := read_result(place)),
+                changed=result is None and (place / "result.json").exists(),
                 same_as=twin.cell.name if twin else None,
             )
         )

@@ -222,12 +222,14 @@ def _pictures(rows: Sequence[Row]) -> str:
 
 
 def _not_measured(rows: Sequence[Row]) -> str:
-    lines = [
-        f"- `{row.cell.name}`: " + (f"failed: {row.result.reason}" if row.result else "not run yet")
-        for row in rows
-        if row.figures is None
-    ]
+    lines = [f"- `{row.cell.name}`: {_why_not(row)}" for row in rows if row.figures is None]
     return "## Not measured\n\n" + "\n".join(lines) if lines else ""
+
+
+def _why_not(row: Row) -> str:
+    if row.result:
+        return f"failed: {row.result.reason}"
+    return "not run since its plan changed" if row.changed else "not run yet"
 
 
 def _provenance(rows: Sequence[Row]) -> str:

@@ -66,9 +66,10 @@ class File(Spec):
         if schema is None:
             raise UserError(f'{path}: no "schema" key; a file of this kind starts with "schema": "{cls.SCHEMA}"')
         if schema != cls.SCHEMA:
-            raise UserError(
-                f"{path}: schema is {schema!r}, but {cls.SCHEMA!r} is needed here; name a file of that kind"
-            )
+            kind = cls.SCHEMA.rpartition("/")[0]
+            other = f"{schema}".startswith(f"{kind}/")
+            what = "make it anew, or use the splitplan that made it" if other else "name a file of that kind"
+            raise UserError(f"{path}: schema is {schema!r}, but {cls.SCHEMA!r} is needed here; {what}")
         return cls.parse(data, path)
 
     @classmethod

@@ -54,11 +54,15 @@ def plan_of(name: str) -> Plan:
         pools, roles = {"all": 2}, dict.fromkeys(ROLES, "all")
         layouts["actor"] = {"shard": 1, "replicas": 2, "micro_batch_tokens": 1024, "recompute": True}
         layouts["rollout"] |= {"replicas": 1, "tensor_parallel": 2}
+    elif name == "four_gpus":  # FSDP within pairs of GPUs that are replicas of each other, one engine over all
+        pools, roles = {"all": 4}, dict.fromkeys(ROLES, "all")
+        layouts |= {role: {"shard": 2, "replicas": 2, "micro_batch_tokens": 1024} for role in ("actor", "critic")}
+        layouts["rollout"] |= {"replicas": 1, "tensor_parallel": 4}
     elif name == "one_step_off":  # NCCL alone
         roles |= {"rollout": "b", "critic": "a", "reward": "a"}
         layouts["rollout"] |= {"replicas": 1}
         more = {"offsets": {"generate": 1}, "staleness": 1}
-    cluster = make_cluster(2, "h200", 2)
+    cluster = make_cluster(sum(pools.values()), "h200", 8)
     return make_plan(workload, pools, roles, order=SERIAL, layouts=layouts, cluster=cluster, name=name, **more)
 
 
@@ -70,9 +74,11 @@ def ray_gpus() -> Any:
         yield
 
 
-@pytest.mark.parametrize("name", ["spanning", "asleep", "asleep_ahead", "tensor_parallel", "one_step_off"])
+@pytest.mark.parametrize("name", ["spanning", "asleep", "asleep_ahead", "tensor_parallel", "one_step_off", "four_gpus"])
 def test_engines_sample_from_what_the_trainers_see(ray_gpus: None, name: str) -> None:
     plan = plan_of(name)
+    if (count := len(plan.cluster.gpus)) > torch.cuda.device_count():
+        pytest.skip(f"needs {count} GPUs")
     backend = Recording(plan)
     backend.take(3)
     for number, metrics in enumerate(backend.metrics):
