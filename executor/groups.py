@@ -1,7 +1,7 @@
 """What a profile measures: groups of small plans that run side by side on the GPUs, each with batches of several sizes
 that the same processes run one after the other, and how long that takes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -90,11 +90,16 @@ def groups_of(workload: Workload, cluster: Cluster, only: str = "") -> list[Grou
     return _estimated(chosen, workload, cluster)
 
 
-def on_this_host(cluster: Cluster) -> Cluster:
-    """The cluster with no more host memory than this machine has: groups that need more are left out."""
+def groups_here(workload: Workload, cluster: Cluster, only: str, say: Callable[[str], None]) -> list[Group]:
+    """As `groups_of`, but for groups that offload more than this machine's memory holds; `say` is told of them."""
     (node,) = cluster.nodes
     there = min(node.host_memory_bytes, memory_bytes())
-    return cluster.model_copy(update={"nodes": (node.model_copy(update={"host_memory_bytes": there}),)})
+    smaller = cluster.model_copy(update={"nodes": (node.model_copy(update={"host_memory_bytes": there}),)})
+    here = [group for group in groups_of(workload, smaller) if only in group.name]
+    for name in [group.name for group in groups_of(workload, cluster, only)]:
+        if name not in {group.name for group in here}:
+            say(f"left out, for this machine's {there / 1e9:.0f} GB of memory do not hold what it offloads: {name}")
+    return here
 
 
 def fitting(groups: Sequence[Group], seconds: float) -> list[Group | None]:

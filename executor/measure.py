@@ -18,7 +18,7 @@ import numpy as np
 
 from executor import pools, preflight
 from executor.data import Ints, Prompts, PromptSource, Sequences, Synthetic
-from executor.groups import Batch, Group, fitting, groups_of, on_this_host
+from executor.groups import Batch, Group, fitting, groups_here
 from executor.processes import fleet_for
 from executor.run import Silent, loop
 from executor.session import ray_session
@@ -56,10 +56,10 @@ def profile(
     began = time.monotonic()
     if len(cluster.nodes) != 1:
         raise UserError(f"cluster {cluster.name!r} has {len(cluster.nodes)} nodes; measure on one node of each kind")
-    workload, cluster = _without_evaluation(workload), on_this_host(cluster)
+    workload = _without_evaluation(workload)
     empty = _empty(workload, cluster, command)
     result = _resumed(out, empty)
-    groups = groups_of(workload, cluster, only)
+    groups = groups_here(workload, cluster, only, progress)
     if not groups:
         raise UserError(f"workload {workload.name!r} fits no {len(cluster.gpus)} GPUs of {cluster.name} as one plan")
     preflight.check(max(_plans(groups), key=pools.needed), local=True)

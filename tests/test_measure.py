@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import cpu_cluster, make_workload
 
-from executor.groups import Batch, Group, fitting, groups_of
+from executor.groups import Batch, Group, fitting, groups_here, groups_of
 from executor.measure import Sample, measure, profile, summed_up
 from executor.pools import Fleet
 from planner.predict.cost import CostModel
@@ -126,15 +126,18 @@ def test_only_some_groups_may_be_measured() -> None:
         groups_of(H200, make_cluster(4), "shard 8")
 
 
-def test_what_the_host_does_not_hold_is_not_measured() -> None:
+def test_what_the_host_does_not_hold_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     large = load_workload(profiles_dir() / "workloads" / "h200-7b.toml")
+    said: list[str] = []
 
     def names(host_gigabytes: int) -> list[str]:
-        cluster = make_cluster(2, gpus_per_node=2, host_memory_bytes=host_gigabytes * 10**9)
-        return [group.name for group in groups_of(large, cluster)]
+        monkeypatch.setattr("executor.groups.memory_bytes", lambda: host_gigabytes * 10**9)
+        return [group.name for group in groups_here(large, make_cluster(2, gpus_per_node=2), "", said.append)]
 
-    both, apart = names(2000), names(230)
-    assert ["shard 2" in name for name in both] == [True, False] and apart == both[1:]
+    both = names(2000)
+    assert ["shard 2" in name for name in both] == [True, False] and not said
+    assert names(230) == both[1:]
+    assert said == [f"left out, for this machine's 230 GB of memory do not hold what it offloads: {both[0]}"]
 
 
 @pytest.mark.parametrize(
