@@ -18,7 +18,7 @@ from conftest import colocated, make_workload
 from processes import descendants, end_agents, working
 from test_checkpoint import metrics_of
 
-from executor import checkpoint
+from executor import checkpoint, session
 from executor.execute import Survival, execute
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
@@ -116,10 +116,13 @@ class Controlled:
 
 
 @pytest.fixture
-def temporary() -> Iterator[str]:
-    """A short path for sockets; whatever is killed, nothing is left in it."""
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A short path for sockets; whatever is killed, nothing is left in it when the next session begins: for a moment
+    Ray's processes may outlive theirs, and write."""
     path = Path(tempfile.mkdtemp(prefix="s-"))
     yield str(path)
+    monkeypatch.setattr(tempfile, "tempdir", str(path))
+    session._sweep()
     left = [str(name) for name in path.iterdir()]
     shutil.rmtree(path)
     assert not left
