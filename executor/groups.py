@@ -83,23 +83,31 @@ class Group:
 def groups_of(workload: Workload, cluster: Cluster, only: str = "") -> list[Group]:
     """All groups of a workload on one node whose names contain `only`, the most valuable first, with their estimates.
     Raises UserError if there are others alone."""
-    on_cpu = cluster.device_of(cluster.gpus[0]).kind == "cpu"
-    found = list(_on_cores(workload, cluster) if on_cpu else _on_gpus(workload, cluster))
+    found = _all(workload, cluster)
     if not (chosen := [group for group in found if only in group.name]) and found:
         raise UserError(f"--only {only}: no group is named so; there are {'; '.join(group.name for group in found)}")
     return _estimated(chosen, workload, cluster)
 
 
+def _all(workload: Workload, cluster: Cluster) -> list[Group]:
+    on_cpu = cluster.device_of(cluster.gpus[0]).kind == "cpu"
+    return list(_on_cores(workload, cluster) if on_cpu else _on_gpus(workload, cluster))
+
+
 def groups_here(workload: Workload, cluster: Cluster, only: str, say: Callable[[str], None]) -> list[Group]:
-    """As `groups_of`, but for groups that offload more than this machine's memory holds; `say` is told of them."""
+    """As `groups_of`, but for groups that offload more than this machine's memory holds; `say` is told of them. Raises
+    UserError if no other is left."""
     (node,) = cluster.nodes
     there = min(node.host_memory_bytes, memory_bytes())
     smaller = cluster.model_copy(update={"nodes": (node.model_copy(update={"host_memory_bytes": there}),)})
-    here = [group for group in groups_of(workload, smaller) if only in group.name]
-    for name in [group.name for group in groups_of(workload, cluster, only)]:
-        if name not in {group.name for group in here}:
-            say(f"left out, for this machine's {there / 1e9:.0f} GB of memory do not hold what it offloads: {name}")
-    return here
+    every, here = groups_of(workload, cluster, only), [g for g in _all(workload, smaller) if only in g.name]
+    left_out = [group.name for group in every if group.name not in {g.name for g in here}]
+    why = f"this machine's {there / 1e9:.0f} GB of memory do not hold what it offloads"
+    if left_out and not here:
+        raise UserError(f"{'; '.join(left_out)}: {why}; measure something else, or on a machine that has more")
+    for name in left_out:
+        say(f"left out, for {why}: {name}")
+    return _estimated(here, workload, cluster)
 
 
 def fitting(groups: Sequence[Group], seconds: float) -> list[Group | None]:

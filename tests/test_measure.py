@@ -138,6 +138,12 @@ def test_what_the_host_does_not_hold_is_not_measured(monkeypatch: pytest.MonkeyP
     assert ["shard 2" in name for name in both] == [True, False] and not said
     assert names(230) == both[1:]
     assert said == [f"left out, for this machine's 230 GB of memory do not hold what it offloads: {both[0]}"]
+    monkeypatch.setattr("executor.groups.memory_bytes", lambda: 230 * 10**9)
+    with pytest.raises(UserError, match="do not hold what it offloads; measure something else"):
+        groups_here(large, make_cluster(2, gpus_per_node=2), "shard 2", said.append)
+    monkeypatch.setattr("executor.groups.memory_bytes", lambda: 2000 * 10**9)
+    for only in ("", "that sleep"):
+        assert groups_here(H200, make_cluster(4), only, said.append) == groups_of(H200, make_cluster(4), only)
 
 
 @pytest.mark.parametrize(

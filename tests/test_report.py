@@ -176,6 +176,32 @@ def test_an_interrupted_run_is_compared_by_its_whole_steps() -> None:
         whole_steps(plan, run.model_copy(update={"spans": run.spans[:12]}))
 
 
+def test_a_run_resumed_under_another_plan_is_compared_from_where_it_went_on() -> None:
+    plan = ahead(1)
+    whole = forecast(plan, 9)
+    resumed = whole.model_copy(update={"warmup": 5, "spans": tuple(s for s in whole.spans if s.step >= 3)})
+    measured = whole_steps(plan, resumed)
+    assert (measured.steps, measured.drain) == (9, 0)
+    comparison = compare(plan, forecast_of(plan, measured), measured)
+    assert comparison.step.error == pytest.approx(0, abs=1e-9)
+    assert [row.name for row in comparison.steps] == ["5", "6", "7", "8"]
+    with pytest.raises(UserError, match="finished 1 steps, of which 2 are warm-up"):
+        whole_steps(plan, resumed.model_copy(update={"spans": tuple(s for s in resumed.spans if s.step < 4)}))
+
+
+def test_a_call_that_never_counts_is_compared_by_the_steps_before() -> None:
+    """Evaluated every third step, of which the measured run counts none."""
+    plan = ahead(1)
+    spans = tuple(s for s in timeline_of(plan, 6).spans if s.call != "score" or s.step in (0, 5))
+    timeline = timeline_of(plan, 6).model_copy(update={"drain": 1, "spans": spans})
+    slow = [Span(**{**vars_of(s), "end": s.end + 9}) if s.step == 5 and s.call == "score" else s for s in spans]
+    assert mean_call_seconds(timeline.model_copy(update={"spans": tuple(slow)})) == mean_call_seconds(timeline)
+
+
+def vars_of(span: Span) -> dict[str, object]:
+    return {name: getattr(span, name) for name in span.__slots__}
+
+
 def test_a_run_of_another_plan_is_refused() -> None:
     run = serial_run(colocated(make_workload()), 4, gap=0.1)
     with pytest.raises(UserError, match="pool 'all' that plan 'one-step-off' does not have"):

@@ -110,7 +110,8 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     assert forecast_of(off.plan, off.figures.measured).spans == off.predicted.spans
     text = study.read_text()
     study.write_text(text.replace("steps = 3", "steps = 4"))
-    assert "is of 3 steps" in plan("study", study).stderr
+    for command in (("study", study), ("study", study, "--report")):
+        assert f"delete {directory / 'colocated' / 'result.json'} and write it anew" in plan(*command).stderr
     study.write_text(text)
     before = (directory / "split" / "result.json").read_bytes()
     (directory / "README.md").write_text(page + "\n## Notes\n\nBy hand.\n")
@@ -131,7 +132,7 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
         assert says in page and ("Retries: how often" in page) == bool(memory.retries)
 
     split_plan = Plan.read(directory / "split" / "plan.json")
-    split_plan.model_copy(update={"name": "other"}).write(directory / "split" / "plan.json")
+    split_plan.model_copy(update={"predicted": None}).write(directory / "split" / "plan.json")
     changed = {row.cell.name: row for row in rows_of(load_study(study), directory)}
     assert changed["split"].figures is None and changed["off"].figures is not None
     ok(plan("study", study, "--report"))

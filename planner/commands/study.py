@@ -13,6 +13,7 @@ from planner import __version__
 from planner.commands.execute import need_extra
 from planner.commands.inputs import Inputs, make_console, read_inputs
 from planner.predict.forecast import forecast, predict
+from planner.predict.profile import check_profiles, load_profiles
 from planner.predict.schedule import check, load_plan
 from planner.report import study_page
 from planner.report.judged import with_notes
@@ -156,6 +157,7 @@ def _write(asked: Asked, plan: Plan, inputs: Inputs) -> None:
     provenance = Provenance(
         version=__version__, seed=plan.workload.seed, command=asked.command, profiles=inputs.provenance
     )
+    check_profiles(inputs.profiles, plan.workload, plan.cluster)  # a search has done so
     predicted = plan.predicted or predict(plan, inputs.profiles)
     plan = plan.model_copy(update={"provenance": provenance, "predicted": predicted})
     timeline = forecast(plan, warmup + asked.study.steps + drain, inputs.profiles)
@@ -185,12 +187,12 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
     for cell in asked.study.cells:
         directory = asked.directory / cell.name
         plan = load_plan(directory / "plan.json")
-        predicted = _predicted(asked.study, plan, directory)
-        _check_profiles(asked.study, plan)
+        predicted = _predicted(asked, cell, plan)
         again = any(same_plan(plan, other) for other in seen)
         seen.append(plan)
         if again or _measured(asked, cell):
             continue
+        _check_profiles(asked.study, plan)
         located = plan.model_copy(update={"workload": _paths(plan.workload, _absolute)})
         sha256 = sha256_of(directory / "plan.json")
         jobs.append(
@@ -209,23 +211,23 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
         console.print(f"No time for {', '.join(left)}; give the same command again.", soft_wrap=True)
 
 
-def _predicted(study: Study, plan: Plan, directory: Path) -> Timeline:
+def _predicted(asked: Asked, cell: Cell, plan: Plan) -> Timeline:
     """The committed prediction, checked to be of the steps that the study asks for. Raises UserError."""
+    directory = asked.directory / cell.name
     predicted = Timeline.read(directory / "predicted.json")
-    counted, asked = predicted.steps - predicted.warmup - predicted.drain, study.steps
-    warmup = study.warmup_of(plan.staleness)
-    if (predicted.plan, counted, predicted.warmup) != (plan.name, asked, warmup):
+    counted, warmup = predicted.steps - predicted.warmup - predicted.drain, asked.study.warmup_of(plan.staleness)
+    if (predicted.plan, counted, predicted.warmup) != (plan.name, asked.study.steps, warmup):
+        first = f"delete {directory / 'result.json'} and " if _measured(asked, cell) else ""
         raise UserError(
             f"{directory / 'predicted.json'} is of {counted} steps of plan {predicted.plan!r} after {predicted.warmup} "
-            f"to warm up, not of {asked} of {plan.name!r} after {warmup}; write it anew with --plan-only"
+            f"to warm up, not of {asked.study.steps} of {plan.name!r} after {warmup}; {first}write it anew with "
+            "--plan-only"
         )
     return predicted
 
 
 def _check_profiles(study: Study, plan: Plan) -> None:
     """Raise UserError unless the plan was made with the profiles that the study names, as they are now."""
-    from planner.predict.profile import load_profiles
-
     now = sorted(profile.sha256 for profile in load_profiles(study.profiles))
     made_with = sorted(plan.provenance.profiles.values()) if plan.provenance else []
     if now != made_with:
@@ -240,6 +242,8 @@ def _check_profiles(study: Study, plan: Plan) -> None:
 def _report(asked: Asked, console: Console) -> None:
     study, directory = asked.study, asked.directory
     rows = rows_of(study, directory)
+    for row in rows:
+        _predicted(asked, row.cell, row.plan)
     _draw(study, rows, directory)
     page = directory / "README.md"
     before = page.read_text(encoding="utf-8") if page.exists() else ""

@@ -85,8 +85,9 @@ def resimulate(plan: Plan, measured: Timeline) -> Timeline:
 
 
 def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
-    """The leading steps of which every call was run; those that a run that ended early had begun ahead of them stay and
-    do not count. Raises UserError if no whole step follows the warm-up, or if the timeline is of another program."""
+    """The leading steps of which every call was run, from the first one that is there (a run that was resumed under
+    another plan begins with that). Of a run that ended early those that it had begun ahead stay, as its `drain`. Raises
+    UserError if no whole step follows the warm-up, or if the timeline is of another program."""
     calls = {call.name for call in plan.dataflow.calls}
     if unknown := {span.call for span in timeline.spans} - calls:
         raise UserError(
@@ -97,13 +98,13 @@ def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
             f"the timeline has a pool {min(other)!r} that plan {plan.name!r} does not have; give the plan of that run"
         )
     ran = {(span.call, span.step) for span in timeline.spans}
-    steps = 0
+    first = steps = min((span.step for span in timeline.spans), default=0)
     while steps < timeline.steps and all((c.name, steps) in ran for c in plan.dataflow.calls if c.runs_at(steps)):
         steps += 1
     if steps <= timeline.warmup:
         raise UserError(
-            f"the run finished {steps} steps, of which {timeline.warmup} are warm-up; there is nothing to compare, "
-            "execute more steps"
+            f"the run finished {steps - first} steps, of which {timeline.warmup - first} are warm-up; there is nothing "
+            "to compare, execute more steps"
         )
     last = min(steps, timeline.steps - timeline.drain)
     begun = min(steps + plan.staleness, timeline.steps)

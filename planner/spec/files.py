@@ -62,15 +62,19 @@ class File(Spec):
     def read(cls, path: Path) -> Self:
         """Parse a JSON or TOML file (by its suffix). Raises UserError naming the file, the key and what to do."""
         data = read_data(path)
+        cls.check_schema(data, path)
+        return cls.parse(data, path)
+
+    @classmethod
+    def check_schema(cls, data: dict[str, Any], path: Path) -> None:
+        """Raise UserError unless this is a file of this kind and version."""
         schema = data.get("schema")
         if schema is None:
             raise UserError(f'{path}: no "schema" key; a file of this kind starts with "schema": "{cls.SCHEMA}"')
         if schema != cls.SCHEMA:
-            kind = cls.SCHEMA.rpartition("/")[0]
-            other = f"{schema}".startswith(f"{kind}/")
-            what = "make it anew, or use the splitplan that made it" if other else "name a file of that kind"
+            same_kind = str(schema).startswith(cls.SCHEMA.rpartition("/")[0] + "/")
+            what = "make it anew, or use the splitplan that made it" if same_kind else "name a file of that kind"
             raise UserError(f"{path}: schema is {schema!r}, but {cls.SCHEMA!r} is needed here; {what}")
-        return cls.parse(data, path)
 
     @classmethod
     def parse(cls, data: dict[str, Any], path: Path) -> Self:

@@ -1,11 +1,10 @@
 """A study: plans that are predicted first, then run for real, cell by cell; and what one cell left behind."""
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from planner.spec.errors import UserError
 from planner.spec.files import Bytes, Count, File, Spec, Steps, read_data
 from planner.spec.plan import Gpu
 
@@ -64,21 +63,14 @@ def load_study(path: Path) -> Study:
     """Read a study from TOML or JSON; relative paths start at the file's folder. Raises UserError."""
     data, base = read_data(path), path.parent
     for key in ("workload", "cluster"):
-        if isinstance(data.get(key), str) and (Path(data[key]).suffix or "/" in data[key]):
+        if isinstance(data.get(key), str) and (base / data[key]).exists():  # else a shipped one, by its name
             data[key] = str(base / data[key])
     if isinstance(data.get("profiles"), list):
         data["profiles"] = [base / name if isinstance(name, str) else name for name in data["profiles"]]
     for cell in data.get("cells", ()) if isinstance(data.get("cells"), list) else ():
         if isinstance(cell, dict) and isinstance(cell.get("plan"), str):
             cell["plan"] = base / cell["plan"]
-    return _checked(data, path)
-
-
-def _checked(data: dict[str, Any], path: Path) -> Study:
-    if data.get("schema") != Study.SCHEMA:
-        raise UserError(
-            f"{path}: schema is {data.get('schema')!r}, but {Study.SCHEMA!r} is needed; name a study's file"
-        )
+    Study.check_schema(data, path)
     return Study.parse(data, path)
 
 

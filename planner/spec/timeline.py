@@ -35,7 +35,7 @@ class Span:
 
 class Timeline(File):
     """Spans in order of their issue. In the step time the first `warmup` steps do not count, in which a pipeline fills,
-    nor the last `drain`, in which it generates nothing more (0 in a run, whose last steps are few of many)."""
+    nor the last `drain`: in a study those in which it generates nothing more; in a run none, which are few of many."""
 
     SCHEMA: ClassVar[str] = "splitplan/timeline/1"
 
@@ -74,11 +74,10 @@ def step_seconds(timeline: Timeline) -> float:
 
 
 def mean_call_seconds(timeline: Timeline) -> dict[str, float]:
-    """Mean duration of each call in the steps that count (of all its spans if there are none)."""
-    calls = dict.fromkeys(span.call for span in timeline.spans)
-    return {call: float(np.mean(_durations(timeline, call))) for call in calls}
-
-
-def _durations(timeline: Timeline, call: str) -> list[float]:
-    every = [span for span in timeline.spans if span.call == call]
-    return [span.seconds for span in every if timeline.counts(span.step)] or [span.seconds for span in every]
+    """Mean duration of each call in the steps that count (of those before too if there are none)."""
+    found: dict[str, list[Span]] = {}
+    for span in timeline.spans:
+        if span.step < timeline.steps - timeline.drain:
+            found.setdefault(span.call, []).append(span)
+    counted = {call: [span for span in spans if timeline.counts(span.step)] or spans for call, spans in found.items()}
+    return {call: float(np.mean([span.seconds for span in spans])) for call, spans in counted.items()}

@@ -206,8 +206,7 @@ def load_workload(path: Path) -> Workload:
         for key in ("train", "evaluation"):
             if isinstance(files.get(key), str):
                 files[key] = str(base / files[key])
-    if data.get("schema") != Workload.SCHEMA:
-        raise UserError(f"{path}: schema is {data.get('schema')!r}, but {Workload.SCHEMA!r} is needed here")
+    Workload.check_schema(data, path)
     return Workload.parse(data, path)
 
 
