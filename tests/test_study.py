@@ -104,7 +104,7 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     assert gap == json.loads(metrics[0])["log_prob_gap"] < 1e-4  # fp32 on both sides
     assert results["cells"][2]["log_prob_gap"] == gap and "Log-probs of engine and trainer" in page
 
-    assert "of `off` as many as the staleness behind" in page
+    assert "of `off` as many as the staleness follow" in page
     ok(plan("compare", directory / "off" / "plan.json", directory / "off", "--out", directory / "compare.png"))
     off = rows["off"]
     assert forecast_of(off.plan, off.figures.measured).spans == off.predicted.spans

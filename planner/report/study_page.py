@@ -36,7 +36,7 @@ def page(study: Study, rows: Sequence[Row], path: str) -> str:
 def _conditions(study: Study, rows: Sequence[Row], path: str) -> str:
     workload, cluster = rows[0].plan.workload, rows[0].plan.cluster
     drained = ", ".join(f"`{row.cell.name}`" for row in rows if row.predicted.drain)
-    behind = f", and of {drained} as many as the staleness behind" if drained else ""
+    behind = f"; of {drained} as many as the staleness follow, which do not count either" if drained else ""
     text = (
         f"Workload `{workload.name}`: batch {workload.batch}, minibatch {workload.minibatch}, prompts "
         f"{_lengths(workload.prompt)}, responses {_lengths(workload.response)}; {len(cluster.gpus)} GPUs "
