@@ -63,6 +63,7 @@ class Host(Worker):
         if dist.is_initialized():
             dist.destroy_process_group()
         self.roles: dict[str, Hosted] = {}
+        gc.unfreeze()  # see `Trainer.warm_up`
         gc.collect()
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()  # an engine that starts on this GPU takes what is free

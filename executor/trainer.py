@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,10 +50,9 @@ class Trainer(Host):
     def warm_up(self) -> None:
         """Compile all that the roles run and take all the memory that a step may, by a full micro-batch each: then the
         first step is as fast as any, and what does not fit fails now. Leaves nothing behind: no optimizer step is
-        taken. A collective; nothing to do where nothing is compiled."""
-        if self.on_cpu:
-            return
-        for role, hosted in self.roles.items():
+        taken. A collective; nothing is compiled on a CPU."""
+        compiled = {} if self.on_cpu else self.roles
+        for role, hosted in compiled.items():
             batch = self._full_micro_batch(role, hosted.layout)
             with self._awake(role, None), torch.no_grad():
                 hosted.module.eval()(batch)
@@ -61,6 +61,8 @@ class Trainer(Host):
                 with self._awake(role, None, train=True):
                     hosted.module.train()(batch).mean().backward()
                     hosted.optimizer.zero_grad()
+        gc.collect()
+        gc.freeze()  # to look at all that imports and compiling left takes a second, and the other ranks wait meanwhile
 
     def _full_micro_batch(self, role: str, layout: TrainerRole) -> Packed:
         """As many of the longest sequences as a micro-batch may have."""

@@ -1,7 +1,9 @@
 """Real PPO steps of tiny random models: where things run must not change what is computed."""
 
 import contextlib
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,6 @@ import numpy as np
 import pytest
 import ray
 import torch
-import torch.distributed as dist
 from conftest import ROLES, SHAPE, colocated, make_plan, make_workload, nearly, split
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
@@ -122,7 +123,7 @@ def trainer_here(workload: Workload) -> Iterator[Trainer]:
         trainer.load()
         yield trainer
     finally:
-        dist.destroy_process_group()
+        trainer.leave()
 
 
 def made_up(workload: Workload) -> Sequences:
@@ -136,6 +137,16 @@ def made_up(workload: Workload) -> Sequences:
         weights_version=0,
     )
     return collate(requests, [np.arange(len(requests))], [made])
+
+
+def test_a_trainer_that_leaves_keeps_no_model(ray_two: None) -> None:
+    """Although what there is after the warm-up is not looked at for garbage any more."""
+    with trainer_here(WORKLOAD) as trainer:
+        trainer.warm_up()
+        assert gc.get_freeze_count() > 0
+        module = weakref.ref(trainer.roles["actor"].module)
+        trainer.leave()
+        assert module() is None and gc.get_freeze_count() == 0
 
 
 def test_after_inference_and_after_training_only_shards_stay(ray_two: None) -> None:
