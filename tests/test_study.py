@@ -202,6 +202,8 @@ def test_company_is_the_share_of_time_beside_other_calls() -> None:
         (("rollout=1", "rollout=2"), "cannot meet --pin rollout=2"),
         (('baseline = "split"', "search = 0\nrunner_up = 99"), "there is no runner-up 99"),
         (("steps = 3", "stepz = 3"), "stepz: unknown key"),
+        (('"tiny.json"', '"gone.json"'), "/gone.json: no such file"),
+        (('"tiny.json"', '"h200-1.5c"'), "no workload 'h200-1.5c' is shipped"),
     ],
 )
 def test_a_wrong_study_is_refused(study: Path, edit: tuple[str, str], says: str) -> None:

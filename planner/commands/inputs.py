@@ -65,7 +65,7 @@ def read_workload(name: str) -> Workload:
     """A workload file, or a shipped one by its name. Raises UserError."""
     shipped = {path.stem: path for path in sorted((profiles_dir() / "workloads").glob("*.toml"))}
     path = shipped.get(name) or Path(name)
-    if not path.exists() and not path.suffix:
+    if not path.exists() and path.suffix not in (".toml", ".json"):  # a name such as h200-1.5b
         raise UserError(f"no workload {name!r} is shipped, and no such file; shipped are {', '.join(shipped)}")
     return load_workload(path)
 

@@ -157,7 +157,7 @@ def _write(asked: Asked, plan: Plan, inputs: Inputs) -> None:
     provenance = Provenance(
         version=__version__, seed=plan.workload.seed, command=asked.command, profiles=inputs.provenance
     )
-    check_profiles(inputs.profiles, plan.workload, plan.cluster)  # a search has done so
+    check_profiles(inputs.profiles, plan.workload, plan.cluster)  # a plan from a file has not been searched with them
     predicted = plan.predicted or predict(plan, inputs.profiles)
     plan = plan.model_copy(update={"provenance": provenance, "predicted": predicted})
     timeline = forecast(plan, warmup + asked.study.steps + drain, inputs.profiles)

@@ -131,8 +131,7 @@ PLANS = (
     "Rank: predicted → measured. Overhead: measured step time over the same program re-simulated with the measured "
     "seconds, less 1. Against a reference: predicted / measured, of cells measured on one host. MFU: 6 FLOPs per "
     "parameter and token and attention (recomputation not counted), over the measured bf16 matrix rate of the GPUs; "
-    "`results.json` "
-    "has it also with the vocabulary's head counted for responses only, for which alone it is computed."
+    "`results.json` has it also with the vocabulary's head counted for responses only, for which alone it is computed."
 )
 
 

@@ -63,8 +63,9 @@ def load_study(path: Path) -> Study:
     """Read a study from TOML or JSON; relative paths start at the file's folder. Raises UserError."""
     data, base = read_data(path), path.parent
     for key in ("workload", "cluster"):
-        if isinstance(data.get(key), str) and (base / data[key]).exists():  # else a shipped one, by its name
-            data[key] = str(base / data[key])
+        name = data.get(key)  # a file, or what is shipped under this name, such as h200-1.5b
+        if isinstance(name, str) and ("/" in name or Path(name).suffix in (".toml", ".json")):
+            data[key] = str(base / name)
     if isinstance(data.get("profiles"), list):
         data["profiles"] = [base / name if isinstance(name, str) else name for name in data["profiles"]]
     for cell in data.get("cells", ()) if isinstance(data.get("cells"), list) else ():
