@@ -62,7 +62,7 @@ class Trainer(Host):
                     hosted.module.train()(batch).mean().backward()
                     hosted.optimizer.zero_grad()
         gc.collect()
-        gc.freeze()  # to look at all that imports and compiling left takes a second, and the other ranks wait meanwhile
+        gc.freeze()  # to look at what one compiled model left takes half a second, in which the other ranks wait
 
     def _full_micro_batch(self, role: str, layout: TrainerRole) -> Packed:
         """As many of the longest sequences as a micro-batch may have."""
