@@ -72,7 +72,7 @@ def cluster_of(rng, gpus):
     )
 
 
-def audit(workload, cluster):
+def assert_optimal(workload, cluster):
     """The search's optimum is the auditor's, and its bound is not above it."""
     try:
         predicted = find(workload, cluster, keep=1, scenarios=SCENARIOS).best.predicted
@@ -92,19 +92,19 @@ def audit(workload, cluster):
 
 @pytest.mark.parametrize("seed", range(QUICK))
 def test_the_search_finds_the_auditors_optimum(seed):
-    audit(*instance(seed))
+    assert_optimal(*instance(seed))
 
 
 def test_a_layout_that_pays_only_on_split_nodes_is_found():
     """A pool of 2 + 1 + 1 GPUs where larger micro-batches save gathers that 2 + 2 GPUs hide behind the computation."""
-    audit(*instance(146))
+    assert_optimal(*instance(146))
 
 
 def test_a_host_call_that_is_longer_than_a_step_runs_beside_itself():
-    audit(*instance(108, lengths_vary=True))
+    assert_optimal(*instance(108, lengths_vary=True))
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(QUICK, QUICK + NIGHTLY))
 def test_the_search_finds_the_auditors_optimum_every_night(seed):
-    audit(*instance(seed, lengths_vary=True))
+    assert_optimal(*instance(seed, lengths_vary=True))

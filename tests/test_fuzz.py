@@ -119,7 +119,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def run(arguments: list[str], directory: Path) -> None:
+def assert_orderly(arguments: list[str], directory: Path) -> None:
     """A command ends well, or with one line and nothing written."""
     before = contents(directory)
     result = CliRunner().invoke(main, arguments)
@@ -144,7 +144,7 @@ def test_a_wrong_file_never_ends_in_a_traceback(count: int, monkeypatch: pytest.
             patched.chdir(name)
             write_all(Path())
             Path("run/timeline.json" if kind == "timeline" else f"{kind}.json").write_bytes(content)
-            run(arguments, Path())
+            assert_orderly(arguments, Path())
 
     check()
 
@@ -208,6 +208,6 @@ def test_a_wrong_command_line_never_ends_in_a_traceback(count: int, monkeypatch:
             patched.chdir(name)
             write_all(Path())
             Path("broken.json").write_text(PLAN.to_json()[:-20])
-            run(line, Path())
+            assert_orderly(line, Path())
 
     check()

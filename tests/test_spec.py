@@ -24,7 +24,7 @@ def plan_json(**changes):
     return {**json.loads(split(make_workload()).to_json()), **changes}
 
 
-def refused(tmp_path, data, text):
+def assert_refused(tmp_path, data, text):
     path = tmp_path / "plan.json"
     path.write_text(data if isinstance(data, str) else json.dumps(data))
     with pytest.raises(UserError) as error:
@@ -61,87 +61,87 @@ def test_shipped_workloads_load(path):
 
 @pytest.mark.parametrize("cut", [1, 40, 400, 1500])
 def test_truncated_plan(tmp_path, cut):
-    refused(tmp_path, split(make_workload()).to_json()[:cut], "not valid JSON")
+    assert_refused(tmp_path, split(make_workload()).to_json()[:cut], "not valid JSON")
 
 
 def test_plan_of_another_kind_or_version(tmp_path):
-    refused(tmp_path, plan_json(schema="splitplan/plan/9"), "make it anew, or use the splitplan that made it")
-    refused(
+    assert_refused(tmp_path, plan_json(schema="splitplan/plan/9"), "make it anew, or use the splitplan that made it")
+    assert_refused(
         tmp_path,
         plan_json(schema="splitplan/timeline/1"),
         "'splitplan/timeline/1', but 'splitplan/plan/1' is needed here; name a file",
     )
     data = plan_json()
     del data["schema"]
-    refused(tmp_path, data, 'no "schema" key')
+    assert_refused(tmp_path, data, 'no "schema" key')
 
 
 def test_unknown_keys_are_named(tmp_path):
-    refused(tmp_path, plan_json(colour="red"), "colour: unknown key")
+    assert_refused(tmp_path, plan_json(colour="red"), "colour: unknown key")
     data = plan_json()
     data["roles"]["actor"]["shards"] = 2
-    refused(tmp_path, data, "shards: unknown key")
+    assert_refused(tmp_path, data, "shards: unknown key")
 
 
 def test_roles_and_pools_that_do_not_exist(tmp_path):
     data = plan_json()
     data["roles"]["actor"]["pools"] = ["nowhere"]
-    refused(tmp_path, data, "there is no pool 'nowhere'")
+    assert_refused(tmp_path, data, "there is no pool 'nowhere'")
     data = plan_json()
     data["roles"]["judge"] = data["roles"]["critic"]
-    refused(tmp_path, data, "no role 'judge'")
+    assert_refused(tmp_path, data, "no role 'judge'")
     data = plan_json()
     del data["roles"]["critic"]
-    refused(tmp_path, data, "critic is missing")
+    assert_refused(tmp_path, data, "critic is missing")
 
 
 def test_a_gpu_in_two_pools_or_outside_the_cluster(tmp_path):
     data = plan_json()
     data["pools"]["b"]["gpus"] = data["pools"]["a"]["gpus"]
-    refused(tmp_path, data, "GPU [0, 0] is in both 'a' and 'b'")
+    assert_refused(tmp_path, data, "GPU [0, 0] is in both 'a' and 'b'")
     data = plan_json()
     data["pools"]["b"]["gpus"] = [[0, 1], [0, 1]]
-    refused(tmp_path, data, "pools.b: GPU [0, 1] is there twice")
+    assert_refused(tmp_path, data, "pools.b: GPU [0, 1] is there twice")
     data["pools"]["b"]["gpus"] = [[3, 0]]
-    refused(tmp_path, data, "GPU [3, 0] is not in the cluster of 2 GPUs")
+    assert_refused(tmp_path, data, "GPU [3, 0] is not in the cluster of 2 GPUs")
 
 
 def test_programs_that_cannot_be(tmp_path):
     data = plan_json()
     data["program"] = data["program"][1:]
-    refused(tmp_path, data, "generate is issued 0 times")
+    assert_refused(tmp_path, data, "generate is issued 0 times")
     data = plan_json()
     data["program"].append({"wait": ["nothing"]})
-    refused(tmp_path, data, "there is no call 'nothing'")
+    assert_refused(tmp_path, data, "there is no call 'nothing'")
     data = plan_json()
     data["program"].append({"call": "generate", "wait": ["generate"]})
-    refused(tmp_path, data, "program item 9")
+    assert_refused(tmp_path, data, "program item 9")
     data = plan_json()
     data["program"].reverse()
-    refused(tmp_path, data, "deadlocks")
+    assert_refused(tmp_path, data, "deadlocks")
 
 
 def test_layouts_that_do_not_fit_their_pool(tmp_path):
     data = plan_json()
     data["roles"]["actor"]["shard"] = 4
-    refused(tmp_path, data, "needs 4 GPUs; pool 'a' has 1")
+    assert_refused(tmp_path, data, "needs 4 GPUs; pool 'a' has 1")
     data = plan_json()
     data["roles"]["rollout"]["tensor_parallel"] = 2
-    refused(tmp_path, data, "1 engines of 2 GPUs do not fit")
+    assert_refused(tmp_path, data, "1 engines of 2 GPUs do not fit")
     data = plan_json()
     data["roles"]["critic"]["tp"] = 2
-    refused(tmp_path, data, "tp = 2 is not supported yet")
+    assert_refused(tmp_path, data, "tp = 2 is not supported yet")
 
 
 def test_a_key_that_is_there_twice(tmp_path):
     text = split(make_workload()).to_json()
-    refused(tmp_path, text.replace('"batch": 8', '"batch": 8, "batch": 16'), "key 'batch' is there twice")
+    assert_refused(tmp_path, text.replace('"batch": 8', '"batch": 8, "batch": 16'), "key 'batch' is there twice")
 
 
 def test_numbers_that_are_none(tmp_path):
     text = split(make_workload()).to_json()
-    refused(tmp_path, text.replace('"batch": 8', '"batch": NaN'), "NaN is no number")
-    refused(tmp_path, text.replace('"batch": 8', '"batch": -8'), "workload.batch")
+    assert_refused(tmp_path, text.replace('"batch": 8', '"batch": NaN'), "NaN is no number")
+    assert_refused(tmp_path, text.replace('"batch": 8', '"batch": -8'), "workload.batch")
 
 
 @pytest.mark.parametrize(
