@@ -19,9 +19,10 @@ from planner.predict.simulate import simulate
 from planner.report import gantt, tables, trace
 from planner.report.compare import compare, critical_seconds, occupancy, pool_busy, resimulate, steps_of, whole_steps
 from planner.report.live import LiveProgress
+from planner.spec.cluster import make_cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
-from planner.spec.plan import Plan, Predicted, Proof
+from planner.spec.plan import Plan, Pool, Predicted, Proof
 from planner.spec.timeline import Span, Timeline, mean_call_seconds, step_seconds
 
 SECONDS = {
@@ -331,6 +332,14 @@ def test_the_bottleneck_is_named() -> None:
         "Lower bound 18.9 s, gap 11.1%; not proven optimal.",
         "Costs by busy time: 75% measured, 25% roofline.",
     ]
+
+
+def test_nodes_with_the_same_gpus_are_said_together() -> None:
+    plan, cluster = colocated(make_workload()), make_cluster(36)
+    (pool,) = plan.pools
+    several = Pool(gpus=tuple(gpu for gpu in cluster.gpus if gpu != (4, 1)))
+    plan = plan.model_copy(update={"cluster": cluster, "pools": {pool: several}})
+    assert "nodes 0-3: 0-7; node 4: 0, 2-3" in text_of(tables.pools_table(plan))
 
 
 def test_the_comparison_is_told_in_two_sentences() -> None:

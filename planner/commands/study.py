@@ -187,7 +187,8 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
     for cell in asked.study.cells:
         directory = asked.directory / cell.name
         plan = load_plan(directory / "plan.json")
-        predicted = _predicted(asked, cell, plan)
+        predicted = Timeline.read(directory / "predicted.json")
+        _check_steps(asked, cell, plan, predicted)
         again = any(same_plan(plan, other) for other in seen)
         seen.append(plan)
         if again or _measured(asked, cell):
@@ -211,10 +212,9 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
         console.print(f"No time for {', '.join(left)}; give the same command again.", soft_wrap=True)
 
 
-def _predicted(asked: Asked, cell: Cell, plan: Plan) -> Timeline:
-    """The committed prediction, checked to be of the steps that the study asks for. Raises UserError."""
+def _check_steps(asked: Asked, cell: Cell, plan: Plan, predicted: Timeline) -> None:
+    """Raise UserError unless the committed prediction is of the steps that the study asks for."""
     directory = asked.directory / cell.name
-    predicted = Timeline.read(directory / "predicted.json")
     counted, warmup = predicted.steps - predicted.warmup - predicted.drain, asked.study.warmup_of(plan.staleness)
     if (predicted.plan, counted, predicted.warmup) != (plan.name, asked.study.steps, warmup):
         first = f"delete {directory / 'result.json'} and " if _measured(asked, cell) else ""
@@ -223,7 +223,6 @@ def _predicted(asked: Asked, cell: Cell, plan: Plan) -> Timeline:
             f"to warm up, not of {asked.study.steps} of {plan.name!r} after {warmup}; {first}write it anew with "
             "--plan-only"
         )
-    return predicted
 
 
 def _check_profiles(study: Study, plan: Plan) -> None:
@@ -243,7 +242,7 @@ def _report(asked: Asked, console: Console) -> None:
     study, directory = asked.study, asked.directory
     rows = rows_of(study, directory)
     for row in rows:
-        _predicted(asked, row.cell, row.plan)
+        _check_steps(asked, row.cell, row.plan, row.predicted)
     _draw(study, rows, directory)
     page = directory / "README.md"
     before = page.read_text(encoding="utf-8") if page.exists() else ""

@@ -88,11 +88,14 @@ def pools_table(plan: Plan) -> Table:
 
 
 def _where(plan: Plan, pool: str) -> str:
-    """The nodes of a pool and its GPUs there."""
+    """The nodes of a pool and its GPUs there; nodes with the same ones are said together."""
     on: dict[int, list[int]] = {}
     for node, index in plan.pools[pool].gpus:
         on.setdefault(node, []).append(index)
-    return "; ".join(f"node {node}: {_ranges(sorted(indices))}" for node, indices in sorted(on.items()))
+    alike: dict[str, list[int]] = {}
+    for node, indices in sorted(on.items()):
+        alike.setdefault(_ranges(sorted(indices)), []).append(node)
+    return "; ".join(f"node{'s' * (len(nodes) > 1)} {_ranges(nodes)}: {gpus}" for gpus, nodes in alike.items())
 
 
 def _ranges(numbers: Sequence[int]) -> str:
