@@ -10,7 +10,7 @@ from rich.console import Console
 from planner.predict.profile import Profile, check_profiles, load_profiles, warnings_of
 from planner.spec.cluster import Cluster, load_cluster, make_cluster
 from planner.spec.errors import UserError
-from planner.spec.files import MOST_STEPS, profiles_dir
+from planner.spec.files import MOST_STEPS, names_a_file, profiles_dir
 from planner.spec.plan import Plan
 from planner.spec.workload import Workload, load_workload
 
@@ -65,7 +65,7 @@ def read_workload(name: str) -> Workload:
     """A workload file, or a shipped one by its name. Raises UserError."""
     shipped = {path.stem: path for path in sorted((profiles_dir() / "workloads").glob("*.toml"))}
     path = shipped.get(name) or Path(name)
-    if not path.exists() and path.suffix not in (".toml", ".json"):  # a name such as h200-1.5b
+    if not path.exists() and not names_a_file(name):
         raise UserError(f"no workload {name!r} is shipped, and no such file; shipped are {', '.join(shipped)}")
     return load_workload(path)
 

@@ -136,6 +136,11 @@ def by_key(key: str, tag: str, otherwise: str) -> Discriminator:
     return Discriminator(choose)
 
 
+def names_a_file(name: str) -> bool:
+    """Whether it is a path, and not what is shipped under a name such as h200-1.5b."""
+    return "/" in name or Path(name).suffix in (".toml", ".json")
+
+
 def read_data(path: Path) -> dict[str, Any]:
     """The mapping in a JSON or TOML file. Raises UserError."""
     try:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
-from planner.spec.files import Bytes, Count, File, Spec, Steps, read_data
+from planner.spec.files import Bytes, Count, File, Spec, Steps, names_a_file, read_data
 from planner.spec.plan import Gpu
 
 
@@ -63,9 +63,8 @@ def load_study(path: Path) -> Study:
     """Read a study from TOML or JSON; relative paths start at the file's folder. Raises UserError."""
     data, base = read_data(path), path.parent
     for key in ("workload", "cluster"):
-        name = data.get(key)  # a file, or what is shipped under this name, such as h200-1.5b
-        if isinstance(name, str) and ("/" in name or Path(name).suffix in (".toml", ".json")):
-            data[key] = str(base / name)
+        if isinstance(data.get(key), str) and names_a_file(data[key]):
+            data[key] = str(base / data[key])
     if isinstance(data.get("profiles"), list):
         data["profiles"] = [base / name if isinstance(name, str) else name for name in data["profiles"]]
     for cell in data.get("cells", ()) if isinstance(data.get("cells"), list) else ():
