@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,8 @@ def nothing_left() -> Iterator[None]:
     """Of all tests neither a process, and with it its ports, nor the directory of one that has ended."""
     before = abandoned()
     yield
+    if inductor := sys.modules.get("torch._inductor.async_compile"):
+        inductor.shutdown_compile_workers()  # which wait for more to compile until their process ends
     assert not still_there(descendants(os.getpid()))
     assert abandoned() <= before
 
