@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 4096
+from planner.predict.memory import LOGIT_CHUNK_TOKENS
 
 
 def log_probs(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int = CHUNK_TOKENS
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk_tokens: int = LOGIT_CHUNK_TOKENS
 ) -> Tensor:
     """log softmax(hidden @ weight.T / temperature) at the targets: `[S, H]`, `[V, H]`, `[S]` -> fp32 `[S]`.
 
@@ -22,7 +22,7 @@ def log_probs(
     return cast(Tensor, _LogProbs.apply(hidden, weight, targets, temperature, chunk_tokens))
 
 
-def entropies(hidden: Tensor, weight: Tensor, temperature: float, chunk_tokens: int = CHUNK_TOKENS) -> Tensor:
+def entropies(hidden: Tensor, weight: Tensor, temperature: float, chunk_tokens: int = LOGIT_CHUNK_TOKENS) -> Tensor:
     """Entropy in nats of softmax(hidden @ weight.T / temperature): `[S, H]`, `[V, H]` -> fp32 `[S]`."""
     parts = [
         checkpoint(_entropy, chunk, weight, temperature, use_reentrant=False, preserve_rng_state=False)

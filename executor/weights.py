@@ -12,10 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from executor import memory
+from planner.predict.memory import SYNC_BYTES
 
 Arrays = dict[str, NDArray[np.float32]]
 Place = tuple[nn.Module, str]  # a parameter's module, and its name there
-CHUNK_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,13 +120,13 @@ def _units(module: nn.Module) -> list[tuple[FSDPModule, dict[str, Place]]]:
 
 
 def in_chunks(weights: Sequence[Described]) -> list[list[Described]]:
-    """Neighbouring weights in chunks of at most `CHUNK_BYTES`, or of one weight."""
+    """Neighbouring weights in chunks of at most `SYNC_BYTES`, or of one weight."""
     chunks: list[list[Described]] = []
     free = 0
     for weight in weights:
         if not chunks or weight.bytes > free:
             chunks.append([])
-            free = CHUNK_BYTES
+            free = SYNC_BYTES
         chunks[-1].append(weight)
         free -= weight.bytes
     return chunks

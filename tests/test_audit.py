@@ -61,6 +61,7 @@ def cluster_of(rng, gpus):
         link_bandwidth=10 ** rng.uniform(10, 11.5),
         host_bandwidth=10 ** rng.uniform(9.5, 10.7),
         overhead_seconds=float(rng.choice([0, 0.02])),
+        launch_seconds=float(rng.choice([0, 2e-4])),
         context_bytes=5 * 10**8,
     )
     host = int(rng.choice([10**12, 10 ** rng.uniform(9.5, 10.5)]))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from planner.predict.cost import CostModel, Place, place_of
+from planner.predict.memory import SYNC_BYTES
 from planner.predict.roofline import forward_flops, link_of, matrix_parameters, nodes_spanned, shares
 from planner.spec.cluster import load_device, make_cluster
 from planner.spec.files import profiles_dir
@@ -177,10 +178,30 @@ def test_sync_by_hand() -> None:
     assert sync([place(2)], same_node=True, shared=True) == pytest.approx(gather + 2 * bytes_ / 100)
     assert sync([place(2)], same_node=True, shared=False) == pytest.approx(gather + bytes_ / 10 + 3 * 8e-6)
     assert sync([place(2)], same_node=False, shared=False) == pytest.approx(gather + bytes_ / 1 + 3 * 20e-6)
-    both = sync([place(2), place(2)], same_node=True, shared=True)
-    assert both == pytest.approx(sync([place(2)], same_node=True, shared=False))  # the copy is hidden
+    both = sync([place(2), place(2)], same_node=True, shared=True)  # one after the other
+    assert both == pytest.approx(2 * gather + 2 * bytes_ / 100 + bytes_ / 10 + 3 * 8e-6)
     asleep = sync([place(2)], same_node=True, shared=True, offload=True)
     assert asleep == pytest.approx(gather + 2 * bytes_ / 100 + 2 * bytes_ / 5)
+
+
+def test_a_sync_waits_for_calls_and_launches() -> None:
+    def sync(shard: int, shared: bool, **changes: float) -> float:
+        device = ROUND.model_copy(update=changes)
+        model = CostModel(SMALL, CLUSTER.model_copy(update={"devices": {"h200": device}}))
+        places = Place(parts=(2,), device=device)
+        engines = rollout(replicas=2)
+        estimate = model.sync(layout(shard=shard), places, engines, [places], same_node=True, shared=shared)
+        return float(estimate.seconds[0])
+
+    def more(shard: int, *, shared: bool, **changes: float) -> float:
+        return sync(shard, shared, **changes) - sync(shard, shared)
+
+    assert 2 * SHAPE.parameters() < SYNC_BYTES  # one window: begin, fill, read, end
+    assert more(1, shared=True, overhead_seconds=1.0) == pytest.approx(4)
+    assert more(1, shared=False, overhead_seconds=1.0) == pytest.approx(1)
+    assert more(1, shared=True, launch_seconds=1.0) == pytest.approx(0)
+    assert more(1, shared=False, launch_seconds=1.0) == pytest.approx(SHAPE.layers)
+    assert more(2, shared=False, launch_seconds=1.0) == pytest.approx(2 * SHAPE.layers)  # gathered, then sent
 
 
 def test_host_calls_know_the_reward_functions_rate() -> None:

@@ -161,7 +161,7 @@ def test_compute_weights_are_all_parameters_in_bfloat16(
 
 
 def test_chunks_keep_the_order_and_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(weights, "SYNC_BYTES", 100)
     sizes = [10, 40, 20, 30, 1]
     described = [weights.Described(name=str(i), shape=(size,)) for i, size in enumerate(sizes)]
     chunks = weights.in_chunks(described)

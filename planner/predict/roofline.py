@@ -13,6 +13,7 @@ through every GPU. This runs beside the arithmetic: a micro-batch takes the long
 and first block, are not hidden in truth: 1 to 4% of a 7B model's micro-batch on one node.)
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.memory import compute_bytes
+from planner.predict.memory import SYNC_BYTES, compute_bytes
 from planner.predict.profile import Head
 from planner.spec.cluster import Cluster, Device
 from planner.spec.plan import TrainerRole
@@ -225,30 +226,37 @@ def _latency(shape: Shape, link: Link) -> Any:
 
 
 def gather_seconds(shape: Shape, split: Split, device: Device, cluster: Cluster) -> Any:
-    """Of gathering a model over its shard groups, layer by layer."""
+    """Of gathering a model over its shard groups, layer by layer; launching takes as long as in a pass."""
     shard, _ = _links(split, device, cluster)
-    return shard.seconds(compute_bytes(device) * shape.parameters()) + _latency(shape, shard)
+    launches = np.where(np.asarray(shard.ranks) > 1, shape.layers * device.launch_seconds, 0.0)
+    return shard.seconds(compute_bytes(device) * shape.parameters()) + _latency(shape, shard) + launches
 
 
 def hand_over_seconds(
     shape: Shape, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool, shared: bool,
     separate: bool,
 ) -> float:  # fmt: skip
-    """Of handing gathered weights to the engines: copied within the GPUs that both share, and broadcast to GPUs that
-    they do not."""
+    """Of handing gathered weights to the engines: within the GPUs that both share a window at a time, which is filled
+    and read in turns, between one call to begin and one to end; then broadcast to GPUs that they do not share, layer by
+    layer."""
     count = compute_bytes(device) * shape.parameters()
-    copy = 2 * count / tensor_parallel / (device.memory_bandwidth * device.efficiency_memory) if shared else 0.0
-    across = link_of(2, 1 if same_node else 2, device, cluster)
-    broadcast = float(count / across.bandwidth + shape.layers * across.latency) if separate else 0.0
-    return max(copy, broadcast)
+    seconds = 0.0
+    if shared:
+        copies = 2 * count / tensor_parallel / _memory_rate(device)
+        seconds += copies + (1 + 2 * math.ceil(count / SYNC_BYTES)) * device.overhead_seconds
+    if separate:
+        across = link_of(2, 1 if same_node else 2, device, cluster)
+        seconds += float(count / across.bandwidth) + shape.layers * float(across.latency + device.launch_seconds)
+    return seconds
 
 
 def sync_cost(
     shape: Shape, split: Split, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool,
     shared: bool, separate: bool,
 ) -> float:  # fmt: skip
-    """Seconds of moving the actor's weights to the engines: gathered over the shard group, then handed over."""
-    gathered = float(gather_seconds(shape, split, device, cluster))
+    """Seconds of moving the actor's weights to the engines: gathered over the shard group for each of the two ways,
+    then handed over."""
+    gathered = (shared + separate) * float(gather_seconds(shape, split, device, cluster))
     handed = hand_over_seconds(
         shape, device, cluster, tensor_parallel, same_node=same_node, shared=shared, separate=separate
     )

@@ -30,7 +30,7 @@ class Device(Spec):
     efficiency_memory: Efficiency = 0.7
     efficiency_link: Efficiency = 0.7
     overhead_seconds: Seconds = 0.0  # of each call: dispatch, collation, optimizer launch
-    launch_seconds: Seconds = 0.0  # of one layer's forward pass over a micro-batch, however few its tokens
+    launch_seconds: Seconds = 0.0  # of a layer's forward pass, however few its tokens, its gathering or sending
     context_bytes: Bytes = 0  # of each process on the GPU
     price_per_hour: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     source: str = ""
