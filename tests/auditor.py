@@ -206,7 +206,11 @@ class Auditor:
         for (actor_at, rollout_at, linked), here in ways.items():
             there, table = self._any(here), {}
             engines = [option for option in self.options["rollout"] if option.parts == rollout_at]
+            _, shared = linked
             for actor in (option for option in self.options["actor"] if option.parts == actor_at):
+                for engine in engines if shared else ():  # none may be wider than an actor on its GPUs
+                    if engine.layout.tensor_parallel > actor.layout.gpus:
+                        self.cp.add(actor.chosen + engine.chosen + there <= 2)
                 row = tuple(
                     tuple(
                         self._whole(s) for s in np.broadcast_to(self.given.sync(actor, e, *linked), len(self.scenarios))

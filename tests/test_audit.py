@@ -6,6 +6,8 @@ from auditor import TOLERANCE, Auditor, Given
 from conftest import make_workload
 
 from planner.predict.cost import CostModel
+from planner.predict.judge import estimate
+from planner.predict.profile import Point, Profile
 from planner.search import find
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.errors import UserError
@@ -73,14 +75,40 @@ def cluster_of(rng, gpus):
     )
 
 
-def assert_optimal(workload, cluster):
+def profile_of(workload, cluster, seed):
+    """What the actor's calls took on one GPU and on all, and what some ways of its sync took: up to four times as long
+    as the roofline says, or a quarter of it."""
+    rng, shape, gpus = np.random.default_rng(seed), workload.actor.shape, len(cluster.gpus)
+    batch = {
+        "sequences": workload.batch,
+        "prompt_tokens": 100 * workload.batch,
+        "response_tokens": 100 * workload.batch,
+    }
+
+    def measured(call, role="actor", **fields):
+        point = Point(call=call, role=role, seconds=1.0, **fields)
+        seconds = estimate(point, shape, cluster.devices["g"], cluster) * 4 ** rng.uniform(-1, 1)
+        return point.model_copy(update={"seconds": seconds})
+
+    points = []
+    for count in sorted({1, gpus}):
+        where = {"gpus": count, "shard": int(rng.choice([1, count]))}
+        trainer = {"micro_batch_tokens": 8192, **batch, **where}
+        points += [measured("infer", **trainer), measured("train", minibatch=workload.minibatch, **trainer)]
+        ways = [{"shared": True}, {}, {"partly": True}]
+        points += [measured("transfer", engines=1, **where, **way) for way in ways if rng.random() < 0.7]
+    points.append(measured("generate", "rollout", engines=1, concurrency=workload.batch, **batch))
+    return Profile(device="g", model=shape, points=tuple(points))
+
+
+def assert_optimal(workload, cluster, *profiles):
     """The search's optimum is the auditor's, and its bound is not above it."""
     try:
-        predicted = find(workload, cluster, keep=1, scenarios=SCENARIOS).best.predicted
+        predicted = find(workload, cluster, profiles=profiles, keep=1, scenarios=SCENARIOS).best.predicted
     except UserError as error:
         assert "no plan fits" in str(error)
         predicted = None
-    given = Given(workload, cluster, CostModel(workload, cluster, scenarios=SCENARIOS))
+    given = Given(workload, cluster, CostModel(workload, cluster, profiles, scenarios=SCENARIOS))
     found = Auditor(given, predicted and predicted.step_seconds).step_seconds()
     if predicted is None:
         assert found is None
@@ -96,6 +124,12 @@ def test_the_search_finds_the_auditors_optimum(seed):
     assert_optimal(*instance(seed))
 
 
+@pytest.mark.parametrize("seed", range(QUICK // 3))
+def test_the_search_finds_the_auditors_optimum_of_measured_costs(seed):
+    workload, cluster = instance(seed)
+    assert_optimal(workload, cluster, profile_of(workload, cluster, seed))
+
+
 def test_a_layout_that_pays_only_on_split_nodes_is_found():
     """A pool of 2 + 1 + 1 GPUs where larger micro-batches save gathers that 2 + 2 GPUs hide behind the computation."""
     assert_optimal(*instance(146))
@@ -108,4 +142,5 @@ def test_a_host_call_that_is_longer_than_a_step_runs_beside_itself():
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(QUICK, QUICK + NIGHTLY))
 def test_the_search_finds_the_auditors_optimum_every_night(seed):
-    assert_optimal(*instance(seed, lengths_vary=True))
+    workload, cluster = instance(seed, lengths_vary=True)
+    assert_optimal(workload, cluster, *[profile_of(workload, cluster, seed)] * (seed % 2))

@@ -78,17 +78,25 @@ def test_exact_matches_of_generate_sync_and_host() -> None:
     assert measured.host("score").source == "host"
 
 
-def test_a_transfer_is_estimated_from_those_that_go_the_same_way() -> None:
+def test_a_transfer_takes_the_mean_ratio_of_those_that_go_the_same_way() -> None:
     ways: dict[str, dict[str, Any]] = {"within": {"shared": True}, "both": {"partly": True}, "across": {}}
-    known = enumerate(ways.values(), start=1)
-    measured = model(*(point("transfer", tensor_parallel=1, engines=2, seconds=n, **way) for n, way in known))
+    like = {"tensor_parallel": 1, "engines": 2}
+    points = [point("transfer", seconds=n, **like, **way) for n, way in enumerate(ways.values(), start=1)]
     rollout = RolloutRole(
         engine="vllm", pools=("a",), tensor_parallel=1, replicas=2, memory_fraction=0.5, concurrency=16
     )
     asked = {"within": ([PLACE], True), "both": ([PLACE, PLACE], True), "across": ([PLACE], False)}
-    found = [measured.sync(layout(), PLACE, rollout, p, same_node=True, shared=s) for p, s in asked.values()]
-    assert [estimate.source for estimate in found] == ["measured"] * 3
-    assert [float(estimate.seconds[0]) for estimate in found] == pytest.approx([1, 2, 3], rel=1e-12)
+
+    def synced(*points: Point) -> list[tuple[str, float]]:
+        measured = model(*points)
+        found = [measured.sync(layout(), PLACE, rollout, p, same_node=True, shared=s) for p, s in asked.values()]
+        return [(estimate.source, float(estimate.seconds[0])) for estimate in found]
+
+    assert synced(*points) == [("measured", pytest.approx(n, rel=1e-12)) for n in (1, 2, 3)]
+    assert synced(points[1]) == [synced()[0], ("measured", pytest.approx(2, rel=1e-12)), synced()[2]]
+    slower, other = (points[0].model_copy(update=x) for x in ({"seconds": 4.0}, {"engines": 3}))
+    assert synced(points[0], slower)[0] == ("measured", pytest.approx(2.5))
+    assert synced(other)[0] == ("interpolated", pytest.approx(1))
 
 
 def test_a_measured_batch_of_varied_lengths_is_met_exactly() -> None:

@@ -2,7 +2,9 @@
 
 Each point gives a ratio, measured seconds over the roofline's for the very same call. A call asks for the ratio of the
 points that are like it (same kind of call, model shape and head, device), interpolated linearly over the logarithm of
-its size (tokens per rank, sequences per engine) and held constant beyond the outermost points.
+its size (tokens per rank, sequences per engine) and held constant beyond the outermost points. A transfer asks for one
+ratio, the mean of those that go its way: it takes a small part of a step, and a search that need not know how its ratio
+varies has bounds as sharp as without a profile.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ from planner.spec.cluster import Cluster, Device
 from planner.spec.plan import TrainerRole
 from planner.spec.workload import Shape
 
+Way = Literal["all", "some", "none"]  # the engines of a transfer that share the actor's GPUs
 Source = Literal["measured", "interpolated", "extrapolated", "roofline", "host"]
 
 HOST_SECONDS = 5e-3  # of a call on the controller
@@ -57,7 +60,8 @@ class Corrections:
             device = cluster.devices.get(profile.device)
             for point in profile.points if device else ():
                 assert device
-                key = _key(point.call, profile.shape_of(point), point.role, device)
+                way = way_of(shared=point.shared or point.partly, separate=not point.shared)
+                key = _key(point.call, profile.shape_of(point), point.role, device, way)
                 size, seconds = _size_and_roofline(point, profile.shape_of(point), device, cluster)
                 self._points.setdefault(key, []).append(Measured(point=point, size=size, ratio=point.seconds / seconds))
 
@@ -113,17 +117,13 @@ class Corrections:
             ratios[rows[measured]] = (same[measured] / times[measured])[:, None]
         return ratios
 
-    def least(self, call: str, shape: Shape, role: str, device: Device) -> float:
-        """The smallest ratio that any such call can have."""
-        found = self._alike(call, shape, role, device)
-        return min((m.ratio for m in found), default=1.0)
+    def of_transfers(self, shape: Shape, role: str, device: Device, way: Way) -> tuple[float, tuple[Point, ...]]:
+        """The mean ratio of all transfers that go this way, 1 without any, and their points."""
+        found = self._alike("transfer", shape, role, device, way)
+        return float(np.mean([m.ratio for m in found])) if found else 1.0, tuple(m.point for m in found)
 
-    def knows(self, call: str, shape: Shape, role: str, device: Device) -> bool:
-        """Whether any such call was measured."""
-        return bool(self._alike(call, shape, role, device))
-
-    def _alike(self, call: str, shape: Shape, role: str, device: Device) -> list[Measured]:
-        return self._points.get(_key(call, shape, role, device), []) if self._points else []
+    def _alike(self, call: str, shape: Shape, role: str, device: Device, way: Way | None = None) -> list[Measured]:
+        return self._points.get(_key(call, shape, role, device, way), []) if self._points else []
 
 
 def _nearest(found: Sequence[Measured], split: int) -> int:
@@ -147,13 +147,18 @@ def _curve(alike: Sequence[Measured]) -> tuple[NDArray[np.float64], NDArray[np.f
     return sizes, np.array([np.mean([m.ratio for m in alike if m.size == known]) for known in sizes])
 
 
-def _key(call: str, shape: Shape, role: str, device: Device) -> object:
-    """A role matters by its head; of a host call it is the name."""
+def way_of(*, shared: bool, separate: bool) -> Way:
+    """Of a transfer to engines on the actor's GPUs (`shared`), elsewhere (`separate`), or both."""
+    return "none" if not shared else "some" if separate else "all"
+
+
+def _key(call: str, shape: Shape, role: str, device: Device, way: Way | None) -> object:
+    """A role matters by its head; of a host call it is the name. Only a transfer goes a way."""
     if call == "host":
         return call, role
     if call in ("wake", "offload"):
         return call, shape, role == "rollout", device
-    return call, shape, head_of(role), device
+    return call, shape, head_of(role), device, way if call == "transfer" else None
 
 
 def _split(point: Point) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.correction import Corrections, Layout, Source, host_seconds
+from planner.predict.correction import Corrections, Layout, Source, host_seconds, way_of
 from planner.predict.generation import Batch, Simulation, Speed, engine_speed
 from planner.predict.layouts import tensor_parallels
 from planner.predict.memory import engine_weight_bytes, offloaded_bytes
@@ -24,7 +24,6 @@ from planner.predict.roofline import (
     Split,
     Work,
     dealt,
-    gather_seconds,
     infer_cost,
     longest_first,
     split_of,
@@ -176,20 +175,10 @@ class CostModel:
         ratios = [self._corrections.ratios(way, shape, role, device, size, like) for way in ("wake", "offload")]
         return np.asarray((ratios[0] + ratios[1])[:, 0] * moved / device.host_bandwidth)
 
-    def least_sync(self, split: Split, device: Device) -> Seconds:
-        """Seconds [n] that no weight sync from the actor in these layouts is below, its moves and the handing over
-        apart."""
-        shape = self.workload.actor.shape
-        gathered = gather_seconds(shape, split, device, self.cluster)
-        return np.asarray(self.least_transfer_ratio(device) * (gathered + device.overhead_seconds))
-
-    def sync_is_measured(self, device: Device) -> bool:
-        """Whether a profile says what weight syncs take."""
-        return self._corrections.knows("transfer", self.workload.actor.shape, "actor", device)
-
-    def least_transfer_ratio(self, device: Device) -> float:
-        """What a weight sync takes at least, as a multiple of the roofline's."""
-        return self._corrections.least("transfer", self.workload.actor.shape, "actor", device)
+    def sync_ratio(self, device: Device, *, shared: bool, separate: bool) -> float:
+        """What weight syncs that go this way take, as a multiple of the roofline's."""
+        way = way_of(shared=shared, separate=separate)
+        return self._corrections.of_transfers(self.workload.actor.shape, "actor", device, way)[0]
 
     def generate(self, layout: RolloutRole, places: Sequence[Place]) -> Estimate:
         """The batch on the engines of all places (one per pool of the rollout)."""
@@ -329,14 +318,15 @@ class CostModel:
             shape, split_of(actor, place), place.device, self.cluster, tensor_parallel, same_node=same_node,
             shared=shared, separate=separate,
         )  # fmt: skip
-        like = Layout(
-            split=actor.shard,
-            preferred={"shared": not separate, "partly": shared and separate, "tensor_parallel": tensor_parallel},
-            exact={"gpus": actor.gpus, "engines": rollout.replicas},
+        way = way_of(shared=shared, separate=separate)
+        ratio, points = self._corrections.of_transfers(shape, "actor", place.device, way)
+        layout = actor.shard, actor.gpus, tensor_parallel, rollout.replicas
+        exact = any((point.shard, point.gpus, point.tensor_parallel, point.engines) == layout for point in points)
+        source: Source = "measured" if exact else "interpolated" if points else "roofline"
+        transfer = np.full(self.scenarios, seconds)
+        return _estimate(
+            Cost(compute=np.zeros_like(transfer), transfer=transfer), np.full_like(transfer, ratio), source
         )
-        size = np.full(self.scenarios, np.log(actor.gpus + rollout.replicas * tensor_parallel))
-        ratio = self._corrections.ratio("transfer", shape, "actor", place.device, size, like)
-        return _estimate(Cost(compute=np.zeros(self.scenarios), transfer=np.full(self.scenarios, seconds)), *ratio)
 
     def host(self, name: str) -> Estimate:
         """A call on the controller: a reward function, or the advantages."""

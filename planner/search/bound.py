@@ -25,8 +25,15 @@ AT_ONCE = 1024  # boxes that are bounded together
 LOOSE = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it may take
 
 
-Pool = tuple[frozenset[str], str, bool | None]  # its roles, its kind, and whether the actor's shards lie within a node
-Held = tuple[str, str, bool | None]  # a role, and the same
+class Acting(NamedTuple):
+    """What a pool with the actor depends on besides: whether the shards lie `within` a node, and `Problem.gathers`."""
+
+    within: bool | None
+    gathers: float
+
+
+Pool = tuple[frozenset[str], str, Acting | None]  # its roles, its kind, and of the actor's what it depends on besides
+Held = tuple[str, str, Acting | None]  # a role, and the same
 
 
 class Rows(NamedTuple):
@@ -56,7 +63,7 @@ class Bounds:
         most = max(problem.there.values())
         self._made: dict[Held, tuple[Array, Array, Array]] = {}
         self._rates: dict[Structure, Array] = {}
-        pools = sorted({pool for a in arrangements for pool in _pools_of(a)}, key=_named)
+        pools = sorted({pool for a in arrangements for pool in self._pools_of(a)}, key=_named)
         self._number = {pool: number for number, pool in enumerate(pools)}
         # The steps of a pool's size at which something changes: `step[kind, n]` of n GPUs, `first[kind, step]` back.
         ranks = {kind: problem.ranks(kind) for kind in self.kinds}
@@ -65,7 +72,7 @@ class Bounds:
         for number, counts in enumerate(ranks.values()):
             self.first[number, : len(counts)] = counts
             self.step[number] = np.searchsorted(counts, np.arange(most + 1), "right") - 1
-        self.kind_of = np.array([self.kinds.index(kind) for _, kind, _ in pools])
+        self.kind_of = np.array([self.kinds.index(kind) for _, kind, *_ in pools])
         self.room = np.zeros((len(pools), self.first.shape[1]), dtype=np.int64)  # level of memory for an engine
         # The least seconds of each call, and of calls of a role together: one layout serves them all.
         self.roles = [role for role in problem.workload.roles if role != "rollout"]
@@ -88,7 +95,7 @@ class Bounds:
     # --- the tables ---
 
     def _fill(
-        self, table: Array, room: NDArray[np.int64], roles: frozenset[str], kind: str, within: bool | None
+        self, table: Array, room: NDArray[np.int64], roles: frozenset[str], kind: str, acting: Acting | None
     ) -> None:
         """Least seconds [C, steps, S] of the calls of a pool's roles, and the room that they leave to an engine, by the
         steps of its size."""
@@ -97,7 +104,7 @@ class Bounds:
         engine = self._engine[kind] if "rollout" in roles else np.zeros(2)
         allowed = problem.allowed(bool(held), "rollout" in roles, kind)
         steps = len(problem.ranks(kind))
-        made = [self._role(role, kind, within if role == "actor" else None) for role in held]
+        made = [self._role(role, kind, acting if role == "actor" else None) for role in held]
         least = np.stack([memory for _, _, memory in made]) if made else np.zeros((0, steps, 2))
         idle = least[:, :, 0].sum(axis=0) + engine[0]
         surplus = np.maximum(least[:, :, 1].max(axis=0, initial=0.0), engine[1])
@@ -115,12 +122,14 @@ class Bounds:
         table[:, steps:] = NEVER
         room[:steps] = level_of(allowed - (idle - engine[0]), device) if held else ALONE
 
-    def _role(self, role: str, kind: str, within: bool | None) -> tuple[Array, Array, Array]:
+    def _role(self, role: str, kind: str, acting: Acting | None) -> tuple[Array, Array, Array]:
         """Of a role alone: least seconds [sets of its calls, steps, levels, S] of the layouts that need at most a level
         of memory while they run, the same of what they keep while they idle, and the least memory [steps, 2]."""
-        if (role, kind, within) not in self._made:
+        if (role, kind, acting) not in self._made:
             problem, counts = self.problem, self.problem.ranks(kind)
-            layouts = problem.layouts(role, kind).of_shards(within, problem.node(kind))
+            layouts = problem.layouts(role, kind)
+            if acting:
+                layouts = layouts.of_shards(acting.within, problem.node(kind)).with_sync(acting.gathers)
             step = np.searchsorted(counts, layouts.grid.gpus)
             memory = np.full((len(counts), 2), NEVER)
             np.minimum.at(memory, step, layouts.memory[:, :2])
@@ -130,8 +139,8 @@ class Bounds:
             seconds = with_mean(np.stack(sums))
             for needed in (layouts.memory[:, :2].sum(axis=1), layouts.memory[:, 0]):
                 tables.append(_least(seconds, step, level_of(needed, problem.device(kind)), len(counts)))
-            self._made[role, kind, within] = tables[0], tables[1], np.minimum.accumulate(memory, axis=0)
-        return self._made[role, kind, within]
+            self._made[role, kind, acting] = tables[0], tables[1], np.minimum.accumulate(memory, axis=0)
+        return self._made[role, kind, acting]
 
     def sharpen(self, number: int, sizes: NDArray[np.int64], limit: float, queues: bool = True) -> bool:
         """Simulate generation on these sizes [1, P] where that may show the bound to be no less than `limit` seconds;
@@ -181,7 +190,7 @@ class Bounds:
                     problem.node(kind) if kind == a.kinds[at["actor"]] else 0,
                     [problem.hand_over(a, same_node=same_node) for same_node in (True, False)],
                 ]
-            values = [[self._number[pool] for pool in _pools_of(a)] + pad, *known[a.structure, a.kinds]]
+            values = [[self._number[pool] for pool in self._pools_of(a)] + pad, *known[a.structure, a.kinds]]
             for column, value in zip(columns, values, strict=False):
                 column.append(value)
             listed.append(self._rates_of(a.structure, program))
@@ -189,6 +198,12 @@ class Bounds:
         for number, found in enumerate(listed):
             every[number, : len(found)] = found
         return Rows(*(np.array(column) for column in columns[:-1]), self._by_set(every))  # type: ignore[call-arg]
+
+    def _pools_of(self, a: Arrangement) -> list[Pool]:
+        """What the tables of an arrangement's pools depend on."""
+        acting = Acting(a.within, self.problem.gathers(a))
+        pools = zip(a.structure, a.kinds, strict=True)
+        return [(roles, kind, acting if "actor" in roles else None) for roles, kind in pools]
 
     def _rates_of(self, structure: Structure, program: Program | None) -> Array:
         """Rates [rows, calls] that no program of a structure is below, or those of its only one."""
@@ -313,13 +328,6 @@ class Bounds:
             enough = np.searchsorted(-load, -left[where], "left")
             found[where] = self.first[self.kind_of[table]][np.minimum(enough, len(load) - 1)]
         return found
-
-
-def _pools_of(a: Arrangement) -> list[Pool]:
-    """What the tables of an arrangement's pools depend on."""
-    return [
-        (roles, kind, a.within if "actor" in roles else None) for roles, kind in zip(a.structure, a.kinds, strict=True)
-    ]
 
 
 def _sets(calls: tuple[str, ...]) -> list[tuple[str, ...]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from planner.predict.cost import CostModel, Place
 from planner.predict.layouts import Grid, rank_counts, tensor_parallels, trainer_grid
 from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, trainer_bytes
-from planner.predict.roofline import Split, hand_over_seconds, nodes_spanned
+from planner.predict.roofline import Split, gather_seconds, hand_over_seconds, nodes_spanned
 from planner.search.engines import EngineTable
 from planner.search.programs import SAME, Choices, Cut, Program, Search, Sharing, best_program, choices_of
 from planner.search.space import Arrangement, gpus_of_kinds
@@ -32,24 +32,27 @@ CUTS = 6  # of each sharing of pools that are remembered
 class Layouts(NamedTuple):
     """Layouts of a trained or inference role: memory [n, 3] (resident bytes, the surplus while the role runs, pinned
     host bytes), and seconds [calls of the role, n, S] with their means [calls, n]. Of the actor the last row is what a
-    weight sync takes at least, its handing over apart."""
+    weight sync takes to move what is offloaded, and `gathered` [n] what gathering its weights does by the roofline."""
 
     grid: Grid
     memory: Array
     seconds: Array
     means: Array
+    gathered: Array
 
     def take(self, rows: NDArray[np.int64] | slice) -> "Layouts":
-        return Layouts(self.grid.take(rows), self.memory[rows], self.seconds[:, rows], self.means[:, rows])
+        seconds, means, gathered = self.seconds[:, rows], self.means[:, rows], self.gathered[rows]
+        return Layouts(self.grid.take(rows), self.memory[rows], seconds, means, gathered)
 
     def layout(self, row: int, pool: str) -> TrainerRole:
         return self.grid.layout(row, pool)
 
-    def with_sync(self, seconds: float) -> "Layouts":
-        """Of the actor, with what handing over the weights takes added to the sync."""
-        longer = np.zeros(len(self.seconds))
-        longer[-1] = seconds
-        return self._replace(seconds=self.seconds + longer[:, None, None], means=self.means + longer[:, None])
+    def with_sync(self, times: float, seconds: float = 0.0) -> "Layouts":
+        """Of the actor, with the rest of the sync in the last row: so many times gathering, and what handing over the
+        weights takes."""
+        longer = np.zeros((len(self.seconds), len(self.gathered)))
+        longer[-1] = times * self.gathered + seconds
+        return self._replace(seconds=self.seconds + longer[..., None], means=self.means + longer)
 
     def of_shards(self, within: bool | None, node: int) -> "Layouts":
         """Those whose shards lie within a node of so many GPUs, or do not; all of them if None."""
@@ -173,6 +176,7 @@ class Problem:
                 np.concatenate([near.memory, far.memory]),
                 np.concatenate([near.seconds, far.seconds], axis=1),
                 np.concatenate([near.means, far.means], axis=1),
+                np.concatenate([near.gathered, far.gathered]),
             )
             self._layouts[role, kind, parts] = both.take(_best_of_alike(both))
         return self._layouts[role, kind, parts]
@@ -194,18 +198,19 @@ class Problem:
         grid, memory, away, half = grid.take(fits), memory[fits], away[fits], half[fits]
         shard_nodes, replica_nodes = shard_nodes[fits], replica_nodes[fits]
         split = Split(*grid[:4], shard_nodes, replica_nodes)
-        rows = []
+        rows, gathered = [], np.zeros(len(fits))
         timed, each = _distinct_splits(split)
         for name in self.calls_of(role):
             train = self.flow[name].kind == "train"
             moved = moved_bytes(self.workload.model_of(role).shape, role, grid.shard, away, half, device, train=train)
+            seconds = self.model.move_seconds(role, grid.shard, moved, device)[:, None]
             if name == "sync_weights":
-                alone = self.model.least_sync(timed, device)[:, None]
+                gathered = gather_seconds(self.workload.actor.shape, split, device, self.cluster)
             else:
                 alone = self.model.trainer_seconds("train" if train else "infer", role, timed, device)
-            moves = self.model.move_seconds(role, grid.shard, moved, device)
-            rows.append(np.broadcast_to(alone[each] + moves[:, None], (len(each), self.model.scenarios)))
-        return Layouts(grid, memory, np.stack(rows), np.stack(rows).mean(axis=2))
+                seconds = alone[each] + seconds
+            rows.append(np.broadcast_to(seconds, (len(fits), self.model.scenarios)))
+        return Layouts(grid, memory, np.stack(rows), np.stack(rows).mean(axis=2), gathered)
 
     def freshest(self, sharing: Sharing, seconds: Array, program: Program, period: float) -> Program:
         """The least stale program that is as fast as one of that period at durations [calls, S + 1]."""
@@ -223,13 +228,17 @@ class Problem:
             self._engines[kind] = EngineTable(self.workload, self.model, self.device(kind), node, gpus, self.statistic)
         return self._engines[kind]
 
+    def gathers(self, a: Arrangement) -> float:
+        """What a sync counts of gathering the actor's weights: all of it for each of its ways, as measured."""
+        shared, separate = _ways_of(a)
+        return (shared + separate) * self._sync_ratio(a)
+
     def hand_over(self, a: Arrangement, *, same_node: bool) -> float:
-        """Seconds that handing over the actor's gathered weights takes at least."""
-        actor = next(i for i, roles in enumerate(a.structure) if "actor" in roles)
-        shared, separate = actor in a.generating, len(a.generating) > (actor in a.generating)
-        key = a.kinds[actor], a.kinds[a.generating[0]], same_node, shared, separate
+        """Seconds that the rest of a sync takes at least: handing over the actor's gathered weights."""
+        actor, (shared, separate) = a.kinds[_home(a)], _ways_of(a)
+        key = actor, a.kinds[a.generating[0]], same_node, shared, separate
         if key not in self._handed:
-            device = self.device(a.kinds[actor])
+            device = self.device(actor)
             seconds = min(
                 hand_over_seconds(
                     self.workload.actor.shape, device, self.cluster, split, same_node=same_node, shared=shared,
@@ -237,13 +246,28 @@ class Problem:
                 )
                 for split in tensor_parallels(self.workload, self.device(a.kinds[a.generating[0]]))
             )  # fmt: skip
-            self._handed[key] = seconds * self.model.least_transfer_ratio(device)
+            self._handed[key] = self._sync_ratio(a) * (seconds + device.overhead_seconds)
         return self._handed[key]
+
+    def _sync_ratio(self, a: Arrangement) -> float:
+        shared, separate = _ways_of(a)
+        return self.model.sync_ratio(self.device(a.kinds[_home(a)]), shared=shared, separate=separate)
 
     def allowed(self, roles: bool, engine: bool, kind: str) -> int:
         """Bytes of a GPU that are left beside the contexts of its processes."""
         device = self.device(kind)
         return device.memory_bytes - pool_peak((), roles, engine, device)
+
+
+def _home(a: Arrangement) -> int:
+    """The actor's pool."""
+    return next(i for i, roles in enumerate(a.structure) if "actor" in roles)
+
+
+def _ways_of(a: Arrangement) -> tuple[bool, bool]:
+    """Whether weights go to engines on the actor's GPUs, and whether they go to engines elsewhere."""
+    shared = _home(a) in a.generating
+    return shared, len(a.generating) > shared
 
 
 def _distinct_splits(split: Split) -> tuple[Split, NDArray[np.int64]]:

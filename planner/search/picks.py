@@ -108,11 +108,8 @@ def _possible(site: Site, least: Array, floor: Array, limit: float) -> bool:
 
 
 def _outdone(site: Site, row: int, known: int) -> bool:
-    """Whether a row that has been simulated is no slower in any scenario and needs no more memory. What a sync was
-    measured to take may depend on the number of engines."""
+    """Whether a row that has been simulated is no slower in any scenario and needs no more memory."""
     table = site.engines
-    if site.problem.model.sync_is_measured(site.actor_device) and table.at[known] != table.at[row]:
-        return False
     less = table.percent[known] <= table.percent[row] and table.number[known] == table.number[row]
     return bool(row != known and less and (table.seconds[known] <= table.seconds[row]).all())
 
@@ -172,9 +169,6 @@ def kept_layouts(site: Site, engines: Engines, least: Array, floor: Array, thres
                 load = np.einsum("rc,cns->nrs", floor[:, own], layouts.seconds) + rest
                 layouts = layouts.take(np.flatnonzero(problem.statistic(load.max(axis=1)) < threshold))
                 columns = [layouts.memory, *layouts.seconds]
-                # What a sync was measured to take may depend on the shards.
-                if role == "actor" and problem.model.sync_is_measured(site.actor_device):
-                    columns += [layouts.grid.shard[:, None], -layouts.grid.shard[:, None]]
             else:
                 layouts = layouts.take(fits)
                 columns = [layouts.memory, layouts.means.sum(axis=0)[:, None]]

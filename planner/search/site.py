@@ -10,7 +10,6 @@ from planner.search.engines import EngineTable
 from planner.search.options import Array, Problem
 from planner.search.programs import sharing_of
 from planner.search.space import Arrangement, Part, spread
-from planner.spec.cluster import Device
 
 
 class Site:
@@ -36,8 +35,8 @@ class Site:
             role: problem.layouts_at(role, self.kinds[i], self.places[i]) for role, i in self.pool_of.items()
         }
         node = problem.node(self.kinds[self.pool_of["actor"]])
-        handed = problem.hand_over(arrangement, same_node=self.same_node)
-        self.layouts["actor"] = self.layouts["actor"].of_shards(arrangement.within, node).with_sync(handed)
+        gathers, handed = problem.gathers(arrangement), problem.hand_over(arrangement, same_node=self.same_node)
+        self.layouts["actor"] = self.layouts["actor"].of_shards(arrangement.within, node).with_sync(gathers, handed)
         self.sharing = sharing_of(problem.flow, self.structure)
         self.hosts_bind = False  # whether hosts have too little memory for layouts that may be the best
 
@@ -68,10 +67,6 @@ class Site:
     @property
     def engines(self) -> EngineTable:
         return self.problem.engines(self.kinds[self.generating[0]])
-
-    @property
-    def actor_device(self) -> Device:
-        return self.places[self.pool_of["actor"]].device
 
     @property
     def shared(self) -> bool:
