@@ -135,6 +135,40 @@ def test_a_layout_that_pays_only_on_split_nodes_is_found():
     assert_optimal(*instance(146))
 
 
+def test_weights_that_go_two_ways_are_gathered_twice():
+    """A rollout over the actor's pool and the critic's: fewer shards pay, and no layout may be dropped for another that
+    is quicker but for the second gathering."""
+
+    def model(width, layers):
+        heads = {"heads": width // 64, "kv_heads": width // 128}
+        shape = {"hidden": width, "layers": layers, **heads, "intermediate": 4 * width, "vocab": 32000}
+        return {"shape": shape, "random_weights": True}
+
+    workload = make_workload(
+        batch=4,
+        minibatch=2,
+        prompt={"kind": "fixed", "tokens": 812},
+        response={"kind": "fixed", "tokens": 1165},
+        actor=model(512, 14),
+        critic=model(1024, 15),
+        reference=None,
+        reward={"function": "r.py:f", "seconds_per_sequence": 0.01},
+        proximal="rollout",
+        max_staleness=0,
+    )
+    device = Device(
+        memory_bytes=8321663354,
+        flops=7.30114734586735e14,
+        memory_bandwidth=3.98962755e11,
+        link_bandwidth=1.69335964922e11,
+        host_bandwidth=1.21432209084e11,
+        launch_seconds=8.349425150048825e-05,
+        context_bytes=5 * 10**8,
+    )
+    node = Node(gpus=4, device="g", host_memory_bytes=10**12)
+    assert_optimal(workload, Cluster(name="one", nodes=(node,), devices={"g": device}, network_bandwidth=1e10))
+
+
 def test_a_host_call_that_is_longer_than_a_step_runs_beside_itself():
     assert_optimal(*instance(108, lengths_vary=True))
 

@@ -4,8 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from planner.predict import roofline
 from planner.predict.cost import CostModel, Place, place_of
-from planner.predict.memory import SYNC_BYTES
 from planner.predict.roofline import forward_flops, link_of, matrix_parameters, nodes_spanned, shares
 from planner.spec.cluster import load_device, make_cluster
 from planner.spec.files import profiles_dir
@@ -184,24 +184,31 @@ def test_sync_by_hand() -> None:
     assert asleep == pytest.approx(gather + 2 * bytes_ / 100 + 2 * bytes_ / 5)
 
 
-def test_a_sync_waits_for_calls_and_launches() -> None:
-    def sync(shard: int, shared: bool, **changes: float) -> float:
+def test_a_sync_waits_for_calls_and_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(way: str, shard: int = 1, tensor_parallel: int = 1, **changes: float) -> float:
         device = ROUND.model_copy(update=changes)
         model = CostModel(SMALL, CLUSTER.model_copy(update={"devices": {"h200": device}}))
-        places = Place(parts=(2,), device=device)
-        engines = rollout(replicas=2)
-        estimate = model.sync(layout(shard=shard), places, engines, [places], same_node=True, shared=shared)
-        return float(estimate.seconds[0])
+        place = Place(parts=(2,), device=device)
+        engines, places = rollout(replicas=2, tensor_parallel=tensor_parallel), [place] * (2 if way == "both" else 1)
+        shared = way != "across"
+        return float(model.sync(layout(shard=shard), place, engines, places, same_node=True, shared=shared).seconds[0])
 
-    def more(shard: int, *, shared: bool, **changes: float) -> float:
-        return sync(shard, shared, **changes) - sync(shard, shared)
+    def more(way: str, shard: int = 1, **changes: float) -> float:
+        return sync(way, shard, **changes) - sync(way, shard)
 
-    assert 2 * SHAPE.parameters() < SYNC_BYTES  # one window: begin, fill, read, end
-    assert more(1, shared=True, overhead_seconds=1.0) == pytest.approx(4)
-    assert more(1, shared=False, overhead_seconds=1.0) == pytest.approx(1)
-    assert more(1, shared=True, launch_seconds=1.0) == pytest.approx(0)
-    assert more(1, shared=False, launch_seconds=1.0) == pytest.approx(SHAPE.layers)
-    assert more(2, shared=False, launch_seconds=1.0) == pytest.approx(2 * SHAPE.layers)  # gathered, then sent
+    def calls(way: str) -> float:
+        return more(way, overhead_seconds=1.0)
+
+    bytes_ = 2 * SHAPE.parameters()
+    assert [calls(way) for way in ("within", "across", "both")] == pytest.approx([4, 1, 5])  # begin, fill, read, end
+    monkeypatch.setattr(roofline, "SYNC_BYTES", bytes_ // 3 + 1)
+    assert calls("within") == pytest.approx(2 + 2 * 3)
+    assert sync("within", tensor_parallel=2) == pytest.approx(sync("within") / 2)
+    layers = SHAPE.layers
+    assert more("within", launch_seconds=1.0) == pytest.approx(0)
+    assert more("across", launch_seconds=1.0) == pytest.approx(layers)
+    assert more("across", 2, launch_seconds=1.0) == pytest.approx(2 * layers)  # gathered, then sent
+    assert more("both", 2, launch_seconds=1.0) == pytest.approx(3 * layers)
 
 
 def test_host_calls_know_the_reward_functions_rate() -> None:

@@ -236,9 +236,9 @@ def hand_over_seconds(
     shape: Shape, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool, shared: bool,
     separate: bool,
 ) -> float:  # fmt: skip
-    """Of handing gathered weights to the engines: within the GPUs that both share a window at a time, which is filled
-    and read in turns, between one call to begin and one to end; then broadcast to GPUs that they do not share, layer by
-    layer."""
+    """Of handing gathered weights to the engines, but for a call of each way: on GPUs that both share a window at a
+    time, at least as many as their bytes need, which is filled and read in turns between a call to begin and one to
+    end; broadcast to GPUs that they do not share, which counts as one launch a layer."""
     count = compute_bytes(device) * shape.parameters()
     seconds = 0.0
     if shared:
@@ -254,10 +254,10 @@ def sync_cost(
     shape: Shape, split: Split, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool,
     shared: bool, separate: bool,
 ) -> float:  # fmt: skip
-    """Seconds of moving the actor's weights to the engines: gathered over the shard group for each of the two ways,
-    then handed over."""
-    gathered = (shared + separate) * float(gather_seconds(shape, split, device, cluster))
+    """Seconds of moving the actor's weights to the engines: by either way they are gathered over the shard group, then
+    handed over, one way after the other."""
+    gathered = float(gather_seconds(shape, split, device, cluster))
     handed = hand_over_seconds(
         shape, device, cluster, tensor_parallel, same_node=same_node, shared=shared, separate=separate
     )
-    return gathered + handed + device.overhead_seconds
+    return (shared + separate) * (gathered + device.overhead_seconds) + handed

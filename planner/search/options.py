@@ -246,7 +246,7 @@ class Problem:
                 )
                 for split in tensor_parallels(self.workload, self.device(a.kinds[a.generating[0]]))
             )  # fmt: skip
-            self._handed[key] = self._sync_ratio(a) * (seconds + device.overhead_seconds)
+            self._handed[key] = self._sync_ratio(a) * (seconds + (shared + separate) * device.overhead_seconds)
         return self._handed[key]
 
     def _sync_ratio(self, a: Arrangement) -> float:
