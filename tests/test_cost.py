@@ -193,16 +193,16 @@ def test_a_sync_waits_for_calls_and_launches(monkeypatch: pytest.MonkeyPatch) ->
         shared = way != "across"
         return float(model.sync(layout(shard=shard), place, engines, places, same_node=True, shared=shared).seconds[0])
 
-    def more(way: str, shard: int = 1, **changes: float) -> float:
-        return sync(way, shard, **changes) - sync(way, shard)
+    def more(way: str, *layout: int, **changes: float) -> float:
+        return sync(way, *layout, **changes) - sync(way, *layout)
 
-    def calls(way: str) -> float:
-        return more(way, overhead_seconds=1.0)
+    def calls(way: str, *layout: int) -> float:
+        return more(way, *layout, overhead_seconds=1.0)
 
     bytes_ = 2 * SHAPE.parameters()
     assert [calls(way) for way in ("within", "across", "both")] == pytest.approx([4, 1, 5])  # begin, fill, read, end
     monkeypatch.setattr(roofline, "SYNC_BYTES", bytes_ // 3 + 1)
-    assert calls("within") == pytest.approx(2 + 2 * 3)
+    assert calls("within") == calls("within", 1, 2) == pytest.approx(2 + 2 * 3)
     assert sync("within", tensor_parallel=2) == pytest.approx(sync("within") / 2)
     layers = SHAPE.layers
     assert more("within", launch_seconds=1.0) == pytest.approx(0)
