@@ -1,6 +1,5 @@
 """Weights out of FSDP's shards: in full for files and engines on the CPU, in bf16 for engines on GPUs."""
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +20,10 @@ Place = tuple[nn.Module, str]  # a parameter's module, and its name there
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Described:
-    """A parameter as an engine gets it: its name in the Hugging Face model, its full shape, its bytes in bf16, and the
-    number of the unit in which FSDP gathers it."""
+    """A parameter as an engine gets it: its name in the Hugging Face model, its full shape, its bytes in bf16."""
 
     name: str
     shape: tuple[int, ...]
-    unit: int
 
     @property
     def bytes(self) -> int:
@@ -64,8 +61,8 @@ def install(model: nn.Module, arrays: Arrays) -> None:
 def describe(module: nn.Module) -> list[Described]:
     """What `compute_weights` yields, in its order; `module.model` is the Hugging Face model that names it."""
     return [
-        Described(name=name, shape=tuple(getattr(owner, attribute).shape), unit=number)
-        for number, (_, parameters) in enumerate(_units(module))
+        Described(name=name, shape=tuple(getattr(owner, attribute).shape))
+        for _, parameters in _units(module)
         for name, (owner, attribute) in parameters.items()
     ]
 
@@ -123,20 +120,15 @@ def _units(module: nn.Module) -> list[tuple[FSDPModule, dict[str, Place]]]:
 
 
 def in_chunks(weights: Sequence[Described]) -> list[list[Described]]:
-    """Neighbouring weights in chunks of at most `SYNC_BYTES`, or of one weight. What FSDP gathers as one is only taken
-    apart where it is larger than a chunk: each chunk gathers it anew."""
+    """Neighbouring weights in chunks of at most `SYNC_BYTES`, or of one weight."""
     chunks: list[list[Described]] = []
     free = 0
-    for _, unit in itertools.groupby(weights, key=lambda weight: weight.unit):
-        together = [*unit]
-        if sum(weight.bytes for weight in together) > free:
-            free = 0
-        for weight in together:
-            if not chunks or weight.bytes > free:
-                chunks.append([])
-                free = SYNC_BYTES
-            chunks[-1].append(weight)
-            free -= weight.bytes
+    for weight in weights:
+        if not chunks or weight.bytes > free:
+            chunks.append([])
+            free = SYNC_BYTES
+        chunks[-1].append(weight)
+        free -= weight.bytes
     return chunks
 
 

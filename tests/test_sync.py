@@ -58,7 +58,7 @@ class Noting(Worker):
         self.notes: list[tuple[Any, ...]] = []
 
     def describe_weights(self) -> list[weights.Described]:
-        return [weights.Described(name="w", shape=(2,), unit=0)]
+        return [weights.Described(name="w", shape=(2,))]
 
     def rendezvous(self) -> tuple[str, int]:
         return "here", 1
@@ -156,26 +156,16 @@ def test_compute_weights_are_all_parameters_in_bfloat16(
         assert dict(found).keys() == expected.keys()
         assert all(torch.equal(w, expected[name]) and w.dtype == torch.bfloat16 for name, w in found)
         assert [d.bytes for d in described] == [w.nbytes for _, w in found]
-        assert [d.unit for d in described] == sorted(d.unit for d in described)
     wanted = frozenset({described[0].name, described[-1].name})
     assert {name for name, _ in weights.compute_weights(module, wanted)} == wanted
 
 
-@pytest.mark.parametrize(
-    ("units", "expected"),
-    [
-        ([[10, 40, 20, 30, 1]], [[10, 40], [20, 30], [1]]),  # a unit that is larger than a chunk
-        ([[10, 20], [20], [5, 10]], [[10, 20, 20], [5, 10]]),
-        ([[40], [10, 10], [80], [1]], [[40], [10, 10], [80], [1]]),  # a large weight is a chunk of its own
-    ],
-)
-def test_chunks_keep_the_order_the_bound_and_units_together(
-    monkeypatch: pytest.MonkeyPatch, units: list[list[int]], expected: list[list[int]]
-) -> None:
+def test_chunks_keep_the_order_and_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weights, "SYNC_BYTES", 100)
-    described = [
-        weights.Described(name="weight", shape=(size,), unit=number)
-        for number, sizes in enumerate(units)
-        for size in sizes
-    ]
-    assert [[d.shape[0] for d in chunk] for chunk in weights.in_chunks(described)] == expected
+    sizes = [10, 40, 20, 30, 1]
+    described = [weights.Described(name=str(i), shape=(size,)) for i, size in enumerate(sizes)]
+    chunks = weights.in_chunks(described)
+    assert [d.name for chunk in chunks for d in chunk] == ["0", "1", "2", "3", "4"]
+    assert [sum(d.bytes for d in chunk) for chunk in chunks] == [100, 100, 2]
+    alone = weights.in_chunks([weights.Described(name="large", shape=(80,)), *described[:1]])
+    assert [len(chunk) for chunk in alone] == [1, 1]  # a large one is a chunk of its own

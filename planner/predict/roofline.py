@@ -254,8 +254,8 @@ def sync_cost(
     shape: Shape, split: Split, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool,
     shared: bool, separate: bool,
 ) -> float:  # fmt: skip
-    """Seconds of moving the actor's weights to the engines: by either way they are gathered over the shard group, then
-    handed over, one way after the other."""
+    """Seconds of moving the actor's weights to the engines: by either way they are gathered over the shard group (what
+    lies in two windows twice in truth), then handed over, one way after the other."""
     gathered = float(gather_seconds(shape, split, device, cluster))
     handed = hand_over_seconds(
         shape, device, cluster, tensor_parallel, same_node=same_node, shared=shared, separate=separate
