@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import torch
 
-SEGMENT_MB = 256  # mapped at a time: by 20, torch's default, updates that find nothing cached took 1 s longer at 1.5B
+SEGMENT_MB = 256  # mapped at a time: by 20, torch's default, an update that finds nothing cached took up to 1 s longer
 
 
 def limit(count: int) -> None:

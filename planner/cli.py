@@ -111,7 +111,12 @@ def profiles_of_plan(command: Command) -> Command:
     metavar="S",
     help="Draws of the response lengths, fewer where a batch is large; with 1 each call takes a fixed time.",
 )
-@click.option("--time-limit", type=float, metavar="SECONDS", help="End the search then, with the best plan so far.")
+@click.option(
+    "--time-limit",
+    type=float,
+    metavar="SECONDS",
+    help="End the search then, with the best plan so far; baselines are found besides.",
+)
 @click.option("--keep", type=int, default=3, show_default=True, metavar="N", help="Runners-up to show.")
 @click.option(
     "--pin",

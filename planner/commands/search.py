@@ -82,7 +82,7 @@ def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[s
     }[best.predicted.proof.objective]
     yield f"Minimised: {objective}."
     used = sum(len(pool.gpus) for pool in best.pools.values())
-    if used < len(cluster.gpus):
+    if used < len(cluster.gpus) and best.predicted.proof.status == "optimal":
         yield f"The plan uses {used:,} of {len(cluster.gpus):,} GPUs: it would be no faster with more."
     if len(cluster.gpus) > inputs.workload.minibatch:
         yield (

@@ -3,8 +3,7 @@
 Each point gives a ratio, measured seconds over the roofline's for the very same call. A call asks for the ratio of the
 points that are like it (same kind of call, model shape and head, device), interpolated linearly over the logarithm of
 its size (tokens per rank, sequences per engine) and held constant beyond the outermost points. A transfer asks for one
-ratio, the mean of those that go its way: it takes a small part of a step, and a search that need not know how its ratio
-varies has bounds as sharp as without a profile.
+ratio, the mean of those that go its way: it is a small part of a step, and so the search's bounds are exact about it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -174,12 +173,11 @@ def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Clus
             host_seconds(np.array(point.prompt_tokens + point.response_tokens))
         )
     if point.call == "transfer":
-        size = np.log(point.gpus + point.engines * point.tensor_parallel)
         seconds = sync_cost(
             shape, split, device, cluster, point.tensor_parallel, same_node=point.nodes == 1,
             shared=point.shared or point.partly, separate=not point.shared,
         )  # fmt: skip
-        return float(size), seconds
+        return 0.0, seconds
     if point.call in ("wake", "offload"):
         if point.role == "rollout":
             count = engine_weight_bytes(shape, point.tensor_parallel, device)

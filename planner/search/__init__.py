@@ -1,5 +1,6 @@
 """Which plan is best, and the proof: `find` is the whole search, `baseline` one of the splits that people use today."""
 
+import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,8 +60,9 @@ def find(
     command: str = "",
 ) -> Result:
     """The best plan by the objective (see `options.Problem`) over at most so many length `scenarios`, runners-up and
-    the baselines, which no pin binds. Ends after `time_limit` seconds, or on Ctrl-C, with the best plan so far; each
-    baseline has a tenth of that for itself. Raises UserError if nothing fits or none was found in that time."""
+    the baselines, which no pin binds. The search ends after `time_limit` seconds, or on Ctrl-C, with the best plan so
+    far, which may be a baseline: these are found besides, but for what a Ctrl-C leaves out. Raises UserError if nothing
+    fits or none was found in that time."""
     start = time.perf_counter()
     problem = problem_of(workload, cluster, profiles, max_staleness, objective, scenarios)
     pinned = parse_pins(pins, workload.roles, cluster)
@@ -81,17 +83,19 @@ def find(
         space=SPACE.format(k=problem.max_staleness) + "".join(f", {pin.text}" for pin in pinned),
     )
     provenance = Provenance(version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {})
-    plans = [assemble(c, "best" if i == 0 else f"runner-up-{i}", problem) for i, c in enumerate(found.best)]
+    named, best = _baselines(problem), found.best
+    fastest = min((c for c in named.values() if isinstance(c, Candidate)), key=lambda c: c.seconds, default=best[0])
+    if found.ended and not pinned and fastest.seconds < best[0].seconds:
+        best = (fastest, *best)[:keep]
+    plans = [assemble(c, "best" if i == 0 else f"runner-up-{i}", problem) for i, c in enumerate(best)]
     plans = plans if pinned else [_trimmed(plan) for plan in plans]
     plans = [_complete(plan, provenance, problem, proof, found.bound, seconds) for plan in plans]
     baselines: dict[str, Plan | str] = {}
-    for name in NAMES:
-        own = time.perf_counter() + time_limit / 10 if time_limit is not None else inf
-        try:
-            plan = assemble(best_of(name, problem, deadline=own), name, problem)
-            baselines[name] = _complete(plan, provenance, problem, None, found.bound, 0.0)
-        except UserError as error:
-            baselines[name] = str(error)
+    for name, c in named.items():
+        if isinstance(c, str):
+            baselines[name] = c
+        else:
+            baselines[name] = _complete(assemble(c, name, problem), provenance, problem, None, found.bound, 0.0)
     return Result(
         best=plans[0],
         runners_up=tuple(plans[1:]),
@@ -100,6 +104,18 @@ def find(
         evaluated=found.evaluated,
         seconds=seconds,
     )
+
+
+def _baselines(problem: Problem) -> dict[str, Candidate | str]:
+    """Each baseline's best, or why it cannot be; up to a Ctrl-C."""
+    found: dict[str, Candidate | str] = {}
+    with contextlib.suppress(KeyboardInterrupt):
+        for name in NAMES:
+            try:
+                found[name] = best_of(name, problem)
+            except UserError as error:
+                found[name] = str(error)
+    return found
 
 
 def baseline(

@@ -26,14 +26,15 @@ LOOSE = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it ma
 
 
 class Acting(NamedTuple):
-    """What a pool with the actor depends on besides: whether the shards lie `within` a node, and `Problem.gathers`."""
+    """What the actor's layouts depend on besides the kind of its pool: whether its shards lie `within` a node, and
+    seconds of a sync per second of gathering (`Problem.gathers`)."""
 
     within: bool | None
     gathers: float
 
 
-Pool = tuple[frozenset[str], str, Acting | None]  # its roles, its kind, and of the actor's what it depends on besides
-Held = tuple[str, str, Acting | None]  # a role, and the same
+Pool = tuple[frozenset[str], str, Acting | None]  # its roles, its kind, and more if one of them is the actor
+Held = tuple[str, str, Acting | None]  # a role, its pool's kind, and more if it is the actor
 
 
 class Rows(NamedTuple):
