@@ -1,5 +1,6 @@
 """The search's plans against brute force, baselines and each other."""
 
+import contextlib
 import time
 from itertools import product
 
@@ -229,6 +230,16 @@ def test_a_search_that_is_ended_keeps_its_best_plan_with_an_honest_gap():
         assert found.bound <= full.best[0].seconds * (1 + 1e-9)
         assert not found.best or found.best[0].seconds >= full.best[0].seconds * (1 - 1e-9)
     assert not full.ended
+
+
+def test_a_search_that_is_ended_gives_no_plan_slower_than_a_baseline():
+    workload, cluster = default()[0], make_cluster(512)
+    for time_limit in (0.1, 0.2, 0.3, 0.5):  # on some machine some of them end it after a first plan
+        with contextlib.suppress(UserError):
+            found = find(workload, cluster, keep=1, scenarios=1, time_limit=time_limit)
+            plans = [plan for plan in found.baselines.values() if isinstance(plan, Plan)]
+            seconds = [plan.predicted.step_seconds for plan in (found.best, *plans)]
+            assert seconds[0] <= min(seconds) * (1 + 1e-9)
 
 
 def test_measured_costs_leave_a_large_search_small():
