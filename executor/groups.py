@@ -8,7 +8,7 @@ from itertools import product
 from executor.vllm_worker import made_for
 from planner.predict.cost import CostModel
 from planner.predict.layouts import MICRO_BATCH_TOKENS, rollout_layouts, trainer_layouts
-from planner.predict.memory import check_memory
+from planner.predict.memory import check_memory, host_bytes
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -20,7 +20,8 @@ from planner.spec.workload import Workload
 # Seconds beside the calls themselves, as they were on hosts of 1 to 4 H200 and on a laptop's cores.
 START = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all processes
 ENGINES = {"cuda": 60.0, "cpu": 1.0}  # to start some side by side
-TENSOR_PARALLEL = 60.0  # beyond that, if an engine has several GPUs
+TENSOR_PARALLEL = 40.0  # beyond that, if an engine has several GPUs
+PINNING = 0.5e-9  # per byte of the host that is taken for what is offloaded
 TRAINERS = {"cuda": 12.0, "cpu": 2.0}  # to load models and take over the weights
 COMPILING = {"cuda": 20.0, "cpu": 0.0}  # in the first step of all
 LONG_STEP = 15.0  # of these two repeats are enough, and what is not the whole batch is the first to be left out
@@ -335,6 +336,7 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
         start = TRAINERS[kind]
         if not engines <= running:
             start += ENGINES[kind] + TENSOR_PARALLEL * any(plan.rollout.tensor_parallel > 1 for plan in group.plans)
+        start += PINNING * sum(sum(host_bytes(plan).values()) for plan in group.plans)
         start += COMPILING[kind] / (1 if number == 0 else 3) + (START[kind] if number == 0 else 0.0)
         running = engines  # an engine of another kind on the same GPUs ends
         steps, batches = [], []

@@ -76,8 +76,8 @@ def cluster_of(rng, gpus):
 
 
 def profile_of(workload, cluster, seed):
-    """What the actor's calls took on one GPU and on all, and what some ways of its sync took: up to four times as long
-    as the roofline says, or a quarter of it."""
+    """What the actor's calls and moves took on one GPU and on all, and what some ways of its sync took: up to four
+    times as long as the roofline says, or a quarter of it."""
     rng, shape, gpus = np.random.default_rng(seed), workload.actor.shape, len(cluster.gpus)
     batch = {
         "sequences": workload.batch,
@@ -90,14 +90,16 @@ def profile_of(workload, cluster, seed):
         seconds = estimate(point, shape, cluster.devices["g"], cluster) * 4 ** rng.uniform(-1, 1)
         return point.model_copy(update={"seconds": seconds})
 
-    points = []
+    points, places = [], []
     for count in sorted({1, gpus}):
         where = {"gpus": count, "shard": int(rng.choice([1, count]))}
+        places.append(where)
         trainer = {"micro_batch_tokens": 8192, **batch, **where}
         points += [measured("infer", **trainer), measured("train", minibatch=workload.minibatch, **trainer)]
         ways = [{"shared": True}, {}, {"partly": True}]
         points += [measured("transfer", engines=1, **where, **way) for way in ways if rng.random() < 0.7]
     points.append(measured("generate", "rollout", engines=1, concurrency=workload.batch, **batch))
+    points += [measured(move, offload="all", **where) for where in places for move in ("wake", "offload")]
     return Profile(device="g", model=shape, points=tuple(points))
 
 

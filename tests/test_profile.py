@@ -157,9 +157,19 @@ def test_a_roles_own_points_come_first() -> None:
     assert measured.infer("reference", layout(), PLACE).seconds == pytest.approx([2.0])
 
 
+def test_points_of_as_many_gpus_come_first() -> None:
+    half: dict[str, Any] = {"shard": 2, "sequences": 32, "prompt_tokens": 3200, "response_tokens": 6400}
+    few, many = point("train", gpus=2, seconds=9.0, **half), point("train", seconds=1.0, **half)
+    asked = layout(shard=2, replicas=2)
+    both, alone = (model(*points).train("actor", asked, PLACE) for points in ((few, many), (many,)))
+    assert both.seconds == pytest.approx(alone.seconds, rel=1e-12)
+    assert both.seconds[0] < model(few).train("actor", asked, PLACE).seconds[0]
+
+
 def test_moves_are_measured_too() -> None:
     woken = point("wake", offload="all", seconds=0.75)
-    sleepy = model(woken).train("actor", layout(offload="all"), PLACE)
+    elsewhere = point("wake", offload="all", gpus=8, seconds=2.0)
+    sleepy = model(elsewhere, woken).train("actor", layout(offload="all"), PLACE)
     assert sleepy.parts["wake"] == pytest.approx([0.75])
     assert sleepy.parts["offload"] != pytest.approx([0.75])
 

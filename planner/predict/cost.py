@@ -113,13 +113,13 @@ class CostModel:
         alone = self._once((call, role, split, place), lambda: self._trainer_alone(call, role, layout, place))
         shape = self.workload.models[role].shape
         moved = offloaded_bytes(shape, role, shard, layout.offload, device, train=train)
-        return _with_moves(alone, self._moves(role, shard, device, moved))
+        return _with_moves(alone, self._moves(role, _whole(shard, layout.gpus), device, moved))
 
     def _trainer_alone(self, call: str, role: str, layout: TrainerRole, place: Place) -> Estimate:
         """Without the moves of what is offloaded."""
         workload, shape, head = self.workload, self.workload.models[role].shape, head_of(role)
-        preferred: dict[str, object] = {"micro_batch_tokens": layout.micro_batch_tokens}
-        exact: dict[str, object] = {"gpus": layout.gpus, "sequences": workload.batch}
+        preferred: dict[str, object] = {"micro_batch_tokens": layout.micro_batch_tokens, "gpus": layout.gpus}
+        exact: dict[str, object] = {"sequences": workload.batch}
         split = split_of(layout, place)
         if call == "train":
             epochs, work = workload.ppo.epochs, self._work(workload.minibatch, layout.gpus)
@@ -155,8 +155,8 @@ class CostModel:
             tokens=np.stack([work.tokens for work in works])[which],
             squares=np.stack([work.squares for work in works])[which],
         )
-        preferred: dict[str, Any] = {"micro_batch_tokens": split.micro_batch_tokens}
-        exact: dict[str, Any] = {"gpus": gpus, "sequences": workload.batch}
+        preferred: dict[str, Any] = {"micro_batch_tokens": split.micro_batch_tokens, "gpus": gpus}
+        exact: dict[str, Any] = {"sequences": workload.batch}
         if train:
             cost = train_cost(shape, head, split, device, self.cluster, work, epochs)
             preferred = {"recompute": split.recompute, **preferred}
@@ -168,10 +168,10 @@ class CostModel:
         seconds = cost.compute + cost.transfer
         return seconds * self._corrections.ratios(kind, shape, role, device, sizes, like)
 
-    def move_seconds(self, role: str, shard: NDArray[np.int64], moved: NDArray[np.int64], device: Device) -> Seconds:
+    def move_seconds(self, role: str, split: Split, moved: NDArray[np.int64], device: Device) -> Seconds:
         """Seconds [n] of bringing `moved` bytes per GPU to the device and back, in many layouts at once."""
-        shape, like = self.workload.model_of(role).shape, Layout(split=shard)
-        size = np.zeros((len(shard), 1))
+        shape, like = self.workload.model_of(role).shape, _whole(split.shard, split.shard * split.replicas)
+        size = np.zeros((len(moved), 1))
         ratios = [self._corrections.ratios(way, shape, role, device, size, like) for way in ("wake", "offload")]
         return np.asarray((ratios[0] + ratios[1])[:, 0] * moved / device.host_bandwidth)
 
@@ -228,7 +228,7 @@ class CostModel:
 
     def _engine_moves(self, tensor_parallel: int, offload: bool, device: Device) -> dict[str, float]:
         moved = engine_weight_bytes(self.workload.actor.shape, tensor_parallel, device) if offload else 0
-        return self._moves("rollout", tensor_parallel, device, moved)
+        return self._moves("rollout", Layout(split=tensor_parallel), device, moved)
 
     def _generated(self, seconds: Seconds, tensor_parallel: int, concurrency: int, engines: Engines) -> Estimate:
         """What the engines' seconds become with the call's overhead and what was measured."""
@@ -306,8 +306,8 @@ class CostModel:
         shape, device, tensor_parallel = self.workload.actor.shape, actor_place.device, rollout.tensor_parallel
         weights = offloaded_bytes(shape, "actor", actor.shard, actor.offload, device, train=False)
         engine = engine_weight_bytes(shape, tensor_parallel, device) if rollout.offload else 0
-        woken = _with_moves(alone, self._moves("actor", actor.shard, device, weights))
-        return _with_moves(woken, self._moves("rollout", tensor_parallel, device, engine))
+        woken = _with_moves(alone, self._moves("actor", _whole(actor.shard, actor.gpus), device, weights))
+        return _with_moves(woken, self._moves("rollout", Layout(split=tensor_parallel), device, engine))
 
     def _sync_alone(
         self, actor: TrainerRole, place: Place, rollout: RolloutRole, same_node: bool, shared: bool, separate: bool
@@ -345,11 +345,11 @@ class CostModel:
                 seconds = seconds + reward.seconds_per_sequence * workload.batch
         return _estimate(Cost(compute=seconds, transfer=np.zeros_like(seconds)), ratio, source)
 
-    def _moves(self, role: str, split: int, device: Device, count: int) -> dict[str, float]:
+    def _moves(self, role: str, like: Layout, device: Device, count: int) -> dict[str, float]:
         """Seconds of bringing `count` bytes per GPU to the device and back."""
         if not count:
             return {}
-        shape, size, like = self.workload.model_of(role).shape, np.zeros(1), Layout(split=split)
+        shape, size = self.workload.model_of(role).shape, np.zeros(1)
         ratios = {name: self._corrections.ratio(name, shape, role, device, size, like) for name in ("wake", "offload")}
         return {name: float(ratio[0]) * count / device.host_bandwidth for name, (ratio, _) in ratios.items()}
 
@@ -372,6 +372,11 @@ def _estimate(cost: Cost, ratio: Seconds, source: Source) -> Estimate:
     parts = {"compute": cost.compute * ratio, "transfer": cost.transfer * ratio}
     seconds = parts["compute"] + parts["transfer"]
     return Estimate(seconds=seconds, parts={name: part for name, part in parts.items() if part.any()}, source=source)
+
+
+def _whole(shard: Any, gpus: Any) -> Layout:
+    """Of moving a trainer's ranks, which share the memory of their hosts: those of as many are liked best."""
+    return Layout(split=shard, preferred={"gpus": gpus})
 
 
 def _with_moves(estimate: Estimate, moves: dict[str, float]) -> Estimate:

@@ -203,7 +203,7 @@ class Problem:
         for name in self.calls_of(role):
             train = self.flow[name].kind == "train"
             moved = moved_bytes(self.workload.model_of(role).shape, role, grid.shard, away, half, device, train=train)
-            seconds = self.model.move_seconds(role, grid.shard, moved, device)[:, None]
+            seconds = self.model.move_seconds(role, split, moved, device)[:, None]
             if name == "sync_weights":
                 gathered = gather_seconds(self.workload.actor.shape, split, device, self.cluster)
             else:
