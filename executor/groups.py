@@ -20,7 +20,7 @@ from planner.spec.workload import Workload
 # Seconds beside the calls themselves, as they were on hosts of 1 to 4 H200 and on a laptop's cores.
 START = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all processes
 ENGINES = {"cuda": 60.0, "cpu": 1.0}  # to start some side by side
-TENSOR_PARALLEL = 40.0  # beyond that, if an engine has several GPUs
+TENSOR_PARALLEL = 15.0  # beyond that, if an engine has several GPUs
 PINNING = 0.5e-9  # per byte of the host that is taken for what is offloaded
 TRAINERS = {"cuda": 12.0, "cpu": 2.0}  # to load models and take over the weights
 COMPILING = {"cuda": 20.0, "cpu": 0.0}  # in the first step of all

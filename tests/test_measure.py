@@ -11,6 +11,7 @@ from executor.measure import Sample, measure, profile, summed_up
 from executor.pools import Fleet
 from planner.predict.cost import CostModel
 from planner.predict.layouts import trainer_layouts
+from planner.predict.memory import host_bytes
 from planner.predict.profile import Point, check_profiles, load_profiles
 from planner.predict.roofline import Place
 from planner.spec.cluster import make_cluster
@@ -106,6 +107,9 @@ def test_what_is_measured_on_four_gpus() -> None:
     engines = [group.plans[0].rollout.model_dump(exclude={"pools"}) for group in groups]
     assert engines[0] == engines[1] == engines[2] != engines[3]  # the engines stay
     assert groups[1].start_seconds == groups[2].start_seconds < groups[3].start_seconds
+    asleep, awake = (sum(host_bytes(group.plans[0]).values()) for group in groups[4:])
+    assert groups[4].start_seconds - groups[5].start_seconds == pytest.approx(0.5 * (asleep - awake) / 1e9)
+    assert asleep - awake > 20e9
 
 
 def test_long_steps_are_repeated_less_and_smaller_batches_are_left_out_first() -> None:

@@ -12,6 +12,7 @@ import planner.predict.layouts as layouts
 from planner.predict.cost import Place
 from planner.predict.cycle import cycles
 from planner.predict.memory import trainer_memory
+from planner.predict.profile import Point, Profile
 from planner.predict.schedule import staleness, steady_edges, unroll
 from planner.search import problem_of
 from planner.search.bound import Bounds
@@ -223,11 +224,27 @@ def test_no_smaller_pools_are_left_out_that_are_better(monkeypatch, nodes, host_
     assert found.best[0].seconds == pytest.approx(best, rel=1e-9)
 
 
+def some_profile(workload):
+    """What calls and moves took of both kinds of head in a third of some layouts, on a few numbers of GPUs."""
+    rng, points = np.random.default_rng(3), []
+    layouts = product(("actor", "critic"), (1, 4, 8, 12), (1, 2, 4, 8), (4096, 18432), ("none", "all"))
+    for role, gpus, shard, tokens, offload in layouts:
+        if gpus % shard or rng.random() < 2 / 3:
+            continue
+        where = {"role": role, "gpus": gpus, "shard": shard, "offload": offload, "seconds": float(rng.uniform(1, 9))}
+        batch = {"sequences": workload.batch, "prompt_tokens": 10**5, "response_tokens": 10**5}
+        calls = ("wake", "offload") if offload == "all" else ("infer", "train")
+        of_calls = {} if offload == "all" else {"micro_batch_tokens": tokens, "minibatch": workload.minibatch, **batch}
+        points += [Point(call=call, **where, **of_calls) for call in calls]
+    return Profile(device="h200", model=workload.actor.shape, points=tuple(points))
+
+
+@pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize("name", ["actor", "critic", "reference", "reward"])
-def test_layouts_as_columns_are_those_one_by_one(name):
+def test_layouts_as_columns_are_those_one_by_one(name, measured):
     """Seconds and bytes of the tables are the models' own, on filled nodes and on others."""
     workload, cluster = default()
-    problem = problem_of(workload, cluster, (), None)
+    problem = problem_of(workload, cluster, [some_profile(workload)] if measured else (), None)
     calls = problem.calls_of(name)[: 2 if name in ("actor", "critic") else 1]
     for parts in ((8, 4), (5, 4, 3)):
         place = Place(parts=parts, device=problem.device("h200"))

@@ -113,7 +113,7 @@ class CostModel:
         alone = self._once((call, role, split, place), lambda: self._trainer_alone(call, role, layout, place))
         shape = self.workload.models[role].shape
         moved = offloaded_bytes(shape, role, shard, layout.offload, device, train=train)
-        return _with_moves(alone, self._moves(role, _whole(shard, layout.gpus), device, moved))
+        return _with_moves(alone, self._moves(role, _ranks(shard, layout.gpus), device, moved))
 
     def _trainer_alone(self, call: str, role: str, layout: TrainerRole, place: Place) -> Estimate:
         """Without the moves of what is offloaded."""
@@ -170,7 +170,7 @@ class CostModel:
 
     def move_seconds(self, role: str, split: Split, moved: NDArray[np.int64], device: Device) -> Seconds:
         """Seconds [n] of bringing `moved` bytes per GPU to the device and back, in many layouts at once."""
-        shape, like = self.workload.model_of(role).shape, _whole(split.shard, split.shard * split.replicas)
+        shape, like = self.workload.model_of(role).shape, _ranks(split.shard, split.shard * split.replicas)
         size = np.zeros((len(moved), 1))
         ratios = [self._corrections.ratios(way, shape, role, device, size, like) for way in ("wake", "offload")]
         return np.asarray((ratios[0] + ratios[1])[:, 0] * moved / device.host_bandwidth)
@@ -306,7 +306,7 @@ class CostModel:
         shape, device, tensor_parallel = self.workload.actor.shape, actor_place.device, rollout.tensor_parallel
         weights = offloaded_bytes(shape, "actor", actor.shard, actor.offload, device, train=False)
         engine = engine_weight_bytes(shape, tensor_parallel, device) if rollout.offload else 0
-        woken = _with_moves(alone, self._moves("actor", _whole(actor.shard, actor.gpus), device, weights))
+        woken = _with_moves(alone, self._moves("actor", _ranks(actor.shard, actor.gpus), device, weights))
         return _with_moves(woken, self._moves("rollout", Layout(split=tensor_parallel), device, engine))
 
     def _sync_alone(
@@ -374,8 +374,8 @@ def _estimate(cost: Cost, ratio: Seconds, source: Source) -> Estimate:
     return Estimate(seconds=seconds, parts={name: part for name, part in parts.items() if part.any()}, source=source)
 
 
-def _whole(shard: Any, gpus: Any) -> Layout:
-    """Of moving a trainer's ranks, which share the memory of their hosts: those of as many are liked best."""
+def _ranks(shard: Any, gpus: Any) -> Layout:
+    """What moves with a trainer's ranks. Those of a host share its memory, so points of as many come first."""
     return Layout(split=shard, preferred={"gpus": gpus})
 
 
