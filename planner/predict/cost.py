@@ -118,20 +118,26 @@ class CostModel:
     def _trainer_alone(self, call: str, role: str, layout: TrainerRole, place: Place) -> Estimate:
         """Without the moves of what is offloaded."""
         workload, shape, head = self.workload, self.workload.models[role].shape, head_of(role)
-        preferred: dict[str, object] = {"micro_batch_tokens": layout.micro_batch_tokens, "gpus": layout.gpus}
-        exact: dict[str, object] = {"sequences": workload.batch}
         split = split_of(layout, place)
         if call == "train":
             epochs, work = workload.ppo.epochs, self._work(workload.minibatch, layout.gpus)
             cost = train_cost(shape, head, split, place.device, self.cluster, work, epochs)
-            preferred = {"recompute": layout.recompute, **preferred}
-            exact |= {"minibatch": workload.minibatch, "epochs": epochs}
         else:
             work = self._work(workload.batch, layout.gpus)
             cost = infer_cost(shape, head, split, place.device, self.cluster, work)
         size = np.log(self.tokens / layout.gpus)
-        like = Layout(split=layout.shard, preferred=preferred, exact=exact)
-        return _estimate(cost, *self._corrections.ratio(call, shape, role, place.device, size, like))
+        return _estimate(cost, *self._corrections.ratio(call, shape, role, place.device, size, self._like(call, split)))
+
+    def _like(self, call: str, split: Split) -> Layout:
+        """What points should have in common with a `train` or `infer` call, or many at once."""
+        workload, train = self.workload, call == "train"
+        preferred = {"micro_batch_tokens": split.micro_batch_tokens, "gpus": split.shard * split.replicas}
+        exact = {"minibatch": workload.minibatch, "epochs": workload.ppo.epochs} if train else {}
+        return Layout(
+            split=split.shard,
+            preferred={"recompute": split.recompute, **preferred} if train else preferred,
+            exact={"sequences": workload.batch, **exact},
+        )
 
     def _work(self, minibatch: int, ranks: int) -> Work:
         key = minibatch, ranks
@@ -155,18 +161,13 @@ class CostModel:
             tokens=np.stack([work.tokens for work in works])[which],
             squares=np.stack([work.squares for work in works])[which],
         )
-        preferred: dict[str, Any] = {"micro_batch_tokens": split.micro_batch_tokens, "gpus": gpus}
-        exact: dict[str, Any] = {"sequences": workload.batch}
         if train:
             cost = train_cost(shape, head, split, device, self.cluster, work, epochs)
-            preferred = {"recompute": split.recompute, **preferred}
-            exact |= {"minibatch": workload.minibatch, "epochs": epochs}
         else:
             cost = infer_cost(shape, head, split, device, self.cluster, work)
         sizes = np.log(self.tokens / gpus[:, None])
-        like = Layout(split=split.shard, preferred=preferred, exact=exact)
         seconds = cost.compute + cost.transfer
-        return seconds * self._corrections.ratios(kind, shape, role, device, sizes, like)
+        return seconds * self._corrections.ratios(kind, shape, role, device, sizes, self._like(kind, split))
 
     def move_seconds(self, role: str, split: Split, moved: NDArray[np.int64], device: Device) -> Seconds:
         """Seconds [n] of bringing `moved` bytes per GPU to the device and back, in many layouts at once."""
