@@ -73,7 +73,7 @@ class Bounds:
         for number, counts in enumerate(ranks.values()):
             self.first[number, : len(counts)] = counts
             self.step[number] = np.searchsorted(counts, np.arange(most + 1), "right") - 1
-        self.kind_of = np.array([self.kinds.index(kind) for _, kind, *_ in pools])
+        self.kind_of = np.array([self.kinds.index(kind) for _, kind, _ in pools])
         self.room = np.zeros((len(pools), self.first.shape[1]), dtype=np.int64)  # level of memory for an engine
         # The least seconds of each call, and of calls of a role together: one layout serves them all.
         self.roles = [role for role in problem.workload.roles if role != "rollout"]
