@@ -96,7 +96,7 @@ def _reserve(gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str]) -> di
         if has < len(gpus):
             raise UserError(
                 f"{len(gpus)} {resource}s are needed and Ray has {has}; start more nodes, search a plan for fewer, "
-                "or use --rehearse"
+                "or play the plan with `plan execute --rehearse`"
             )
         nodes = _match_nodes(gpus, resource, kinds)
         group = placement_group(

@@ -55,7 +55,7 @@ def check_machine(plan: Plan) -> None:
         if (os.cpu_count() or 1) < wanted:
             raise UserError(
                 f"plan {plan.name!r} needs {wanted} cores and this machine has {os.cpu_count()}; "
-                "search a plan for fewer GPUs, or use --rehearse"
+                "search a plan for fewer GPUs, or play it here with `plan execute --rehearse`"
             )
         return
     there = gpus.found()
@@ -63,7 +63,8 @@ def check_machine(plan: Plan) -> None:
         kinds = sorted({plan.cluster.nodes[node].device for pool in plan.pools.values() for node, _ in pool.gpus})
         raise UserError(
             f"plan {plan.name!r} needs {wanted} GPUs of kind {' and '.join(kinds)} and this machine has {len(there)}; "
-            "run it where they are (--address for a Ray cluster), or play it here with --rehearse"
+            "run it where they are (`plan execute --address` for a Ray cluster), or play it here with "
+            "`plan execute --rehearse`"
         )
     gpus.check_kind(plan, there)
     check_host(plan, memory_bytes())
@@ -117,8 +118,8 @@ def check_engine(plan: Plan) -> None:
     if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         how = "pip install 'splitplan[vllm]'" if on_gpus else "install a build of it for CPUs"
         raise UserError(
-            f"the rollout's engine is vllm, which is not installed; {how}, or plan with engine transformers, or use "
-            "--rehearse"
+            f"the rollout's engine is vllm, which is not installed; {how}, or plan with engine transformers, or play "
+            "it with `plan execute --rehearse`"
         )
 
 
