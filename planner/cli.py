@@ -1,4 +1,5 @@
-"""The command line: parsing only. Each command imports what it needs when it runs, so that `plan --help` is instant."""
+"""The command line: parsing only. Each command imports what it needs when it runs, so that `plan
+--help` is instant."""
 
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Commands(click.Group):
-    """A group whose every failure that a user can mend is one line on stderr and exit code 2, without a traceback."""
+    """A group whose every failure that a user can mend is one line on stderr and exit code 2,
+    without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """In the order in which a newcomer needs them."""
@@ -48,10 +50,13 @@ def _end(message: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="splitplan")
 def main() -> None:
-    """Decide how a PPO job is split over GPUs, run it that way, and compare what was predicted with what happened."""
+    """Decide how a PPO job is split over GPUs, run it that way, and compare what was predicted with
+    what happened."""
 
 
 def _file(name: str = "FILE") -> click.Path:
@@ -63,7 +68,9 @@ def _file(name: str = "FILE") -> click.Path:
 
 def inputs(command: Command) -> Command:
     """The options that say what is asked and what there is."""
-    gpus = click.option("--gpus", type=int, metavar="N", help="Number of GPUs (with --cluster local: of cores).")
+    gpus = click.option(
+        "--gpus", type=int, metavar="N", help="Number of GPUs (with --cluster local: of cores)."
+    )
     return gpus(inputs_but_gpus(command))
 
 
@@ -94,7 +101,10 @@ def profiles_of_plan(command: Command) -> Command:
 @main.command()
 @inputs
 @click.option(
-    "--max-staleness", type=int, metavar="K", help="Updates that sequences may lag (default: the workload's)."
+    "--max-staleness",
+    type=int,
+    metavar="K",
+    help="Updates that sequences may lag (default: the workload's).",
 )
 @click.option(
     "--objective",
@@ -117,7 +127,9 @@ def profiles_of_plan(command: Command) -> Command:
     metavar="SECONDS",
     help="End the search then, with the best plan so far; baselines are found besides.",
 )
-@click.option("--keep", type=int, default=3, show_default=True, metavar="N", help="Runners-up to show.")
+@click.option(
+    "--keep", type=int, default=3, show_default=True, metavar="N", help="Runners-up to show."
+)
 @click.option(
     "--pin",
     "pins",
@@ -125,7 +137,13 @@ def profiles_of_plan(command: Command) -> Command:
     metavar="PIN",
     help="actor=8 (GPUs of a role), actor+critic (together) or actor/critic (apart). May be given often.",
 )
-@click.option("--out", type=_file(), default=Path("best.json"), show_default=True, help="Where to write the plan.")
+@click.option(
+    "--out",
+    type=_file(),
+    default=Path("best.json"),
+    show_default=True,
+    help="Where to write the plan.",
+)
 @click.option("--no-picture", is_flag=True, help="Do not draw the plan beside it.")
 def search(**options: Any) -> None:
     """Find the best plan and print it beside the baselines.
@@ -155,7 +173,8 @@ def baseline(**options: Any) -> None:
 def check(plan: Path, here: bool) -> None:
     """Check a plan as a whole, memory included.
 
-    Also says whether this machine could run it: its GPUs, driver and engine, the models, prompts and reward."""
+    Also says whether this machine could run it: its GPUs, driver and engine, the models, prompts
+    and reward."""
     from planner.commands.check import check
 
     check(plan, here)
@@ -167,8 +186,8 @@ def check(plan: Path, here: bool) -> None:
 def explain(**options: Any) -> None:
     """Say why a plan is as fast as it is.
 
-    What each decision on the way from the tutorial's split buys, what binds the step, where GPUs idle, what each call's
-    cost does to the step, and what the memory is used for."""
+    What each decision on the way from the tutorial's split buys, what binds the step, where GPUs
+    idle, what each call's cost does to the step, and what the memory is used for."""
     from planner.commands.explain import explain
 
     explain(**options)
@@ -176,12 +195,17 @@ def explain(**options: Any) -> None:
 
 @main.command("what-if")
 @click.argument("plan", type=_file("PLAN"))
-@click.option("--gpus", metavar="N,N,…", help="Numbers of GPUs to try (default: half, double, a node more and less).")
+@click.option(
+    "--gpus",
+    metavar="N,N,…",
+    help="Numbers of GPUs to try (default: half, double, a node more and less).",
+)
 @profiles_of_plan
 def what_if(**options: Any) -> None:
     """Plan again under other conditions, and say where the decision flips.
 
-    Other numbers of GPUs, longer responses, a longer tail, slower links, other models, more staleness."""
+    Other numbers of GPUs, longer responses, a longer tail, slower links, other models, more
+    staleness."""
     from planner.commands.whatif import what_if
 
     what_if(**options)
@@ -190,8 +214,12 @@ def what_if(**options: Any) -> None:
 @main.command()
 @click.option("--gpus", metavar="N,N,…", required=True, help="Numbers of GPUs, such as 4,8,16.")
 @inputs_but_gpus
-@click.option("--max-staleness", type=int, metavar="K", help="Up to how many updates sequences may lag.")
-@click.option("--out", type=_file(), default=Path("pareto.png"), show_default=True, help="Where to draw it.")
+@click.option(
+    "--max-staleness", type=int, metavar="K", help="Up to how many updates sequences may lag."
+)
+@click.option(
+    "--out", type=_file(), default=Path("pareto.png"), show_default=True, help="Where to draw it."
+)
 @click.option("--csv", "table", type=_file(), help="Where to write the figures.")
 def pareto(**options: Any) -> None:
     """Step time against GPUs, dollars and staleness.
@@ -204,7 +232,9 @@ def pareto(**options: Any) -> None:
 
 @main.command()
 @click.argument("plan", type=_file("PLAN"))
-@click.option("--steps", type=int, default=8, show_default=True, metavar="N", help="Steps to simulate.")
+@click.option(
+    "--steps", type=int, default=8, show_default=True, metavar="N", help="Steps to simulate."
+)
 @click.option("--gantt", type=_file(), help="Draw the steady-state steps (.png, .svg or .pdf).")
 @click.option("--trace", type=_file(), help="Write a trace that opens in Perfetto.")
 @click.option("--timeline", type=_file(), help="Write the simulated timeline.")
@@ -219,11 +249,28 @@ def simulate(**options: Any) -> None:
 @main.command()
 @click.argument("plan", type=_file("PLAN"), required=False)
 @click.option("--name", default="", metavar="NAME", help="Name of the run (default: the plan's).")
-@click.option("--steps", type=int, metavar="N", help="Steps to run (default: the workload's; 3 for a rehearsal).")
-@click.option("--rehearse", is_flag=True, help="Replace every GPU by a light process that sleeps the predicted time.")
-@click.option("--runs", type=_file("DIR"), default=Path("runs"), show_default=True, help="Where runs are kept.")
 @click.option(
-    "--address", metavar="ADDR", help="A Ray cluster to join, HOST:PORT or auto (default: one is started here)."
+    "--steps",
+    type=int,
+    metavar="N",
+    help="Steps to run (default: the workload's; 3 for a rehearsal).",
+)
+@click.option(
+    "--rehearse",
+    is_flag=True,
+    help="Replace every GPU by a light process that sleeps the predicted time.",
+)
+@click.option(
+    "--runs",
+    type=_file("DIR"),
+    default=Path("runs"),
+    show_default=True,
+    help="Where runs are kept.",
+)
+@click.option(
+    "--address",
+    metavar="ADDR",
+    help="A Ray cluster to join, HOST:PORT or auto (default: one is started here).",
 )
 @click.option(
     "--deadline-floor",
@@ -233,8 +280,17 @@ def simulate(**options: Any) -> None:
     metavar="SECONDS",
     help="A call may take ten times its predicted time, but at least this long; ten times that in the beginning.",
 )
-@click.option("--save-every", type=int, default=10, show_default=True, metavar="N", help="Steps between checkpoints.")
-@click.option("--keep", type=int, default=2, show_default=True, metavar="K", help="Checkpoints to keep.")
+@click.option(
+    "--save-every",
+    type=int,
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Steps between checkpoints.",
+)
+@click.option(
+    "--keep", type=int, default=2, show_default=True, metavar="K", help="Checkpoints to keep."
+)
 @click.option(
     "--max-restarts",
     type=int,
@@ -249,7 +305,9 @@ def simulate(**options: Any) -> None:
     multiple=True,
     help="Tell Weights & Biases or MLflow the metrics too, as their own environment variables say.",
 )
-@click.option("--resume", type=_file("RUN_DIR"), help="Go on with a run, or from one of its checkpoints.")
+@click.option(
+    "--resume", type=_file("RUN_DIR"), help="Go on with a run, or from one of its checkpoints."
+)
 @click.option("--plan", "other_plan", type=_file(), help="With --resume: go on under this plan.")
 @profiles_of_plan
 def execute(**options: Any) -> None:
@@ -262,7 +320,9 @@ def execute(**options: Any) -> None:
 @main.command()
 @click.argument("plan", type=_file("PLAN"))
 @click.argument("run", type=_file("RUN_DIR"))
-@click.option("--out", type=_file(), help="The picture of both (default: compare.png in the run directory).")
+@click.option(
+    "--out", type=_file(), help="The picture of both (default: compare.png in the run directory)."
+)
 @profiles_of_plan
 def compare(**options: Any) -> None:
     """Show what was predicted beside what was measured.
@@ -275,18 +335,38 @@ def compare(**options: Any) -> None:
 
 @main.command()
 @click.option(
-    "--cluster", metavar="FILE|local", help="What to measure, if not --gpus: a cluster file of one node, or cores."
+    "--cluster",
+    metavar="FILE|local",
+    help="What to measure, if not --gpus: a cluster file of one node, or cores.",
 )
-@click.option("--gpus", type=int, metavar="N", help="Number of GPUs to measure (with --cluster local: of cores).")
+@click.option(
+    "--gpus",
+    type=int,
+    metavar="N",
+    help="Number of GPUs to measure (with --cluster local: of cores).",
+)
 @click.option("--device", metavar="NAME", help="Kind of GPU: h200 (default), h100 or a100.")
 @click.option("--workload", required=True, metavar="FILE|NAME", help="Whose calls to measure.")
-@click.option("--minutes", type=float, metavar="M", help="At most so long; the least valuable is left out.")
-@click.option("--only", default="", metavar="TEXT", help="Only groups of measurements whose name contains this.")
-@click.option("--out", type=_file(), required=True, help="Where to write the profile; what is there is not done again.")
+@click.option(
+    "--minutes", type=float, metavar="M", help="At most so long; the least valuable is left out."
+)
+@click.option(
+    "--only",
+    default="",
+    metavar="TEXT",
+    help="Only groups of measurements whose name contains this.",
+)
+@click.option(
+    "--out",
+    type=_file(),
+    required=True,
+    help="Where to write the profile; what is there is not done again.",
+)
 def profile(**options: Any) -> None:
     """Measure what the calls of a workload take here.
 
-    The profile is for `plan search --profile`. Without --cluster and --gpus this machine's cores are measured."""
+    The profile is for `plan search --profile`. Without --cluster and --gpus this machine's cores
+    are measured."""
     from planner.commands.profile import profile
 
     profile(command=_command_line(), **options)
@@ -294,12 +374,19 @@ def profile(**options: Any) -> None:
 
 @main.command()
 @click.argument("profiles", type=_file("PROFILE"), nargs=-1, required=True)
-@click.option("--cluster", metavar="FILE|local", help="What they were measured on, if its device is not shipped.")
-@click.option("--out", type=_file(), help="Write a page (.md) with it; what it says under '## Notes' is kept.")
+@click.option(
+    "--cluster",
+    metavar="FILE|local",
+    help="What they were measured on, if its device is not shipped.",
+)
+@click.option(
+    "--out", type=_file(), help="Write a page (.md) with it; what it says under '## Notes' is kept."
+)
 def judge(**options: Any) -> None:
     """Say how good estimates from profiles are.
 
-    Per call, the errors of what is estimated without knowing the measured points, and those of the roofline alone."""
+    Per call, the errors of what is estimated without knowing the measured points, and those of the
+    roofline alone."""
     from planner.commands.judge import judge
 
     judge(command=_command_line(), **options)
@@ -307,10 +394,22 @@ def judge(**options: Any) -> None:
 
 @main.command()
 @click.argument("study", type=_file("STUDY"))
-@click.option("--out", type=_file("DIR"), help="Where plans and results lie (default: STUDY without its suffix).")
-@click.option("--minutes", type=float, metavar="M", help="Start no cell that would not end within M minutes.")
-@click.option("--plan-only", is_flag=True, help="Write every cell's plan and predicted timeline, and run nothing.")
-@click.option("--report", is_flag=True, help="Write the report of what has been measured, and run nothing.")
+@click.option(
+    "--out",
+    type=_file("DIR"),
+    help="Where plans and results lie (default: STUDY without its suffix).",
+)
+@click.option(
+    "--minutes", type=float, metavar="M", help="Start no cell that would not end within M minutes."
+)
+@click.option(
+    "--plan-only",
+    is_flag=True,
+    help="Write every cell's plan and predicted timeline, and run nothing.",
+)
+@click.option(
+    "--report", is_flag=True, help="Write the report of what has been measured, and run nothing."
+)
 def study(**options: Any) -> None:
     """Run a list of plans and hold each prediction against its measurement.
 
@@ -322,7 +421,12 @@ def study(**options: Any) -> None:
 
 @main.command()
 @click.argument("name", type=click.Choice(["digits"]))
-@click.option("--out", type=_file("DIR"), required=True, help="Directory for the models, prompts and workload file.")
+@click.option(
+    "--out",
+    type=_file("DIR"),
+    required=True,
+    help="Directory for the models, prompts and workload file.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 def task(**options: Any) -> None:
     """Make the small task that is shipped.
@@ -336,7 +440,10 @@ def task(**options: Any) -> None:
 @main.command()
 @inputs
 @click.option(
-    "--max-staleness", type=int, metavar="K", help="Updates that sequences may lag (default: the workload's)."
+    "--max-staleness",
+    type=int,
+    metavar="K",
+    help="Updates that sequences may lag (default: the workload's).",
 )
 def space(**options: Any) -> None:
     """Count what a search chooses from: placements, layouts and programs."""

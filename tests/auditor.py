@@ -1,10 +1,12 @@
-"""An auditor that finds the optimum of small instances in another way than the search: one CP-SAT model of placement,
-layouts and periodic schedule at once. It is given the space (structures, packing, listed layouts), the seconds of calls
-and the memory of roles; it knows nothing of programs, event graphs, bounds or dominance.
+"""An auditor that finds the optimum of small instances in another way than the search: one CP-SAT
+model of placement, layouts and periodic schedule at once. It is given the space (structures,
+packing, listed layouts), the seconds of calls and the memory of roles; it knows nothing of
+programs, event graphs, bounds or dominance.
 
-A periodic schedule starts call v of step t at s_v + t * period. Calls that share a pool exclude each other: v of step
-t comes after u of step t - lag, and before u of step t - lag + 1, for a lag to be chosen. Every such schedule is a
-program (the calls by their starts modulo the period) and every program has one: the least period is the best plan's."""
+A periodic schedule starts call v of step t at s_v + t * period. Calls that share a pool exclude
+each other: v of step t comes after u of step t - lag, and before u of step t - lag + 1, for a lag
+to be chosen. Every such schedule is a program (the calls by their starts modulo the period) and
+every program has one: the least period is the best plan's."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +19,7 @@ from ortools.sat.python import cp_model
 from planner.predict.cost import CostModel, Place
 from planner.predict.layouts import rollout_layouts, trainer_layouts
 from planner.predict.memory import batch_bytes, pool_peak, rollout_memory, trainer_memory
-from planner.search.space import pack, parts_of, sizes, structures
+from planner.search.space.placements import pack, parts_of, sizes, structures
 from planner.spec.dataflow import ppo
 
 UNITS = 10**6  # of time in a step: what rounding to whole numbers leaves is below TOLERANCE
@@ -102,7 +104,12 @@ class Given:
             pools = tuple(f"p{i}" for i in range(len(parts)))
             for layout in rollout_layouts(self.workload, parts, pools, self.device):
                 seconds = self.model.generate(layout, [self.place(part) for part in parts]).seconds
-                yield Option(parts, layout, rollout_memory(self.workload, layout, self.device), {"generate": seconds})
+                yield Option(
+                    parts,
+                    layout,
+                    rollout_memory(self.workload, layout, self.device),
+                    {"generate": seconds},
+                )
             return
         (on_nodes,) = parts
         node = max(node.gpus for node in self.cluster.nodes)
@@ -111,10 +118,14 @@ class Given:
             for ranks in range(1, min(sum(on_nodes), self.workload.minibatch) + 1)
         ):
             seconds = {
-                call: getattr(self.model, self.flow[call].kind)(role, layout, self.place(on_nodes)).seconds
+                call: getattr(self.model, self.flow[call].kind)(
+                    role, layout, self.place(on_nodes)
+                ).seconds
                 for call in self.calls_of(role)
             }
-            yield Option(parts, layout, trainer_memory(self.workload, role, layout, self.device), seconds)
+            yield Option(
+                parts, layout, trainer_memory(self.workload, role, layout, self.device), seconds
+            )
 
     def sync(self, actor, rollout, same_node, shared):
         return self.model.sync(
@@ -138,19 +149,30 @@ class Auditor:
         self.given, self.cp = given, cp_model.CpModel()
         self.roles, self.calls = given.workload.roles, given.flow.names
         self.scenarios = range(given.model.scenarios)
-        self.placements = {p: self.cp.new_bool_var("") for p in placements(given.workload, given.cluster)}
+        self.placements = {
+            p: self.cp.new_bool_var("") for p in placements(given.workload, given.cluster)
+        }
         self.cp.add_exactly_one(self.placements.values())
         self.options = {role: self._options(role) for role in self.roles}
-        hosts = {call.name: given.model.host(call.name).seconds for call in given.flow.calls if not call.roles}
+        hosts = {
+            call.name: given.model.host(call.name).seconds
+            for call in given.flow.calls
+            if not call.roles
+        }
         least = sum(float(np.mean(s)) for s in hosts.values()) + sum(
             min((float(option.seconds[call].mean()) for option in options), default=1.0)
             for role, options in self.options.items()
             for call in given.calls_of(role)
         )
         self.unit = least / UNITS
-        self.longest = 10**9 if most is None else round(len(self.scenarios) * most * (1 + TOLERANCE) / self.unit) + 2
+        self.longest = (
+            10**9
+            if most is None
+            else round(len(self.scenarios) * most * (1 + TOLERANCE) / self.unit) + 2
+        )
         self.seconds = {
-            call: [self._whole(s) for s in np.broadcast_to(hosts[call], len(self.scenarios))] for call in hosts
+            call: [self._whole(s) for s in np.broadcast_to(hosts[call], len(self.scenarios))]
+            for call in hosts
         }
         for role, options in self.options.items():
             self._durations(given.calls_of(role), options)
@@ -177,7 +199,9 @@ class Auditor:
             listed = list(self.given.options(role, parts))
             for option in listed:
                 option.chosen = self.cp.new_bool_var("")
-            self.cp.add(sum(option.chosen for option in listed) == sum(self.placements[p] for p in here))
+            self.cp.add(
+                sum(option.chosen for option in listed) == sum(self.placements[p] for p in here)
+            )
             found += listed
         return found
 
@@ -186,34 +210,51 @@ class Auditor:
             self.seconds[call] = []
             for scenario in self.scenarios:
                 values = [
-                    (self._whole(np.broadcast_to(o.seconds[call], len(self.scenarios))[scenario]), o) for o in options
+                    (
+                        self._whole(
+                            np.broadcast_to(o.seconds[call], len(self.scenarios))[scenario]
+                        ),
+                        o,
+                    )
+                    for o in options
                 ]
                 for value, option in values:
                     if value > self.longest:
                         self.cp.add(option.chosen == 0)
                 lasting = self.cp.new_int_var(0, self.longest, call)
-                self.cp.add(lasting == sum(min(value, self.longest) * option.chosen for value, option in values))
+                self.cp.add(
+                    lasting
+                    == sum(min(value, self.longest) * option.chosen for value, option in values)
+                )
                 self.seconds[call].append(lasting)
 
     def _sync(self):
-        """Its duration depends on actor, rollout and how they are linked; layouts alike in that are taken together."""
-        self.seconds["sync_weights"] = [self.cp.new_int_var(0, self.longest, "") for _ in self.scenarios]
+        """Its duration depends on actor, rollout and how they are linked; layouts alike in that are
+        taken together."""
+        self.seconds["sync_weights"] = [
+            self.cp.new_int_var(0, self.longest, "") for _ in self.scenarios
+        ]
         ways = {}
         for placement in self.placements:
-            ways.setdefault((placement.parts("actor"), placement.parts("rollout"), placement.linked), []).append(
-                placement
-            )
+            ways.setdefault(
+                (placement.parts("actor"), placement.parts("rollout"), placement.linked), []
+            ).append(placement)
         for (actor_at, rollout_at, linked), here in ways.items():
             there, table = self._any(here), {}
             engines = [option for option in self.options["rollout"] if option.parts == rollout_at]
             _, shared = linked
             for actor in (option for option in self.options["actor"] if option.parts == actor_at):
-                for engine in engines if shared else ():  # none may be wider than an actor on its GPUs
+                for engine in (
+                    engines if shared else ()
+                ):  # none may be wider than an actor on its GPUs
                     if engine.layout.tensor_parallel > actor.layout.gpus:
                         self.cp.add(actor.chosen + engine.chosen + there <= 2)
                 row = tuple(
                     tuple(
-                        self._whole(s) for s in np.broadcast_to(self.given.sync(actor, e, *linked), len(self.scenarios))
+                        self._whole(s)
+                        for s in np.broadcast_to(
+                            self.given.sync(actor, e, *linked), len(self.scenarios)
+                        )
                     )
                     for e in engines
                 )
@@ -229,12 +270,13 @@ class Auditor:
                         if lasting[scenario] > self.longest:
                             self.cp.add(met == 0)
                         else:
-                            self.cp.add(self.seconds["sync_weights"][scenario] >= lasting[scenario]).only_enforce_if(
-                                met
-                            )
+                            self.cp.add(
+                                self.seconds["sync_weights"][scenario] >= lasting[scenario]
+                            ).only_enforce_if(met)
 
     def _memory(self):
-        """What the roles of a pool keep, and the most that one adds while it runs, fit a GPU; pinned copies a host."""
+        """What the roles of a pool keep, and the most that one adds while it runs, fit a GPU;
+        pinned copies a host."""
 
         def total(role, value):
             return sum(value(option.memory) * option.chosen for option in self.options[role])
@@ -251,9 +293,14 @@ class Auditor:
             there = self.pools[roles] = self._any(here)
             for role in roles:
                 others = sum(idle[other] for other in roles - {role})
-                self.cp.add(running[role] + others + used <= device.memory_bytes).only_enforce_if(there)
+                self.cp.add(running[role] + others + used <= device.memory_bytes).only_enforce_if(
+                    there
+                )
         batches = batch_bytes(self.given.workload, self.given.workload.max_staleness)
-        most = {role: max((option.memory.host for option in self.options[role]), default=0) for role in self.roles}
+        most = {
+            role: max((option.memory.host for option in self.options[role]), default=0)
+            for role in self.roles
+        }
         for placement, chosen in self.placements.items():
             for node, spec in enumerate(self.given.cluster.nodes):
                 on_node = {role: placement.on_node(role, node) for role in self.roles}
@@ -282,7 +329,11 @@ class Auditor:
                 if read.data in self.given.flow.state:  # v is issued before u overwrites it
                     fixed[u.name, v.name] = read.lag
         for u, v in combinations(self.given.flow.calls, 2):
-            pools = [p for p in self.placements if any({*u.roles} & roles and {*v.roles} & roles for roles in p.roles)]
+            pools = [
+                p
+                for p in self.placements
+                if any({*u.roles} & roles and {*v.roles} & roles for roles in p.roles)
+            ]
             if not pools:
                 continue
             lags = range(-stale - 1, stale + 2)
@@ -298,7 +349,9 @@ class Auditor:
                 self._after(u.name, v.name, lag, order)
                 self._after(v.name, u.name, 1 - lag, order)
         for roles, there in self.pools.items():  # follows from the orders, and shortens the proof
-            own = [self.seconds[call.name] for call in self.given.flow.calls if {*call.roles} & roles]
+            own = [
+                self.seconds[call.name] for call in self.given.flow.calls if {*call.roles} & roles
+            ]
             for scenario in self.scenarios:
                 load = sum(seconds[scenario] for seconds in own)
                 self.cp.add(load <= self.periods[scenario]).only_enforce_if(there)

@@ -1,4 +1,5 @@
-"""What several test modules share: small plans written by hand, one Ray session, and processes in it."""
+"""What several test modules share: small plans written by hand, one Ray session, and processes in
+it."""
 
 import contextlib
 import functools
@@ -40,7 +41,14 @@ def make_workload(**changes: Any) -> Workload:
 
 def small_workload(**changes: Any) -> Workload:
     """A 1B actor and critic, no reference, a rule as reward: few enough calls for brute force."""
-    shape = {"hidden": 2048, "layers": 16, "heads": 32, "kv_heads": 8, "intermediate": 8192, "vocab": 128256}
+    shape = {
+        "hidden": 2048,
+        "layers": 16,
+        "heads": 32,
+        "kv_heads": 8,
+        "intermediate": 8192,
+        "vocab": 128256,
+    }
     model = {"shape": shape, "random_weights": True}
     base = {
         "name": "small",
@@ -67,12 +75,21 @@ def tiny_cluster(gpus: int, memory: float = 80e9, flops: float = 300e12) -> Clus
         overhead_seconds=0.02,
         context_bytes=10**9,
     )
-    return Cluster(name="tiny", nodes=(Node(gpus=gpus, device="g", host_memory_bytes=10**12),), devices={"g": device})
+    return Cluster(
+        name="tiny",
+        nodes=(Node(gpus=gpus, device="g", host_memory_bytes=10**12),),
+        devices={"g": device},
+    )
 
 
 def cpu_cluster(cores: int) -> Cluster:
     device = Device(
-        kind="cpu", memory_bytes=2 * 10**9, flops=1e10, memory_bandwidth=1e10, link_bandwidth=1e9, host_bandwidth=1e10
+        kind="cpu",
+        memory_bytes=2 * 10**9,
+        flops=1e10,
+        memory_bandwidth=1e10,
+        link_bandwidth=1e9,
+        host_bandwidth=1e10,
     )
     return Cluster(
         name="local",
@@ -101,7 +118,8 @@ def program_of(
     offsets: dict[str, int] | None = None,
     blocking: bool = False,
 ) -> list[dict[str, Any]]:
-    """Issue the calls in this order, a tuple being a wait; calls that the workload lacks are left out."""
+    """Issue the calls in this order, a tuple being a wait; calls that the workload lacks are left
+    out."""
     from planner.spec.dataflow import ppo
 
     names = ppo(workload).names
@@ -110,7 +128,9 @@ def program_of(
         if isinstance(item, tuple):
             items.append({"wait": list(item)})
         elif item in names:
-            items.append({"call": item, "offset": (offsets or {}).get(item, 0), "blocking": blocking})
+            items.append(
+                {"call": item, "offset": (offsets or {}).get(item, 0), "blocking": blocking}
+            )
     return items
 
 
@@ -127,8 +147,8 @@ def make_plan(
     cluster: Cluster | None = None,
     name: str = "test",
 ) -> Plan:
-    """A plan with `pools` {name: cores} on one node and `roles` {role: pool or pools}; each role uses its whole pool
-    unless `layouts` says otherwise."""
+    """A plan with `pools` {name: cores} on one node and `roles` {role: pool or pools}; each role
+    uses its whole pool unless `layouts` says otherwise."""
     found: dict[str, Any] = {}
     taken = 0
     for pool, size in pools.items():
@@ -163,7 +183,8 @@ def make_plan(
 
 
 def nearly(metric: Any, **tolerance: float) -> Any:
-    """Of a line of metrics, for comparisons: a number but for rounding; what counts sequences as it is."""
+    """Of a line of metrics, for comparisons: a number but for rounding; what counts sequences as it
+    is."""
     return pytest.approx(metric, **tolerance) if isinstance(metric, float) else metric
 
 
@@ -177,10 +198,15 @@ def colocated(workload: Workload, cores: int = 2, **more: Any) -> Plan:
 
 
 def split(workload: Workload, **more: Any) -> Plan:
-    """Actor, rollout and reference on one core, critic and reward on the other; the two updates side by side."""
+    """Actor, rollout and reference on one core, critic and reward on the other; the two updates
+    side by side."""
     home = {"actor": "a", "rollout": "a", "reference": "a", "critic": "b", "reward": "b"}
     return make_plan(
-        workload, {"a": 1, "b": 1}, {r: home[r] for r in ROLES if r in workload.roles}, name="split", **more
+        workload,
+        {"a": 1, "b": 1},
+        {r: home[r] for r in ROLES if r in workload.roles},
+        name="split",
+        **more,
     )
 
 
@@ -189,14 +215,15 @@ WORDS = ["<pad>", "<eos>", *(str(number) for number in range(SHAPE["vocab"] - 2)
 
 @pytest.fixture(scope="session")
 def model_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Hugging Face directories of a tiny actor (with a tokenizer of numbers) and a tiny reward model."""
+    """Hugging Face directories of a tiny actor (with a tokenizer of numbers) and a tiny reward
+    model."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    from executor import models
+    from executor.training import models
     from planner.spec.workload import Model
 
     found = {}
@@ -207,16 +234,21 @@ def model_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
             model.generation_config.eos_token_id = 1
         found[role] = tmp_path_factory.mktemp(role)
         model.save_pretrained(found[role])
-    words = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>"))
+    words = Tokenizer(
+        WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<pad>")
+    )
     words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", eos_token="<eos>"
+    )
     tokenizer.save_pretrained(found["actor"])
     return found
 
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_left() -> Iterator[None]:
-    """Of all tests neither a process, and with it its ports, nor the directory of one that has ended."""
+    """Of all tests neither a process, and with it its ports, nor the directory of one that has
+    ended."""
     before = abandoned()
     yield
     if inductor := sys.modules.get("torch._inductor.async_compile"):
@@ -228,7 +260,7 @@ def nothing_left() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def ray_two() -> Iterator[None]:
     """One private Ray for the tests that start processes."""
-    from executor.session import ray_session
+    from executor.fleet.session import ray_session
 
     with ray_session(cpus=4, address=None):  # it starts as many processes at once, wanted or not
         yield
@@ -236,8 +268,9 @@ def ray_two() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def two_cores(ray_two: None) -> Iterator[Any]:
-    """A fleet whose processes many tests use one after the other: each takes seconds to load its libraries."""
-    from executor.processes import fleet_for
+    """A fleet whose processes many tests use one after the other: each takes seconds to load its
+    libraries."""
+    from executor.running.processes import fleet_for
 
     fleet = fleet_for([colocated(make_workload(), cores=2)])
     yield fleet
@@ -247,7 +280,7 @@ def two_cores(ray_two: None) -> Iterator[Any]:
 @contextlib.contextmanager
 def runs_on(fleet: Any) -> Iterator[None]:
     """Let `execute` and `resume` use a fleet instead of processes of their own."""
-    from executor import step
+    from executor.running import step
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step, "Training", functools.partial(step.Training, fleet=fleet))

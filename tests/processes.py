@@ -1,5 +1,5 @@
-"""The processes of this machine, from Linux's /proc: whose they are, whether they run, where they listen, what they
-leave."""
+"""The processes of this machine, from Linux's /proc: whose they are, whether they run, where they
+listen, what they leave."""
 
 import contextlib
 import fcntl
@@ -44,7 +44,8 @@ def still_there(pids: Iterable[int], seconds: float = 20.0) -> list[int]:
 
 
 def working(pids: Iterable[int], names: tuple[str, ...] = WORKERS) -> list[int]:
-    """Those that are processes of these classes, as Ray titles them: `ray::Trainer.call` while it is called."""
+    """Those that are processes of these classes, as Ray titles them: `ray::Trainer.call` while it
+    is called."""
     titles = tuple(f"ray::{name}".encode() for name in names)
     found = []
     for pid in pids:
@@ -55,8 +56,8 @@ def working(pids: Iterable[int], names: tuple[str, ...] = WORKERS) -> list[int]:
 
 
 def end_agents(pids: Iterable[int]) -> list[int]:
-    """Those of some processes that stay after a controller or a node was killed, but for two of Ray's: these see it
-    within a minute only, and are ended here."""
+    """Those of some processes that stay after a controller or a node was killed, but for two of
+    Ray's: these see it within a minute only, and are ended here."""
     agents = working(pids, ("DashboardAgent", "RuntimeEnvAgent"))
     left = still_there(set(pids) - set(agents))
     end([*agents, *left])

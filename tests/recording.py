@@ -5,15 +5,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from executor import preflight
-from executor.run import Silent, loop
-from executor.step import Training
+from executor.running import preflight
+from executor.running.loop import Silent, loop
+from executor.running.step import Training
 from planner.predict.schedule import tasks_of
 from planner.spec.plan import Plan
 
 
 class Recording(Training):
-    """Keeps each step's differences between the log-probs of engines and of trainers, and its metrics."""
+    """Keeps each step's differences between the log-probs of engines and of trainers, and its
+    metrics."""
 
     def __init__(self, plan: Plan) -> None:
         super().__init__(plan, preflight.check(plan, local=True))

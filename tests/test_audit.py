@@ -17,8 +17,8 @@ QUICK, NIGHTLY = 60, 400
 
 
 def instance(seed, lengths_vary=False):
-    """A random workload of two to five roles on one to four GPUs; some, of fewer, with random response lengths if
-    `lengths_vary`."""
+    """A random workload of two to five roles on one to four GPUs; some, of fewer, with random
+    response lengths if `lengths_vary`."""
     rng = np.random.default_rng(seed)
     length, varied = int(rng.integers(16, 2048)), lengths_vary and rng.random() < 0.2
     lengths = {"kind": "lognormal", "mean": length, "sigma": 0.7, "max": 4 * length}
@@ -45,7 +45,9 @@ def instance(seed, lengths_vary=False):
         actor=model(),
         critic=model() if rng.random() < 0.8 else None,
         reference=model() if rng.random() < 0.5 and not varied else None,
-        reward=model() if rng.random() < 0.4 and not varied else {"function": "r.py:f", "seconds_per_sequence": 0.01},
+        reward=model()
+        if rng.random() < 0.4 and not varied
+        else {"function": "r.py:f", "seconds_per_sequence": 0.01},
         proximal=str(rng.choice(["recompute", "rollout"])),
         max_staleness=int(rng.integers(0, 2 if varied else 3)),
     )
@@ -76,8 +78,8 @@ def cluster_of(rng, gpus):
 
 
 def profile_of(workload, cluster, seed):
-    """What the actor's calls and moves took on one GPU and on all, and what some ways of its sync took: up to four
-    times as long as the roofline says, or a quarter of it."""
+    """What the actor's calls and moves took on one GPU and on all, and what some ways of its sync
+    took: up to four times as long as the roofline says, or a quarter of it."""
     rng, shape, gpus = np.random.default_rng(seed), workload.actor.shape, len(cluster.gpus)
     batch = {
         "sequences": workload.batch,
@@ -95,18 +97,27 @@ def profile_of(workload, cluster, seed):
         where = {"gpus": count, "shard": int(rng.choice([1, count]))}
         places.append(where)
         trainer = {"micro_batch_tokens": 8192, **batch, **where}
-        points += [measured("infer", **trainer), measured("train", minibatch=workload.minibatch, **trainer)]
+        points += [
+            measured("infer", **trainer),
+            measured("train", minibatch=workload.minibatch, **trainer),
+        ]
         ways = [{"shared": True}, {}, {"partly": True}]
-        points += [measured("transfer", engines=1, **where, **way) for way in ways if rng.random() < 0.7]
+        points += [
+            measured("transfer", engines=1, **where, **way) for way in ways if rng.random() < 0.7
+        ]
     points.append(measured("generate", "rollout", engines=1, concurrency=workload.batch, **batch))
-    points += [measured(move, offload="all", **where) for where in places for move in ("wake", "offload")]
+    points += [
+        measured(move, offload="all", **where) for where in places for move in ("wake", "offload")
+    ]
     return Profile(device="g", model=shape, points=tuple(points))
 
 
 def assert_optimal(workload, cluster, *profiles):
     """The search's optimum is the auditor's, and its bound is not above it."""
     try:
-        predicted = find(workload, cluster, profiles=profiles, keep=1, scenarios=SCENARIOS).best.predicted
+        predicted = find(
+            workload, cluster, profiles=profiles, keep=1, scenarios=SCENARIOS
+        ).best.predicted
     except UserError as error:
         assert "no plan fits" in str(error)
         predicted = None
@@ -133,17 +144,24 @@ def test_the_search_finds_the_auditors_optimum_of_measured_costs(seed):
 
 
 def test_a_layout_that_pays_only_on_split_nodes_is_found():
-    """A pool of 2 + 1 + 1 GPUs where larger micro-batches save gathers that 2 + 2 GPUs hide behind the computation."""
+    """A pool of 2 + 1 + 1 GPUs where larger micro-batches save gathers that 2 + 2 GPUs hide behind
+    the computation."""
     assert_optimal(*instance(146))
 
 
 def test_weights_that_go_two_ways_are_gathered_twice():
-    """A rollout over the actor's pool and the critic's: fewer shards pay, and no layout may be dropped for another that
-    is quicker but for the second gathering."""
+    """A rollout over the actor's pool and the critic's: fewer shards pay, and no layout may be
+    dropped for another that is quicker but for the second gathering."""
 
     def model(width, layers):
         heads = {"heads": width // 64, "kv_heads": width // 128}
-        shape = {"hidden": width, "layers": layers, **heads, "intermediate": 4 * width, "vocab": 32000}
+        shape = {
+            "hidden": width,
+            "layers": layers,
+            **heads,
+            "intermediate": 4 * width,
+            "vocab": 32000,
+        }
         return {"shape": shape, "random_weights": True}
 
     workload = make_workload(
@@ -168,7 +186,9 @@ def test_weights_that_go_two_ways_are_gathered_twice():
         context_bytes=5 * 10**8,
     )
     node = Node(gpus=4, device="g", host_memory_bytes=10**12)
-    assert_optimal(workload, Cluster(name="one", nodes=(node,), devices={"g": device}, network_bandwidth=1e10))
+    assert_optimal(
+        workload, Cluster(name="one", nodes=(node,), devices={"g": device}, network_bandwidth=1e10)
+    )
 
 
 def test_a_host_call_that_is_longer_than_a_step_runs_beside_itself():

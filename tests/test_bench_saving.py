@@ -1,13 +1,15 @@
-"""The demo's job with checkpoints: for how long they stop it, and how soon it goes on from one. See `make bench`."""
+"""The demo's job with checkpoints: for how long they stop it, and how soon it goes on from one. See
+`make bench`."""
 
 import time
 from pathlib import Path
 
 import pytest
 
-from executor import checkpoint, task
-from executor.execute import Survival, execute, resume
-from executor.run import Silent
+from executor import digits
+from executor.running import checkpoint
+from executor.running.execute import Survival, execute, resume
+from executor.running.loop import Silent
 from planner.commands.local import local_cluster
 from planner.predict.profile import load_profiles
 from planner.predict.schedule import Task
@@ -38,25 +40,34 @@ class UntilTheFirstCall(Silent):
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run of the demo's job, and how long it took to start."""
     directory = tmp_path_factory.mktemp("saving")
-    task.make(directory / "task")
+    digits.make(directory / "task")
     workload = load_workload(directory / "task" / "workload.toml")
     plan = find(workload, local_cluster(2), profiles=load_profiles([PROFILE])).best
     watches = [UntilTheFirstCall() for _ in range(TRIES)]
     for number, (watch, steps) in enumerate(zip(watches, (1, STEPS), strict=True)):
-        run = execute(plan, name=f"r{number}", runs=directory, steps=steps, progress=watch, survival=SURVIVAL)
+        run = execute(
+            plan, name=f"r{number}", runs=directory, steps=steps, progress=watch, survival=SURVIVAL
+        )
     return run, min(watch.seconds for watch in watches)
 
 
 def stops(plan: Plan, timeline: Timeline) -> list[float]:
     """For how long each checkpoint held back calls that were ready."""
     found = []
-    syncs = [span for span in timeline.spans if span.call == "sync_weights" and (span.step + 1) % 10 == 0]
+    syncs = [
+        span for span in timeline.spans if span.call == "sync_weights" and (span.step + 1) % 10 == 0
+    ]
     for sync in syncs:
         after = [span for span in timeline.spans if span.start > sync.end and span.pools]
         firsts = [
-            min((s for s in after if pool in s.pools), key=lambda s: s.start, default=None) for pool in plan.pools
+            min((s for s in after if pool in s.pools), key=lambda s: s.start, default=None)
+            for pool in plan.pools
         ]
-        found += [max(span.start - span.ready for span in firsts if span is not None)] if any(firsts) else []
+        found += (
+            [max(span.start - span.ready for span in firsts if span is not None)]
+            if any(firsts)
+            else []
+        )
     return found
 
 
@@ -68,7 +79,10 @@ def test_saving_hardly_stops_the_trainers(saved: tuple[Path, float]) -> None:
     assert len(held) == STEPS // SURVIVAL.save_every
     whole = max(span.end for span in timeline.spans)
     shown = ", ".join(f"{1000 * seconds:.0f}" for seconds in held)
-    print(f"saving every 10 steps stops the trainers for {shown} ms: {sum(held) / whole:.2%} of {whole:.1f} s (aim 3%)")
+    print(
+        f"saving every 10 steps stops the trainers for {shown} ms: {sum(held) / whole:.2%} of "
+        f"{whole:.1f} s (aim 3%)"
+    )
     assert sum(held) / whole <= 0.03
 
 
@@ -82,5 +96,8 @@ def test_a_run_goes_on_as_soon_as_it_could_start(saved: tuple[Path, float]) -> N
     for watch in watches:
         resume(found, steps=STEPS - 8, progress=watch, survival=SURVIVAL)
     goes_on = min(watch.seconds for watch in watches)
-    print(f"a start takes {started:.1f} s, reading the checkpoint {read:.2f} s, going on from it {goes_on:.1f} s")
+    print(
+        f"a start takes {started:.1f} s, reading the checkpoint {read:.2f} s, going on from it "
+        f"{goes_on:.1f} s"
+    )
     assert goes_on <= NOISE * started + read

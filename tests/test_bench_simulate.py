@@ -1,6 +1,8 @@
-"""How many call completions a second of the simulator and of the exact evaluator on one core; `make bench` prints them.
+"""How many call completions a second of the simulator and of the exact evaluator on one core; `make
+bench` prints them.
 
-An evaluation of a period counts as one step of its plan, although it says what a simulation needs many steps for."""
+An evaluation of a period counts as one step of its plan, although it says what a simulation needs
+many steps for."""
 
 import time
 
@@ -44,7 +46,8 @@ def test_call_completions_per_second(make):
     evaluated = rate(drawn.size, lambda: found.periods(drawn))
     print(
         f"\n{make.__name__}: simpy {simulated:,.0f} call completions/s (at least 100,000), exact periods "
-        f"{evaluated:,.0f} ({evaluated / simulated:,.0f} times; at least 50), {len(found.distance)} cycles"
+        f"{evaluated:,.0f} ({evaluated / simulated:,.0f} times; at least 50), "
+        f"{len(found.distance)} cycles"
     )
     assert simulated >= 100_000
     assert evaluated >= 50 * simulated

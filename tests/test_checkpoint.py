@@ -1,4 +1,5 @@
-"""Runs that are interrupted and gone on with, as if nothing had happened; what is broken is never taken for whole."""
+"""Runs that are interrupted and gone on with, as if nothing had happened; what is broken is never
+taken for whole."""
 
 import contextlib
 import json
@@ -18,12 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save_file
 from test_fuzz import documents
 
-from executor import checkpoint, shards
-from executor.checkpoint import Manifest
-from executor.execute import Survival, execute, resume
-from executor.offload import Parking
-from executor.pools import Fleet
-from executor.rundir import lock, timeline_of
+from executor.fleet.pools import Fleet
+from executor.running import checkpoint
+from executor.running.checkpoint import Manifest
+from executor.running.execute import Survival, execute, resume
+from executor.running.run_directory import lock, timeline_of
+from executor.training import shards
+from executor.training.offload import Parking
 from planner.predict.schedule import tasks_of
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -35,13 +37,37 @@ WORKLOAD = make_workload(steps=STEPS)
 
 
 def one_step_off(**more: Any) -> Plan:
-    """Sequences of the next step are made, scored and valued beside the updates, so there are many in flight."""
-    roles = more.pop("homes", {"rollout": "g", "actor": "t", "critic": "t", "reference": "t", "reward": "g"})
-    order = ["generate", "score", "ref_logprobs", "old_logprobs", "values", "advantages", "update_critic"]
+    """Sequences of the next step are made, scored and valued beside the updates, so there are many
+    in flight."""
+    roles = more.pop(
+        "homes", {"rollout": "g", "actor": "t", "critic": "t", "reference": "t", "reward": "g"}
+    )
+    order = [
+        "generate",
+        "score",
+        "ref_logprobs",
+        "old_logprobs",
+        "values",
+        "advantages",
+        "update_critic",
+    ]
     order += ["update_actor", "sync_weights"]
-    offsets = {"generate": 1, "score": 1, "ref_logprobs": 0 if more.pop("late_reference", False) else 1}
+    offsets = {
+        "generate": 1,
+        "score": 1,
+        "ref_logprobs": 0 if more.pop("late_reference", False) else 1,
+    }
     pools = more.pop("pools", {"g": 1, "t": 1})
-    return make_plan(WORKLOAD, pools, roles, order=order, offsets=offsets, staleness=1, name="one-step-off", **more)
+    return make_plan(
+        WORKLOAD,
+        pools,
+        roles,
+        order=order,
+        offsets=offsets,
+        staleness=1,
+        name="one-step-off",
+        **more,
+    )
 
 
 TIMED = ("seconds", "tokens_per_second")
@@ -53,7 +79,9 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module", params=["split", "one-step-off"])
-def whole(request: pytest.FixtureRequest, two_cores: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    request: pytest.FixtureRequest, two_cores: Fleet, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run without interruption, with checkpoints at its steps 2 and 4."""
     plan = split(WORKLOAD) if request.param == "split" else one_step_off()
     with runs_on(two_cores):
@@ -61,8 +89,11 @@ def whole(request: pytest.FixtureRequest, two_cores: Fleet, tmp_path_factory: py
 
 
 def at_step_2(whole: Path, tmp_path: Path) -> checkpoint.Checkpoint:
-    """Of a copy of the run. What came later is there still, as after an interruption, and must not count."""
-    return checkpoint.find(Path(shutil.copytree(whole, tmp_path / "r")) / "checkpoints" / "step-000002")
+    """Of a copy of the run. What came later is there still, as after an interruption, and must not
+    count."""
+    return checkpoint.find(
+        Path(shutil.copytree(whole, tmp_path / "r")) / "checkpoints" / "step-000002"
+    )
 
 
 def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Path) -> None:
@@ -73,18 +104,25 @@ def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Pa
     assert metrics_of(run) == metrics_of(whole) and len(metrics_of(run)) == STEPS
     spans = Timeline.read(run / "timeline.json").spans
     assert len({(span.call, span.step) for span in spans}) == len(spans) == 9 * STEPS
-    assert [path.name for path in checkpoint.listed(run / "checkpoints")] == ["step-000002", "step-000004"]
+    assert [path.name for path in checkpoint.listed(run / "checkpoints")] == [
+        "step-000002",
+        "step-000004",
+    ]
     for role in ("actor", "critic"):
         model = Path("checkpoints/final") / role / "model.safetensors"
         assert (run / model).read_bytes() == (whole / model).read_bytes()
 
 
 @pytest.mark.parametrize("whole", ["split"], indirect=True)
-def test_a_run_that_was_killed_behind_its_last_step_ends(whole: Path, on_two_cores: None, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_behind_its_last_step_ends(
+    whole: Path, on_two_cores: None, tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "r"))
     there = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert resume(checkpoint.find(run), survival=SURVIVAL) == run
-    assert there == {path: path.stat().st_mtime_ns for path in run.rglob("*")}  # what has ended is left as it is
+    assert there == {
+        path: path.stat().st_mtime_ns for path in run.rglob("*")
+    }  # what has ended is left as it is
     with pytest.raises(UserError, match="4 steps are done; choose --steps 4 or more"):
         resume(checkpoint.find(run), steps=3, survival=SURVIVAL)
     (run / "timeline.json").unlink()
@@ -96,8 +134,11 @@ def test_a_run_that_was_killed_behind_its_last_step_ends(whole: Path, on_two_cor
     assert (run / model).read_bytes() == (whole / model).read_bytes()
 
 
-def test_another_plan_goes_on_from_resharded_weights(whole: Path, on_two_cores: None, tmp_path: Path) -> None:
-    """On other pools, with other shards; a pipeline is filled anew if the program would not have filled it so."""
+def test_another_plan_goes_on_from_resharded_weights(
+    whole: Path, on_two_cores: None, tmp_path: Path
+) -> None:
+    """On other pools, with other shards; a pipeline is filled anew if the program would not have
+    filled it so."""
     found = at_step_2(whole, tmp_path)
     shards_of_two = one_step_off(pools={"all": 2}, homes=dict.fromkeys(ROLES, "all"))
     run = resume(found, plan=shards_of_two, survival=SURVIVAL)
@@ -124,7 +165,11 @@ def two(tmp_path: Path) -> Path:
     tasks = tasks_of(plan, 9)
     for step in (2, 4, 6):
         (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(step)))
-        cut = next(task.index + 1 for task in tasks if (task.call.name, task.step) == ("sync_weights", step - 1))
+        cut = next(
+            task.index + 1
+            for task in tasks
+            if (task.call.name, task.step) == ("sync_weights", step - 1)
+        )
         done = checkpoint.in_flight(tasks, cut)
         timeline = timeline_of(plan, 9, [])
         saver.save(
@@ -154,7 +199,11 @@ def snapshot(directory: Path, step: int, rows: int = 8) -> checkpoint.Snapshot:
 
     arrays = {f"{step}/scores": np.arange(4, dtype=np.float32)}
     return checkpoint.Snapshot(
-        arrays=arrays, metrics={step: {"kl": float("nan")}}, evaluations={}, skipped={}, written=written
+        arrays=arrays,
+        metrics={step: {"kl": float("nan")}},
+        evaluations={},
+        skipped={},
+        written=written,
     )
 
 
@@ -165,15 +214,25 @@ def names(run: Path) -> list[str]:
 def test_the_last_ones_are_kept_and_what_they_hold_is_read(two: Path) -> None:
     assert names(two) == ["step-000004", "step-000006"]
     found = checkpoint.find(two)
-    assert found.manifest.step == 6 and found.metrics.count(b"\n") == 6 and found.plan == one_step_off()
+    assert (
+        found.manifest.step == 6
+        and found.metrics.count(b"\n") == 6
+        and found.plan == one_step_off()
+    )
     assert list(found.arrays()) == ["6/scores"] and found.manifest.metrics == {6: {"kl": None}}
     assert checkpoint.find(two / "checkpoints" / "step-000004").manifest.step == 4
-    assert ("generate", 6, 5) in found.manifest.done and {step for _, step, _ in found.manifest.done} == {6}
+    assert ("generate", 6, 5) in found.manifest.done and {
+        step for _, step, _ in found.manifest.done
+    } == {6}
 
 
-@pytest.mark.parametrize("name", ["actor-00000.safetensors", "metrics.jsonl", "plan.json", "checkpoint.json"])
+@pytest.mark.parametrize(
+    "name", ["actor-00000.safetensors", "metrics.jsonl", "plan.json", "checkpoint.json"]
+)
 @pytest.mark.parametrize("how", ["cut", "flipped", "missing"])
-def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_offered(two: Path, name: str, how: str) -> None:
+def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_offered(
+    two: Path, name: str, how: str
+) -> None:
     path = two / "checkpoints" / "step-000006" / name
     content = bytearray(path.read_bytes())
     if how == "cut":
@@ -187,7 +246,11 @@ def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_offered(two: 
     with pytest.raises(UserError) as error:
         checkpoint.find(two)
     line = str(error.value)
-    assert str(path) in line and line.endswith(f"--resume {two}/checkpoints/step-000004") and "\n" not in line
+    assert (
+        str(path) in line
+        and line.endswith(f"--resume {two}/checkpoints/step-000004")
+        and "\n" not in line
+    )
     latest = checkpoint.latest(two)
     assert latest is not None and latest.manifest.step == 4
 
@@ -197,11 +260,15 @@ def test_a_manifest_that_says_anything_else_is_refused_in_one_line_or_whole(two:
     path = two / "checkpoints" / "step-000006" / "checkpoint.json"
     as_written = json.loads(path.read_text())
 
-    @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     @given(documents(as_written))
     def check(content: bytes) -> None:
         path.write_bytes(content)
-        with contextlib.suppress(UserError, ValueError):  # what cannot be parsed stays without a hash
+        with contextlib.suppress(
+            UserError, ValueError
+        ):  # what cannot be parsed stays without a hash
             unsigned = Manifest.parse(json.loads(content), path)
             unsigned.model_copy(update={"sha256": unsigned.digest()}).write(path)
         try:
@@ -221,7 +288,8 @@ def test_parts_of_a_model_lie_in_files_of_the_checkpoint(two: Path) -> None:
     elsewhere = Manifest.parse(json.loads(text), path)
     elsewhere.model_copy(update={"sha256": elsewhere.digest()}).write(path)
     with pytest.raises(
-        UserError, match=r"actor has parts in '\.\./\.\./actor-00000.safetensors', which is none of its"
+        UserError,
+        match=r"actor has parts in '\.\./\.\./actor-00000.safetensors', which is none of its",
     ):
         checkpoint.find(two)
 
@@ -240,8 +308,8 @@ import resource, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 from test_checkpoint import one_step_off, snapshot
-from executor import checkpoint
-from executor.rundir import timeline_of
+from executor.running import checkpoint
+from executor.running.run_directory import timeline_of
 run = Path({run!r})
 saver = checkpoint.Saver(run / "checkpoints", keep=2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
@@ -262,9 +330,12 @@ def test_a_run_that_goes_on_is_not_gone_on_with_twice(two: Path) -> None:
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(two: Path) -> None:
-    """A limit on the size of files stands in for the disk: writing fails in the middle of a file, too."""
+    """A limit on the size of files stands in for the disk: writing fails in the middle of a file,
+    too."""
     code = FULL.format(tests=str(Path(__file__).parent), run=str(two))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert "File too large" in done.stdout, done
     assert names(two) == ["step-000004", "step-000006"]
     assert checkpoint.find(two).manifest.step == 6
@@ -277,7 +348,9 @@ def test_rows_are_read_from_the_pieces_that_hold_them(tmp_path: Path) -> None:
     for rank, (begin, end) in enumerate([(0, 3), (3, 6), (6, 7)]):
         file = f"actor-{rank}.safetensors"
         save_file({"weights/w": whole[begin:end].contiguous()}, tmp_path / file)
-        stored = shards.Stored(shape=(7, 3), moments=False, pieces=(shards.Piece(file=file, begin=begin, end=end),))
+        stored = shards.Stored(
+            shape=(7, 3), moments=False, pieces=(shards.Piece(file=file, begin=begin, end=end),)
+        )
         parts.append(shards.RoleState(version=5, optimizer_steps=9, tensors={"w": stored}))
     saved = shards.Saved(directory=tmp_path, roles={"actor": shards.merge(parts)})
     restored = shards.Restored("actor", saved)
@@ -295,7 +368,9 @@ def test_a_rank_that_is_done_first_tells_its_part_until_all_are(tmp_path: Path) 
     writer = shards.Writer({"actor": copied}, tmp_path)
     while (first := writer.finished()) is None:
         time.sleep(0.01)
-    assert writer.finished() == first and set(first[0]) == {"actor"} and set(first[1]) == {copied.file}
+    assert (
+        writer.finished() == first and set(first[0]) == {"actor"} and set(first[1]) == {copied.file}
+    )
 
 
 def test_moments_that_are_given_are_those_that_adam_makes() -> None:
@@ -311,7 +386,9 @@ def test_moments_that_are_given_are_those_that_adam_makes() -> None:
             optimizer.zero_grad()
     copies = [shards.copy("actor", *pair, 1, 0) for pair in zip(models, optimizers, strict=True)]
     assert copies[0] is not None and copies[1] is not None and copies[0].state == copies[1].state
-    assert all(torch.equal(copies[1].tensors[name], tensor) for name, tensor in copies[0].tensors.items())
+    assert all(
+        torch.equal(copies[1].tensors[name], tensor) for name, tensor in copies[0].tensors.items()
+    )
 
 
 def test_what_is_parked_on_the_host_is_saved_from_there() -> None:
@@ -323,10 +400,14 @@ def test_what_is_parked_on_the_host_is_saved_from_there() -> None:
     weights, moments = Parking(), Parking()
     weights.park(model.parameters())
     moments.park(x for state in optimizer.state.values() for x in state.values() if x.dim())
-    parked = shards.copy("actor", model, optimizer, 1, 0, lambda tensor: moments.peek(weights.peek(tensor)))
+    parked = shards.copy(
+        "actor", model, optimizer, 1, 0, lambda tensor: moments.peek(weights.peek(tensor))
+    )
     assert straight is not None and parked is not None and straight.state == parked.state
     assert len(parked.tensors) == 6
-    assert all(torch.equal(parked.tensors[name], tensor) for name, tensor in straight.tensors.items())
+    assert all(
+        torch.equal(parked.tensors[name], tensor) for name, tensor in straight.tensors.items()
+    )
 
 
 def test_a_plan_for_another_job_is_refused(two: Path) -> None:

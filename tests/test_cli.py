@@ -1,4 +1,5 @@
-"""The command line: what it writes, and that every mistake is one line on stderr, exit code 2 and nothing written."""
+"""The command line: what it writes, and that every mistake is one line on stderr, exit code 2 and
+nothing written."""
 
 import json
 import os
@@ -52,13 +53,27 @@ def written(tmp_path: Path) -> Path:
 def test_help_lists_the_commands_in_the_order_of_use() -> None:
     result = plan("--help")
     assert result.exit_code == 0
-    lines = [line.split()[0] for line in result.stdout.partition("Commands:")[2].splitlines() if line]
-    first = ["search", "baseline", "check", "explain", "what-if", "pareto", "simulate", "execute", "compare"]
+    lines = [
+        line.split()[0] for line in result.stdout.partition("Commands:")[2].splitlines() if line
+    ]
+    first = [
+        "search",
+        "baseline",
+        "check",
+        "explain",
+        "what-if",
+        "pareto",
+        "simulate",
+        "execute",
+        "compare",
+    ]
     assert lines == [*first, "profile", "judge", "study", "task", "space", "schema"]
     assert all(plan(name, "--help").exit_code == 0 for name in lines)
 
 
-@pytest.mark.parametrize("arguments", [["frobnicate"], ["search", "--gpu"], ["search", "--gpus", "many"], ["check"]])
+@pytest.mark.parametrize(
+    "arguments", [["frobnicate"], ["search", "--gpu"], ["search", "--gpus", "many"], ["check"]]
+)
 def test_a_wrong_command_line_is_one_line(arguments: list[str]) -> None:
     assert "--help" in one_line(plan(*arguments))
 
@@ -129,11 +144,20 @@ def too_stale(data: dict[str, Any]) -> None:
     ("edit", "says"),
     [
         (change(colour="red"), "colour: unknown key"),
-        (change(schema="splitplan/plan/9"), "schema is 'splitplan/plan/9', but 'splitplan/plan/1' is needed"),
-        (lambda data: data["roles"].update(judge=data["roles"]["critic"]), "the workload has no role 'judge'"),
+        (
+            change(schema="splitplan/plan/9"),
+            "schema is 'splitplan/plan/9', but 'splitplan/plan/1' is needed",
+        ),
+        (
+            lambda data: data["roles"].update(judge=data["roles"]["critic"]),
+            "the workload has no role 'judge'",
+        ),
         (lambda data: data["roles"].pop("critic"), "critic is missing"),
         (change_role("critic", pools=["attic"]), "there is no pool 'attic'"),
-        (lambda data: data["pools"]["b"].update(gpus=[[0, 0]]), "GPU [0, 0] is in both 'a' and 'b'"),
+        (
+            lambda data: data["pools"]["b"].update(gpus=[[0, 0]]),
+            "GPU [0, 0] is in both 'a' and 'b'",
+        ),
         (lambda data: data["pools"]["b"].update(gpus=[[3, 0]]), "GPU [3, 0] is not in the cluster"),
         (change_role("actor", shard=4), "needs 4 GPUs"),
         (deadlock, "deadlocks"),
@@ -142,7 +166,9 @@ def too_stale(data: dict[str, Any]) -> None:
         (lambda data: data["workload"]["response"].update(max=10**7), "per GPU"),
     ],
 )
-def test_a_wrong_plan_is_refused(tmp_path: Path, edit: Callable[[dict[str, Any]], Any], says: str) -> None:
+def test_a_wrong_plan_is_refused(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], Any], says: str
+) -> None:
     data = json.loads(split(make_workload()).to_json())
     edit(data)
     (tmp_path / "wrong.json").write_text(json.dumps(data))
@@ -150,7 +176,9 @@ def test_a_wrong_plan_is_refused(tmp_path: Path, edit: Callable[[dict[str, Any]]
     assert says in line and "wrong.json" in line
 
 
-def test_a_truncated_plan_is_refused_by_every_command_and_nothing_is_written(tmp_path: Path, written: Path) -> None:
+def test_a_truncated_plan_is_refused_by_every_command_and_nothing_is_written(
+    tmp_path: Path, written: Path
+) -> None:
     cut = tmp_path / "cut.json"
     cut.write_text(written.read_text()[:500])
     before = files(tmp_path)
@@ -172,16 +200,27 @@ def test_check_shows_the_memory_of_each_pool(written: Path) -> None:
 
 
 def test_check_shows_what_the_host_must_hold(tmp_path: Path) -> None:
-    shape = {"hidden": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "intermediate": 18944, "vocab": 152064}
+    shape = {
+        "hidden": 3584,
+        "layers": 28,
+        "heads": 28,
+        "kv_heads": 4,
+        "intermediate": 18944,
+        "vocab": 152064,
+    }
     model = {"shape": shape, "random_weights": True}
     workload = make_workload(**{role: model for role in ROLES if role != "rollout"})
     layouts = {role: {"shard": 8, "offload": "all"} for role in ("actor", "critic")}
     cluster, roles = make_cluster(8), dict.fromkeys(ROLES, "all")
-    make_plan(workload, {"all": 8}, roles, layouts=layouts, cluster=cluster).write(tmp_path / "away.json")
+    make_plan(workload, {"all": 8}, roles, layouts=layouts, cluster=cluster).write(
+        tmp_path / "away.json"
+    )
     result = plan("check", tmp_path / "away.json")
     parameters = 7_615_283_200 + 7_070_290_432  # with a language model's head, and a scalar one
     gigabytes = (4 + 8) * parameters / 1e9  # weights and moments in fp32
-    assert f"take {gigabytes:.0f} of 2,000 GB of the host's memory on node 0." in result.stdout, result.output
+    assert f"take {gigabytes:.0f} of 2,000 GB of the host's memory on node 0." in result.stdout, (
+        result.output
+    )
 
 
 def test_check_says_why_a_plan_cannot_be_run_here(tmp_path: Path) -> None:
@@ -189,7 +228,10 @@ def test_check_says_why_a_plan_cannot_be_run_here(tmp_path: Path) -> None:
     make_plan(make_workload(), {"all": 8}, roles, cluster=cluster).write(tmp_path / "large.json")
     result = plan("check", tmp_path / "large.json")
     assert result.exit_code == 0, result.output
-    assert "It cannot be run on this machine:\n- plan 'test' needs 8 GPUs of kind h200" in result.stdout
+    assert (
+        "It cannot be run on this machine:\n- plan 'test' needs 8 GPUs of kind h200"
+        in result.stdout
+    )
     assert "needs 8 GPUs of kind h200" in one_line(plan("check", "--here", tmp_path / "large.json"))
 
 
@@ -199,7 +241,9 @@ def test_check_says_why_a_plan_cannot_be_run_here(tmp_path: Path) -> None:
 def test_simulate_writes_what_is_asked(tmp_path: Path, written: Path) -> None:
     targets = {f"--{kind}": tmp_path / name for kind, name in
                (("gantt", "sim.png"), ("trace", "t.json"), ("timeline", "out.json"))}  # fmt: skip
-    result = plan("simulate", written, "--steps", "5", *(part for pair in targets.items() for part in pair))
+    result = plan(
+        "simulate", written, "--steps", "5", *(part for pair in targets.items() for part in pair)
+    )
     assert result.exit_code == 0, result.output
     timeline = Timeline.read(targets["--timeline"])
     assert (timeline.source, timeline.steps) == ("simulated", 5)
@@ -208,8 +252,12 @@ def test_simulate_writes_what_is_asked(tmp_path: Path, written: Path) -> None:
     assert "s per step" in result.stdout
     assert "at least 1" in one_line(plan("simulate", written, "--steps", "0"))
     other = profiles_dir() / "h200" / "7b.json"
-    assert "profile 1 (h200, hidden 3584, 28 layers) is for" in one_line(plan("simulate", written, "--profile", other))
-    assert ".png or .svg or .pdf" in one_line(plan("simulate", written, "--gantt", tmp_path / "sim.jpg"))
+    assert "profile 1 (h200, hidden 3584, 28 layers) is for" in one_line(
+        plan("simulate", written, "--profile", other)
+    )
+    assert ".png or .svg or .pdf" in one_line(
+        plan("simulate", written, "--gantt", tmp_path / "sim.jpg")
+    )
 
 
 def make_run(directory: Path, written: Path, steps: int = 5) -> Path:

@@ -40,7 +40,9 @@ prompt = { kind = "fixed", tokens = 5 }
 response = { kind = "lognormal", mean = 5, sigma = 0.5, max = 8 }
 steps = 3
 """
-WORKLOAD = HEAD + "".join(MODEL.format(role=role) for role in ("actor", "critic", "reference", "reward"))
+WORKLOAD = HEAD + "".join(
+    MODEL.format(role=role) for role in ("actor", "critic", "reference", "reward")
+)
 
 
 @pytest.fixture
@@ -53,35 +55,82 @@ def workload(tmp_path: Path) -> Path:
 # --- search ---
 
 
-def test_search_writes_a_plan_and_its_picture_and_prints_the_table(tmp_path: Path, workload: Path) -> None:
+def test_search_writes_a_plan_and_its_picture_and_prints_the_table(
+    tmp_path: Path, workload: Path
+) -> None:
     out = tmp_path / "found" / "two.json"
     result = plan("search", "--gpus", "2", "--workload", workload, "--out", out, "--keep", "2")
     assert result.exit_code == 0, result.output
     found = load_plan(out)
     assert found.name == "two" and found.predicted is not None and found.provenance is not None
     assert (tmp_path / "found" / "two.png").read_bytes().startswith(b"\x89PNG")
-    for words in ("vs split", "vs colocated", "Bottleneck: ", "Lower bound", "roofline", "placements, each", "two.png"):
+    for words in (
+        "vs split",
+        "vs colocated",
+        "Bottleneck: ",
+        "Lower bound",
+        "roofline",
+        "placements, each",
+        "two.png",
+    ):
         assert words in result.stdout
     rows = [line.split()[0] for line in result.stdout.splitlines() if line.strip()]
-    assert {"best", "colocated", "split", "split-parallel", "standalone", "one-step-off", "runner-up-1"} <= set(rows)
+    assert {
+        "best",
+        "colocated",
+        "split",
+        "split-parallel",
+        "standalone",
+        "one-step-off",
+        "runner-up-1",
+    } <= set(rows)
     assert "does not fit: " in result.stdout  # five pools on two GPUs
 
 
 def test_search_without_a_picture(tmp_path: Path, workload: Path) -> None:
-    result = plan("search", "--gpus", "1", "--workload", workload, "--out", tmp_path / "one.json", "--no-picture")
+    result = plan(
+        "search",
+        "--gpus",
+        "1",
+        "--workload",
+        workload,
+        "--out",
+        tmp_path / "one.json",
+        "--no-picture",
+    )
     assert result.exit_code == 0, result.output
     assert files(tmp_path) == {"tiny.toml", "one.json"}
 
 
 def test_every_baseline_can_be_written_as_a_plan(tmp_path: Path, workload: Path) -> None:
-    from planner.search import NAMES
+    from planner.search.questions.baselines import NAMES
 
     for name in NAMES:
         assert name in " ".join(plan("baseline", "--help").stdout.split())
-        result = plan("baseline", name, "--gpus", "8", "--workload", workload, "--out", tmp_path / f"{name}.json")
+        result = plan(
+            "baseline",
+            name,
+            "--gpus",
+            "8",
+            "--workload",
+            workload,
+            "--out",
+            tmp_path / f"{name}.json",
+        )
         assert result.exit_code == 0, result.output
         assert load_plan(tmp_path / f"{name}.json").provenance is not None
-    message = one_line(plan("baseline", "vanilla", "--gpus", "8", "--workload", workload, "--out", tmp_path / "x.json"))
+    message = one_line(
+        plan(
+            "baseline",
+            "vanilla",
+            "--gpus",
+            "8",
+            "--workload",
+            workload,
+            "--out",
+            tmp_path / "x.json",
+        )
+    )
     assert all(name in message for name in NAMES)
 
 
@@ -117,7 +166,11 @@ def test_wrong_inputs_are_refused(
         ("workload/1", "workload/7", "splitplan/workload/1"),
         (MODEL.format(role="actor"), '[actor]\npath = "gone"\n', "no model directory at"),
         ("name =", "name", "not valid TOML"),
-        ("batch = 8", "batches = 8", "batches: unknown key; remove it or check its spelling (and 1 more)"),
+        (
+            "batch = 8",
+            "batches = 8",
+            "batches: unknown key; remove it or check its spelling (and 1 more)",
+        ),
         ("batch = 8", "batch = 0", "batch: must be greater than 0, not 0"),
         (
             'kind = "fixed"',
@@ -125,20 +178,37 @@ def test_wrong_inputs_are_refused(
             "prompt: 'kind' is 'normal'; choose one of 'fixed', 'lognormal', 'empirical'",
         ),
         ("mean = 5", "mean = -5", "response.mean: must be greater than 0, not -5"),
-        (MODEL.format(role="reward"), '[reward]\nfunction = "r.py:f"\ntimeout = 3\n', "reward.timeout: unknown key"),
-        (MODEL.format(role="reward"), '[reward]\nfunction = "r.py"\n', "reward: 'r.py' does not name a function"),
+        (
+            MODEL.format(role="reward"),
+            '[reward]\nfunction = "r.py:f"\ntimeout = 3\n',
+            "reward.timeout: unknown key",
+        ),
+        (
+            MODEL.format(role="reward"),
+            '[reward]\nfunction = "r.py"\n',
+            "reward: 'r.py' does not name a function",
+        ),
         ("steps = 3", 'steps = 3\ndata = "lines"', "data: needs a mapping of keys, not 'lines'"),
     ],
 )
 def test_a_wrong_workload_is_refused(tmp_path: Path, before: str, after: str, says: str) -> None:
     (tmp_path / "wrong.toml").write_text(WORKLOAD.replace(before, after, 1))
-    arguments = ["--gpus", "2", "--workload", tmp_path / "wrong.toml", "--out", tmp_path / "out.json"]
+    arguments = [
+        "--gpus",
+        "2",
+        "--workload",
+        tmp_path / "wrong.toml",
+        "--out",
+        tmp_path / "out.json",
+    ]
     line = one_line(plan("search", *arguments))
     assert says in line and "wrong.toml" in line
     assert files(tmp_path) == {"wrong.toml"}
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, workload: Path) -> None:
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, workload: Path
+) -> None:
     for out, says in (
         (tmp_path, "ends in .json"),
         (workload / "best.json", "is no directory"),
@@ -152,7 +222,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pat
     assert files(tmp_path) == {"tiny.toml", "best.json"}
 
 
-def test_the_profile_of_a_plan_is_found_again_or_missed_aloud(tmp_path: Path, workload: Path) -> None:
+def test_the_profile_of_a_plan_is_found_again_or_missed_aloud(
+    tmp_path: Path, workload: Path
+) -> None:
     point = Point(call="host", role="advantages", sequences=8, seconds=60.0)
     train = Point(call="train", role="actor", sequences=8, prompt_tokens=40, response_tokens=40, seconds=70.0,
                   micro_batch_tokens=64, minibatch=4)  # fmt: skip
@@ -163,7 +235,9 @@ def test_the_profile_of_a_plan_is_found_again_or_missed_aloud(tmp_path: Path, wo
     result = plan("baseline", "colocated", *options, "--profile", tmp_path / "slow.json")
     assert result.exit_code == 0, result.output
     found = load_plan(out)
-    assert found.provenance is not None and found.provenance.profiles == {str(tmp_path / "slow.json"): profile.sha256}
+    assert found.provenance is not None and found.provenance.profiles == {
+        str(tmp_path / "slow.json"): profile.sha256
+    }
 
     with_profile = plan("simulate", out)
     assert with_profile.exit_code == 0 and with_profile.stderr == ""
@@ -189,7 +263,18 @@ def test_this_machine_is_a_cluster_of_its_cores() -> None:
 
 def test_a_plan_for_this_machine(tmp_path: Path, workload: Path) -> None:
     out = tmp_path / "local.json"
-    result = plan("search", "--cluster", "local", "--gpus", "1", "--workload", workload, "--out", out, "--no-picture")
+    result = plan(
+        "search",
+        "--cluster",
+        "local",
+        "--gpus",
+        "1",
+        "--workload",
+        workload,
+        "--out",
+        out,
+        "--no-picture",
+    )
     assert result.exit_code == 0, result.output
     assert Plan.read(out).rollout.engine == "transformers"
 
@@ -199,9 +284,26 @@ def test_a_search_that_is_interrupted_writes_its_best_plan_with_an_honest_gap(tm
     for key, count in (("minibatch", 4096), ("batch", 16384)):
         text = re.sub(rf"^{key} = \d+$", f"{key} = {count}", text, flags=re.M)
     (tmp_path / "w.toml").write_text(text)
-    command = [sys.executable, "-m", "planner.cli", "search", "--gpus", "1024", "--workload", "w.toml"]
-    for delay in (1, 2, 4, 8, 16):  # on a busy machine it may have no plan yet, or not even have begun
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "planner.cli",
+        "search",
+        "--gpus",
+        "1024",
+        "--workload",
+        "w.toml",
+    ]
+    for delay in (
+        1,
+        2,
+        4,
+        8,
+        16,
+    ):  # on a busy machine it may have no plan yet, or not even have begun
+        process = subprocess.Popen(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)

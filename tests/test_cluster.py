@@ -1,4 +1,5 @@
-"""Several Ray nodes on this machine, each at a loopback address of its own: placement as planned, and nodes that go."""
+"""Several Ray nodes on this machine, each at a loopback address of its own: placement as planned,
+and nodes that go."""
 
 import contextlib
 import json
@@ -18,12 +19,14 @@ from conftest import make_plan, make_workload
 from processes import descendants, end, end_agents, working
 from test_checkpoint import metrics_of
 
-from executor import pools
-from executor.host import _interface
+from executor.fleet import pools
+from executor.training.host import _interface
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.plan import Plan
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="127.0.0.2 is an address on Linux alone")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="127.0.0.2 is an address on Linux alone"
+)
 
 ROOT = Path(__file__).parents[1]
 NODES = 3  # beside the head, which has neither cores nor GPUs
@@ -53,7 +56,11 @@ class Nodes:
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-c", RAY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=self.environment
+            [sys.executable, "-c", RAY],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self.environment,
         )
         assert self.process.stdout is not None
         self.address, *pids = self.process.stdout.readline().split()
@@ -61,7 +68,9 @@ class Nodes:
 
     def kill_one_that_trains(self) -> None:
         """All of its processes."""
-        number = next(n for n, pid in enumerate(self.pids) if working(descendants(pid), ("Trainer",)))
+        number = next(
+            n for n, pid in enumerate(self.pids) if working(descendants(pid), ("Trainer",))
+        )
         assert self.process.stdin is not None
         print(number, file=self.process.stdin, flush=True)
 
@@ -77,17 +86,29 @@ class Nodes:
 
     def python(self, code: str) -> Any:
         """What a program that has joined prints, as JSON."""
-        joined = f"import json\nfrom executor.session import ray_session\naddress = {self.address!r}\n"
+        joined = f"import json\nfrom executor.fleet.session import ray_session\naddress = {self.address!r}\n"
         joined += "with ray_session(cpus=None, address=address):\n"
         text = joined + "".join(f"    {line}\n" for line in code.strip().splitlines())
         done = subprocess.run(
-            [sys.executable, "-c", text], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=120
+            [sys.executable, "-c", text],
+            env=self.environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
 
     def plan(self, *arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "planner.cli", *map(str, arguments), "--address", self.address]
+        command = [
+            sys.executable,
+            "-m",
+            "planner.cli",
+            *map(str, arguments),
+            "--address",
+            self.address,
+        ]
         return subprocess.Popen(
             command,
             env=self.environment | environment,
@@ -109,7 +130,12 @@ def nodes() -> Iterator[Nodes]:
 
 def cluster_of(*cores: int) -> Cluster:
     device = Device(
-        kind="cpu", memory_bytes=2 * 10**9, flops=1e10, memory_bandwidth=1e10, link_bandwidth=1e9, host_bandwidth=1e10
+        kind="cpu",
+        memory_bytes=2 * 10**9,
+        flops=1e10,
+        memory_bandwidth=1e10,
+        link_bandwidth=1e9,
+        host_bandwidth=1e10,
     )
     nodes = tuple(Node(gpus=count, device="core", host_memory_bytes=4 * 10**9) for count in cores)
     return Cluster(name="nodes", nodes=nodes, devices={"core": device})
@@ -119,17 +145,25 @@ def spread(nodes: int) -> Plan:
     """One pool, a core on each of so many nodes."""
     workload = make_workload(steps=30, critic=None, reference=None)
     plan = make_plan(
-        workload, {"all": nodes}, dict.fromkeys(workload.roles, "all"), cluster=cluster_of(nodes), blocking=True
+        workload,
+        {"all": nodes},
+        dict.fromkeys(workload.roles, "all"),
+        cluster=cluster_of(nodes),
+        blocking=True,
     )
     gpus = [[node, 0] for node in range(nodes)]
-    data = {**plan.model_dump(), "cluster": cluster_of(*[1] * nodes), "pools": {"all": {"gpus": gpus}}}
+    data = {
+        **plan.model_dump(),
+        "cluster": cluster_of(*[1] * nodes),
+        "pools": {"all": {"gpus": gpus}},
+    }
     return Plan.model_validate(data)
 
 
 PLACED = """
 import ray
-from executor import pools
-from executor.worker import Worker, ask
+from executor.fleet import pools
+from executor.fleet.worker import Worker, ask
 from planner.spec.errors import UserError
 class Where(Worker):
     def where(self):
@@ -150,10 +184,14 @@ print(json.dumps([found, refused]))
 """
 
 
-def test_a_pool_lies_on_the_nodes_that_the_plan_says_in_the_order_of_their_gpus(nodes: Nodes) -> None:
+def test_a_pool_lies_on_the_nodes_that_the_plan_says_in_the_order_of_their_gpus(
+    nodes: Nodes,
+) -> None:
     found, refused = nodes.python(PLACED)
     addresses = [address for address, _ in found]
-    assert addresses[0] == addresses[1] != addresses[2] == addresses[3] == addresses[4] == "127.0.0.4"
+    assert (
+        addresses[0] == addresses[1] != addresses[2] == addresses[3] == addresses[4] == "127.0.0.4"
+    )
     assert [device for _, device in found] == ["0", "1", "0", "1", "2"]
     assert "the plan uses 1 GPUs of its node 3, but Ray's matching node has 0" in refused[0]
     assert "the plan uses 4 GPUs of its node 0, but Ray's matching node has 3" in refused[1]
@@ -170,7 +208,9 @@ def test_a_pool_lies_on_the_nodes_that_the_plan_says_in_the_order_of_their_gpus(
         (["L4"], "ours", True),
     ],
 )
-def test_a_node_with_another_kind_of_gpu_is_left_out(named: list[str], kind: str, may: bool) -> None:
+def test_a_node_with_another_kind_of_gpu_is_left_out(
+    named: list[str], kind: str, may: bool
+) -> None:
     """A cluster file may call its GPUs what it likes, and Ray does not know every kind."""
     resources = {"GPU": 8.0, **{f"accelerator_type:{name}": 1.0 for name in named}}
     assert pools._may_be({"Resources": resources}, kind) is may
@@ -209,7 +249,9 @@ def test_a_plan_for_more_nodes_than_there_are(nodes: Nodes, tmp_path: Path) -> N
 def test_a_node_that_disappears_is_replaced(nodes: Nodes, tmp_path: Path) -> None:
     """The last test of the module: it leaves one node of three."""
     spread(2).write(tmp_path / "plan.json")
-    process = nodes.plan("execute", tmp_path / "plan.json", "--name", "r", "--runs", tmp_path, "--save-every", "2")
+    process = nodes.plan(
+        "execute", tmp_path / "plan.json", "--name", "r", "--runs", tmp_path, "--save-every", "2"
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "r/checkpoints/step-000002").exists():
         assert process.poll() is None and time.monotonic() < deadline

@@ -6,7 +6,13 @@ import pytest
 
 from planner.predict import roofline
 from planner.predict.cost import CostModel, Place, place_of
-from planner.predict.roofline import forward_flops, link_of, matrix_parameters, nodes_spanned, shares
+from planner.predict.roofline import (
+    forward_flops,
+    link_of,
+    matrix_parameters,
+    nodes_spanned,
+    shares,
+)
 from planner.spec.cluster import load_device, make_cluster
 from planner.spec.files import profiles_dir
 from planner.spec.lengths import Fixed, Lognormal, sample
@@ -16,8 +22,11 @@ from planner.spec.workload import Model, RewardFunction, Shape, Workload, load_w
 SHAPE = Shape(hidden=8, layers=3, heads=4, kv_heads=2, intermediate=20, vocab=50)
 BLOCK = 8 * 2 * (2 * 4 + 2 * 2) + 3 * 8 * 20 + 2 * 8
 H200 = load_device("h200")
-GATHERED, UPDATED = (count * SHAPE.parameters() / 100 for count in (8, 38))  # seconds of what a micro-batch copies
-# Rates at which seconds can be written down: 1000 FLOP/s, 100 bytes/s of memory, link 10, network 1, host 5 bytes/s.
+GATHERED, UPDATED = (
+    count * SHAPE.parameters() / 100 for count in (8, 38)
+)  # seconds of what a micro-batch copies
+# Rates at which seconds can be written down: 1000 FLOP/s, 100 bytes/s of memory, link 10, network
+# 1, host 5 bytes/s.
 ROUND = H200.model_copy(
     update={
         "flops": 2000.0, "efficiency_compute": 0.5, "memory_bandwidth": 200.0, "efficiency_memory": 0.5,
@@ -42,7 +51,9 @@ SEVEN_B = load_workload(profiles_dir() / "workloads" / "7b.toml")
 
 
 def layout(**changes: Any) -> TrainerRole:
-    return TrainerRole(**{"pools": ("a",), "shard": 1, "micro_batch_tokens": 1000, "recompute": False, **changes})
+    return TrainerRole(
+        **{"pools": ("a",), "shard": 1, "micro_batch_tokens": 1000, "recompute": False, **changes}
+    )
 
 
 def place(*parts: int) -> Place:
@@ -50,7 +61,13 @@ def place(*parts: int) -> Place:
 
 
 def rollout(**changes: Any) -> RolloutRole:
-    base = {"engine": "vllm", "pools": ("a",), "tensor_parallel": 1, "replicas": 1, "memory_fraction": 0.5}
+    base = {
+        "engine": "vllm",
+        "pools": ("a",),
+        "tensor_parallel": 1,
+        "replicas": 1,
+        "memory_fraction": 0.5,
+    }
     return RolloutRole(**{**base, "concurrency": 16, **changes})
 
 
@@ -83,11 +100,15 @@ def test_update_by_hand() -> None:
     compute = 2 * (3 * forward(20, 200) / 1000 + UPDATED + 32 * parameters / 2 / 100)
     replicas = 2 * 2 * (4 * parameters / 2 * 1 / 2 / 10 + 3 * 8e-6)
     estimate = model.train("actor", layout(shard=2, replicas=2), place(4))
-    shown = max(0.0, 8 * parameters * 1 / 2 / 10 + 3 * 3 * 8e-6 - 3 * forward(20, 200) / 1000 - UPDATED)
+    shown = max(
+        0.0, 8 * parameters * 1 / 2 / 10 + 3 * 3 * 8e-6 - 3 * forward(20, 200) / 1000 - UPDATED
+    )
     assert estimate.parts["compute"] == pytest.approx([compute])
     assert estimate.parts["transfer"] == pytest.approx([2 * shown + replicas])
     recomputing = model.train("actor", layout(shard=2, replicas=2, recompute=True), place(4))
-    assert recomputing.parts["compute"] - estimate.parts["compute"] == pytest.approx([2 * forward(20, 200) / 1000])
+    assert recomputing.parts["compute"] - estimate.parts["compute"] == pytest.approx(
+        [2 * forward(20, 200) / 1000]
+    )
 
 
 def test_a_micro_batch_takes_no_less_than_its_launches() -> None:
@@ -99,7 +120,9 @@ def test_a_micro_batch_takes_no_less_than_its_launches() -> None:
         changes = {"shard": shard, "replicas": 2 // shard, "micro_batch_tokens": 40}
         estimate = model.infer("actor", layout(**changes), place)  # 80 tokens per GPU
         assert estimate.seconds == pytest.approx([2 * (3 * 100 * shard + GATHERED)])
-        update = model.train("actor", layout(**changes), place).parts["compute"]  # 2 minibatches of 40 tokens
+        update = model.train("actor", layout(**changes), place).parts[
+            "compute"
+        ]  # 2 minibatches of 40 tokens
         optimizer = 32 * SHAPE.parameters() / shard / 100
         assert update == pytest.approx([2 * (3 * 3 * 100 * shard + UPDATED + optimizer)])
 
@@ -109,7 +132,9 @@ def test_communication_beyond_compute_shows_per_micro_batch() -> None:
     gathered = 2 * SHAPE.parameters() * 3 / 4 / 10 + 3 * 8e-6
     for tokens, micro_batches in ((40, 1), (20, 2), (10, 4)):
         estimate = model.infer("actor", layout(shard=4, micro_batch_tokens=tokens), place(4))
-        assert estimate.seconds == pytest.approx([max(scale + micro_batches * GATHERED, micro_batches * gathered)])
+        assert estimate.seconds == pytest.approx(
+            [max(scale + micro_batches * GATHERED, micro_batches * gathered)]
+        )
 
 
 def test_across_nodes_the_network_carries_the_shards() -> None:
@@ -120,17 +145,24 @@ def test_across_nodes_the_network_carries_the_shards() -> None:
     inside, across = link_of(4, 1, ROUND, CLUSTER), link_of(4, 2, ROUND, CLUSTER)
     assert inside.bandwidth == 10.0
     assert across.bandwidth == 2.0 * 4 / 2 * 0.5  # two network ports on each node
-    assert link_of(64, 2, ROUND, CLUSTER).bandwidth == 10.0  # many ports are no faster than the links
+    assert (
+        link_of(64, 2, ROUND, CLUSTER).bandwidth == 10.0
+    )  # many ports are no faster than the links
     assert inside.seconds(100) == 7.5
     model = CostModel(SMALL, CLUSTER)
-    near, far = (model.infer("actor", layout(shard=4), place(*parts)).seconds[0] for parts in ((4,), (2, 2)))
+    near, far = (
+        model.infer("actor", layout(shard=4), place(*parts)).seconds[0] for parts in ((4,), (2, 2))
+    )
     assert far > near
 
 
 def test_a_rank_without_a_sequence_idles() -> None:
     """8 sequences per minibatch: 8 GPUs take one each, 12 GPUs no less, 6 GPUs two for some."""
     model = CostModel(SMALL, CLUSTER)
-    seconds = {gpus: model.train("actor", layout(replicas=gpus), place(gpus)).parts["compute"][0] for gpus in (4, 6, 8)}
+    seconds = {
+        gpus: model.train("actor", layout(replicas=gpus), place(gpus)).parts["compute"][0]
+        for gpus in (4, 6, 8)
+    }
     more = model.train("actor", layout(replicas=12), place(8, 4)).parts["compute"][0]
     assert seconds[4] == seconds[6] > seconds[8] == more
 
@@ -158,10 +190,17 @@ def test_offload_is_charged_both_ways_for_what_the_call_needs() -> None:
     plain = model.train("actor", layout(shard=2), place(2))
     for offload, train, infer in (("none", 0, 0), ("optimizer", 8, 0), ("all", 12, 4)):
         offloading = layout(shard=2, offload=offload)
-        trained, inferred = model.train("actor", offloading, place(2)), model.infer("actor", offloading, place(2))
+        trained, inferred = (
+            model.train("actor", offloading, place(2)),
+            model.infer("actor", offloading, place(2)),
+        )
         for estimate, count in ((trained, train), (inferred, infer)):
-            assert estimate.parts.get("wake", np.zeros(1)) == pytest.approx([count * parameters / 2 / 5])
-            assert estimate.parts.get("offload", np.zeros(1)) == pytest.approx([count * parameters / 2 / 5])
+            assert estimate.parts.get("wake", np.zeros(1)) == pytest.approx(
+                [count * parameters / 2 / 5]
+            )
+            assert estimate.parts.get("offload", np.zeros(1)) == pytest.approx(
+                [count * parameters / 2 / 5]
+            )
         assert trained.seconds - plain.seconds == pytest.approx([2 * train * parameters / 2 / 5])
 
 
@@ -176,8 +215,12 @@ def test_sync_by_hand() -> None:
         return float(estimate.seconds[0])
 
     assert sync([place(2)], same_node=True, shared=True) == pytest.approx(gather + 2 * bytes_ / 100)
-    assert sync([place(2)], same_node=True, shared=False) == pytest.approx(gather + bytes_ / 10 + 3 * 8e-6)
-    assert sync([place(2)], same_node=False, shared=False) == pytest.approx(gather + bytes_ / 1 + 3 * 20e-6)
+    assert sync([place(2)], same_node=True, shared=False) == pytest.approx(
+        gather + bytes_ / 10 + 3 * 8e-6
+    )
+    assert sync([place(2)], same_node=False, shared=False) == pytest.approx(
+        gather + bytes_ / 1 + 3 * 20e-6
+    )
     both = sync([place(2), place(2)], same_node=True, shared=True)  # one after the other
     assert both == pytest.approx(2 * gather + 2 * bytes_ / 100 + bytes_ / 10 + 3 * 8e-6)
     asleep = sync([place(2)], same_node=True, shared=True, offload=True)
@@ -189,9 +232,16 @@ def test_a_sync_waits_for_calls_and_launches(monkeypatch: pytest.MonkeyPatch) ->
         device = ROUND.model_copy(update=changes)
         model = CostModel(SMALL, CLUSTER.model_copy(update={"devices": {"h200": device}}))
         place = Place(parts=(2,), device=device)
-        engines, places = rollout(replicas=2, tensor_parallel=tensor_parallel), [place] * (2 if way == "both" else 1)
+        engines, places = (
+            rollout(replicas=2, tensor_parallel=tensor_parallel),
+            [place] * (2 if way == "both" else 1),
+        )
         shared = way != "across"
-        return float(model.sync(layout(shard=shard), place, engines, places, same_node=True, shared=shared).seconds[0])
+        return float(
+            model.sync(
+                layout(shard=shard), place, engines, places, same_node=True, shared=shared
+            ).seconds[0]
+        )
 
     def more(way: str, *layout: int, **changes: float) -> float:
         return sync(way, *layout, **changes) - sync(way, *layout)
@@ -200,7 +250,9 @@ def test_a_sync_waits_for_calls_and_launches(monkeypatch: pytest.MonkeyPatch) ->
         return more(way, *layout, overhead_seconds=1.0)
 
     bytes_ = 2 * SHAPE.parameters()
-    assert [calls(way) for way in ("within", "across", "both")] == pytest.approx([4, 1, 5])  # begin, fill, read, end
+    assert [calls(way) for way in ("within", "across", "both")] == pytest.approx(
+        [4, 1, 5]
+    )  # begin, fill, read, end
     monkeypatch.setattr(roofline, "SYNC_BYTES", bytes_ // 3 + 1)
     assert calls("within") == calls("within", 1, 2) == pytest.approx(2 + 2 * 3)
     assert sync("within", tensor_parallel=2) == pytest.approx(sync("within") / 2)
@@ -267,7 +319,10 @@ def test_every_call_of_a_plan_has_an_estimate() -> None:
             "a": Pool(gpus=tuple((0, i) for i in range(8))),
             "b": Pool(gpus=tuple((1, i) for i in range(4))),
         },
-        roles={**layouts, "rollout": rollout(pools=("a", "b"), tensor_parallel=4, replicas=3, concurrency=256)},
+        roles={
+            **layouts,
+            "rollout": rollout(pools=("a", "b"), tensor_parallel=4, replicas=3, concurrency=256),
+        },
         program=tuple(Issue(call=name) for name in program),
         staleness=0,
     )
@@ -280,7 +335,9 @@ def test_every_call_of_a_plan_has_an_estimate() -> None:
         assert sum(estimate.parts.values()) == pytest.approx(estimate.seconds)
         assert model.call(call, plan).seconds is estimate.seconds  # memoised
     update = model.call(plan.dataflow["update_critic"], plan)
-    assert update.seconds is model.train("critic", layouts["critic"], place_of(plan, ("b",))).seconds
+    assert (
+        update.seconds is model.train("critic", layouts["critic"], place_of(plan, ("b",))).seconds
+    )
 
 
 # --- against measurements ---
@@ -296,8 +353,9 @@ def test_rate_of_a_measured_trainer(recompute: bool) -> None:
 
 
 def test_step_of_a_measured_system() -> None:
-    """verl 0.9.1 on 4 H200s, 1.5B, batch 512, prompts 256, responses 512, all on the same GPUs: old log-probs 1.3 s,
-    values 1.4 s, updates 3.4 s and 3.2 s, generate 4.2 s. The roofline should be below, by less than 3."""
+    """verl 0.9.1 on 4 H200s, 1.5B, batch 512, prompts 256, responses 512, all on the same GPUs: old
+    log-probs 1.3 s, values 1.4 s, updates 3.4 s and 3.2 s, generate 4.2 s. The roofline should be
+    below, by less than 3."""
     model = CostModel(QWEN.model_copy(update={"response": Fixed(tokens=512)}), make_cluster(4))
     four = Place(parts=(4,), device=H200)
     trainer = layout(shard=4, micro_batch_tokens=16384, recompute=True)

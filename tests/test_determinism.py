@@ -18,14 +18,27 @@ def plan_bytes(directory, options, hash_seed, cores):
     directory.mkdir()
     cpu_cluster(4).write(directory / "cluster.json")
     make_workload().write(directory / "workload.json")
-    command = [sys.executable, "-m", "planner.cli", "search", *options, "--no-picture", "--out", "best.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "planner.cli",
+        "search",
+        *options,
+        "--no-picture",
+        "--out",
+        "best.json",
+    ]
     if cores and shutil.which("taskset"):
         command = ["taskset", "--cpu-list", ",".join(map(str, cores)), *command]
-    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    environment = {
+        name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")
+    }
     environment["PYTHONHASHSEED"] = hash_seed
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    written, found = re.subn(rb'"search_seconds": [\d.e-]+', b"", (directory / "best.json").read_bytes())
+    written, found = re.subn(
+        rb'"search_seconds": [\d.e-]+', b"", (directory / "best.json").read_bytes()
+    )
     assert found == 1
     return written
 

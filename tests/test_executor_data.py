@@ -1,4 +1,5 @@
-"""Prompts, batches and how they are spread; every mistake in a dataset is named by file and line."""
+"""Prompts, batches and how they are spread; every mistake in a dataset is named by file and
+line."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from conftest import make_workload
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.data import (
+from executor.data.batch import (
     MINIBATCHES,
     ORDER,
     PROMPT_LENGTHS,
@@ -102,7 +103,9 @@ def test_each_prompt_comes_once_per_epoch_in_an_order_that_the_seed_fixes(tmp_pa
     drawn = [text for step in range(3) for text in source.step(step).texts]
     assert sorted(drawn[:12]) == sorted(drawn[12:]) == sorted(prompts)
     assert drawn[:12] != drawn[12:] and drawn != prompts * 2
-    assert [text for step in range(3) for text in dataset(tmp_path, prompts, batch=8).step(step).texts] == drawn
+    assert [
+        text for step in range(3) for text in dataset(tmp_path, prompts, batch=8).step(step).texts
+    ] == drawn
     assert dataset(tmp_path, prompts, batch=8, seed=8).step(0).texts != drawn[:8]
     assert source.step(1).requests.keys.tolist() == [[7, 1, row, 0, SAMPLING] for row in range(8)]
 
@@ -112,7 +115,9 @@ def test_random_prompts_have_the_lengths_of_the_workload() -> None:
     assert set(requests.lengths) == {5} and requests.exact.all()
     assert 1 <= requests.max_tokens.min() < requests.max_tokens.max() <= 8
     again = Synthetic(make_workload(batch=64)).step(2).requests
-    assert np.array_equal(requests.tokens, again.tokens) and np.array_equal(requests.max_tokens, again.max_tokens)
+    assert np.array_equal(requests.tokens, again.tokens) and np.array_equal(
+        requests.max_tokens, again.max_tokens
+    )
 
 
 def test_responses_come_back_in_the_order_of_their_requests() -> None:
@@ -153,7 +158,10 @@ def test_a_spread_has_every_row_once_within_the_tokens_and_equal_counts(
     sizes = np.array(lengths, dtype=np.int32)
     rows = np.arange(len(lengths))
     shares = spread(rows, sizes, ranks, tokens)
-    assert sorted(np.concatenate([part for share in shares for part in share]).tolist()) == rows.tolist()
+    assert (
+        sorted(np.concatenate([part for share in shares for part in share]).tolist())
+        == rows.tolist()
+    )
     assert len({len(share) for share in shares}) == 1
     for share in shares:
         for part in share:
@@ -173,18 +181,23 @@ def test_outputs_are_joined_where_they_belong() -> None:
 
 def test_no_two_purposes_share_their_randomness() -> None:
     seed, some = 7, range(3)
-    keys = [(seed, step, what) for step in some for what in (PROMPT_LENGTHS, RESPONSE_LENGTHS, TOKENS)]
+    keys = [
+        (seed, step, what) for step in some for what in (PROMPT_LENGTHS, RESPONSE_LENGTHS, TOKENS)
+    ]
     keys += [(seed, epoch, ORDER) for epoch in some]
     keys += [(seed, step, epoch, MINIBATCHES) for step in some for epoch in some]
     for step in some:
         keys += map(tuple, Synthetic(make_workload(batch=4)).step(step).requests.keys.tolist())
     assert len({tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys}) == len(keys)
-    expected = np.random.default_rng((seed, 1, 0, MINIBATCHES)).permutation(12)  # what `minibatches` itself makes of it
+    expected = np.random.default_rng((seed, 1, 0, MINIBATCHES)).permutation(
+        12
+    )  # what `minibatches` itself makes of it
     assert np.array_equal(np.concatenate(minibatches(12, 4, seed, 1, 0)), expected)
 
 
 def test_ended_tells_eos_from_truncation() -> None:
-    # complete · truncated · EOS only at the front · EOS only in the padding · empty, after a prompt that ends in EOS
+    # complete · truncated · EOS only at the front · EOS only in the padding · empty, after a prompt
+    # that ends in EOS
     tokens = [[1, 5, 9, 0], [1, 5, 6, 7], [1, 9, 5, 6], [1, 5, 6, 9], [9, 9, 9, 9]]
     batch = Sequences(
         tokens=np.array(tokens, dtype=np.int32),

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from conftest import SHAPE, colocated, cpu_cluster, make_plan, make_workload, split
 
-from executor import preflight, reward, session
-from executor.execute import execute
-from executor.pools import Fleet
+from executor.data import reward
+from executor.fleet import session
+from executor.fleet.pools import Fleet
+from executor.running import preflight
+from executor.running.execute import execute
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -39,15 +41,21 @@ def test_a_reward_function_that_cannot_be_imported(tmp_path: Path) -> None:
     missing = RewardFunction(function=f"{tmp_path}/none.py:f")
     assert "no file" in refuse(make_workload(reward=missing))
     (tmp_path / "reward.txt").write_text(GOOD)
-    assert "no Python file" in refuse(make_workload(reward=RewardFunction(function=f"{tmp_path}/reward.txt:f")))
+    assert "no Python file" in refuse(
+        make_workload(reward=RewardFunction(function=f"{tmp_path}/reward.txt:f"))
+    )
     assert "SyntaxError" in refuse(make_workload(reward=write_reward(tmp_path, "def f(:")))
     assert "ZeroDivisionError" in refuse(make_workload(reward=write_reward(tmp_path, "1 / 0")))
-    assert "SystemExit: 3" in refuse(make_workload(reward=write_reward(tmp_path, "import sys\nsys.exit(3)")))
+    assert "SystemExit: 3" in refuse(
+        make_workload(reward=write_reward(tmp_path, "import sys\nsys.exit(3)"))
+    )
     assert "no function 'f'" in refuse(make_workload(reward=write_reward(tmp_path, "g = 1")))
 
 
 @pytest.mark.parametrize("parameters", ["prompts", "a, b, c, d", "prompts, responses, *, answers"])
-def test_a_reward_function_that_cannot_be_called_is_refused_before_the_run(tmp_path: Path, parameters: str) -> None:
+def test_a_reward_function_that_cannot_be_called_is_refused_before_the_run(
+    tmp_path: Path, parameters: str
+) -> None:
     asked = write_reward(tmp_path, f"def f({parameters}):\n    return [0.0]\n")
     line = refuse(make_workload(reward=asked))
     assert f"takes ({parameters}), and is called with (prompts, responses, answers)" in line
@@ -66,7 +74,9 @@ def test_a_reward_function_that_cannot_be_called_is_refused_before_the_run(tmp_p
         ("__import__('sys').exit(1)", "SystemExit: 1"),
     ],
 )
-def test_a_reward_function_that_returns_the_wrong_thing(tmp_path: Path, body: str, what: str) -> None:
+def test_a_reward_function_that_returns_the_wrong_thing(
+    tmp_path: Path, body: str, what: str
+) -> None:
     asked = write_reward(tmp_path, f"def f(prompts, responses, answers):\n    return {body}\n")
     with pytest.raises(UserError, match="reward function") as error:
         reward.score(asked, reward.load(asked), ["a", "b"], ["x", "yy"], [None, None])
@@ -74,8 +84,13 @@ def test_a_reward_function_that_returns_the_wrong_thing(tmp_path: Path, body: st
 
 
 def test_a_good_reward_function_may_return_what_behaves_like_numbers(tmp_path: Path) -> None:
-    asked = write_reward(tmp_path, "import numpy\ndef f(p, r, a):\n    return numpy.arange(len(r))\n")
-    assert reward.score(asked, reward.load(asked), ["a", "b"], ["x", "yy"], [None, None]) == [0.0, 1.0]
+    asked = write_reward(
+        tmp_path, "import numpy\ndef f(p, r, a):\n    return numpy.arange(len(r))\n"
+    )
+    assert reward.score(asked, reward.load(asked), ["a", "b"], ["x", "yy"], [None, None]) == [
+        0.0,
+        1.0,
+    ]
 
 
 def test_model_directories_are_checked(tmp_path: Path, model_directories: dict[str, Path]) -> None:
@@ -87,7 +102,14 @@ def test_model_directories_are_checked(tmp_path: Path, model_directories: dict[s
     assert "no *.safetensors" in refuse(with_path(broken))
     assert "ForCausalLM" in refuse(with_path(model_directories["reward"]))
     assert "ForSequenceClassification" in refuse(with_path(actor, "reward"))
-    differences = {"hidden": 64, "layers": 3, "heads": 8, "kv_heads": 4, "intermediate": 65, "head_dim": 16}
+    differences = {
+        "hidden": 64,
+        "layers": 3,
+        "heads": 8,
+        "kv_heads": 4,
+        "intermediate": 65,
+        "head_dim": 16,
+    }
     for name, value in {**differences, "tied_embeddings": True}.items():
         other = make_workload(actor={"shape": {**SHAPE, "head_dim": 8, name: value}, "path": actor})
         assert f"says {name} = " in (line := refuse(other)) and f"made for {value};" in line
@@ -95,7 +117,9 @@ def test_model_directories_are_checked(tmp_path: Path, model_directories: dict[s
     assert "vocabulary has 49" in refuse(make_workload(critic=wide))
     shutil.copytree(actor, tmp_path / "custom")
     config = json.loads((actor / "config.json").read_text())
-    (tmp_path / "custom/config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "m.py"}}))
+    (tmp_path / "custom/config.json").write_text(
+        json.dumps({**config, "auto_map": {"AutoModel": "m.py"}})
+    )
     assert "auto_map" in refuse(with_path(tmp_path / "custom"))
 
 
@@ -120,7 +144,9 @@ def on_gpus() -> Plan:
 
 
 def test_a_machine_without_the_gpus_is_told_about_rehearse(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"needs 8 GPUs of kind h200 and this machine has 0.*--rehearse"):
+    with pytest.raises(
+        UserError, match=r"needs 8 GPUs of kind h200 and this machine has 0.*--rehearse"
+    ):
         execute(on_gpus(), name="r", runs=tmp_path)
     with pytest.raises(UserError, match=r"needs 64 cores.*--rehearse"):
         execute(colocated(make_workload(), cores=64), name="r", runs=tmp_path)
@@ -139,12 +165,20 @@ def test_an_engine_that_cannot_run_here_is_named() -> None:
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp"])
 def test_a_run_has_a_plain_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--name"):
-        execute(split(make_workload()), name=name, runs=tmp_path, rehearse=True, seconds=lambda task: 0.0)
+        execute(
+            split(make_workload()),
+            name=name,
+            runs=tmp_path,
+            rehearse=True,
+            seconds=lambda task: 0.0,
+        )
 
 
 def test_runs_need_a_directory_before_anything_is_started(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"nothing can be written into .*file; choose another --runs"):
+    with pytest.raises(
+        UserError, match=r"nothing can be written into .*file; choose another --runs"
+    ):
         execute(split(make_workload()), name="r", runs=tmp_path / "file" / "runs")
 
 

@@ -1,4 +1,5 @@
-"""The loop with sleeping processes: the order of the schedule, real overlap, and nothing left behind."""
+"""The loop with sleeping processes: the order of the schedule, real overlap, and nothing left
+behind."""
 
 import logging
 import os
@@ -13,14 +14,14 @@ import pytest
 from conftest import colocated, cpu_cluster, make_plan, make_workload, split
 from processes import descendants, end, listening, still_there
 
-from executor import checkpoint
-from executor.execute import _run, execute
-from executor.rehearse import Rehearsal
-from executor.run import Silent, loop
-from executor.rundir import RunDirectory, log
-from executor.stops import unrepeated
-from executor.supervise import Deadlines
-from executor.worker import Record
+from executor.fleet.signals import unrepeated
+from executor.fleet.worker import Record
+from executor.running import checkpoint
+from executor.running.execute import _run, execute
+from executor.running.loop import Silent, loop
+from executor.running.rehearse import Rehearsal
+from executor.running.run_directory import RunDirectory, log
+from executor.running.supervise import Deadlines
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.errors import UserError
@@ -49,7 +50,12 @@ def one_step_off() -> Plan:
     """Rollout on its own core, generating for the next step while the others train."""
     roles = {"rollout": "g", "actor": "t", "critic": "c", "reference": "t", "reward": "c"}
     return make_plan(
-        make_workload(), {"g": 1, "t": 1, "c": 1}, roles, offsets={"generate": 1}, staleness=1, name="one-step-off"
+        make_workload(),
+        {"g": 1, "t": 1, "c": 1},
+        roles,
+        offsets={"generate": 1},
+        staleness=1,
+        name="one-step-off",
     )
 
 
@@ -64,8 +70,12 @@ def rehearse(plan: Plan, steps: int) -> tuple[list[Task], list[Span]]:
     return tasks, [spans[task.index] for task in tasks]
 
 
-@pytest.mark.parametrize("make", [lambda: colocated(make_workload()), lambda: split(make_workload()), one_step_off])
-def test_precedence_and_the_order_on_each_pool_are_those_of_the_simulation(ray_two: None, make) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda: colocated(make_workload()), lambda: split(make_workload()), one_step_off]
+)
+def test_precedence_and_the_order_on_each_pool_are_those_of_the_simulation(
+    ray_two: None, make
+) -> None:
     plan = make()
     tasks, measured = rehearse(plan, 4)
     simulated = simulate(tasks, seconds)
@@ -88,13 +98,17 @@ def overlap(a: Span, b: Span) -> float:
 def test_the_two_updates_run_side_by_side(ray_two: None) -> None:
     _, spans = rehearse(split(make_workload()), 3)
     of = {(span.call, span.step): span for span in spans}
-    assert all(overlap(of["update_actor", step], of["update_critic", step]) >= 0.5 for step in range(3))
+    assert all(
+        overlap(of["update_actor", step], of["update_critic", step]) >= 0.5 for step in range(3)
+    )
 
 
 def test_generation_of_the_next_step_runs_beside_the_updates(ray_two: None) -> None:
     _, spans = rehearse(one_step_off(), 4)
     of = {(span.call, span.step): span for span in spans}
-    assert all(overlap(of["generate", step + 1], of["update_actor", step]) > 0 for step in range(1, 3))
+    assert all(
+        overlap(of["generate", step + 1], of["update_actor", step]) > 0 for step in range(1, 3)
+    )
 
 
 def test_a_rehearsal_writes_a_run_directory(ray_two: None, tmp_path: Path) -> None:
@@ -180,14 +194,18 @@ def test_a_disk_too_full_for_metrics_ends_the_run_in_one_line(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plan = colocated(make_workload())
-    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\); make room"):
+    with pytest.raises(
+        UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\); make room"
+    ):
         _run(plan, 2, Quick(), Full(tmp_path / "r", tensorboard=False), Silent())
     assert Timeline.read(tmp_path / "r" / "timeline.json").spans
     assert capfd.readouterr().err == ""
     assert not files_of_log()
 
 
-def test_what_a_thread_of_a_library_raises_is_for_the_log(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_a_thread_of_a_library_raises_is_for_the_log(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     directory, hook = RunDirectory(tmp_path / "r", tensorboard=False), threading.excepthook
     directory.open(colocated(make_workload()))
     thread = threading.Thread(target=lambda: 1 / 0)
@@ -212,7 +230,7 @@ def test_a_signal_that_comes_twice_is_handled_once(monkeypatch: pytest.MonkeyPat
         once(signal.SIGTERM, None)  # the second one, before the first is known to have come
         return clock[0]
 
-    monkeypatch.setattr("executor.stops.time.monotonic", now)
+    monkeypatch.setattr("executor.fleet.signals.time.monotonic", now)
     once(signal.SIGTERM, None)
     clock[0] += 0.1
     once(signal.SIGTERM, None)
@@ -224,12 +242,25 @@ def test_a_signal_that_comes_twice_is_handled_once(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("number", "rehearse"), [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+    ("number", "rehearse"),
+    [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGTERM, False)],
 )
-def test_an_interrupt_leaves_no_process(tmp_path: Path, number: signal.Signals, rehearse: bool) -> None:
+def test_an_interrupt_leaves_no_process(
+    tmp_path: Path, number: signal.Signals, rehearse: bool
+) -> None:
     plan = tmp_path / "plan.json"
     colocated(make_workload(), cores=1).write(plan)
-    command = [sys.executable, "-m", "planner.cli", "execute", str(plan), "--name", "r", "--runs", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "planner.cli",
+        "execute",
+        str(plan),
+        "--name",
+        "r",
+        "--runs",
+        str(tmp_path),
+    ]
     command += ["--steps", "5000", *(["--rehearse"] if rehearse else [])]
     root = Path(__file__).parents[1]
     both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -16,13 +16,13 @@ from conftest import ROLES, SHAPE, colocated, make_plan, make_workload, nearly, 
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from executor import preflight
-from executor.data import Generated, Sequences, Synthetic, collate
-from executor.execute import execute
-from executor.pools import Fleet
-from executor.run import Silent, loop
-from executor.step import Training
-from executor.trainer import Minibatch, Trainer
+from executor.data.batch import Generated, Sequences, Synthetic, collate
+from executor.fleet.pools import Fleet
+from executor.running import preflight
+from executor.running.execute import execute
+from executor.running.loop import Silent, loop
+from executor.running.step import Training
+from executor.training.trainer import Minibatch, Trainer
 from planner.predict.schedule import tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.errors import UserError
@@ -82,23 +82,33 @@ def test_the_metrics_say_that_something_was_learned_from(on_one_core: Recording)
         assert metrics["actor/grad_norm"] > 0 and metrics["critic/grad_norm"] > 0
         assert metrics["staleness"] == 0 and metrics["weights_version"] == metrics["step"]
         assert all(np.isfinite(value) for value in metrics.values() if isinstance(value, float))
-    assert on_one_core.metrics[0]["kl"] == pytest.approx(0, abs=1e-6)  # the reference is the actor's beginning
+    assert on_one_core.metrics[0]["kl"] == pytest.approx(
+        0, abs=1e-6
+    )  # the reference is the actor's beginning
     assert on_one_core.metrics[2]["kl"] != pytest.approx(0, abs=1e-6)
     assert on_one_core.metrics[0]["value"] == 0  # the value head starts at zero
 
 
-def test_the_rollout_samples_from_the_distribution_that_the_trainer_sees(on_one_core: Recording) -> None:
+def test_the_rollout_samples_from_the_distribution_that_the_trainer_sees(
+    on_one_core: Recording,
+) -> None:
     for metrics in on_one_core.metrics:
         assert metrics["actor/importance_weight"] == pytest.approx(1, abs=1e-5)
         assert metrics["actor/staleness_kl"] == pytest.approx(0, abs=1e-8)
 
 
-def test_two_shards_with_recomputation_equal_one_process(on_one_core: Recording, train: Train) -> None:
-    layouts = {role: {"recompute": True, "micro_batch_tokens": 24} for role in ROLES if role != "rollout"}
+def test_two_shards_with_recomputation_equal_one_process(
+    on_one_core: Recording, train: Train
+) -> None:
+    layouts = {
+        role: {"recompute": True, "micro_batch_tokens": 24} for role in ROLES if role != "rollout"
+    }
     assert_equal(on_one_core, train(colocated(WORKLOAD, cores=2, layouts=layouts)))
 
 
-def test_two_replicas_and_an_idle_rank_equal_one_process(on_one_core: Recording, train: Train) -> None:
+def test_two_replicas_and_an_idle_rank_equal_one_process(
+    on_one_core: Recording, train: Train
+) -> None:
     replicas = {"shard": 1, "replicas": 2}
     layouts = {
         "actor": replicas,
@@ -158,30 +168,52 @@ def test_after_inference_and_after_training_only_shards_stay(ray_two: None) -> N
         for role, version in (("reference", None), ("critic", 0)):
             trainer.infer(role, version, [batch], [rows])
             assert all(isinstance(p, DTensor) for p in trainer.roles[role].module.parameters())
-        trainer.train("critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=tokens)])
+        trainer.train(
+            "critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=tokens)]
+        )
         assert all(isinstance(p, DTensor) for p in trainer.roles["critic"].module.parameters())
 
 
 def test_adam_is_given_clipped_gradients(ray_two: None) -> None:
     """Its first moments are a tenth of them after one step."""
-    workload = WORKLOAD.model_copy(update={"ppo": WORKLOAD.ppo.model_copy(update={"grad_clip": 1e-3})})
+    workload = WORKLOAD.model_copy(
+        update={"ppo": WORKLOAD.ppo.model_copy(update={"grad_clip": 1e-3})}
+    )
     sequences = made_up(workload)
     rows, tokens = np.arange(len(sequences.lengths)), int(sequences.response_lengths.sum())
     column = np.ones(sequences.mask.shape, dtype=np.float32)
     batch, columns = ray.put(sequences), ray.put({"values": 0 * column, "returns": column})
     with trainer_here(workload) as trainer:
-        (stats,) = trainer.train("critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=tokens)])
+        (stats,) = trainer.train(
+            "critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=tokens)]
+        )
         optimizer = trainer.roles["critic"].optimizer
         assert optimizer is not None
-        moments = torch.cat([state["exp_avg"].full_tensor().flatten() for state in optimizer.state.values()])
+        moments = torch.cat(
+            [state["exp_avg"].full_tensor().flatten() for state in optimizer.state.values()]
+        )
     assert stats["grad_norm"] > 1e-2
     assert moments.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-2)
 
 
 def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:
     roles = {"rollout": "g", "actor": "t", "critic": "t", "reference": "t", "reward": "t"}
-    early = ["generate", "score", "ref_logprobs", "values", "old_logprobs"]  # for the next step, between the updates
-    order = [*early[:3], "advantages", "update_critic", "values", "update_actor", "old_logprobs", "sync_weights"]
+    early = [
+        "generate",
+        "score",
+        "ref_logprobs",
+        "values",
+        "old_logprobs",
+    ]  # for the next step, between the updates
+    order = [
+        *early[:3],
+        "advantages",
+        "update_critic",
+        "values",
+        "update_actor",
+        "old_logprobs",
+        "sync_weights",
+    ]
     offsets = dict.fromkeys(early, 1)
     plan = make_plan(WORKLOAD, {"g": 1, "t": 1}, roles, order=order, offsets=offsets, staleness=1)
     metrics = train(plan).metrics
@@ -192,16 +224,29 @@ def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:
     assert metrics[2]["actor/staleness_kl"] > 0
     shares = [step["importance/effective_share"] for step in metrics]
     assert shares[0] == pytest.approx(1) and shares[2] < 0.9999
-    assert metrics[2]["importance/p01"] < 1 < metrics[2]["importance/p99"] <= metrics[2]["importance/max"]
+    assert (
+        metrics[2]["importance/p01"]
+        < 1
+        < metrics[2]["importance/p99"]
+        <= metrics[2]["importance/max"]
+    )
 
 
 def test_a_run_writes_what_it_promises(on_two_cores: None, tmp_path: Path) -> None:
     workload = make_workload(steps=2, proximal="rollout", reference=None, critic=None)
     path = execute(colocated(workload, cores=1), name="r", runs=tmp_path)
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1] and all(line["tokens_per_second"] > 0 for line in lines)
+    assert [line["step"] for line in lines] == [0, 1] and all(
+        line["tokens_per_second"] > 0 for line in lines
+    )
     timeline = Timeline.read(path / "timeline.json")
-    assert {span.call for span in timeline.spans} == {"generate", "score", "advantages", "update_actor", "sync_weights"}
+    assert {span.call for span in timeline.spans} == {
+        "generate",
+        "score",
+        "advantages",
+        "update_actor",
+        "sync_weights",
+    }
     assert all(span.tokens > 0 for span in timeline.spans if span.call != "sync_weights")
     assert list(path.glob("events.out.tfevents.*"))
     actor = AutoModelForCausalLM.from_pretrained(path / "checkpoints/final/actor")
@@ -244,21 +289,34 @@ def with_files(tmp_path: Path, directories: dict[str, Path], function: str) -> W
         lines = [json.dumps({"prompt": f"{i} {i + 1}", "answer": str(i)}) for i in range(9)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     model = {"shape": SHAPE, "path": directories["actor"]}
-    data = {"train": tmp_path / "train.jsonl", "evaluation": tmp_path / "held_out.jsonl", "evaluate_every": 2}
+    data = {
+        "train": tmp_path / "train.jsonl",
+        "evaluation": tmp_path / "held_out.jsonl",
+        "evaluate_every": 2,
+    }
     reward = {"function": f"{tmp_path}/reward.py:{function}"}
-    return make_workload(actor=model, critic=model, reference=None, reward=reward, data=data, steps=2)
+    return make_workload(
+        actor=model, critic=model, reference=None, reward=reward, data=data, steps=2
+    )
 
 
 def test_a_run_from_files_with_a_reward_function(
     on_two_cores: None, tmp_path: Path, model_directories: dict[str, Path]
 ) -> None:
-    path = execute(split(with_files(tmp_path, model_directories, "length")), name="r", runs=tmp_path)
+    path = execute(
+        split(with_files(tmp_path, model_directories, "length")), name="r", runs=tmp_path
+    )
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert "exact_match" not in metrics[0] and 0 <= metrics[1]["exact_match"] <= 1
-    assert metrics[0]["score"] == pytest.approx(metrics[0]["response_tokens"] / 8, abs=0.2)  # the eos is no word
+    assert metrics[0]["score"] == pytest.approx(
+        metrics[0]["response_tokens"] / 8, abs=0.2
+    )  # the eos is no word
     final = path / "checkpoints/final"
     assert AutoTokenizer.from_pretrained(final / "actor")("1 2")["input_ids"] == [3, 4]
-    before, after = (AutoModelForCausalLM.from_pretrained(p) for p in (model_directories["actor"], final / "actor"))
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(p)
+        for p in (model_directories["actor"], final / "actor")
+    )
     assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
     critic = AutoModelForTokenClassification.from_pretrained(final / "critic")
     assert critic.score.weight.abs().sum() > 0
@@ -269,7 +327,8 @@ def test_a_failure_in_the_middle_keeps_what_was_done(
 ) -> None:
     plan = split(with_files(tmp_path, model_directories, "late_failure"))
     with pytest.raises(
-        UserError, match=r"2 of the first 2 samples failed twice, the last one prompt .*0 rewards for 1 resp"
+        UserError,
+        match=r"2 of the first 2 samples failed twice, the last one prompt .*0 rewards for 1 resp",
     ):
         execute(plan, name="r", runs=tmp_path)
     spans = Timeline.read(tmp_path / "r" / "timeline.json").spans
@@ -301,16 +360,21 @@ def test_a_sample_without_a_reward_is_dropped_and_counted(
     path = execute(split(workload), name="r", runs=tmp_path)
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert sum(line["dropped"] for line in metrics) in (1, 2)  # of nine prompts sixteen are drawn
-    assert all(np.isfinite(line["actor/grad_norm"]) and line["actor/skipped"] == 0 for line in metrics)
+    assert all(
+        np.isfinite(line["actor/grad_norm"]) and line["actor/skipped"] == 0 for line in metrics
+    )
     assert "dropped the sample of prompt '5 6'" in (path / "log.txt").read_text()
 
 
 @pytest.mark.bench
 def test_the_controller_costs_little(ray_two: None, tmp_path: Path) -> None:
-    """The measured step time over that of the same program with the measured durations, less 1: at most 5%."""
+    """The measured step time over that of the same program with the measured durations, less 1: at
+    most 5%."""
     shape = {**SHAPE, "hidden": 128, "intermediate": 256}
     models = {role: {"shape": shape, "random_weights": True} for role in ROLES if role != "rollout"}
-    layouts = {role: {"micro_batch_tokens": 4096} for role in models} | {"rollout": {"concurrency": 512}}
+    layouts = {role: {"micro_batch_tokens": 4096} for role in models} | {
+        "rollout": {"concurrency": 512}
+    }
     plan = split(make_workload(batch=512, minibatch=256, **models), layouts=layouts)
     measured = Timeline.read(execute(plan, name="r", runs=tmp_path, steps=10) / "timeline.json")
     taken = {(span.call, span.step): span.seconds for span in measured.spans}

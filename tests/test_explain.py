@@ -11,9 +11,9 @@ from planner.predict.forecast import predict
 from planner.predict.memory import check_memory
 from planner.predict.schedule import check
 from planner.search import find
-from planner.search.explain import effects, explain
-from planner.search.ladder import cycles_of, distances, moves, seconds_of, step_of
-from planner.search.space import structures
+from planner.search.questions.explain import effects, explain
+from planner.search.questions.ladder import cycles_of, distances, moves, seconds_of, step_of
+from planner.search.space.placements import structures
 from planner.spec.lengths import Lognormal
 from planner.spec.workload import ROLES
 
@@ -56,7 +56,10 @@ def test_the_rungs_add_up_to_the_whole_difference(plan, explanation):
 
 def test_a_rung_decides_one_thing(explanation):
     for before, after in pairwise(explanation.ladder[2:]):
-        homes = [{role: layout.pools for role, layout in rung.plan.roles.items()} for rung in (before, after)]
+        homes = [
+            {role: layout.pools for role, layout in rung.plan.roles.items()}
+            for rung in (before, after)
+        ]
         moved = homes[0] != homes[1]
         resized = not moved and [len(p.gpus) for p in before.plan.pools.values()] != [
             len(p.gpus) for p in after.plan.pools.values()
@@ -88,18 +91,27 @@ def test_idle_seconds_are_what_the_busy_shares_leave(plan, explanation):
     expected = predict(plan)
     for pool in plan.pools:
         idle = sum(bubble.seconds for bubble in explanation.bubbles if bubble.pool == pool)
-        assert idle == pytest.approx(expected.step_seconds * (1 - expected.busy[pool]), rel=1e-6, abs=1e-6)
+        assert idle == pytest.approx(
+            expected.step_seconds * (1 - expected.busy[pool]), rel=1e-6, abs=1e-6
+        )
 
 
 def test_critical_cycles_make_up_the_step(plan, explanation):
     assert sum(cycle.share for cycle in explanation.critical) == pytest.approx(1)
-    seconds, names = seconds_of(plan, CostModel(plan.workload, plan.cluster)), plan.dataflow.steady.names
-    around = [sum(seconds[names.index(call)] for call in cycle.calls) / cycle.steps for cycle in explanation.critical]
+    seconds, names = (
+        seconds_of(plan, CostModel(plan.workload, plan.cluster)),
+        plan.dataflow.steady.names,
+    )
+    around = [
+        sum(seconds[names.index(call)] for call in cycle.calls) / cycle.steps
+        for cycle in explanation.critical
+    ]
     assert np.max(around, axis=0).mean() == pytest.approx(explanation.step_seconds)
 
 
 def test_a_plan_of_ones_own_is_explained_too(plan):
-    """With another layout than the search would choose, and slower: the engines sleep though nothing needs the room."""
+    """With another layout than the search would choose, and slower: the engines sleep though
+    nothing needs the room."""
     rollout = plan.rollout.model_copy(update={"offload": not plan.rollout.offload})
     slower = plan.model_copy(update={"roles": {**plan.roles, "rollout": rollout}})
     rungs = explain(slower).ladder

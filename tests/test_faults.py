@@ -1,4 +1,5 @@
-"""Faults that are really injected: processes killed and stopped, numbers that are none. The run goes on or says why."""
+"""Faults that are really injected: processes killed and stopped, numbers that are none. The run
+goes on or says why."""
 
 import contextlib
 import os
@@ -18,25 +19,31 @@ from processes import WORKERS, descendants, end, still_there, working
 from safetensors.numpy import load_file
 from test_checkpoint import SURVIVAL, WORKLOAD, metrics_of
 
-from executor import checkpoint, step
-from executor.execute import Survival, execute, resume
-from executor.pools import Fleet
-from executor.run import Silent
-from executor.step import Done, Training
+from executor.fleet.pools import Fleet
+from executor.running import checkpoint, step
+from executor.running.execute import Survival, execute, resume
+from executor.running.loop import Silent
+from executor.running.step import Done, Training
 from planner.predict.forecast import predict
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
 from planner.spec.timeline import Timeline
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
-# Minutes, most of them starts of processes. What these kill, test_soak.py kills too, and that is never left out.
+# Minutes, most of them starts of processes. What these kill, test_soak.py kills too, and that is
+# never left out.
 nightly = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
 def whole(ray_two: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run to which nothing happened."""
-    return execute(split(WORKLOAD), name="r", runs=tmp_path_factory.mktemp("whole"), survival=Survival(save_every=0))
+    return execute(
+        split(WORKLOAD),
+        name="r",
+        runs=tmp_path_factory.mktemp("whole"),
+        survival=Survival(save_every=0),
+    )
 
 
 class Faults(Silent):
@@ -56,7 +63,11 @@ class Faults(Silent):
 
     def ours(self, *names: str) -> list[int]:
         """The run's own processes of some classes."""
-        return [pid for pid in working(descendants(os.getpid()), names or WORKERS) if pid not in self.others]
+        return [
+            pid
+            for pid in working(descendants(os.getpid()), names or WORKERS)
+            if pid not in self.others
+        ]
 
     def left(self) -> list[int]:
         """Its processes that stay; Ray's kill does not wait for them to end."""
@@ -67,27 +78,40 @@ class Faults(Silent):
 
 
 def close(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
-    return a == [{name: nearly(value, rel=1e-4, abs=1e-5) for name, value in line.items()} for line in b]
+    return a == [
+        {name: nearly(value, rel=1e-4, abs=1e-5) for name, value in line.items()} for line in b
+    ]
 
 
 @nightly
-def test_a_killed_engine_is_started_again_with_the_current_weights(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_engine_is_started_again_with_the_current_weights(
+    whole: Path, tmp_path: Path
+) -> None:
     engine = "EngineWorker", signal.SIGKILL
     faults = Faults({("generate", 1): engine, ("sync_weights", 2): engine})
     nothing = Survival(save_every=0, max_restarts=0)
     run = execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=nothing)
     assert metrics_of(run) == metrics_of(whole)
     assert (run / "log.txt").read_text().count("engine 0 in pool a died; it is started again") == 2
-    assert not faults.notes and len(faults.trainers[0]) == 2 and faults.trainers[0] == faults.trainers[1]
+    assert (
+        not faults.notes
+        and len(faults.trainers[0]) == 2
+        and faults.trainers[0] == faults.trainers[1]
+    )
     assert len(Timeline.read(run / "timeline.json").spans) == 36
 
 
 @nightly
-def test_a_killed_rank_and_one_that_hangs_restart_from_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_and_one_that_hangs_restart_from_the_last_checkpoint(
+    whole: Path, tmp_path: Path
+) -> None:
     plan = colocated(WORKLOAD, cores=2)
     plan = plan.model_copy(update={"predicted": predict(plan)})
     faults = Faults(
-        {("update_actor", 2): ("Trainer", signal.SIGSTOP), ("update_actor", 3): ("Trainer", signal.SIGKILL)}
+        {
+            ("update_actor", 2): ("Trainer", signal.SIGSTOP),
+            ("update_actor", 3): ("Trainer", signal.SIGKILL),
+        }
     )
     run = execute(
         plan,
@@ -99,7 +123,10 @@ def test_a_killed_rank_and_one_that_hangs_restart_from_the_last_checkpoint(whole
     )
     assert close(metrics_of(run), metrics_of(whole))
     hung, killed = faults.notes
-    assert "update_actor of step 2 on pool all: no answer to 'train'" in hung and "Restart 1 of 2, from step 2" in hung
+    assert (
+        "update_actor of step 2 on pool all: no answer to 'train'" in hung
+        and "Restart 1 of 2, from step 2" in hung
+    )
     assert "update_actor of step 3" in killed and "Restart 2 of 2, from step 2" in killed
     spans = Timeline.read(run / "timeline.json").spans
     assert len({(span.call, span.step) for span in spans}) == len(spans) == 36
@@ -108,7 +135,9 @@ def test_a_killed_rank_and_one_that_hangs_restart_from_the_last_checkpoint(whole
 
 def test_too_many_restarts_end_the_run(ray_two: None, tmp_path: Path) -> None:
     faults = Faults({("update_actor", 0): ("Trainer", signal.SIGKILL)})
-    with pytest.raises(UserError, match=r"update_(actor|critic) of step 0 on pool [ab]: .*died in train"):
+    with pytest.raises(
+        UserError, match=r"update_(actor|critic) of step 0 on pool [ab]: .*died in train"
+    ):
         execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=SURVIVAL)
     assert not faults.left()
 
@@ -117,9 +146,21 @@ def test_too_many_restarts_end_the_run(ray_two: None, tmp_path: Path) -> None:
 def test_a_killed_controller_leaves_a_run_that_can_be_resumed(whole: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     split(WORKLOAD).write(plan)
-    command = [sys.executable, "-m", "planner.cli", "execute", str(plan), "--name", "r", "--runs", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "planner.cli",
+        "execute",
+        str(plan),
+        "--name",
+        "r",
+        "--runs",
+        str(tmp_path),
+    ]
     temporary = set(Path("/tmp").glob("splitplan-*"))
-    process = subprocess.Popen([*command, "--save-every", "1"], start_new_session=True, cwd=Path(__file__).parents[1])
+    process = subprocess.Popen(
+        [*command, "--save-every", "1"], start_new_session=True, cwd=Path(__file__).parents[1]
+    )
     children: list[int] = []
     try:
         deadline = time.monotonic() + 120
@@ -162,14 +203,19 @@ def test_steps_without_finite_gradients_are_left_out_counted_and_end_the_run(
 ) -> None:
     monkeypatch.setattr(step, "Training", partial(Poisoned, fleet=two_cores))
     plan = colocated(make_workload(critic=None, reference=None, steps=8), cores=1)
-    with pytest.raises(UserError, match="update_actor of step 6: loss or gradient was not finite in 8 optimizer"):
+    with pytest.raises(
+        UserError, match="update_actor of step 6: loss or gradient was not finite in 8 optimizer"
+    ):
         execute(plan, name="r", runs=tmp_path, survival=Survival(save_every=2, keep=1))
     lines = metrics_of(tmp_path / "r")
     assert [line["actor/skipped"] for line in lines] == [0, 1, 0, 2, 2, 2]
     assert all(line["actor/grad_norm"] is not None for line in lines[:3])
     found = checkpoint.find(tmp_path / "r")
     assert found.manifest.step == 6 and found.manifest.skipped == {"actor": 6}
-    assert all(np.isfinite(array).all() for array in load_file(found.directory / "actor-00000.safetensors").values())
+    assert all(
+        np.isfinite(array).all()
+        for array in load_file(found.directory / "actor-00000.safetensors").values()
+    )
 
 
 class Filling(Silent):
@@ -195,9 +241,15 @@ def test_a_disk_that_is_full_costs_no_checkpoint(whole: Path, tmp_path: Path) ->
     try:
         full = Filling(disk)
         with pytest.raises(UserError, match="cannot be written"):
-            execute(split(WORKLOAD), name="r", runs=disk, progress=full, survival=Survival(save_every=2))
-        assert [path.name for path in (disk / "r/checkpoints").iterdir() if path.name != "final"] == ["step-000002"]
+            execute(
+                split(WORKLOAD), name="r", runs=disk, progress=full, survival=Survival(save_every=2)
+            )
+        assert [
+            path.name for path in (disk / "r/checkpoints").iterdir() if path.name != "final"
+        ] == ["step-000002"]
         full.file.unlink()
-        assert metrics_of(resume(checkpoint.find(disk / "r"), survival=SURVIVAL)) == metrics_of(whole)
+        assert metrics_of(resume(checkpoint.find(disk / "r"), survival=SURVIVAL)) == metrics_of(
+            whole
+        )
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -10,7 +10,17 @@ from planner.predict.profile import Point, Profile
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.files import Spec
 from planner.spec.lengths import Empirical, Fixed, Lognormal
-from planner.spec.plan import Issue, Plan, Pool, Predicted, Proof, Provenance, RolloutRole, TrainerRole, Wait
+from planner.spec.plan import (
+    Issue,
+    Plan,
+    Pool,
+    Predicted,
+    Proof,
+    Provenance,
+    RolloutRole,
+    TrainerRole,
+    Wait,
+)
 from planner.spec.study import Cell, CellResult, GpuMemory, Study
 from planner.spec.timeline import Span, Timeline
 from planner.spec.workload import Data, Model, Ppo, RewardFunction, Shape, Workload, load_workload

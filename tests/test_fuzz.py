@@ -1,4 +1,5 @@
-"""Files and command lines that are wrong: one line, exit code 2 and nothing half-written; never a traceback."""
+"""Files and command lines that are wrong: one line, exit code 2 and nothing half-written; never a
+traceback."""
 
 import copy
 import json
@@ -35,11 +36,17 @@ FILES: dict[str, File] = {
     "profile": Profile(device="h200", model=SHAPE, points=POINTS, held_out=POINTS[:1]),
     "timeline": forecast(PLAN, 3).model_copy(update={"source": "measured"}),
     "cluster": make_cluster(2),
-    "study": Study(name="s", workload="workload.json", gpus=1, cells=(Cell(name="a", baseline="colocated"),)),
+    "study": Study(
+        name="s", workload="workload.json", gpus=1, cells=(Cell(name="a", baseline="colocated"),)
+    ),
 }
 # Which commands read a file of a kind, given the others as they should be.
 READ_BY = {
-    "plan": ("check plan.json", "simulate plan.json --steps 3 --timeline out.json", "compare plan.json run"),
+    "plan": (
+        "check plan.json",
+        "simulate plan.json --steps 3 --timeline out.json",
+        "compare plan.json run",
+    ),
     "workload": (
         "baseline colocated --gpus 1 --workload workload.json --out out.json",
         "search --gpus 1 --workload workload.json --out out.json --no-picture",
@@ -49,15 +56,22 @@ READ_BY = {
         "baseline colocated --gpus 1 --workload workload.json --profile profile.json --out out.json",
     ),
     "timeline": ("compare plan.json run --out out.svg",),
-    "cluster": ("baseline colocated --cluster cluster.json --workload workload.json --out out.json",),
+    "cluster": (
+        "baseline colocated --cluster cluster.json --workload workload.json --out out.json",
+    ),
     "study": ("study study.json --plan-only",),
 }
-COUNTS = [250, pytest.param(5_000, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])]  # of each of the two tests
+COUNTS = [
+    250,
+    pytest.param(5_000, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)]),
+]  # of each of the two tests
 
-texts = st.sampled_from(["", "..", "/", "a:b", "[x]", "\x00", "\ud800", "é", "nan", "h200", "all", "a\nb"]) | st.text(
-    max_size=8
+texts = st.sampled_from(
+    ["", "..", "/", "a:b", "[x]", "\x00", "\ud800", "é", "nan", "h200", "all", "a\nb"]
+) | st.text(max_size=8)
+numbers = st.sampled_from(
+    [0, -1, 1, 2, 3, 8, 2**31, 2**63, 10**40, 1e-320, 1e308, float("nan"), float("inf"), 0.5]
 )
-numbers = st.sampled_from([0, -1, 1, 2, 3, 8, 2**31, 2**63, 10**40, 1e-320, 1e308, float("nan"), float("inf"), 0.5])
 values = st.recursive(
     st.none() | st.booleans() | numbers | st.integers() | st.floats() | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
@@ -75,8 +89,8 @@ def places(data: Any) -> Iterator[tuple[Any, Any]]:
 
 @st.composite
 def documents(draw: st.DrawFn, base: dict[str, Any]) -> bytes:
-    """A document of a kind with one to three changes, half of them to a number, or with bytes that no editor would
-    write."""
+    """A document of a kind with one to three changes, half of them to a number, or with bytes that
+    no editor would write."""
     data = copy.deepcopy(base)
     for _ in range(draw(st.integers(1, 3))):
         there = list(places(data))
@@ -84,7 +98,10 @@ def documents(draw: st.DrawFn, base: dict[str, Any]) -> bytes:
         if figures and draw(st.booleans()):
             container, key = draw(st.sampled_from(figures))
             old = container[key]
-            container[key] = draw(st.sampled_from([-old, old + 1, old - 1, old * 2, old * 10**6, old / 3, 0]) | numbers)
+            container[key] = draw(
+                st.sampled_from([-old, old + 1, old - 1, old * 2, old * 10**6, old / 3, 0])
+                | numbers
+            )
         elif there:
             container, key = draw(st.sampled_from(there))
             change = draw(st.sampled_from(("replace", "remove", "copy", "add")))
@@ -116,7 +133,11 @@ def write_all(directory: Path) -> None:
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
 
 
 def assert_orderly(arguments: list[str], directory: Path) -> None:
@@ -134,7 +155,9 @@ def assert_orderly(arguments: list[str], directory: Path) -> None:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_wrong_file_never_ends_in_a_traceback(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_file_never_ends_in_a_traceback(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     @settings(max_examples=count, deadline=None, derandomize=count == COUNTS[0], database=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(wrong_files())
@@ -165,7 +188,12 @@ WORDS = (
     *BROKEN,
 )
 FIGURES = ("-1", "0", "1", "2", "3", "1e9", "nan", "inf", "", "x", str(10**30))
-WORKS = ("execute", "profile", "study", "task")  # these start something, so here they get nothing that would
+WORKS = (
+    "execute",
+    "profile",
+    "study",
+    "task",
+)  # these start something, so here they get nothing that would
 
 
 RIGHT = {
@@ -179,7 +207,8 @@ RIGHT = {
 
 @st.composite
 def command_lines(draw: st.DrawFn) -> list[str]:
-    """A command with mostly the arguments that it needs, and a few options with mostly wrong values."""
+    """A command with mostly the arguments that it needs, and a few options with mostly wrong
+    values."""
     line = [draw(st.sampled_from(sorted(main.commands)))]
     works, parameters = line[0] in WORKS, main.commands[line[0]].params
     words = st.sampled_from(BROKEN if works else WORDS)
@@ -199,7 +228,9 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_wrong_command_line_never_ends_in_a_traceback(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_command_line_never_ends_in_a_traceback(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     @settings(max_examples=count, deadline=None, derandomize=count == COUNTS[0], database=None,
               suppress_health_check=list(HealthCheck))  # fmt: skip
     @given(command_lines())

@@ -7,7 +7,15 @@ from planner.predict.generation import Speed, deal, engine_speed, generation_sec
 from planner.spec.cluster import load_device
 from planner.spec.workload import Shape
 
-QWEN_1_5B = Shape(hidden=1536, layers=28, heads=12, kv_heads=2, intermediate=8960, vocab=151936, tied_embeddings=True)
+QWEN_1_5B = Shape(
+    hidden=1536,
+    layers=28,
+    heads=12,
+    kv_heads=2,
+    intermediate=8960,
+    vocab=151936,
+    tied_embeddings=True,
+)
 # Powers of two, so that no sum is rounded and a tie is a tie however the seconds are added up.
 SLOW = Speed(
     weights=2**-7, arithmetic=2**-9, attention=2**-13, step=2**-9, sequence=2**-11, prefill_token=2**-10,
@@ -84,7 +92,9 @@ def test_events_equal_token_by_token(
 ) -> None:
     prompts = [requests[0][0] if same_prompt else prompt for prompt, _ in requests]
     responses = [response for _, response in requests]
-    seconds = generation_seconds(np.array([prompts]), np.array([responses]), speeds, concurrency, 12)
+    seconds = generation_seconds(
+        np.array([prompts]), np.array([responses]), speeds, concurrency, 12
+    )
     assert seconds[0] == token_by_token(prompts, responses, speeds, concurrency, 12)
 
 
@@ -97,7 +107,8 @@ def test_one_sequence_by_hand() -> None:
 
 
 def test_requests_go_to_the_fewest_outstanding_tokens() -> None:
-    # outstanding after each: [21, 0], [21, 11], [21, 22], [32, 22], [32, 33]: then engine 0 has no slot left
+    # outstanding after each: [21, 0], [21, 11], [21, 22], [32, 22], [32, 33]: then engine 0 has no
+    # slot left
     engine, place = deal(np.array([11, 1, 1, 1, 1]), 2, 2, 10)
     assert engine.tolist() == [0, 1, 1, 0]
     assert place.tolist() == [0, 0, 1, 1]
@@ -105,7 +116,8 @@ def test_requests_go_to_the_fewest_outstanding_tokens() -> None:
 
 
 def test_a_length_is_not_seen_in_advance() -> None:
-    """Both long responses land on engine 0, although engine 1 would have been the better place for one."""
+    """Both long responses land on engine 0, although engine 1 would have been the better place for
+    one."""
     prompts, responses = np.array([[4, 4, 4, 4]]), np.array([[90, 2, 90, 2]])
     together = generation_seconds(prompts, responses, [SLOW, SLOW], 2, 100)
     alone = generation_seconds(prompts[:, ::2], responses[:, ::2], [SLOW], 2, 100)
@@ -124,7 +136,9 @@ def test_more_slots_and_more_engines_are_not_slower() -> None:
     speed = engine_speed(QWEN_1_5B, 1, load_device("h200"))
 
     def seconds(engines: int, concurrency: int) -> float:
-        return float(generation_seconds(prompts, responses, [speed] * engines, concurrency, 200).mean())
+        return float(
+            generation_seconds(prompts, responses, [speed] * engines, concurrency, 200).mean()
+        )
 
     by_slots = [seconds(2, concurrency) for concurrency in (4, 12, 24, 48)]
     by_engines = [seconds(engines, 48) for engines in (1, 2, 4, 8)]
@@ -135,14 +149,21 @@ def test_more_slots_and_more_engines_are_not_slower() -> None:
 def test_rate_of_a_measured_engine() -> None:
     """vLLM on an H200 with a 1.5B model decodes about 34,000 tokens/s at 256 sequences."""
     prompts, responses = np.full((1, 256), 256), np.full((1, 256), 512)
-    seconds = generation_seconds(prompts, responses, [engine_speed(QWEN_1_5B, 1, load_device("h200"))], 256, 512)
+    seconds = generation_seconds(
+        prompts, responses, [engine_speed(QWEN_1_5B, 1, load_device("h200"))], 256, 512
+    )
     assert 34_000 / 1.6 < 256 * 512 / seconds[0] < 34_000 * 1.6
 
 
 def test_speed_by_hand() -> None:
     shape = Shape(hidden=8, layers=2, heads=2, kv_heads=1, intermediate=16, vocab=10)
     device = load_device("h200").model_copy(
-        update={"flops": 1e3, "memory_bandwidth": 1e2, "efficiency_compute": 0.5, "efficiency_memory": 0.5}
+        update={
+            "flops": 1e3,
+            "memory_bandwidth": 1e2,
+            "efficiency_compute": 0.5,
+            "efficiency_memory": 0.5,
+        }
     )
     speed = engine_speed(shape, 1, device)
     block = 8 * 4 * (2 * 2 + 2 * 1) + 3 * 8 * 16 + 2 * 8

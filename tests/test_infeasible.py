@@ -1,4 +1,5 @@
-"""What is said when nothing fits: the numbers are those of the memory model, and what is proposed really fits."""
+"""What is said when nothing fits: the numbers are those of the memory model, and what is proposed
+really fits."""
 
 import re
 
@@ -7,7 +8,7 @@ from conftest import small_workload, tiny_cluster
 
 from planner.predict.memory import process_bytes, trainer_memory
 from planner.search import baseline, find
-from planner.search.changes import resized
+from planner.search.questions.variants import resized
 from planner.spec.cluster import Node
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed
@@ -31,7 +32,9 @@ def test_the_role_that_needs_too_much_and_what_would_do():
     assert shard == "1"
 
     def leanest(shard):
-        layout = TrainerRole(pools=("p",), shard=shard, micro_batch_tokens=4096, recompute=True, offload="all")
+        layout = TrainerRole(
+            pools=("p",), shard=shard, micro_batch_tokens=4096, recompute=True, offload="all"
+        )
         return trainer_memory(workload, "actor", layout, device).running + process_bytes(device)
 
     assert round(leanest(1) / 1e9) == int(needed) > 24 >= leanest(int(enough)) / 1e9
@@ -54,7 +57,9 @@ def test_host_memory_is_named_where_it_binds():
     cluster = tiny_cluster(1, memory=45e9)
     (node,) = cluster.nodes
     assert find(small_workload(max_staleness=0), cluster).best
-    poor = cluster.model_copy(update={"nodes": (Node(gpus=1, device=node.device, host_memory_bytes=10**9),)})
+    poor = cluster.model_copy(
+        update={"nodes": (Node(gpus=1, device=node.device, host_memory_bytes=10**9),)}
+    )
     said = message_of(small_workload(max_staleness=0), poor)
     assert "of host memory" in said and "has 1 GB" in said
 
@@ -73,8 +78,13 @@ def test_a_baseline_that_does_not_fit_says_which_pool_needs_how_much():
         r"rollout [\d.]+ GB\), and a GPU has 24 GB; use more GPUs or smaller models"
     )
     needed, actor = map(int, re.fullmatch(pattern, said).groups())
-    layout = TrainerRole(pools=("p",), shard=2, micro_batch_tokens=4096, recompute=True, offload="all")
-    assert round(trainer_memory(workload, "actor", layout, cluster.devices["g"]).running / 1e9) == actor
+    layout = TrainerRole(
+        pools=("p",), shard=2, micro_batch_tokens=4096, recompute=True, offload="all"
+    )
+    assert (
+        round(trainer_memory(workload, "actor", layout, cluster.devices["g"]).running / 1e9)
+        == actor
+    )
     assert needed > 24
     with pytest.raises(UserError, match="take at least"):
         baseline("split", workload, tiny_cluster(4, memory=(needed - 1) * 1e9))
@@ -84,7 +94,9 @@ def test_a_baseline_that_does_not_fit_says_which_pool_needs_how_much():
 def test_engines_that_are_larger_than_a_node_or_a_pool():
     workload = small_workload(tensor_parallel=4)
     said = message_of(workload, tiny_cluster(2))
-    assert "its engines take 4 GPUs of one node (tensor_parallel), and no node has more than 2" in said
+    assert (
+        "its engines take 4 GPUs of one node (tensor_parallel), and no node has more than 2" in said
+    )
     assert (
         "an engine takes 4 GPUs (tensor_parallel), and actor+rollout has 2"
         in find(workload, tiny_cluster(4)).baselines["split"]

@@ -1,4 +1,5 @@
-"""Judging profiles: what is held out is not used, and a point is estimated as the very call that it was."""
+"""Judging profiles: what is held out is not used, and a point is estimated as the very call that it
+was."""
 
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,18 @@ from planner.spec.lengths import sample
 DEVICE = CLUSTER.devices["h200"]
 LENGTHS = tuple(sample(VARIED.response, 64, 0, 0, 1).tolist())
 LIKE: dict[str, Any] = {"response_tokens": sum(LENGTHS), "response_lengths": LENGTHS}
-ENGINES: dict[str, Any] = {"tensor_parallel": 2, "engines": 2, "shard": 1, "micro_batch_tokens": None}
-NOTHING: dict[str, Any] = {"sequences": 0, "prompt_tokens": 0, "response_tokens": 0, "micro_batch_tokens": None}
+ENGINES: dict[str, Any] = {
+    "tensor_parallel": 2,
+    "engines": 2,
+    "shard": 1,
+    "micro_batch_tokens": None,
+}
+NOTHING: dict[str, Any] = {
+    "sequences": 0,
+    "prompt_tokens": 0,
+    "response_tokens": 0,
+    "micro_batch_tokens": None,
+}
 EVERY_CALL = [
     point("infer", **LIKE),
     point("infer", "critic", shard=2, **LIKE),
@@ -30,13 +41,23 @@ EVERY_CALL = [
     point("wake", "critic", offload="optimizer", **NOTHING),
     point("offload", "reference", offload="all", **NOTHING),
     point("wake", "rollout", **{**NOTHING, **ENGINES, "engines": 1, "gpus": 2}),
-    Point(call="host", role="advantages", sequences=64, prompt_tokens=6400, response_tokens=12800, seconds=0.5),
+    Point(
+        call="host",
+        role="advantages",
+        sequences=64,
+        prompt_tokens=6400,
+        response_tokens=12800,
+        seconds=0.5,
+    ),
 ]
 
 
 def like_the_roofline(times: float, *points: Point) -> Profile:
     """Points that take so many times what the cost model says without a profile."""
-    taken = [p.model_copy(update={"seconds": times * estimate(p, SHAPE, DEVICE, CLUSTER)}) for p in points]
+    taken = [
+        p.model_copy(update={"seconds": times * estimate(p, SHAPE, DEVICE, CLUSTER)})
+        for p in points
+    ]
     return profile(*taken)
 
 
@@ -49,13 +70,17 @@ def sizes(call: str, role: str = "actor", **changes: Any) -> list[Point]:
 
 @pytest.mark.parametrize("measured", EVERY_CALL, ids=lambda p: f"{p.call}-{p.role}-{p.gpus}")
 def test_a_point_that_is_known_is_estimated_as_it_was_measured(measured: Point) -> None:
-    assert estimate(measured, SHAPE, DEVICE, CLUSTER, [profile(measured)]) == pytest.approx(measured.seconds, rel=1e-9)
+    assert estimate(measured, SHAPE, DEVICE, CLUSTER, [profile(measured)]) == pytest.approx(
+        measured.seconds, rel=1e-9
+    )
     assert estimate(measured, SHAPE, DEVICE, CLUSTER) != pytest.approx(measured.seconds, rel=0.01)
 
 
 def test_the_longest_response_counts_not_the_mean() -> None:
     even = point("generate", "rollout", concurrency=64, **ENGINES)
-    tail = point("generate", "rollout", concurrency=64, **ENGINES, response_lengths=(12737, *[1] * 63))
+    tail = point(
+        "generate", "rollout", concurrency=64, **ENGINES, response_lengths=(12737, *[1] * 63)
+    )
     assert estimate(tail, SHAPE, DEVICE, CLUSTER) > 5 * estimate(even, SHAPE, DEVICE, CLUSTER)
 
 
@@ -73,7 +98,8 @@ def test_a_point_is_estimated_without_itself_and_without_the_other_roles_of_its_
     odd = whole.model_copy(
         update={
             "points": tuple(
-                p.model_copy(update={"seconds": 3 * p.seconds}) if p.sequences == 32 else p for p in whole.points
+                p.model_copy(update={"seconds": 3 * p.seconds}) if p.sequences == 32 else p
+                for p in whole.points
             )
         }
     )
@@ -85,7 +111,10 @@ def test_a_point_is_estimated_without_itself_and_without_the_other_roles_of_its_
 
 def test_the_worst_error_keeps_its_sign() -> None:
     first, second = like_the_roofline(1.0, *sizes("infer")[:2]).points
-    changed = [first, second.model_copy(update={"seconds": 4 * second.seconds, "spread": 0.4 * second.seconds})]
+    changed = [
+        first,
+        second.model_copy(update={"seconds": 4 * second.seconds, "spread": 0.4 * second.seconds}),
+    ]
     judged = [
         Judged(profile=profile(), point=p, estimated=p.seconds * ratio, roofline=1.0, unseen=False)
         for p, ratio in zip(changed, (1.1, 0.7), strict=True)
@@ -99,7 +128,11 @@ def test_without_a_like_point_only_the_roofline_is_judged() -> None:
     moves = [point("wake", shard=shard, offload="all", **NOTHING) for shard in (2, 4)]
     for points, informed in ((moves[:1], 0), (moves, 2)):
         (errors,) = errors_of(judge([profile(*points)], CLUSTER))
-        assert (errors.points, errors.informed, errors.interpolation is None) == (len(points), informed, not informed)
+        assert (errors.points, errors.informed, errors.interpolation is None) == (
+            len(points),
+            informed,
+            not informed,
+        )
 
 
 def test_held_out_points_are_judged_by_all_points_and_never_used() -> None:
@@ -113,7 +146,10 @@ def test_held_out_points_are_judged_by_all_points_and_never_used() -> None:
 
 
 def test_profiles_of_several_files_are_used_together() -> None:
-    many, one = like_the_roofline(1.25, *sizes("infer")), like_the_roofline(1.25, smaller("infer", gpus=8, shard=4))
+    many, one = (
+        like_the_roofline(1.25, *sizes("infer")),
+        like_the_roofline(1.25, smaller("infer", gpus=8, shard=4)),
+    )
     (alone,) = judge([one], CLUSTER)
     with_others = judge([many, one], CLUSTER)[-1]
     assert with_others.profile is one and not alone.informed
@@ -122,12 +158,21 @@ def test_profiles_of_several_files_are_used_together() -> None:
 
 def test_the_command_writes_a_page_and_keeps_its_notes(tmp_path: Path) -> None:
     path, out = tmp_path / "p.json", tmp_path / "README.md"
-    profile(*EVERY_CALL, measured=("4 GPUs",), date="2026-01-02", command="plan profile --gpus 4").write(path)
+    profile(
+        *EVERY_CALL, measured=("4 GPUs",), date="2026-01-02", command="plan profile --gpus 4"
+    ).write(path)
     run = CliRunner().invoke(main, ["judge", str(path), "--out", str(out)])
     assert run.exit_code == 0, run.stderr
     page = out.read_text()
-    assert "| train | actor | 1 | 0.0% |" in page and "plan profile --gpus 4" in page and "- 4 GPUs\n" in page
-    assert "- micro-batches of 8,192, 18,432 or 32,768 tokens\n" in page and "- more than one node\n" in page
+    assert (
+        "| train | actor | 1 | 0.0% |" in page
+        and "plan profile --gpus 4" in page
+        and "- 4 GPUs\n" in page
+    )
+    assert (
+        "- micro-batches of 8,192, 18,432 or 32,768 tokens\n" in page
+        and "- more than one node\n" in page
+    )
     assert "updates with recomputation" not in page
     out.write_text(page + "\n## Notes\n\nAs it is.\n")
     assert CliRunner().invoke(main, ["judge", str(path), "--out", str(out)]).exit_code == 0
@@ -137,9 +182,13 @@ def test_the_command_writes_a_page_and_keeps_its_notes(tmp_path: Path) -> None:
 def test_profiles_of_two_devices_are_refused(tmp_path: Path) -> None:
     for device in ("h200", "h100"):
         profile(EVERY_CALL[0], device=device).write(tmp_path / f"{device}.json")
-    run = CliRunner().invoke(main, ["judge", str(tmp_path / "h200.json"), str(tmp_path / "h100.json")])
+    run = CliRunner().invoke(
+        main, ["judge", str(tmp_path / "h200.json"), str(tmp_path / "h100.json")]
+    )
     assert run.exit_code == 2
-    assert run.stderr == "plan: the profiles are of h100, h200; judge those of one device at a time\n"
+    assert (
+        run.stderr == "plan: the profiles are of h100, h200; judge those of one device at a time\n"
+    )
 
 
 def test_the_shipped_pages_are_of_the_shipped_profiles() -> None:

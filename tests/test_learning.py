@@ -1,12 +1,14 @@
-"""PPO on the small task: it learns, on-policy and one step off, and it does not where the advantages are wrong."""
+"""PPO on the small task: it learns, on-policy and one step off, and it does not where the
+advantages are wrong."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from executor import ppo, task
-from executor.execute import execute
+from executor import digits
+from executor.running.execute import execute
+from executor.training import ppo
 from planner.predict.schedule import load_plan
 from planner.search import find
 from planner.spec.timeline import Timeline
@@ -18,18 +20,18 @@ RIGHT, WRONG = 0.1, 0.05  # a rise of more and of less than that; 0.2 is usual, 
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
+def sorting(tmp_path_factory):
     """With a reward model that is good enough for so few steps."""
     directory = tmp_path_factory.mktemp("learning") / "digits"
-    return directory, task.make(directory, 0, task.Recipe(reward_steps=300))
+    return directory, digits.make(directory, 0, digits.Recipe(reward_steps=300))
 
 
-def rises(digits, tmp_path, staleness):
-    """Train with the best plan of a staleness on two cores; by how much the held-out exact match of greedy answers and
-    the score of sampled ones rise."""
+def rises(sorting, tmp_path, staleness):
+    """Train with the best plan of a staleness on two cores; by how much the held-out exact match of
+    greedy answers and the score of sampled ones rise."""
     from planner.commands.local import local_cluster
 
-    directory, made = digits
+    directory, made = sorting
     workload = load_workload(directory / "workload.toml")
     plan = find(workload, local_cluster(2), max_staleness=staleness).best
     assert plan.staleness == staleness
@@ -46,13 +48,16 @@ def test_the_plans_of_the_study_have_the_staleness_of_their_names(staleness):
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_it_learns(digits, on_two_cores, tmp_path, staleness):
-    assert min(rises(digits, tmp_path, staleness)) > RIGHT
+def test_it_learns(sorting, on_two_cores, tmp_path, staleness):
+    assert min(rises(sorting, tmp_path, staleness)) > RIGHT
 
 
 @pytest.mark.parametrize("factor", [0.0, -1.0], ids=["zero", "flipped"])
-def test_it_does_not_learn_from_wrong_advantages(digits, on_two_cores, tmp_path, monkeypatch, factor):
-    """The test above would notice: with the advantages at zero or of the other sign nothing rises."""
+def test_it_does_not_learn_from_wrong_advantages(
+    sorting, on_two_cores, tmp_path, monkeypatch, factor
+):
+    """The test above would notice: with the advantages at zero or of the other sign nothing
+    rises."""
     right = ppo.advantages
 
     def wrong(**arguments):
@@ -60,4 +65,4 @@ def test_it_does_not_learn_from_wrong_advantages(digits, on_two_cores, tmp_path,
         return factor * advantages, returns, metrics
 
     monkeypatch.setattr(ppo, "advantages", wrong)
-    assert max(rises(digits, tmp_path, 0)) < WRONG
+    assert max(rises(sorting, tmp_path, 0)) < WRONG

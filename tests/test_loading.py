@@ -1,4 +1,5 @@
-"""Weights straight into shards: bit for bit what from_pretrained loads, however a model is sharded."""
+"""Weights straight into shards: bit for bit what from_pretrained loads, however a model is
+sharded."""
 
 import json
 from collections.abc import Iterator
@@ -22,12 +23,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from executor import loading, models, preflight
+from executor.running import preflight
+from executor.training import loading, models
 from planner.spec.errors import UserError
 from planner.spec.workload import Model, Shape
 
 CPU = torch.device("cpu")
-ODD = Shape(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=60, vocab=47, tied_embeddings=False)  # of 2, 3, 4
+ODD = Shape(
+    hidden=32, layers=2, heads=4, kv_heads=2, intermediate=60, vocab=47, tied_embeddings=False
+)  # of 2, 3, 4
 TIED = ODD.model_copy(update={"tied_embeddings": True})
 
 
@@ -65,10 +69,20 @@ def test_a_directory_of_several_files_is_what_from_pretrained_loads(
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "phi3"])
 def test_other_model_types_are_what_from_pretrained_loads(tmp_path: Path, kind: str) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = AutoConfig.for_model(kind, **sizes, intermediate_size=60, vocab_size=47, head_dim=8, pad_token_id=0)
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = AutoConfig.for_model(
+        kind, **sizes, intermediate_size=60, vocab_size=47, head_dim=8, pad_token_id=0
+    )
     model = saved(tmp_path, AutoModelForCausalLM.from_config(config))
-    ours, theirs = models.load("actor", model, 0, torch.float32), AutoModelForCausalLM.from_pretrained(tmp_path)
+    ours, theirs = (
+        models.load("actor", model, 0, torch.float32),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    )
     assert_same(ours, theirs)
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(ours.eval()(tokens).logits, theirs(tokens).logits)
@@ -79,7 +93,9 @@ def test_heads_come_from_their_own_kind_of_model(tmp_path: Path) -> None:
     theirs = AutoModelForSequenceClassification.from_pretrained(reward.path)
     assert_same(models.load("reward", reward, 0, torch.float32), theirs)
     assert theirs.score.weight.abs().sum() > 0
-    critic = models.load("critic", reward, 0, torch.float32)  # begins as the reward model, with values of 0
+    critic = models.load(
+        "critic", reward, 0, torch.float32
+    )  # begins as the reward model, with values of 0
     assert torch.equal(critic.model.norm.weight, theirs.model.norm.weight)
     assert not critic.score.weight.any() and not critic.score.bias.any()
     nn.init.ones_(critic.score.bias)
@@ -103,7 +119,8 @@ def test_the_files_of_a_base_model_lack_its_prefix(tmp_path: Path) -> None:
 
 @pytest.fixture
 def ranks() -> Iterator[Any]:
-    """Runs as some rank of some world, one after the other: nothing is sent while a model is sharded and filled."""
+    """Runs as some rank of some world, one after the other: nothing is sent while a model is
+    sharded and filled."""
 
     def become(rank: int, world: int) -> None:
         if dist.is_initialized():
@@ -121,7 +138,9 @@ def shards(role: str, model: Model, shard: int, replicas: int = 1) -> dict[str, 
     empty = models.empty(role, model, torch.float32)
     module = models.wrap(role, empty, 1.0)
     grid = torch.arange(shard * replicas).view(replicas, shard)
-    me = dist.get_rank()  # torch keeps what it made of equal meshes, and in one process ranks must differ
+    me = (
+        dist.get_rank()
+    )  # torch keeps what it made of equal meshes, and in one process ranks must differ
     mesh = DeviceMesh("cpu", grid, mesh_dim_names=(f"replicate {me}", f"shard {me}"))
     mesh = mesh[f"shard {me}"] if replicas == 1 else mesh
     for block in models.blocks(empty):
@@ -143,14 +162,18 @@ def test_shards_are_the_rows_of_the_whole(
     model = saved(tmp_path, whole, max_shard_size="10KB") if stored else random(shape)
     for replica in range(replicas):
         found = []
-        for rank in range(shard) if shard < 10 else (0, 31, 63):  # of many shards of few rows the last ones are empty
+        for rank in (
+            range(shard) if shard < 10 else (0, 31, 63)
+        ):  # of many shards of few rows the last ones are empty
             ranks(replica * shard + rank, shard * replicas)
             found.append(shards("actor", model, shard, replicas))
         for name, parameter in whole.named_parameters():
             expected = list(torch.chunk(parameter.detach(), shard))
             expected += [parameter.detach()[:0]] * (shard - len(expected))
             wanted = expected if shard < 10 else [expected[0], expected[31], expected[63]]
-            assert all(torch.equal(rows[name], w) for rows, w in zip(found, wanted, strict=True)), name
+            assert all(torch.equal(rows[name], w) for rows, w in zip(found, wanted, strict=True)), (
+                name
+            )
 
 
 def test_random_weights_are_fixed_by_seed_kind_and_name() -> None:
@@ -212,17 +235,24 @@ def test_an_index_that_leads_nowhere_is_named(tmp_path: Path) -> None:
     name = data["weight_map"]["model.norm.weight"]
     (tmp_path / name).rename(tmp_path / "elsewhere")
     assert f"names {name!r}, which is not there" in refused(model)
-    index.write_text(json.dumps({**data, "weight_map": dict.fromkeys(data["weight_map"], "../elsewhere")}))
+    index.write_text(
+        json.dumps({**data, "weight_map": dict.fromkeys(data["weight_map"], "../elsewhere")})
+    )
     assert "names '../elsewhere', which is not there" in refused(model)
     index.write_text("{}")
     assert "no weight_map" in refused(model)
 
 
-def test_it_is_refused_before_anything_is_started(tmp_path: Path, model_directories: dict[str, Path]) -> None:
+def test_it_is_refused_before_anything_is_started(
+    tmp_path: Path, model_directories: dict[str, Path]
+) -> None:
     tensors = load_file(model_directories["actor"] / loading.SINGLE)
     for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((model_directories["actor"] / file).read_bytes())
-    save_file({name: x for name, x in tensors.items() if "layers.1." not in name}, tmp_path / loading.SINGLE)
+    save_file(
+        {name: x for name, x in tensors.items() if "layers.1." not in name},
+        tmp_path / loading.SINGLE,
+    )
     workload = make_workload(actor={"shape": SHAPE, "path": tmp_path})
     with pytest.raises(UserError, match=r"actor: weights in .*model.layers.1.* is missing"):
         preflight.check(colocated(workload, cores=1), local=True)

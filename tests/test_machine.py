@@ -16,8 +16,12 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize(("without", "found"), [("", 30_000_000), ("sys/fs/cgroup/batch/memory.max", 65_536_000)])
-def test_a_job_has_what_its_control_groups_leave_it(tmp_path: Path, monkeypatch: Any, without: str, found: int) -> None:
+@pytest.mark.parametrize(
+    ("without", "found"), [("", 30_000_000), ("sys/fs/cgroup/batch/memory.max", 65_536_000)]
+)
+def test_a_job_has_what_its_control_groups_leave_it(
+    tmp_path: Path, monkeypatch: Any, without: str, found: int
+) -> None:
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text if name != without else "max\n")

@@ -45,7 +45,9 @@ SMALL = Workload(
     reference=MODEL,
     reward=MODEL,
 )
-WIDEST = 4 * 8 + 2 * (8 + 3 * 20)  # a token's bytes in a forward pass: residual stream, norm, and the MLP
+WIDEST = 4 * 8 + 2 * (
+    8 + 3 * 20
+)  # a token's bytes in a forward pass: residual stream, norm, and the MLP
 SEVEN_B = load_workload(profiles_dir() / "workloads" / "7b.toml")
 
 
@@ -68,7 +70,8 @@ def test_parameters_by_hand() -> None:
 
 
 def test_activations_by_hand() -> None:
-    # outputs of 2 norms and of the attention's projection; q, attention output; k, v; gate, up, product
+    # outputs of 2 norms and of the attention's projection; q, attention output; k, v; gate, up,
+    # product
     numbers = 3 * 8 + 2 * 8 + 2 * 4 + 3 * 20
     assert activation_bytes(SHAPE, H200) == (4 * 8 + 2 * numbers + 4 * (2 + 4), 4 * 8)
     assert activation_bytes(SHAPE, CPU) == (4 * 8 + 4 * numbers + 4 * (2 + 4), 4 * 8)
@@ -88,7 +91,9 @@ def test_trained_role_by_hand() -> None:
     }
     assert memory.detail == parts | {"spare": sum(parts.values()) // SPARE}
     assert memory.running == sum(memory.detail.values())
-    assert memory.idle == 4 * LM // 2 + 8 * LM // 2 + 4 * LM // 2 + 2**30  # what gradients took, too
+    assert (
+        memory.idle == 4 * LM // 2 + 8 * LM // 2 + 4 * LM // 2 + 2**30
+    )  # what gradients took, too
     recomputing = trainer_memory(SMALL, "actor", trainer(recompute=True), H200)
     assert recomputing.detail["activations"] == (full + 3 * kept) * 80
 
@@ -103,7 +108,10 @@ def test_frozen_role_by_hand() -> None:
 
 def test_micro_batch_holds_a_longest_sequence_and_no_more_than_a_ranks_share() -> None:
     def tokens(**changes: object) -> int:
-        return trainer_memory(SMALL, "reference", trainer(**changes), H200).detail["activations"] // WIDEST
+        return (
+            trainer_memory(SMALL, "reference", trainer(**changes), H200).detail["activations"]
+            // WIDEST
+        )
 
     assert tokens(micro_batch_tokens=1) == 40
     assert tokens(micro_batch_tokens=100) == 100
@@ -112,7 +120,10 @@ def test_micro_batch_holds_a_longest_sequence_and_no_more_than_a_ranks_share() -
 
 def test_logits_never_exceed_a_chunk_and_come_after_the_activations_of_a_forward_pass() -> None:
     chunk = LOGIT_CHUNK_TOKENS * 152064 * 2
-    assert trainer_memory(SEVEN_B, "actor", trainer(micro_batch_tokens=32768), H200).detail["logits"] == 3 * chunk
+    assert (
+        trainer_memory(SEVEN_B, "actor", trainer(micro_batch_tokens=32768), H200).detail["logits"]
+        == 3 * chunk
+    )
     found = trainer_memory(SEVEN_B, "reference", trainer(micro_batch_tokens=4096), H200).detail
     assert found["logits"] + found["activations"] == chunk > found["activations"]
 
@@ -133,9 +144,15 @@ def test_engine_by_hand() -> None:
     memory = rollout_memory(SMALL, engine(), H200)
     assert memory.detail["weights"] == weights
     assert memory.detail["kv_cache"] == kv
-    assert memory.running == memory.idle == int(0.5 * H200.memory_bytes) - process  # reserved from the start
+    assert (
+        memory.running == memory.idle == int(0.5 * H200.memory_bytes) - process
+    )  # reserved from the start
     asleep = rollout_memory(SMALL, engine(offload=True), H200)
-    assert (asleep.idle, asleep.host, asleep.running) == (ENGINE_ASLEEP_BYTES + weights, weights, memory.running)
+    assert (asleep.idle, asleep.host, asleep.running) == (
+        ENGINE_ASLEEP_BYTES + weights,
+        weights,
+        memory.running,
+    )
     fraction = rollout_fraction(SMALL, 1, 8, H200)
     needed = weights + kv + ENGINE_WORKSPACE_BYTES + process
     assert needed <= fraction * H200.memory_bytes < needed + 0.01 * H200.memory_bytes
@@ -169,7 +186,9 @@ def test_pool_peak_adds_what_stays_and_the_largest_surplus() -> None:
 
 def plan(workload: Workload = SEVEN_B, **layouts: TrainerRole | RolloutRole) -> Plan:
     """Everything on the GPUs of one node; `layouts` replace the defaults."""
-    trainers = {role: trainer(shard=8, micro_batch_tokens=8192, offload="all") for role in workload.models}
+    trainers = {
+        role: trainer(shard=8, micro_batch_tokens=8192, offload="all") for role in workload.models
+    }
     roles: dict[str, object] = {
         **trainers,
         "rollout": engine(replicas=8, concurrency=64, memory_fraction=0.35, offload=True),
@@ -192,20 +211,27 @@ def test_a_plan_that_fits_passes() -> None:
     check_memory(plan())
     memory = plan_memory(plan())["a"]
     assert memory.peak <= memory.allowed == H200.memory_bytes
-    assert memory.detail["actor"]["idle"] == 2 * 152064 * 3584  # the embedding is the largest weight of the window
+    assert (
+        memory.detail["actor"]["idle"] == 2 * 152064 * 3584
+    )  # the embedding is the largest weight of the window
     assert memory.detail["actor"]["gradients"] == 4 * SEVEN_B.actor.shape.parameters() // 8
 
 
 def test_a_trainer_may_take_what_is_planned_and_a_little_more_as_far_as_it_is_left() -> None:
     process = H200.context_bytes + COMMUNICATION_BYTES
-    roles = [trainer_memory(SEVEN_B, role, layout, H200) for role, layout in plan().trainers.items()]
+    roles = [
+        trainer_memory(SEVEN_B, role, layout, H200) for role, layout in plan().trainers.items()
+    ]
     planned = sum(role.idle for role in roles) + max(role.running - role.idle for role in roles)
     assert trainer_allowance(plan(), "a") == planned + COMMUNICATION_BYTES
     awake = plan(rollout=engine(replicas=8, memory_fraction=0.35))
     left = H200.memory_bytes - int(0.35 * H200.memory_bytes) - process
     assert trainer_allowance(awake, "a") == min(left, planned + COMMUNICATION_BYTES)
     crowded = plan(rollout=engine(replicas=8, memory_fraction=0.9))
-    assert trainer_allowance(crowded, "a") == H200.memory_bytes - int(0.9 * H200.memory_bytes) - process
+    assert (
+        trainer_allowance(crowded, "a")
+        == H200.memory_bytes - int(0.9 * H200.memory_bytes) - process
+    )
 
 
 def test_an_engines_cache_has_what_its_fraction_leaves() -> None:
@@ -217,20 +243,33 @@ def test_an_engines_cache_has_what_its_fraction_leaves() -> None:
 
 def test_a_role_that_does_not_fit_is_named_with_numbers() -> None:
     with pytest.raises(UserError) as error:
-        check_memory(plan(critic=trainer(shard=1, micro_batch_tokens=8192, recompute=False, offload="all")))
+        check_memory(
+            plan(critic=trainer(shard=1, micro_batch_tokens=8192, recompute=False, offload="all"))
+        )
     assert "critic needs 1" in str(error.value)
-    assert "GB per GPU at shard 1, but 149 GB are there; use shard 2, a smaller micro_batch_tokens" in str(error.value)
+    assert (
+        "GB per GPU at shard 1, but 149 GB are there; use shard 2, a smaller micro_batch_tokens"
+        in str(error.value)
+    )
 
 
 def test_roles_that_do_not_fit_together_are_named() -> None:
-    kept = {role: trainer(shard=2, micro_batch_tokens=8192, recompute=False) for role in ("actor", "critic")}
-    with pytest.raises(UserError, match=r"pool 'a' needs \d+ GB per GPU while actor runs at shard 2 .*critic keeps 57"):
+    kept = {
+        role: trainer(shard=2, micro_batch_tokens=8192, recompute=False)
+        for role in ("actor", "critic")
+    }
+    with pytest.raises(
+        UserError,
+        match=r"pool 'a' needs \d+ GB per GPU while actor runs at shard 2 .*critic keeps 57",
+    ):
         check_memory(plan(**kept))
 
 
 def test_memory_fraction_must_cover_the_cache() -> None:
     with pytest.raises(UserError, match=r"memory_fraction of 0\.\d+ for 256 longest sequences"):
-        check_memory(plan(rollout=engine(replicas=8, concurrency=256, memory_fraction=0.3, offload=True)))
+        check_memory(
+            plan(rollout=engine(replicas=8, concurrency=256, memory_fraction=0.3, offload=True))
+        )
 
 
 def test_a_batch_more_is_in_flight_with_each_step_of_staleness() -> None:

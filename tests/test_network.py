@@ -1,5 +1,6 @@
-"""Ray nodes in network namespaces of their own, joined by a switch, as hosts are: each has its own addresses, and a
-cable can be pulled while all processes live on. Needs root, and is skipped where the system does not allow it."""
+"""Ray nodes in network namespaces of their own, joined by a switch, as hosts are: each has its own
+addresses, and a cable can be pulled while all processes live on. Needs root, and is skipped where
+the system does not allow it."""
 
 import contextlib
 import os
@@ -16,9 +17,12 @@ from processes import descendants, end, end_agents, still_there, working
 from test_checkpoint import metrics_of
 from test_cluster import spread
 
-from executor.session import NO_CLUSTER
+from executor.fleet.session import NO_CLUSTER
 
-pytestmark = [pytest.mark.nightly, pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2")]
+pytestmark = [
+    pytest.mark.nightly,
+    pytest.mark.skipif(shutil.which("ip") is None, reason="needs iproute2"),
+]
 
 ROOT = Path(__file__).parents[1]
 HEAD = "10.77.0.1"  # on the switch, in the namespace of Ray's head and of the controller
@@ -114,11 +118,24 @@ def hosts(network: Network, environment: dict[str, str]) -> Iterator[list[subpro
 
     pids: list[int] = []
     try:
-        start(0, "--head", "--include-dashboard=false", "--port=6379", f"--node-ip-address={HEAD}", "--num-cpus=0")
+        start(
+            0,
+            "--head",
+            "--include-dashboard=false",
+            "--port=6379",
+            f"--node-ip-address={HEAD}",
+            "--num-cpus=0",
+        )
         wait_for(lambda: _listens(network, HEAD))
         for number in range(1, HOSTS + 1):
-            start(number, f"--address={HEAD}:6379", f"--node-ip-address={network.address(number)}", "--num-cpus=1")
-            # One after the other: on one machine they share a directory, in which two at once take each other's names.
+            start(
+                number,
+                f"--address={HEAD}:6379",
+                f"--node-ip-address={network.address(number)}",
+                "--num-cpus=1",
+            )
+            # One after the other: on one machine they share a directory, in which two at once take
+            # each other's names.
             joined = network.command(0, sys.executable, "-c", JOINED, str(number))
             subprocess.run(joined, env=environment, check=True, capture_output=True, timeout=120)
         yield started
@@ -137,7 +154,9 @@ def hosts(network: Network, environment: dict[str, str]) -> Iterator[list[subpro
 
 def _listens(network: Network, address: str) -> bool:
     code = f"import socket; socket.create_connection(({address!r}, 6379), 1)"
-    return not subprocess.run(network.command(0, sys.executable, "-c", code), capture_output=True).returncode
+    return not subprocess.run(
+        network.command(0, sys.executable, "-c", code), capture_output=True
+    ).returncode
 
 
 def wait_for(there: object, seconds: float = 120.0) -> None:
@@ -149,18 +168,32 @@ def wait_for(there: object, seconds: float = 120.0) -> None:
 
 
 def test_a_host_whose_cable_is_pulled_is_replaced(
-    network: Network, environment: dict[str, str], hosts: list[subprocess.Popen[bytes]], tmp_path: Path
+    network: Network,
+    environment: dict[str, str],
+    hosts: list[subprocess.Popen[bytes]],
+    tmp_path: Path,
 ) -> None:
     spread(2).write(tmp_path / "plan.json")
     options = ["--address", f"{HEAD}:6379", "--name", "r", "--runs", tmp_path, "--save-every", "2"]
-    command = network.command(0, sys.executable, "-m", "planner.cli", "execute", tmp_path / "plan.json", *options)
+    command = network.command(
+        0, sys.executable, "-m", "planner.cli", "execute", tmp_path / "plan.json", *options
+    )
     process = subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
-        wait_for(lambda: process.poll() is not None or (tmp_path / "r/checkpoints/step-000002").exists())
+        wait_for(
+            lambda: process.poll() is not None or (tmp_path / "r/checkpoints/step-000002").exists()
+        )
         assert process.poll() is None, process.communicate()
-        training = [n for n in range(1, HOSTS + 1) if working(descendants(hosts[n].pid), ("Trainer",))]
+        training = [
+            n for n in range(1, HOSTS + 1) if working(descendants(hosts[n].pid), ("Trainer",))
+        ]
         assert len(training) == 2
         network.pull(training[-1])
         out, errors = process.communicate(timeout=200)

@@ -1,4 +1,5 @@
-"""What is shipped: the light import, the contents of the wheel, and the wheel alone with its declared dependencies."""
+"""What is shipped: the light import, the contents of the wheel, and the wheel alone with its
+declared dependencies."""
 
 import json
 import os
@@ -22,9 +23,16 @@ HEAVY = ("matplotlib", "ray", "simpy", "torch", "transformers", "vllm")
 def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command in `cwd`; what it printed is shown when it fails."""
     done = subprocess.run(
-        command, cwd=cwd, env=os.environ | {"PYTHONPATH": ""} | env, capture_output=True, text=True, timeout=240
+        command,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": ""} | env,
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
-    assert done.returncode == 0, f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert done.returncode == 0, (
+        f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     return done
 
 
@@ -65,10 +73,18 @@ def test_wheel_holds_the_two_packages_and_the_profiles(wheel: Path) -> None:
         entry_points = archive.read(f"{info}/entry_points.txt").decode()
     assert {name.split("/")[0] for name in names} == {"planner", "executor", info}
     assert "plan = planner.cli:main" in entry_points
-    tracked = subprocess.run(["git", "ls-files", "profiles"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    tracked = subprocess.run(
+        ["git", "ls-files", "profiles"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
     assert {f"planner/{path}" for path in tracked} <= names
-    assert {"planner/py.typed", "planner/profiles/devices.toml", f"{info}/licenses/LICENSE"} <= names
-    assert any(name.startswith("planner/profiles/workloads/") and name.endswith(".toml") for name in names)
+    assert {
+        "planner/py.typed",
+        "planner/profiles/devices.toml",
+        f"{info}/licenses/LICENSE",
+    } <= names
+    assert any(
+        name.startswith("planner/profiles/workloads/") and name.endswith(".toml") for name in names
+    )
 
 
 def base_requirements(wheel: Path) -> list[Requirement]:
@@ -82,7 +98,11 @@ def base_requirements(wheel: Path) -> list[Requirement]:
 def needed(requires: list[str], extras: frozenset[str]) -> list[Requirement]:
     """The requirements that hold in this interpreter, given the extras asked for."""
     parsed = (Requirement(line) for line in requires)
-    return [r for r in parsed if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras | {""})]
+    return [
+        r
+        for r in parsed
+        if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in extras | {""})
+    ]
 
 
 def closure(requirements: list[Requirement]) -> dict[str, metadata.Distribution]:
@@ -108,12 +128,23 @@ def test_base_install_requires_nothing_heavy(wheel: Path) -> None:
 
 
 def test_wheel_alone_searches(wheel: Path, tmp_path: Path) -> None:
-    """The wheel in a venv of its own that sees its declared dependencies (links to those installed here) and no more:
-    an import that is not declared fails here, and torch and ray are truly absent."""
+    """The wheel in a venv of its own that sees its declared dependencies (links to those installed
+    here) and no more: an import that is not declared fails here, and torch and ray are truly
+    absent."""
     env = tmp_path / "venv"
     venv.create(env, with_pip=False, symlinks=True)
     python = env / "bin" / "python"
-    run(sys.executable, "-m", "pip", f"--python={python}", "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        f"--python={python}",
+        "install",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=tmp_path,
+    )
 
     links = tmp_path / "dependencies"
     links.mkdir()
@@ -131,7 +162,9 @@ def test_wheel_alone_searches(wheel: Path, tmp_path: Path) -> None:
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    done = run(env / "bin" / "plan", "search", "--gpus", "16", cwd=elsewhere, MPLCONFIGDIR=str(tmp_path))
+    done = run(
+        env / "bin" / "plan", "search", "--gpus", "16", cwd=elsewhere, MPLCONFIGDIR=str(tmp_path)
+    )
     assert "colocated" in done.stdout and "split" in done.stdout
     plan = json.loads((elsewhere / "best.json").read_text())
     assert plan["schema"].startswith("splitplan/plan/")

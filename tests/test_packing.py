@@ -1,4 +1,5 @@
-"""Packing changes nothing but the arithmetic that is saved: packed equals padded, in values and in gradients."""
+"""Packing changes nothing but the arithmetic that is saved: packed equals padded, in values and in
+gradients."""
 
 import copy
 import math
@@ -10,10 +11,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
-from executor import lm_head, models
-from executor.data import Sequences
-from executor.offload import Parking
-from executor.packing import Packed, hidden_states, pack, packed_attention, use_packed_attention
+from executor.data.batch import Sequences
+from executor.training import lm_head, models
+from executor.training.offload import Parking
+from executor.training.packing import (
+    Packed,
+    hidden_states,
+    pack,
+    packed_attention,
+    use_packed_attention,
+)
 from planner.spec.workload import Shape
 
 SHAPE = Shape(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64, vocab=48)
@@ -47,7 +54,8 @@ def pack_rows(*rows: int) -> Packed:
 
 
 def padded_log_probs(model: Qwen2ForCausalLM, rows: list[int]) -> tuple[Tensor, Tensor]:
-    """The reference: each sequence by itself, the whole logits, log-probs and entropies by torch; 0 in the padding."""
+    """The reference: each sequence by itself, the whole logits, log-probs and entropies by torch; 0
+    in the padding."""
     sequences = make_sequences()
     log_probs, entropies = [], []
     for row in rows:
@@ -79,7 +87,9 @@ def test_packed_equals_padded(rows: list[int]) -> None:
     batch = pack_rows(*rows)
     hidden = hidden_states(model, batch)[batch.before]
     weight = model.lm_head.weight
-    found = batch.columns(lm_head.log_probs(hidden, weight, batch.targets, TEMPERATURE, chunk_tokens=3))
+    found = batch.columns(
+        lm_head.log_probs(hidden, weight, batch.targets, TEMPERATURE, chunk_tokens=3)
+    )
     entropy = batch.columns(lm_head.entropies(hidden, weight, TEMPERATURE, chunk_tokens=3))
     ((found + 0.1 * entropy) * weights).sum().backward()
 
@@ -128,7 +138,9 @@ def test_an_empty_micro_batch_is_a_pass_without_tokens() -> None:
     use_packed_attention(model)
     batch = pack_rows()
     hidden = hidden_states(model, batch)[batch.before]
-    found = batch.columns(lm_head.log_probs(hidden, model.lm_head.weight, batch.targets, TEMPERATURE))
+    found = batch.columns(
+        lm_head.log_probs(hidden, model.lm_head.weight, batch.targets, TEMPERATURE)
+    )
     assert found.shape == (1, 1) and not batch.mask.any()
     found.sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
@@ -155,7 +167,9 @@ def test_attention_equals_a_block_diagonal_mask() -> None:
         query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True
     ).transpose(1, 2)
     starts = torch.tensor([0, 3, 4, 9], dtype=torch.int32)
-    found, _ = packed_attention(nn.Module(), query, key, value, None, scaling=0.3, cu_seq_lens_q=starts, max_length_q=5)
+    found, _ = packed_attention(
+        nn.Module(), query, key, value, None, scaling=0.3, cu_seq_lens_q=starts, max_length_q=5
+    )
     torch.testing.assert_close(found, expected)
 
 
@@ -169,7 +183,8 @@ def logits_of(*logits: float) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("temperature", "expected"), [(1.0, [0.25, 0.75]), (0.5, [0.1, 0.9])])
 def test_log_probs_by_hand(temperature: float, expected: list[float]) -> None:
-    # softmax([0, ln 3]) = [1/4, 3/4]; at temperature 1/2 the logits double: softmax([0, ln 9]) = [1/10, 9/10].
+    # softmax([0, ln 3]) = [1/4, 3/4]; at temperature 1/2 the logits double: softmax([0, ln 9]) =
+    # [1/10, 9/10].
     hidden, weight = logits_of(0.0, math.log(3))
     found = lm_head.log_probs(hidden.expand(2, 1), weight, torch.tensor([0, 1]), temperature)
     torch.testing.assert_close(found.exp(), torch.tensor(expected))
@@ -184,7 +199,11 @@ def test_log_probs_by_hand(temperature: float, expected: list[float]) -> None:
     [
         ((1.0, 1.0, 1.0, 1.0), 1.0, 2 * math.log(2)),  # uniform over 4
         ((0.0, 0.0, -INF, -INF), 1.0, math.log(2)),  # a token of probability 0 adds nothing
-        ((0.0, math.log(3)), 0.5, 0.3250830),  # [1/10, 9/10]: 0.1 * ln 10 + 0.9 * ln(10/9) = 0.2302585 + 0.0948245
+        (
+            (0.0, math.log(3)),
+            0.5,
+            0.3250830,
+        ),  # [1/10, 9/10]: 0.1 * ln 10 + 0.9 * ln(10/9) = 0.2302585 + 0.0948245
     ],
 )
 def test_entropy_by_hand(logits: tuple[float, ...], temperature: float, expected: float) -> None:
@@ -197,7 +216,10 @@ def test_entropy_by_hand(logits: tuple[float, ...], temperature: float, expected
 
 def test_log_probs_of_bf16_logits_are_float32() -> None:
     # 2000 equal logits: -ln 2000 = -7.6009025, which bf16 (8 bits) would round to -7.59375.
-    hidden, weight = torch.full((1, 1), 3.0, dtype=torch.bfloat16), torch.ones(2000, 1, dtype=torch.bfloat16)
+    hidden, weight = (
+        torch.full((1, 1), 3.0, dtype=torch.bfloat16),
+        torch.ones(2000, 1, dtype=torch.bfloat16),
+    )
     found = lm_head.log_probs(hidden, weight, torch.tensor([7]), 1.0)
     assert found.dtype == torch.float32 and found.item() == pytest.approx(-7.6009025, abs=1e-5)
 
@@ -260,7 +282,9 @@ def test_parked_tensors_come_back() -> None:
 
 
 def test_a_residual_in_float32_comes_nearer_to_the_exact_log_probs() -> None:
-    shape = SHAPE.model_copy(update={"hidden": 256, "layers": 12, "intermediate": 512, "head_dim": 64, "vocab": 512})
+    shape = SHAPE.model_copy(
+        update={"hidden": 256, "layers": 12, "intermediate": 512, "head_dim": 64, "vocab": 512}
+    )
     torch.manual_seed(0)
     exact = Qwen2ForCausalLM(models.config_of(shape))
     for parameter in exact.parameters():
@@ -272,5 +296,8 @@ def test_a_residual_in_float32_comes_nearer_to_the_exact_log_probs() -> None:
     models.keep_residual_in_fp32(better, torch.bfloat16)
     batch = pack_rows(0, 1, 3)
     with torch.no_grad():
-        states = [hidden_states(models.wrap("actor", m, 1.0).model, batch).float() for m in (exact, rough, better)]
+        states = [
+            hidden_states(models.wrap("actor", m, 1.0).model, batch).float()
+            for m in (exact, rough, better)
+        ]
     assert (states[2] - states[0]).norm() < 0.9 * (states[1] - states[0]).norm()

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.search import baseline, find
-from planner.search.pins import parse_pins, restriction
-from planner.search.space import arrangements, sizes, structures
+from planner.search.space.pins import parse_pins, restriction
+from planner.search.space.placements import arrangements, sizes, structures
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
@@ -23,7 +23,13 @@ def free():
 
 @pytest.mark.parametrize(
     "pins",
-    [("actor=1",), ("actor+rollout",), ("actor/critic",), ("rollout=3", "actor/rollout"), ("actor+critic", "critic=3")],
+    [
+        ("actor=1",),
+        ("actor+rollout",),
+        ("actor/critic",),
+        ("rollout=3", "actor/rollout"),
+        ("actor+critic", "critic=3"),
+    ],
 )
 def test_pins_hold_and_are_never_faster(free, pins):
     plan = find(small_workload(max_staleness=1), tiny_cluster(4), pins=pins).best
@@ -50,7 +56,9 @@ def test_pinning_what_was_found_finds_it_again(free):
 PINS = st.one_of(
     st.builds("{}={}".format, st.sampled_from(ROLES), st.integers(0, 7)),
     st.builds(
-        lambda pair, how: how.join(pair), st.permutations(ROLES).map(lambda roles: roles[:2]), st.sampled_from("+/")
+        lambda pair, how: how.join(pair),
+        st.permutations(ROLES).map(lambda roles: roles[:2]),
+        st.sampled_from("+/"),
     ),
 )
 
@@ -76,7 +84,9 @@ def meets(texts, structure, counts):
     for text in texts:
         role, sign, other = re.fullmatch(r"(\w+)([=+/])(\w+)", text).groups()
         if sign == "=":
-            held = sum(count for roles, count in zip(structure, counts, strict=True) if role in roles)
+            held = sum(
+                count for roles, count in zip(structure, counts, strict=True) if role in roles
+            )
             if held != int(other):
                 return False
         elif any({role, other} <= roles for roles in structure) != (sign == "+"):
@@ -105,16 +115,29 @@ def test_a_pin_that_cannot_be_met_is_named(pins, message):
 
 
 def test_the_rollouts_pools_together_have_what_is_pinned():
-    structure = (frozenset({"actor", "rollout"}), frozenset({"critic", "rollout"}), frozenset({"reference", "reward"}))
+    structure = (
+        frozenset({"actor", "rollout"}),
+        frozenset({"critic", "rollout"}),
+        frozenset({"reference", "reward"}),
+    )
     (arrangement,) = arrangements(structure, tiny_cluster(5))
     pinned = restriction(parse_pins(["rollout=3"], ROLES, tiny_cluster(5)))(arrangement)
     assert (pinned.rollout, pinned.limits) == (3, (((0, 1, 2), 5), ((0, 1), 3), ((2,), 2)))
-    assert restriction(parse_pins(["actor=1", "critic=2"], ROLES, tiny_cluster(5)))(arrangement).given == {0: 1, 1: 2}
+    assert restriction(parse_pins(["actor=1", "critic=2"], ROLES, tiny_cluster(5)))(
+        arrangement
+    ).given == {0: 1, 1: 2}
 
 
 def test_a_workload_may_fix_the_engines_tensor_parallel_size():
     workload = load_workload(profiles_dir() / "workloads" / "tutorial.toml")
     cluster = make_cluster(8, device="h200")
-    assert baseline("split", workload, cluster).rollout.tensor_parallel == workload.tensor_parallel == 4
+    assert (
+        baseline("split", workload, cluster).rollout.tensor_parallel
+        == workload.tensor_parallel
+        == 4
+    )
     free = workload.model_copy(update={"tensor_parallel": None})
-    assert find(free, cluster).best.predicted.step_seconds <= find(workload, cluster).best.predicted.step_seconds
+    assert (
+        find(free, cluster).best.predicted.step_seconds
+        <= find(workload, cluster).best.predicted.step_seconds
+    )

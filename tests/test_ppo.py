@@ -1,4 +1,5 @@
-"""From scores to advantages. The numbers in these tests are worked out by hand in the comments beside them."""
+"""From scores to advantages. The numbers in these tests are worked out by hand in the comments
+beside them."""
 
 import math
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, tensor
 
-from executor import ppo
+from executor.training import ppo
 
 NAN, INF = math.nan, math.inf
 LN2 = math.log(2)
@@ -30,8 +31,9 @@ def mask_of(*lengths: int) -> Tensor:
 
 
 def test_kl_estimators_by_hand():
-    # policy 1/2, reference 1/4: x = -ln 2. k1 = ln 2, k2 = (ln 2)² / 2 = 0.2402265, k3 = 1/2 - 1 + ln 2 = 0.1931472
-    # policy 1/4, reference 1/2: x = ln 2. k1 = -ln 2, k2 the same, k3 = 2 - 1 - ln 2 = 0.3068528
+    # policy 1/2, reference 1/4: x = -ln 2. k1 = ln 2, k2 = (ln 2)² / 2 = 0.2402265, k3 = 1/2 - 1 +
+    # ln 2 = 0.1931472 policy 1/4, reference 1/2: x = ln 2. k1 = -ln 2, k2 the same, k3 = 2 - 1 - ln
+    # 2 = 0.3068528
     log_probs, ref = tensor([0.5, 0.25]).log(), tensor([0.25, 0.5]).log()
     assert close(ppo.kl_penalty(log_probs, ref, "k1"), [0.6931472, -0.6931472])
     assert close(ppo.kl_penalty(log_probs, ref, "k2"), [0.2402265, 0.2402265])
@@ -57,7 +59,8 @@ def test_token_rewards_by_hand():
     mask = mask_of(3, 1, 0)
     kl = tensor([[1.0, 2.0, -1.0], [4.0, NAN, INF], [NAN, NAN, NAN]])
     rewards = ppo.token_rewards(tensor([10.0, 20.0, NAN]), kl, 0.5, mask)
-    # the score on the last real token; the third response is empty, so its score, whatever it is, goes nowhere
+    # the score on the last real token; the third response is empty, so its score, whatever it is,
+    # goes nowhere
     assert close(rewards, [[-0.5, -1.0, 10.5], [18.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
 
 
@@ -66,7 +69,10 @@ def test_truncated_response_is_scored_and_pays_for_the_missing_eos():
     arguments = (tensor([1.0, 1.0]), torch.zeros(2, 2), 0.1, mask)
     ended = tensor([True, False])
     assert close(ppo.token_rewards(*arguments, ended=ended), [[0.0, 1.0], [0.0, 1.0]])
-    assert close(ppo.token_rewards(*arguments, ended=ended, missing_eos_penalty=3.0), [[0.0, 1.0], [0.0, -2.0]])
+    assert close(
+        ppo.token_rewards(*arguments, ended=ended, missing_eos_penalty=3.0),
+        [[0.0, 1.0], [0.0, -2.0]],
+    )
     with pytest.raises(AssertionError, match="ended"):
         ppo.token_rewards(*arguments, missing_eos_penalty=3.0)
 
@@ -98,13 +104,21 @@ def test_gae_limits():
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=4), st.floats(0, 1), st.floats(0, 1), st.integers(0, 2**31 - 1))
+@given(
+    st.lists(st.integers(0, 6), min_size=1, max_size=4),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 2**31 - 1),
+)
 def test_gae_equals_the_double_sum(lengths, gamma, lam, seed):
-    """A_t = sum over l >= 0 of (gamma * lam)^l * delta_{t+l}, sequence by sequence, without a recursion."""
+    """A_t = sum over l >= 0 of (gamma * lam)^l * delta_{t+l}, sequence by sequence, without a
+    recursion."""
     generator = torch.Generator().manual_seed(seed)
     rewards, values = torch.randn(2, len(lengths), 7, generator=generator)
     mask = torch.arange(7) < tensor(lengths)[:, None]
-    advantages, returns = ppo.gae(rewards.masked_fill(~mask, NAN), values.masked_fill(~mask, NAN), mask, gamma, lam)
+    advantages, returns = ppo.gae(
+        rewards.masked_fill(~mask, NAN), values.masked_fill(~mask, NAN), mask, gamma, lam
+    )
     for b, n in enumerate(lengths):
         v = [*values[b, :n].tolist(), 0.0]
         delta = [rewards[b, t].item() + gamma * v[t + 1] - v[t] for t in range(n)]
@@ -120,7 +134,9 @@ def test_gae_steps_over_a_hole_in_the_mask():
     mask = tensor([[True, False, True]])
     rewards, values = tensor([[1.0, NAN, 3.0]]), tensor([[0.5, NAN, 2.0]])
     hole = ppo.gae(rewards, values, mask, 0.9, 0.8)
-    dense = ppo.gae(rewards[:, [0, 2]], values[:, [0, 2]], torch.ones(1, 2, dtype=torch.bool), 0.9, 0.8)
+    dense = ppo.gae(
+        rewards[:, [0, 2]], values[:, [0, 2]], torch.ones(1, 2, dtype=torch.bool), 0.9, 0.8
+    )
     for with_hole, without in zip(hole, dense, strict=True):
         assert close(with_hole[:, [0, 2]], without) and with_hole[0, 1] == 0
 
@@ -169,24 +185,28 @@ def batch(**changes):
 
 
 def test_advantages_by_hand():
-    # k1 = [1, 2], [0]; rewards = [-0.5, 4 - 1], [2]; to go = [2.5, 3], [2]; less the values = [1.5, 1], [-1]
+    # k1 = [1, 2], [0]; rewards = [-0.5, 4 - 1], [2]; to go = [2.5, 3], [2]; less the values = [1.5,
+    # 1], [-1]
     advantages, returns, metrics = batch()
     assert close(advantages, [[1.5, 1.0], [-1.0, 0.0]])
     assert close(returns, [[2.5, 3.0], [2.0, 0.0]])
-    assert metrics == pytest.approx(
-        {
-            "score": 3.0,  # (4 + 2) / 2
-            "reward": 2.25,  # (2.5 + 2) / 2
-            "kl": 1.0,  # (1 + 2 + 0) / 3
-            "response_tokens": 1.5,
-            "truncated_share": 0.5,
-            "advantage": 0.5,
-            "advantage_std": 1.0801234,  # deviations 1, 1/2, -3/2: sqrt(3.5 / 3)
-            "return": 2.5,
-            "value": 2.0,
-            "explained_variance": -6.0,  # the errors vary by 3.5 / 3, the returns, 2.5, 3 and 2, by 0.5 / 3
-        },
-        rel=1e-5,
+    assert (
+        metrics
+        == pytest.approx(
+            {
+                "score": 3.0,  # (4 + 2) / 2
+                "reward": 2.25,  # (2.5 + 2) / 2
+                "kl": 1.0,  # (1 + 2 + 0) / 3
+                "response_tokens": 1.5,
+                "truncated_share": 0.5,
+                "advantage": 0.5,
+                "advantage_std": 1.0801234,  # deviations 1, 1/2, -3/2: sqrt(3.5 / 3)
+                "return": 2.5,
+                "value": 2.0,
+                "explained_variance": -6.0,  # the errors vary by 3.5 / 3, the returns, 2.5, 3 and 2, by 0.5 / 3
+            },
+            rel=1e-5,
+        )
     )
 
 
@@ -225,7 +245,10 @@ def test_advantages_without_a_critic():
 def test_advantages_of_an_empty_batch_are_finite():
     for values in (None, torch.full((2, 2), NAN)):
         advantages, returns, metrics = batch(
-            mask=torch.zeros(2, 2, dtype=torch.bool), scores=tensor([NAN, NAN]), values=values, whiten_advantages=True
+            mask=torch.zeros(2, 2, dtype=torch.bool),
+            scores=tensor([NAN, NAN]),
+            values=values,
+            whiten_advantages=True,
         )
         assert (advantages == 0).all() and (returns == 0).all()
         assert all(math.isfinite(metric) for metric in metrics.values())
@@ -240,15 +263,22 @@ def test_a_nan_score_of_a_real_response_is_not_hidden():
 
 
 def test_off_policy_by_hand():
-    # ratios 1/2, 1, 1, 4 (a fifth is masked): mean 6.5 / 4; (sum)² = 42.25, n * sum of squares = 4 * 18.25 = 73
+    # ratios 1/2, 1, 1, 4 (a fifth is masked): mean 6.5 / 4; (sum)² = 42.25, n * sum of squares = 4
+    # * 18.25 = 73
     proximal = tensor([[0.5, 1.0, 1.0], [4.0, NAN, 1.0]]).log()
     mask = tensor([[True, True, True], [True, False, False]])
-    found = ppo.off_policy(proximal_log_probs=proximal, behaviour_log_probs=torch.zeros(2, 3), mask=mask)
-    assert found == pytest.approx({"mean": 1.625, "p01": 0.5, "p99": 4.0, "max": 4.0, "effective_share": 42.25 / 73})
+    found = ppo.off_policy(
+        proximal_log_probs=proximal, behaviour_log_probs=torch.zeros(2, 3), mask=mask
+    )
+    assert found == pytest.approx(
+        {"mean": 1.625, "p01": 0.5, "p99": 4.0, "max": 4.0, "effective_share": 42.25 / 73}
+    )
     # of the ratios 1 .. 201 one per cent on each side are two
     many = torch.arange(1, 202).float().log()[None]
     found = ppo.off_policy(
-        proximal_log_probs=many, behaviour_log_probs=torch.zeros(1, 201), mask=torch.ones(1, 201, dtype=torch.bool)
+        proximal_log_probs=many,
+        behaviour_log_probs=torch.zeros(1, 201),
+        mask=torch.ones(1, 201, dtype=torch.bool),
     )
     assert (found["p01"], found["p99"], found["max"]) == pytest.approx((3, 199, 201))
 
@@ -256,6 +286,8 @@ def test_off_policy_by_hand():
 def test_off_policy_of_no_tokens_is_nan():
     empty = torch.zeros(2, 3)
     found = ppo.off_policy(
-        proximal_log_probs=empty, behaviour_log_probs=empty, mask=torch.zeros(2, 3, dtype=torch.bool)
+        proximal_log_probs=empty,
+        behaviour_log_probs=empty,
+        mask=torch.zeros(2, 3, dtype=torch.bool),
     )
     assert found and all(math.isnan(value) for value in found.values())

@@ -1,4 +1,5 @@
-"""The losses of PPO. The numbers in these tests are worked out by hand in the comments beside them."""
+"""The losses of PPO. The numbers in these tests are worked out by hand in the comments beside
+them."""
 
 import math
 
@@ -7,7 +8,7 @@ import torch
 from test_ppo import INF, LN2, NAN, close, mask_of
 from torch import Tensor, tensor
 
-from executor import lm_head, ppo
+from executor.training import lm_head, ppo
 
 
 def policy(log_probs, proximal, behaviour, advantages, mask, **options):
@@ -22,11 +23,16 @@ def policy(log_probs, proximal, behaviour, advantages, mask, **options):
     )
 
 
-def one_token_policy(ratio: float, advantage: float, importance: float = 1.0, **options) -> tuple[float, float, dict]:
-    """Loss, d loss / d log-prob and stats of one token with these ratios new / proximal and proximal / behaviour."""
+def one_token_policy(
+    ratio: float, advantage: float, importance: float = 1.0, **options
+) -> tuple[float, float, dict]:
+    """Loss, d loss / d log-prob and stats of one token with these ratios new / proximal and
+    proximal / behaviour."""
     log_probs = tensor([[math.log(ratio)]], requires_grad=True)
     behaviour = tensor([[-math.log(importance)]])
-    loss, stats = policy(log_probs, tensor([[0.0]]), behaviour, tensor([[advantage]]), tensor([[True]]), **options)
+    loss, stats = policy(
+        log_probs, tensor([[0.0]]), behaviour, tensor([[advantage]]), tensor([[True]]), **options
+    )
     loss.backward()
     return loss.item(), log_probs.grad.item(), {name: total.item() for name, total in stats.items()}
 
@@ -67,7 +73,9 @@ def test_dual_clip_acts_on_negative_advantages_only(ratio, advantage, loss, grad
     assert actual_loss == pytest.approx(loss) and actual_gradient == pytest.approx(gradient)
     assert stats["dual_clip_share"] == dual_clipped
     if not dual_clipped:
-        assert one_token_policy(ratio, advantage)[:2] == pytest.approx((actual_loss, actual_gradient))
+        assert one_token_policy(ratio, advantage)[:2] == pytest.approx(
+            (actual_loss, actual_gradient)
+        )
 
 
 def test_dual_clip_must_be_above_1():
@@ -76,7 +84,8 @@ def test_dual_clip_must_be_above_1():
 
 
 @pytest.mark.parametrize(
-    ("importance", "weight", "capped"), [(1.0, 1.0, 0), (0.25, 0.25, 0), (1.5, 1.5, 0), (8.0, 2.0, 1)]
+    ("importance", "weight", "capped"),
+    [(1.0, 1.0, 0), (0.25, 0.25, 0), (1.5, 1.5, 0), (8.0, 2.0, 1)],
 )
 def test_importance_weight_is_truncated(importance, weight, capped):
     loss, gradient, stats = one_token_policy(1.1, 3.0, importance)
@@ -85,7 +94,8 @@ def test_importance_weight_is_truncated(importance, weight, capped):
 
 
 def test_clipping_is_against_the_proximal_policy():
-    # new / behaviour = 1.1 * 1.5 = 1.65 lies outside the clip range, new / proximal = 1.1 inside: there is a gradient.
+    # new / behaviour = 1.1 * 1.5 = 1.65 lies outside the clip range, new / proximal = 1.1 inside:
+    # there is a gradient.
     assert one_token_policy(1.1, 1.0, 1.5)[1] == pytest.approx(-1.65)
 
 
@@ -96,9 +106,12 @@ def test_no_gradient_into_proximal_behaviour_or_advantages():
 
 
 def test_kl_stats_by_hand():
-    # new / proximal = 2: 2 - 1 - ln 2 = 0.3068528; proximal / behaviour = 1/2: 1/2 - 1 + ln 2 = 0.1931472
+    # new / proximal = 2: 2 - 1 - ln 2 = 0.3068528; proximal / behaviour = 1/2: 1/2 - 1 + ln 2 =
+    # 0.1931472
     _, _, stats = one_token_policy(2.0, 1.0, 0.5)
-    assert stats["approx_kl"] == pytest.approx(0.3068528) and stats["staleness_kl"] == pytest.approx(0.1931472)
+    assert stats["approx_kl"] == pytest.approx(0.3068528) and stats[
+        "staleness_kl"
+    ] == pytest.approx(0.1931472)
 
 
 def test_policy_loss_is_the_sum_over_tokens_by_the_normalizer():
@@ -126,7 +139,11 @@ def test_a_ratio_that_would_overflow_stays_finite():
     far = tensor([[-500.0]])
     loss, stats = policy(log_probs, far, far, tensor([[-1.0]]), tensor([[True]]))
     loss.backward()
-    assert loss.isfinite() and log_probs.grad.isfinite().all() and all(s.isfinite() for s in stats.values())
+    assert (
+        loss.isfinite()
+        and log_probs.grad.isfinite().all()
+        and all(s.isfinite() for s in stats.values())
+    )
 
 
 def test_a_gradient_step_raises_good_tokens_and_lowers_bad_ones():
@@ -190,7 +207,9 @@ def test_kl_loss_by_hand():
     ref, mask = tensor([[0.25, 0.25]]).log(), tensor([[True, True]])
     for kind, value, slope in (("k2", 0.2402265, LN2), ("k3", 0.1931472, 0.5)):
         log_probs = tensor([[0.5, 0.5]]).log().requires_grad_()
-        loss, stats = ppo.kl_loss(log_probs=log_probs, ref_log_probs=ref, mask=mask, kind=kind, coef=0.1, normalizer=4)
+        loss, stats = ppo.kl_loss(
+            log_probs=log_probs, ref_log_probs=ref, mask=mask, kind=kind, coef=0.1, normalizer=4
+        )
         loss.backward()
         assert loss.item() == pytest.approx(0.1 * 2 * value / 4)
         assert close(log_probs.grad, [[0.025 * slope, 0.025 * slope]])
@@ -205,7 +224,9 @@ def test_k1_is_refused_as_a_loss():
 
 def test_entropy_loss_rewards_entropy():
     entropy = tensor([[2.0, 4.0]], requires_grad=True)
-    loss, stats = ppo.entropy_loss(entropy=entropy, mask=tensor([[True, True]]), coef=0.1, normalizer=3)
+    loss, stats = ppo.entropy_loss(
+        entropy=entropy, mask=tensor([[True, True]]), coef=0.1, normalizer=3
+    )
     loss.backward()
     assert loss.item() == pytest.approx(-0.2) and (entropy.grad < 0).all() and stats["entropy"] == 6
 
@@ -214,9 +235,20 @@ def test_entropy_loss_rewards_entropy():
 
 
 def random_batch() -> dict[str, Tensor]:
-    """Four responses of 5, 2, 0 and 1 tokens, far enough off policy that every bound is active somewhere."""
+    """Four responses of 5, 2, 0 and 1 tokens, far enough off policy that every bound is active
+    somewhere."""
     generator = torch.Generator().manual_seed(1)
-    names = ("log_probs", "proximal", "behaviour", "ref", "advantages", "values", "old_values", "returns", "entropy")
+    names = (
+        "log_probs",
+        "proximal",
+        "behaviour",
+        "ref",
+        "advantages",
+        "values",
+        "old_values",
+        "returns",
+        "entropy",
+    )
     data = {name: torch.randn(4, 5, generator=generator) for name in names}
     return data | {"mask": mask_of(5, 2, 0, 1)}
 
@@ -225,9 +257,20 @@ def losses(data: dict[str, Tensor], normalizer: float) -> list[tuple[Tensor, dic
     mask, log_probs = data["mask"], data["log_probs"]
     common = {"mask": mask, "normalizer": normalizer}
     return [
-        policy(log_probs, data["proximal"], data["behaviour"], data["advantages"], dual_clip=1.5, **common),
+        policy(
+            log_probs,
+            data["proximal"],
+            data["behaviour"],
+            data["advantages"],
+            dual_clip=1.5,
+            **common,
+        ),
         ppo.value_loss(
-            values=data["values"], old_values=data["old_values"], returns=data["returns"], clip=0.2, **common
+            values=data["values"],
+            old_values=data["old_values"],
+            returns=data["returns"],
+            clip=0.2,
+            **common,
         ),
         ppo.kl_loss(log_probs=log_probs, ref_log_probs=data["ref"], kind="k2", coef=0.1, **common),
         ppo.kl_loss(log_probs=log_probs, ref_log_probs=data["ref"], kind="k3", coef=0.1, **common),
@@ -239,12 +282,15 @@ TRAINED = ("log_probs", "values", "entropy")
 
 
 def run(parts: list[dict[str, Tensor]], leaves: dict[str, Tensor], normalizer: float):
-    """Losses and stats summed over the parts, and the gradients that have gathered in the leaves."""
+    """Losses and stats summed over the parts, and the gradients that have gathered in the
+    leaves."""
     results = [losses(part, normalizer) for part in parts]
     torch.stack([loss for result in results for loss, _ in result]).sum().backward()
     per_loss = list(zip(*results, strict=True))
     totals = [sum(loss.item() for loss, _ in each) for each in per_loss]
-    stats = [{name: sum(s[name].item() for _, s in each) for name in each[0][1]} for each in per_loss]
+    stats = [
+        {name: sum(s[name].item() for _, s in each) for name in each[0][1]} for each in per_loss
+    ]
     return totals, stats, {name: leaf.grad for name, leaf in leaves.items()}
 
 
@@ -260,8 +306,13 @@ def test_losses_do_not_change_with_micro_batches(split):
     data, leaves = with_leaves(random_batch())
     columns = zip(*(x.split(split) for x in data.values()), strict=True)
     parts = [dict(zip(data, rows, strict=True)) for rows in columns]
-    widths = [max(1, int(part["mask"].sum(1).max())) for part in parts]  # each padded to its own longest response
-    parts = [{n: x[:, :width] for n, x in part.items()} for part, width in zip(parts, widths, strict=True)]
+    widths = [
+        max(1, int(part["mask"].sum(1).max())) for part in parts
+    ]  # each padded to its own longest response
+    parts = [
+        {n: x[:, :width] for n, x in part.items()}
+        for part, width in zip(parts, widths, strict=True)
+    ]
     split_up = run(parts, leaves, normalizer=8)
     assert split_up[0] == pytest.approx(whole[0], rel=1e-5)
     for one, other in zip(split_up[1], whole[1], strict=True):
@@ -275,7 +326,10 @@ def test_what_is_in_masked_places_does_not_matter(bad):
     data, leaves = with_leaves(random_batch())
     clean = run([data], leaves, normalizer=8)
     mask = data["mask"]
-    dirty = {name: x if name == "mask" else x.masked_fill(~mask, bad) for name, x in random_batch().items()}
+    dirty = {
+        name: x if name == "mask" else x.masked_fill(~mask, bad)
+        for name, x in random_batch().items()
+    }
     data, leaves = with_leaves(dirty)
     spoilt = run([data], leaves, normalizer=8)
     assert spoilt[0] == clean[0] and spoilt[1] == clean[1]
@@ -292,7 +346,9 @@ def test_the_random_batch_reaches_every_bound():
 
 def test_a_batch_without_tokens_has_loss_0_and_gradient_0():
     """A worker whose share is empty still takes part in the backward pass."""
-    data = {name: torch.full((2, 3), NAN) for name in random_batch()} | {"mask": torch.zeros(2, 3, dtype=torch.bool)}
+    data = {name: torch.full((2, 3), NAN) for name in random_batch()} | {
+        "mask": torch.zeros(2, 3, dtype=torch.bool)
+    }
     data, leaves = with_leaves(data)
     totals, stats, gradients = run([data], leaves, normalizer=0)
     assert totals == [0] * 5

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import ROLES, colocated, make_plan, make_workload
 
-from executor import gpus, preflight
+from executor.fleet import gpus
+from executor.running import preflight
 from planner.predict.memory import host_bytes
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
@@ -25,8 +26,11 @@ def plan_for(count: int, device: str = "h200") -> Plan:
     return make_plan(make_workload(), {"all": count}, roles, cluster=make_cluster(count, device))
 
 
-def on_machine(directory: Path, monkeypatch: pytest.MonkeyPatch, gpus_printed: str, status: int = 0) -> None:
-    """Put a driver's program that answers so on the path; it names one process, on the second GPU."""
+def on_machine(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, gpus_printed: str, status: int = 0
+) -> None:
+    """Put a driver's program that answers so on the path; it names one process, on the second
+    GPU."""
     program = directory / "nvidia-smi"
     apps = "GPU-22222222-aaaa-bbbb-cccc-000000000001, 4711, python3"
     (directory / "gpus.csv").write_text(gpus_printed)
@@ -46,7 +50,15 @@ def test_the_drivers_table_is_read() -> None:
 
 @pytest.mark.parametrize(
     ("variable", "indices"),
-    [(None, [0, 1]), ("1", [1]), ("1,0", [1, 0]), ("GPU-2222", [1]), ("0,-1,1", [0]), ("", []), ("NoDevFiles", [])],
+    [
+        (None, [0, 1]),
+        ("1", [1]),
+        ("1,0", [1, 0]),
+        ("GPU-2222", [1]),
+        ("0,-1,1", [0]),
+        ("", []),
+        ("NoDevFiles", []),
+    ],
 )
 def test_only_visible_gpus_count(variable: str | None, indices: list[int]) -> None:
     assert [gpu.index for gpu in gpus.visible(gpus.parse(PRINTED), variable)] == indices
@@ -55,13 +67,19 @@ def test_only_visible_gpus_count(variable: str | None, indices: list[int]) -> No
 def test_gpus_of_another_kind_or_size_are_refused() -> None:
     there = gpus.parse(PRINTED)
     gpus.check_kind(plan_for(2), there)
-    with pytest.raises(UserError, match="is for GPUs of kind h100, and GPU 0 of this machine is a NVIDIA H200"):
+    with pytest.raises(
+        UserError, match="is for GPUs of kind h100, and GPU 0 of this machine is a NVIDIA H200"
+    ):
         gpus.check_kind(plan_for(2, "h100"), there)
     plan = plan_for(2)
     own = plan.cluster.model_copy(
         update={
             "nodes": (plan.cluster.nodes[0].model_copy(update={"device": "ours"}),),
-            "devices": {"ours": plan.cluster.devices["h200"].model_copy(update={"memory_bytes": 192 * 10**9})},
+            "devices": {
+                "ours": plan.cluster.devices["h200"].model_copy(
+                    update={"memory_bytes": 192 * 10**9}
+                )
+            },
         }
     )
     with pytest.raises(UserError, match=r"counts on 192.0 GB per GPU, and GPU 0 .* has 150.8 GB"):
@@ -81,15 +99,21 @@ def test_a_gpu_in_use_is_named_with_its_process_and_the_free_ones(
 
 def test_a_host_that_does_not_hold_what_is_offloaded_is_refused() -> None:
     plan = plan_for(2)
-    away = {role: layout.model_copy(update={"offload": "all"}) for role, layout in plan.trainers.items()}
+    away = {
+        role: layout.model_copy(update={"offload": "all"}) for role, layout in plan.trainers.items()
+    }
     plan = plan.model_copy(update={"roles": {**plan.roles, **away}})
     needed = sum(host_bytes(plan).values())
     preflight.check_host(plan, needed)
-    with pytest.raises(UserError, match=r"of the host's memory for what is offloaded .* and this machine has "):
+    with pytest.raises(
+        UserError, match=r"of the host's memory for what is offloaded .* and this machine has "
+    ):
         preflight.check_host(plan, needed - 1)
 
 
-def test_too_few_gpus_and_a_torch_that_cannot_use_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_few_gpus_and_a_torch_that_cannot_use_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_machine(tmp_path, monkeypatch, PRINTED)
     with pytest.raises(UserError, match="needs 4 GPUs of kind h200 and this machine has 2"):
         preflight.check_machine(plan_for(4))
@@ -100,7 +124,9 @@ def test_too_few_gpus_and_a_torch_that_cannot_use_them(tmp_path: Path, monkeypat
             preflight.check_machine(plan_for(2))
 
 
-def test_a_driver_that_does_not_answer_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_does_not_answer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     on_machine(tmp_path, monkeypatch, "NVIDIA-SMI has failed\nbecause\n", status=9)
     with pytest.raises(UserError, match=r"nvidia-smi fails \(NVIDIA-SMI has failed because\)"):
         preflight.check_machine(plan_for(2))
@@ -117,12 +143,16 @@ def test_an_engine_that_is_wider_than_an_actor_beside_it_is_refused() -> None:
         preflight.check_engine(narrow)
     layouts["actor"] = {"shard": 2}
     with pytest.raises(UserError, match="not installed"):
-        preflight.check_engine(make_plan(make_workload(), {"all": 2}, roles, layouts=layouts, cluster=cluster))
+        preflight.check_engine(
+            make_plan(make_workload(), {"all": 2}, roles, layouts=layouts, cluster=cluster)
+        )
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
     missing = RewardFunction(function=f"{tmp_path}/none.py:f")
-    plan = colocated(make_workload(reward=missing), cores=1, layouts={"rollout": {"engine": "vllm"}})
+    plan = colocated(
+        make_workload(reward=missing), cores=1, layouts={"rollout": {"engine": "vllm"}}
+    )
     engine, reward = preflight.problems(plan)
     assert "vllm" in engine and "no file" in reward
     assert preflight.problems(colocated(make_workload(), cores=1)) == []
@@ -130,7 +160,9 @@ def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
 
 def test_a_plan_that_is_only_checked_runs_no_code(tmp_path: Path) -> None:
     file = tmp_path / "reward.py"
-    file.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef score(prompts, responses, answers): ...\n")
+    file.write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\ndef score(prompts, responses, answers): ...\n"
+    )
     plan = colocated(make_workload(reward=RewardFunction(function=f"{file}:score")), cores=1)
     assert preflight.problems(plan) == [] and not (tmp_path / "ran").exists()
     file.write_text("def score(:")

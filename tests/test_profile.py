@@ -33,7 +33,9 @@ PLACE = Place(parts=(4,), device=CLUSTER.devices["h200"])
 
 
 def layout(**changes: Any) -> TrainerRole:
-    return TrainerRole(**{"pools": ("a",), "shard": 4, "micro_batch_tokens": 4096, "recompute": False, **changes})
+    return TrainerRole(
+        **{"pools": ("a",), "shard": 4, "micro_batch_tokens": 4096, "recompute": False, **changes}
+    )
 
 
 def point(call: str, role: str = "actor", **changes: Any) -> Point:
@@ -64,12 +66,24 @@ def test_an_exact_match_gives_the_measured_seconds(call: str) -> None:
 
 def test_exact_matches_of_generate_sync_and_host() -> None:
     rollout = RolloutRole(
-        engine="vllm", pools=("a",), tensor_parallel=2, replicas=2, memory_fraction=0.5, concurrency=16
+        engine="vllm",
+        pools=("a",),
+        tensor_parallel=2,
+        replicas=2,
+        memory_fraction=0.5,
+        concurrency=16,
     )
     measured = model(
         point("generate", "rollout", tensor_parallel=2, engines=2, concurrency=16, seconds=3.5),
         point("transfer", tensor_parallel=2, engines=2, shared=True, seconds=0.25),
-        Point(call="host", role="advantages", sequences=64, prompt_tokens=6400, response_tokens=12800, seconds=0.5),
+        Point(
+            call="host",
+            role="advantages",
+            sequences=64,
+            prompt_tokens=6400,
+            response_tokens=12800,
+            seconds=0.5,
+        ),
     )
     assert measured.generate(rollout, [PLACE]).seconds == pytest.approx([3.5], rel=1e-12)
     synced = measured.sync(layout(), PLACE, rollout, [PLACE], same_node=True, shared=True)
@@ -79,21 +93,39 @@ def test_exact_matches_of_generate_sync_and_host() -> None:
 
 
 def test_a_transfer_takes_the_mean_ratio_of_those_that_go_the_same_way() -> None:
-    ways: dict[str, dict[str, Any]] = {"within": {"shared": True}, "both": {"partly": True}, "across": {}}
+    ways: dict[str, dict[str, Any]] = {
+        "within": {"shared": True},
+        "both": {"partly": True},
+        "across": {},
+    }
     like = {"tensor_parallel": 1, "engines": 2}
-    points = [point("transfer", seconds=n, **like, **way) for n, way in enumerate(ways.values(), start=1)]
+    points = [
+        point("transfer", seconds=n, **like, **way) for n, way in enumerate(ways.values(), start=1)
+    ]
     rollout = RolloutRole(
-        engine="vllm", pools=("a",), tensor_parallel=1, replicas=2, memory_fraction=0.5, concurrency=16
+        engine="vllm",
+        pools=("a",),
+        tensor_parallel=1,
+        replicas=2,
+        memory_fraction=0.5,
+        concurrency=16,
     )
     asked = {"within": ([PLACE], True), "both": ([PLACE, PLACE], True), "across": ([PLACE], False)}
 
     def synced(*points: Point) -> list[tuple[str, float]]:
         measured = model(*points)
-        found = [measured.sync(layout(), PLACE, rollout, p, same_node=True, shared=s) for p, s in asked.values()]
+        found = [
+            measured.sync(layout(), PLACE, rollout, p, same_node=True, shared=s)
+            for p, s in asked.values()
+        ]
         return [(estimate.source, float(estimate.seconds[0])) for estimate in found]
 
     assert synced(*points) == [("measured", pytest.approx(n, rel=1e-12)) for n in (1, 2, 3)]
-    assert synced(points[1]) == [synced()[0], ("measured", pytest.approx(2, rel=1e-12)), synced()[2]]
+    assert synced(points[1]) == [
+        synced()[0],
+        ("measured", pytest.approx(2, rel=1e-12)),
+        synced()[2],
+    ]
     slower, other = (points[0].model_copy(update=x) for x in ({"seconds": 4.0}, {"engines": 3}))
     assert synced(points[0], slower)[0] == ("measured", pytest.approx(2.5))
     assert synced(other)[0] == ("interpolated", pytest.approx(1))
@@ -103,7 +135,12 @@ def test_a_measured_batch_of_varied_lengths_is_met_exactly() -> None:
     lengths = tuple(sample(VARIED.response, 64, VARIED.seed, 0, 1).tolist())
     like = {"response_tokens": sum(lengths), "response_lengths": lengths}
     rollout = RolloutRole(
-        engine="vllm", pools=("a",), tensor_parallel=1, replicas=4, memory_fraction=0.5, concurrency=16
+        engine="vllm",
+        pools=("a",),
+        tensor_parallel=1,
+        replicas=4,
+        memory_fraction=0.5,
+        concurrency=16,
     )
     measured = model(
         point("generate", "rollout", engines=4, concurrency=16, seconds=2.0, **like),
@@ -112,7 +149,9 @@ def test_a_measured_batch_of_varied_lengths_is_met_exactly() -> None:
     )
     generated = measured.generate(rollout, [PLACE])
     assert generated.source == "measured"
-    assert generated.seconds[0] == pytest.approx(2.0)  # scenario 0 has the very lengths that were measured
+    assert generated.seconds[0] == pytest.approx(
+        2.0
+    )  # scenario 0 has the very lengths that were measured
     assert generated.seconds.std() > 0.01
     assert measured.train("actor", layout(), PLACE).seconds[0] == pytest.approx(4.0)
 
@@ -129,14 +168,18 @@ def test_between_points_interpolated_beyond_them_extrapolated() -> None:
         other = CostModel(WORKLOAD.model_copy(update={"batch": sequences}), CLUSTER)
         ratios.append(measured.seconds / other.infer("actor", layout(), PLACE).seconds[0])
     assert between.source == "interpolated"
-    assert between.seconds[0] == pytest.approx(roofline.seconds[0] * np.mean(ratios))  # the middle of the logarithms
+    assert between.seconds[0] == pytest.approx(
+        roofline.seconds[0] * np.mean(ratios)
+    )  # the middle of the logarithms
     beyond = model(half).infer("actor", layout(), PLACE)
     assert beyond.source == "extrapolated"
     assert beyond.seconds[0] == pytest.approx(roofline.seconds[0] * ratios[0])
 
 
 def test_another_shard_size_is_extrapolated_from_the_nearest() -> None:
-    sharded = [point("infer", shard=shard, seconds=seconds) for shard, seconds in ((1, 9.0), (2, 2.0))]
+    sharded = [
+        point("infer", shard=shard, seconds=seconds) for shard, seconds in ((1, 9.0), (2, 2.0))
+    ]
     estimate = model(*sharded).infer("actor", layout(shard=4), PLACE)
     nearest = model(*sharded).infer("actor", layout(shard=2, replicas=2), PLACE)
     assert (estimate.source, nearest.source) == ("extrapolated", "measured")
@@ -145,7 +188,9 @@ def test_another_shard_size_is_extrapolated_from_the_nearest() -> None:
 
 def test_heads_shapes_and_recomputation_are_kept_apart() -> None:
     measured = model(point("infer", "critic"), point("train", recompute=True))
-    assert measured.infer("reward", layout(), PLACE).source == "measured"  # the critic's shape and head
+    assert (
+        measured.infer("reward", layout(), PLACE).source == "measured"
+    )  # the critic's shape and head
     assert measured.infer("reference", layout(), PLACE).source == "roofline"
     assert measured.train("actor", layout(recompute=True), PLACE).source == "measured"
     assert measured.train("actor", layout(recompute=False), PLACE).source != "measured"
@@ -158,7 +203,12 @@ def test_a_roles_own_points_come_first() -> None:
 
 
 def test_points_of_as_many_gpus_come_first() -> None:
-    half: dict[str, Any] = {"shard": 2, "sequences": 32, "prompt_tokens": 3200, "response_tokens": 6400}
+    half: dict[str, Any] = {
+        "shard": 2,
+        "sequences": 32,
+        "prompt_tokens": 3200,
+        "response_tokens": 6400,
+    }
     few, many = point("train", gpus=2, seconds=9.0, **half), point("train", seconds=1.0, **half)
     asked = layout(shard=2, replicas=2)
     both, alone = (model(*points).train("actor", asked, PLACE) for points in ((few, many), (many,)))
@@ -184,10 +234,14 @@ def test_a_profile_of_another_device_or_model_is_refused() -> None:
     check_profiles([profile(point("infer", model=SHAPE), model=other)], WORKLOAD, CLUSTER)
 
 
-def test_the_commands_say_what_is_not_monotone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_say_what_is_not_monotone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "odd.json"
     profile(smaller("infer", seconds=2.0), point("infer", seconds=1.5)).write(path)
-    read = read_inputs(gpus=4, device=None, gpus_per_node=None, cluster=None, workload="7b", profiles=[path])
+    read = read_inputs(
+        gpus=4, device=None, gpus_per_node=None, cluster=None, workload="7b", profiles=[path]
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"{path}: {warnings_of(read.profiles[0])[0]}"
 
@@ -210,7 +264,9 @@ def test_a_bad_point_is_refused_by_file_and_key(tmp_path: Path, text: str, probl
     path = tmp_path / "profile.json"
     lines = profile(point("infer")).to_json().replace('"seconds": 1.25', text).splitlines()
     anew = re.findall(r'"\w+":', text)
-    path.write_text("\n".join(line for line in lines if text in line or not any(key in line for key in anew)))
+    path.write_text(
+        "\n".join(line for line in lines if text in line or not any(key in line for key in anew))
+    )
     with pytest.raises(UserError, match=problem) as error:
         load_profiles([path])
     assert str(path) in str(error.value)
@@ -219,22 +275,31 @@ def test_a_bad_point_is_refused_by_file_and_key(tmp_path: Path, text: str, probl
 
 def smaller(call: str, **changes: Any) -> Point:
     """Half the batch."""
-    return point(call, **{"sequences": 32, "prompt_tokens": 3200, "response_tokens": 6400, **changes})
+    return point(
+        call, **{"sequences": 32, "prompt_tokens": 3200, "response_tokens": 6400, **changes}
+    )
 
 
 def test_more_work_in_less_time_is_said_and_used() -> None:
     odd = profile(smaller("infer", seconds=2.0), point("infer", seconds=1.5))
     assert warnings_of(odd) == [
-        "infer of actor, shard 4, on 4 GPUs: 9,600 tokens of 32 sequences took 2 s, but 19,200 tokens of 64 sequences "
+        "infer of actor, shard 4, on 4 GPUs: 9,600 tokens of 32 sequences took 2 s, but 19,200 "
+        "tokens of 64 sequences "
         "took 1.5 s; more work in less time is used as measured"
     ]
-    assert CostModel(WORKLOAD, CLUSTER, [odd]).infer("actor", layout(), PLACE).seconds == pytest.approx([1.5])
+    assert CostModel(WORKLOAD, CLUSTER, [odd]).infer(
+        "actor", layout(), PLACE
+    ).seconds == pytest.approx([1.5])
 
 
 def test_more_gpus_that_take_longer_are_said() -> None:
-    odd = profile(point("train", gpus=4, shard=2, seconds=2.0), point("train", gpus=8, shard=2, seconds=2.5, nodes=2))
+    odd = profile(
+        point("train", gpus=4, shard=2, seconds=2.0),
+        point("train", gpus=8, shard=2, seconds=2.5, nodes=2),
+    )
     assert warnings_of(odd) == [
-        "train of actor, shard 2, over 19,200 tokens of 64 sequences: 4 GPUs took 2 s, but 8 GPUs took 2.5 s; more "
+        "train of actor, shard 2, over 19,200 tokens of 64 sequences: 4 GPUs took 2 s, but 8 GPUs "
+        "took 2.5 s; more "
         "GPUs taking longer is used as measured"
     ]
 
@@ -243,11 +308,23 @@ def test_more_gpus_that_take_longer_are_said() -> None:
     "points",
     [
         [smaller("infer", seconds=1.0), point("infer", seconds=1.5)],  # monotone
-        [smaller("infer", seconds=2.0, spread=0.4), point("infer", seconds=1.5, spread=0.2)],  # within the spreads
+        [
+            smaller("infer", seconds=2.0, spread=0.4),
+            point("infer", seconds=1.5, spread=0.2),
+        ],  # within the spreads
         [smaller("infer", seconds=2.0), point("infer", "critic", seconds=1.5)],  # of another role
-        [smaller("train", seconds=2.0), point("train", recompute=True, seconds=1.5)],  # in another layout
-        [smaller("infer", seconds=2.0), point("infer", response_tokens=3200, seconds=1.5)],  # shorter responses
-        [point("infer", gpus=4, seconds=1.5), point("infer", gpus=8, shard=8, seconds=2.0)],  # sharded more
+        [
+            smaller("train", seconds=2.0),
+            point("train", recompute=True, seconds=1.5),
+        ],  # in another layout
+        [
+            smaller("infer", seconds=2.0),
+            point("infer", response_tokens=3200, seconds=1.5),
+        ],  # shorter responses
+        [
+            point("infer", gpus=4, seconds=1.5),
+            point("infer", gpus=8, shard=8, seconds=2.0),
+        ],  # sharded more
         [smaller("wake", seconds=2.0), point("wake", seconds=1.5)],  # moves depend on no tokens
     ],
 )
@@ -257,15 +334,26 @@ def test_no_warning_where_nothing_contradicts(points: list[Point]) -> None:
 
 def test_one_line_for_each_layout_however_many_points() -> None:
     falling = [
-        point("infer", sequences=n, prompt_tokens=100 * n, response_tokens=200 * n, seconds=10 - n / 20)
+        point(
+            "infer",
+            sequences=n,
+            prompt_tokens=100 * n,
+            response_tokens=200 * n,
+            seconds=10 - n / 20,
+        )
         for n in range(8, 65, 8)
     ]
     (line,) = warnings_of(profile(*falling, *falling))
-    assert "of 8 sequences took 9.6 s" in line and "of 64 sequences took 6.8 s" in line  # the worst of them
+    assert (
+        "of 8 sequences took 9.6 s" in line and "of 64 sequences took 6.8 s" in line
+    )  # the worst of them
 
 
 def test_a_profile_survives_a_round_trip_with_its_hash(tmp_path: Path) -> None:
-    path, written = tmp_path / "profile.json", profile(point("infer"), point("train"), versions={"torch": "2.11"})
+    path, written = (
+        tmp_path / "profile.json",
+        profile(point("infer"), point("train"), versions={"torch": "2.11"}),
+    )
     written.write(path)
     (read,) = load_profiles([path])
     assert read.points == written.points

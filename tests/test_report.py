@@ -1,4 +1,5 @@
-"""Comparisons by hand-computed numbers, pictures by their pixels, tables and traces by what they say."""
+"""Comparisons by hand-computed numbers, pictures by their pixels, tables and traces by what they
+say."""
 
 import io
 import json
@@ -17,7 +18,15 @@ from planner.predict.forecast import forecast, forecast_of
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
 from planner.report import gantt, tables, trace
-from planner.report.compare import compare, critical_seconds, occupancy, pool_busy, resimulate, steps_of, whole_steps
+from planner.report.compare import (
+    compare,
+    critical_seconds,
+    occupancy,
+    pool_busy,
+    resimulate,
+    steps_of,
+    whole_steps,
+)
 from planner.report.live import LiveProgress
 from planner.spec.cluster import make_cluster
 from planner.spec.dataflow import ppo
@@ -39,7 +48,8 @@ SECONDS = {
 
 
 def one_step_off() -> Plan:
-    """Rollout on 4 GPUs, generating for the next step while actor and critic train on 2 and 1; 1 GPU is unused."""
+    """Rollout on 4 GPUs, generating for the next step while actor and critic train on 2 and 1; 1
+    GPU is unused."""
     roles = {"rollout": "g", "actor": "t", "critic": "c", "reference": "t", "reward": "c"}
     return make_plan(
         make_workload(),
@@ -56,19 +66,29 @@ def ahead(staleness: int) -> Plan:
     """All roles on one GPU, generating so many steps ahead."""
     offsets = {"generate": staleness} if staleness else {}
     return make_plan(
-        make_workload(), {"a": 1}, dict.fromkeys(ROLES, "a"), offsets=offsets, staleness=staleness, blocking=False
+        make_workload(),
+        {"a": 1},
+        dict.fromkeys(ROLES, "a"),
+        offsets=offsets,
+        staleness=staleness,
+        blocking=False,
     )
 
 
 def timeline_of(
-    plan: Plan, steps: int = 6, seconds: Callable[[Task], float] = lambda task: SECONDS[task.call.name]
+    plan: Plan,
+    steps: int = 6,
+    seconds: Callable[[Task], float] = lambda task: SECONDS[task.call.name],
 ) -> Timeline:
     spans = simulate(tasks_of(plan, steps), seconds)
-    return Timeline(source="simulated", plan=plan.name, steps=steps, warmup=plan.staleness + 1, spans=spans)
+    return Timeline(
+        source="simulated", plan=plan.name, steps=steps, warmup=plan.staleness + 1, spans=spans
+    )
 
 
 def serial_run(plan: Plan, steps: int, gap: float) -> Timeline:
-    """A measured run of a serial plan: calls of 1 s, and a controller that takes `gap` seconds before each."""
+    """A measured run of a serial plan: calls of 1 s, and a controller that takes `gap` seconds
+    before each."""
     spans, now = [], 0.0
     for task in tasks_of(plan, steps):
         start, ready, now = now + gap, now, now + gap + 1.0
@@ -112,7 +132,9 @@ def test_controller_overhead_is_what_the_gaps_add() -> None:
     assert comparison.resimulated_step_seconds == pytest.approx(1.0 * calls)
     assert comparison.controller_overhead == pytest.approx(0.1)
     assert comparison.step.error == pytest.approx(1.2 / 1.1 - 1)
-    assert {row.name: row.error for row in comparison.calls} == pytest.approx(dict.fromkeys(plan.dataflow.names, 0.2))
+    assert {row.name: row.error for row in comparison.calls} == pytest.approx(
+        dict.fromkeys(plan.dataflow.names, 0.2)
+    )
     assert [row.name for row in comparison.steps] == ["1", "2", "3", "4", "5"]
     assert [row.measured for row in comparison.steps] == pytest.approx([1.1 * calls] * 5)
 
@@ -127,13 +149,18 @@ def test_the_last_steps_of_a_pipeline_do_not_count() -> None:
     assert [row.name for row in comparison.steps] == ["2", "3", "4"]
     assert comparison.step.measured == pytest.approx(total)
     window = gantt.window_of(timeline, 9)
-    assert list(window.ends) == [1, 2, 3, 4] and window.end - window.begin == pytest.approx(3 * total)
+    assert list(window.ends) == [1, 2, 3, 4] and window.end - window.begin == pytest.approx(
+        3 * total
+    )
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 2])
 @pytest.mark.parametrize("left", [1, 3, 12, 30])
-def test_a_run_that_ended_early_is_compared_with_a_run_that_did_too(staleness: int, left: int) -> None:
-    """Each call took what was expected, so nothing is off, however many calls of the run are missing."""
+def test_a_run_that_ended_early_is_compared_with_a_run_that_did_too(
+    staleness: int, left: int
+) -> None:
+    """Each call took what was expected, so nothing is off, however many calls of the run are
+    missing."""
     plan = ahead(staleness)
     expected = forecast(plan, 9)
     cut = expected.model_copy(update={"source": "measured", "spans": in_order(expected)[:-left]})
@@ -150,13 +177,15 @@ def in_order(timeline: Timeline) -> tuple[Span, ...]:
 
 def test_a_timeline_compared_with_itself_has_no_error() -> None:
     plan = one_step_off()
-    timeline = timeline_of(plan, seconds=lambda task: SECONDS[task.call.name] * (1 + 0.1 * (task.step % 3)))
+    timeline = timeline_of(
+        plan, seconds=lambda task: SECONDS[task.call.name] * (1 + 0.1 * (task.step % 3))
+    )
     comparison = compare(plan, timeline, timeline)
     assert resimulate(plan, timeline).spans == timeline.spans
     assert comparison.controller_overhead == pytest.approx(0.0, abs=1e-12)
-    assert [row.error for row in (*comparison.calls, *comparison.steps, comparison.step)] == pytest.approx(
-        [0.0] * (len(comparison.calls) + len(comparison.steps) + 1)
-    )
+    assert [
+        row.error for row in (*comparison.calls, *comparison.steps, comparison.step)
+    ] == pytest.approx([0.0] * (len(comparison.calls) + len(comparison.steps) + 1))
 
 
 def test_steps_add_up_to_the_run() -> None:
@@ -172,22 +201,31 @@ def test_an_interrupted_run_is_compared_by_its_whole_steps() -> None:
     cut = run.model_copy(update={"spans": run.spans[:-2]})
     whole = whole_steps(plan, cut)
     assert whole.steps == 3 and {span.step for span in whole.spans} == {0, 1, 2}
-    assert compare(plan, timeline_of(plan, seconds=lambda task: 1.0), cut).controller_overhead == pytest.approx(0.1)
-    with pytest.raises(UserError, match=r"finished 1 steps, of which 1 are warm-up.*execute more steps"):
+    assert compare(
+        plan, timeline_of(plan, seconds=lambda task: 1.0), cut
+    ).controller_overhead == pytest.approx(0.1)
+    with pytest.raises(
+        UserError, match=r"finished 1 steps, of which 1 are warm-up.*execute more steps"
+    ):
         whole_steps(plan, run.model_copy(update={"spans": run.spans[:12]}))
 
 
 def test_a_run_resumed_under_another_plan_is_compared_from_where_it_went_on() -> None:
     plan = ahead(1)
     whole = forecast(plan, 9)
-    resumed = whole.model_copy(update={"warmup": 5, "spans": tuple(s for s in whole.spans if s.step >= 3)})
+    resumed = whole.model_copy(
+        update={"warmup": 5, "spans": tuple(s for s in whole.spans if s.step >= 3)}
+    )
     measured = whole_steps(plan, resumed)
     assert (measured.steps, measured.drain) == (9, 0)
     comparison = compare(plan, forecast_of(plan, measured), measured)
     assert comparison.step.error == pytest.approx(0, abs=1e-9)
     assert [row.name for row in comparison.steps] == ["5", "6", "7", "8"]
     with pytest.raises(UserError, match="finished 1 steps, of which 2 are warm-up"):
-        whole_steps(plan, resumed.model_copy(update={"spans": tuple(s for s in resumed.spans if s.step < 4)}))
+        whole_steps(
+            plan,
+            resumed.model_copy(update={"spans": tuple(s for s in resumed.spans if s.step < 4)}),
+        )
 
 
 def test_a_call_that_never_counts_is_compared_by_the_steps_before() -> None:
@@ -195,8 +233,13 @@ def test_a_call_that_never_counts_is_compared_by_the_steps_before() -> None:
     plan = ahead(1)
     spans = tuple(s for s in timeline_of(plan, 6).spans if s.call != "score" or s.step in (0, 5))
     timeline = timeline_of(plan, 6).model_copy(update={"drain": 1, "spans": spans})
-    slow = [Span(**{**vars_of(s), "end": s.end + 9}) if s.step == 5 and s.call == "score" else s for s in spans]
-    assert mean_call_seconds(timeline.model_copy(update={"spans": tuple(slow)})) == mean_call_seconds(timeline)
+    slow = [
+        Span(**{**vars_of(s), "end": s.end + 9}) if s.step == 5 and s.call == "score" else s
+        for s in spans
+    ]
+    assert mean_call_seconds(
+        timeline.model_copy(update={"spans": tuple(slow)})
+    ) == mean_call_seconds(timeline)
 
 
 def vars_of(span: Span) -> dict[str, object]:
@@ -213,7 +256,8 @@ def test_a_run_of_another_plan_is_refused() -> None:
 
 
 def test_busy_shares_are_those_of_the_steady_state() -> None:
-    """Generation bounds the step (20 + 1 s of sync); the drain, which has no generation, does not count."""
+    """Generation bounds the step (20 + 1 s of sync); the drain, which has no generation, does not
+    count."""
     plan = one_step_off()
     timeline = timeline_of(plan)
     assert step_seconds(timeline) == pytest.approx(21.0)
@@ -250,8 +294,13 @@ def test_the_picture_shows_bars_in_proportion_to_their_time() -> None:
     plan = one_step_off()
     timeline = timeline_of(plan)
     image = pixels(gantt.render([timeline], plan))
-    update_actor, update_critic = (share_of(image, gantt.COLORS[call]) for call in ("update_actor", "update_critic"))
-    heights = {lane.name: lane.height for lane in gantt.lanes_of(timeline, plan, gantt.window_of(timeline, 3))}
+    update_actor, update_critic = (
+        share_of(image, gantt.COLORS[call]) for call in ("update_actor", "update_critic")
+    )
+    heights = {
+        lane.name: lane.height
+        for lane in gantt.lanes_of(timeline, plan, gantt.window_of(timeline, 3))
+    }
     wanted = SECONDS["update_actor"] * heights["t"] / (SECONDS["update_critic"] * heights["c"])
     assert update_actor / update_critic == pytest.approx(wanted, rel=0.2)
     assert share_of(image, gantt.COLORS["generate"]) > update_actor
@@ -261,7 +310,10 @@ def test_the_picture_shows_bars_in_proportion_to_their_time() -> None:
 
 def test_two_timelines_share_a_time_axis() -> None:
     plan = one_step_off()
-    fast, slow = timeline_of(plan), timeline_of(plan, seconds=lambda task: 2 * SECONDS[task.call.name])
+    fast, slow = (
+        timeline_of(plan),
+        timeline_of(plan, seconds=lambda task: 2 * SECONDS[task.call.name]),
+    )
     alone, both = (pixels(gantt.render(shown, plan)) for shown in ([fast], [fast, slow]))
     assert both.shape[0] > 1.5 * alone.shape[0] and both.shape[1] == alone.shape[1]
     color, half = gantt.COLORS["update_actor"], both.shape[0] // 2
@@ -303,7 +355,9 @@ def test_a_trace_has_each_span_on_each_of_its_pools(tmp_path: Path) -> None:
     sync = next(span for span in timeline.spans if span.call == "sync_weights" and span.step == 2)
     found = [e for e in drawn if e["name"] == "sync_weights 2"]
     assert {e["tid"] for e in found} == {threads["g"], threads["t"]}
-    assert all(e["ts"] == pytest.approx(1e6 * sync.start) and e["dur"] == pytest.approx(1e6) for e in found)
+    assert all(
+        e["ts"] == pytest.approx(1e6 * sync.start) and e["dur"] == pytest.approx(1e6) for e in found
+    )
     for thread in threads.values():
         on = sorted((e["ts"], e["ts"] + e["dur"]) for e in drawn if e["tid"] == thread)
         assert all(end <= start + 1e-3 for (_, end), (start, _) in pairwise(on))
@@ -311,13 +365,18 @@ def test_a_trace_has_each_span_on_each_of_its_pools(tmp_path: Path) -> None:
 
 def test_the_search_table_has_speed_ups_and_reasons() -> None:
     best, split = predicted(one_step_off(), 20.0), predicted(colocated(make_workload()), 30.0)
-    table = tables.plans_table(best, {"colocated": "actor needs 90 GB of 80 GB", "split": split}, (split,))
+    table = tables.plans_table(
+        best, {"colocated": "actor needs 90 GB of 80 GB", "split": split}, (split,)
+    )
     lines = text_of(table).splitlines()
     (row,) = (line for line in lines if line.startswith("best"))
     assert "20.0" in row and "1.50×" in row and "–" in row and "44%" in row
     (unfit,) = (line for line in lines if "does not fit: actor needs 90 GB of 80 GB" in line)
     assert unfit.startswith("colocated")
-    assert sum("2: all roles" in line for line in lines) == 2 and "4: rollout | 2: actor reference" in row
+    assert (
+        sum("2: all roles" in line for line in lines) == 2
+        and "4: rollout | 2: actor reference" in row
+    )
     assert "1: idle" in " ".join(lines)
 
 
@@ -349,7 +408,9 @@ def test_the_comparison_is_told_in_two_sentences() -> None:
     step, overhead = tables.verdict(comparison)
     assert step == "Step time: predicted 10.8 s, measured 9.90 s, error +9.1%."
     assert overhead.startswith("Controller overhead: +10.0%")
-    assert text_of(*tables.comparison_tables(comparison)).count("+20.0%") == len(plan.dataflow.calls)
+    assert text_of(*tables.comparison_tables(comparison)).count("+20.0%") == len(
+        plan.dataflow.calls
+    )
     assert "generate" in text_of(tables.calls_table(plan, mean_call_seconds(slow)))
 
 

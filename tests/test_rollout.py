@@ -5,10 +5,10 @@ import pytest
 import torch
 from conftest import SHAPE
 
-from executor import models, weights
-from executor.data import Requests, make_requests
-from executor.rollout import Engine, TransformersEngine, _invert
-from executor.vllm_engine import graph_sizes
+from executor.data.batch import Requests, make_requests
+from executor.rollout.engine import Engine, TransformersEngine, _invert
+from executor.rollout.vllm.engine import graph_sizes
+from executor.training import models, weights
 from planner.spec.workload import Model
 
 EOS = 5
@@ -19,10 +19,14 @@ def model() -> torch.nn.Module:
     return models.load("actor", Model(shape=SHAPE, random_weights=True), 3, torch.float32)
 
 
-def requests(prompts: list[list[int]], max_tokens: int = 12, exact: bool = False, seed: int = 0) -> Requests:
+def requests(
+    prompts: list[list[int]], max_tokens: int = 12, exact: bool = False, seed: int = 0
+) -> Requests:
     keys = np.array([(seed, 0, row, 0) for row in range(len(prompts))])
     arrays = [np.array(prompt, dtype=np.int32) for prompt in prompts]
-    return make_requests(arrays, keys, np.full(len(prompts), max_tokens), np.full(len(prompts), exact))
+    return make_requests(
+        arrays, keys, np.full(len(prompts), max_tokens), np.full(len(prompts), exact)
+    )
 
 
 PROMPTS = [[1, 2, 3], [4], [6, 7, 8, 9, 10], [11, 12]] * 3
@@ -39,12 +43,18 @@ def test_a_sequence_does_not_depend_on_the_batch_it_is_in(model: torch.nn.Module
     together = responses(TransformersEngine(model, [EOS], 64), asked, 1.0)
     assert together == responses(TransformersEngine(model, [EOS], 5), asked, 1.0)
     reverse = np.arange(len(PROMPTS))[::-1].copy()
-    assert together[::-1] == responses(TransformersEngine(model, [EOS], 64), asked.take(reverse), 1.0)
-    assert together != responses(TransformersEngine(model, [EOS], 64), requests(PROMPTS, seed=1), 1.0)
+    assert together[::-1] == responses(
+        TransformersEngine(model, [EOS], 64), asked.take(reverse), 1.0
+    )
+    assert together != responses(
+        TransformersEngine(model, [EOS], 64), requests(PROMPTS, seed=1), 1.0
+    )
 
 
 def test_responses_end_at_end_of_sequence_or_at_the_limit(model: torch.nn.Module) -> None:
-    found = responses(TransformersEngine(model, [EOS, 17], 64), requests(PROMPTS * 8, max_tokens=20), 2.0)
+    found = responses(
+        TransformersEngine(model, [EOS, 17], 64), requests(PROMPTS * 8, max_tokens=20), 2.0
+    )
     ended = [response for response in found if response[-1] in (EOS, 17)]
     assert ended and len(ended) < len(found)
     assert all(not {EOS, 17} & set(response[:-1]) for response in found)
@@ -54,13 +64,20 @@ def test_responses_end_at_end_of_sequence_or_at_the_limit(model: torch.nn.Module
 def test_exact_requests_ignore_end_of_sequence(model: torch.nn.Module) -> None:
     everything = list(range(SHAPE["vocab"]))
     asked = requests(PROMPTS, max_tokens=6, exact=True)
-    assert {len(response) for response in responses(TransformersEngine(model, everything, 64), asked, 1.0)} == {6}
+    assert {
+        len(response)
+        for response in responses(TransformersEngine(model, everything, 64), asked, 1.0)
+    } == {6}
 
 
-def test_without_a_temperature_it_generates_what_transformers_does_greedily(model: torch.nn.Module) -> None:
+def test_without_a_temperature_it_generates_what_transformers_does_greedily(
+    model: torch.nn.Module,
+) -> None:
     ours = responses(TransformersEngine(model, [], 64), requests(PROMPTS[:4]), None)
     for prompt, response in zip(PROMPTS, ours, strict=False):
-        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0)
+        theirs = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
         assert response == theirs[0, len(prompt) :].tolist()
 
 
@@ -85,7 +102,9 @@ def test_a_token_without_probability_is_never_drawn() -> None:
 
 def test_new_weights_are_used_and_must_be_the_same_parameters(model: torch.nn.Module) -> None:
     other = models.load("actor", Model(shape=SHAPE, random_weights=True), 4, torch.float32)
-    engine = TransformersEngine(models.load("actor", Model(shape=SHAPE, random_weights=True), 3, torch.float32), [], 64)
+    engine = TransformersEngine(
+        models.load("actor", Model(shape=SHAPE, random_weights=True), 3, torch.float32), [], 64
+    )
     before = responses(engine, requests(PROMPTS), None)
     arrays = weights.gather(other, keep=True)
     assert arrays is not None

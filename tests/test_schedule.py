@@ -7,7 +7,16 @@ from planner.predict.schedule import check, staleness, tasks_of
 from planner.spec.errors import UserError
 
 ONE_STEP_OFF = {"rollout": "r", "actor": "t", "critic": "t", "reference": "t", "reward": "t"}
-AHEAD = ["generate", "score", "ref_logprobs", "old_logprobs", "values", "advantages", "update_critic", "update_actor"]
+AHEAD = [
+    "generate",
+    "score",
+    "ref_logprobs",
+    "old_logprobs",
+    "values",
+    "advantages",
+    "update_critic",
+    "update_actor",
+]
 AHEAD += ["sync_weights"]
 
 
@@ -29,7 +38,9 @@ def test_split_has_the_predecessors_that_pools_and_data_imply():
     tasks = by_name(tasks_of(split(make_workload()), 2))
 
     def after(name, step):
-        names = {(t.call.name, t.step) for t in tasks.values() if t.index in tasks[name, step].after}
+        names = {
+            (t.call.name, t.step) for t in tasks.values() if t.index in tasks[name, step].after
+        }
         return names
 
     assert after("generate", 0) == set()
@@ -53,7 +64,14 @@ def test_pool_order_is_the_issue_order():
 
 
 def test_one_step_ahead_generates_with_the_version_before_the_last_update():
-    plan = make_plan(make_workload(), {"r": 1, "t": 1}, ONE_STEP_OFF, order=AHEAD, offsets={"generate": 1}, staleness=1)
+    plan = make_plan(
+        make_workload(),
+        {"r": 1, "t": 1},
+        ONE_STEP_OFF,
+        order=AHEAD,
+        offsets={"generate": 1},
+        staleness=1,
+    )
     tasks = by_name(tasks_of(plan, 5))
     assert [tasks["generate", step].weights_version for step in range(5)] == [0, 0, 1, 2, 3]
     assert staleness(list(tasks.values())) == 1
@@ -62,11 +80,24 @@ def test_one_step_ahead_generates_with_the_version_before_the_last_update():
 
 
 def test_reading_what_is_written_later_is_a_deadlock():
-    order = ["generate", "update_actor", "score", "ref_logprobs", "old_logprobs", "values", "advantages"]
+    order = [
+        "generate",
+        "update_actor",
+        "score",
+        "ref_logprobs",
+        "old_logprobs",
+        "values",
+        "advantages",
+    ]
     plan = make_plan(
-        make_workload(), {"a": 2}, dict.fromkeys(ROLES, "a"), order=[*order, "update_critic", "sync_weights"]
+        make_workload(),
+        {"a": 2},
+        dict.fromkeys(ROLES, "a"),
+        order=[*order, "update_critic", "sync_weights"],
     )
-    with pytest.raises(UserError, match="program deadlocks: update_actor of step 0 reads advantages"):
+    with pytest.raises(
+        UserError, match="program deadlocks: update_actor of step 0 reads advantages"
+    ):
         check(plan)
 
 
@@ -78,16 +109,26 @@ def test_a_generate_that_needs_its_own_update_is_a_deadlock():
 
 
 def test_weights_that_are_overwritten_before_they_are_read_are_refused():
-    """update_actor of the next step before the sync of this one: the sync would hand over the wrong version."""
+    """update_actor of the next step before the sync of this one: the sync would hand over the wrong
+    version."""
     offsets = {name: 1 for name in AHEAD if name not in ("sync_weights",)}
-    plan = make_plan(make_workload(), {"a": 2}, dict.fromkeys(ROLES, "a"), order=AHEAD, offsets=offsets, staleness=1)
+    plan = make_plan(
+        make_workload(),
+        {"a": 2},
+        dict.fromkeys(ROLES, "a"),
+        order=AHEAD,
+        offsets=offsets,
+        staleness=1,
+    )
     with pytest.raises(UserError, match="sync_weights of step 0 needs actor_weights of step 0"):
         check(plan)
 
 
 def test_more_staleness_than_allowed_is_refused():
     workload = make_workload(max_staleness=0)
-    plan = make_plan(workload, {"r": 1, "t": 1}, ONE_STEP_OFF, order=AHEAD, offsets={"generate": 1}, staleness=1)
+    plan = make_plan(
+        workload, {"r": 1, "t": 1}, ONE_STEP_OFF, order=AHEAD, offsets={"generate": 1}, staleness=1
+    )
     with pytest.raises(UserError, match="1 updates old, but the workload allows 0"):
         check(plan)
 
@@ -112,14 +153,20 @@ def test_a_later_wait_on_older_calls_keeps_the_earlier_one():
     order = ["generate", "score", "ref_logprobs", ("ref_logprobs",), ("score",), *AHEAD[3:]]
     plan = make_plan(make_workload(), {"a": 1, "b": 1}, split_roles(), order=order)
     tasks = by_name(tasks_of(plan, 1))
-    assert set(tasks["old_logprobs", 0].waits) == {tasks["score", 0].index, tasks["ref_logprobs", 0].index}
+    assert set(tasks["old_logprobs", 0].waits) == {
+        tasks["score", 0].index,
+        tasks["ref_logprobs", 0].index,
+    }
 
 
 def test_a_wait_on_a_call_issued_before_another_wait_does_not_replace_it():
     order = ["generate", "score", "ref_logprobs", ("score",), ("ref_logprobs",), *AHEAD[3:]]
     plan = make_plan(make_workload(), {"a": 1, "b": 1}, split_roles(), order=order)
     tasks = by_name(tasks_of(plan, 1))
-    assert set(tasks["old_logprobs", 0].waits) == {tasks["score", 0].index, tasks["ref_logprobs", 0].index}
+    assert set(tasks["old_logprobs", 0].waits) == {
+        tasks["score", 0].index,
+        tasks["ref_logprobs", 0].index,
+    }
 
 
 def test_calls_that_run_every_n_steps():

@@ -17,10 +17,12 @@ from planner.predict.memory import check_memory
 from planner.predict.profile import load_profiles
 from planner.predict.schedule import check, unroll
 from planner.predict.simulate import simulate
-from planner.search import NAMES, baseline, find, problem_of
-from planner.search.branch import search
-from planner.search.orders import orders
-from planner.search.space import pack, parts_of, sizes, structures
+from planner.search import baseline, find
+from planner.search.questions.baselines import NAMES
+from planner.search.solver.branch_and_bound import search
+from planner.search.solver.problem import problem_of
+from planner.search.space.enumerate_programs import orders
+from planner.search.space.placements import pack, parts_of, sizes, structures
 from planner.spec.cluster import Cluster, Node, make_cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -32,7 +34,8 @@ from planner.spec.workload import load_workload
 
 
 def brute_force(workload, cluster):
-    """The shortest simulated step over every structure, pool size, layout and program, one plan at a time."""
+    """The shortest simulated step over every structure, pool size, layout and program, one plan at
+    a time."""
     best = np.inf
     flow = ppo(workload).steady
     model = CostModel(workload, cluster)
@@ -42,11 +45,15 @@ def brute_force(workload, cluster):
         for counts in sizes(len(cluster.gpus), len(structure)):
             gpus = pack(counts, cluster)
             pools = {name: Pool(gpus=pool) for name, pool in zip(names, gpus, strict=True)}
-            home = {role: i for i, roles in enumerate(structure) for role in roles if role != "rollout"}
+            home = {
+                role: i for i, roles in enumerate(structure) for role in roles if role != "rollout"
+            }
             generating = [i for i, roles in enumerate(structure) if "rollout" in roles]
             shared = any(structure[i] != {"rollout"} for i in generating)
             parts = tuple(parts_of(gpus[i]) for i in generating)
-            rollouts = rollout_layouts(workload, parts, tuple(names[i] for i in generating), device, shared)
+            rollouts = rollout_layouts(
+                workload, parts, tuple(names[i] for i in generating), device, shared
+            )
             trainers = [
                 [
                     layout
@@ -70,18 +77,27 @@ def brute_force(workload, cluster):
                     check_memory(base)
                 except UserError:
                     continue
-                seconds = {call.name: float(model.call(call, base).seconds[0]) for call in flow.calls}
-                loads = [sum(seconds[c.name] for c in flow.calls if pool in base.pools_of(c)) for pool in names]
+                seconds = {
+                    call.name: float(model.call(call, base).seconds[0]) for call in flow.calls
+                }
+                loads = [
+                    sum(seconds[c.name] for c in flow.calls if pool in base.pools_of(c))
+                    for pool in names
+                ]
                 if max(loads) >= best:  # a step is never shorter than what one pool has to do
                     continue
                 for k in range(workload.max_staleness + 1):
                     for items in orders(flow, dict(pools_of_calls(flow, structure)), k):
                         spans = simulate(
-                            unroll(flow, items, base.pools_of, 18), lambda task, s=seconds: s[task.call.name]
+                            unroll(flow, items, base.pools_of, 18),
+                            lambda task, s=seconds: s[task.call.name],
                         )
                         ends = {(span.call, span.step): span.end for span in spans}
-                        # Far from the filling and the draining, of the slowest call: all others end up as slow.
-                        best = min(best, max((ends[name, 15] - ends[name, 9]) / 6 for name in flow.names))
+                        # Far from the filling and the draining, of the slowest call: all others end
+                        # up as slow.
+                        best = min(
+                            best, max((ends[name, 15] - ends[name, 9]) / 6 for name in flow.names)
+                        )
     return best
 
 
@@ -121,17 +137,25 @@ def test_the_default_plan_is_sound(result):
 
 def test_the_plan_predicts_what_its_simulation_shows(result):
     fixed = Fixed(tokens=900)
-    plan = find(result.best.workload.model_copy(update={"response": fixed}), result.best.cluster).best
+    plan = find(
+        result.best.workload.model_copy(update={"response": fixed}), result.best.cluster
+    ).best
     timeline = forecast(plan, 30)
     ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
     assert (ends[22] - ends[10]) / 12 == pytest.approx(plan.predicted.step_seconds, rel=1e-9)
-    assert step_seconds(timeline) == pytest.approx(plan.predicted.step_seconds, rel=0.02)  # the last step drains
-    assert step_seconds(forecast(result.best, 33)) == pytest.approx(result.best.predicted.step_seconds, rel=0.05)
+    assert step_seconds(timeline) == pytest.approx(
+        plan.predicted.step_seconds, rel=0.02
+    )  # the last step drains
+    assert step_seconds(forecast(result.best, 33)) == pytest.approx(
+        result.best.predicted.step_seconds, rel=0.05
+    )
 
 
 def test_no_baseline_or_runner_up_beats_the_winner(result):
     assert set(result.baselines) == set(NAMES)
-    others = [plan for plan in (*result.baselines.values(), *result.runners_up) if isinstance(plan, Plan)]
+    others = [
+        plan for plan in (*result.baselines.values(), *result.runners_up) if isinstance(plan, Plan)
+    ]
     assert len(others) >= 6
     for plan in others:
         check(plan)
@@ -153,7 +177,12 @@ def test_split_is_the_tutorials(result):
 
 @pytest.mark.parametrize(
     ("gpus", "halves", "idle"),
-    [(2, [(0, 1), (0, 1)], 0), (3, [(0, 1), (0, 1)], 1), (8, [(0, 4), (0, 4)], 0), (24, [(0, 8), (1, 8)], 8)],
+    [
+        (2, [(0, 1), (0, 1)], 0),
+        (3, [(0, 1), (0, 1)], 1),
+        (8, [(0, 4), (0, 4)], 0),
+        (24, [(0, 8), (1, 8)], 8),
+    ],
 )
 def test_what_is_odd_of_a_split_stays_idle(gpus, halves, idle):
     """Half of one node each, or half of the nodes, whole."""
@@ -173,7 +202,9 @@ def test_on_policy_only_where_no_staleness_is_allowed():
 
 def test_search_is_deterministic():
     first, second = (find(*default()).best for _ in range(2))
-    assert first.model_copy(update={"predicted": None}) == second.model_copy(update={"predicted": None})
+    assert first.model_copy(update={"predicted": None}) == second.model_copy(
+        update={"predicted": None}
+    )
     assert predict(first) == predict(second)
 
 
@@ -191,7 +222,11 @@ def test_too_little_memory_is_an_error():
 
 
 def test_workloads_with_fewer_roles():
-    for changes in ({"reference": None}, {"critic": None, "reference": None}, {"proximal": "rollout"}):
+    for changes in (
+        {"reference": None},
+        {"critic": None, "reference": None},
+        {"proximal": "rollout"},
+    ):
         workload = small_workload(**changes)
         plan = find(workload, tiny_cluster(4)).best
         check(plan)
@@ -202,12 +237,16 @@ def test_workloads_with_fewer_roles():
 
 
 def varied(**changes):
-    return small_workload(response={"kind": "lognormal", "mean": 256, "sigma": 0.8, "max": 1024}, **changes)
+    return small_workload(
+        response={"kind": "lognormal", "mean": 256, "sigma": 0.8, "max": 1024}, **changes
+    )
 
 
 def test_each_objective_is_best_at_its_own():
     workload, cluster = varied(), tiny_cluster(4)
-    mean, p95, cost = (find(workload, cluster, objective=objective).best for objective in ("mean", "p95", "cost"))
+    mean, p95, cost = (
+        find(workload, cluster, objective=objective).best for objective in ("mean", "p95", "cost")
+    )
     assert mean.predicted.step_seconds <= p95.predicted.step_seconds * (1 + 1e-9)
     assert p95.predicted.step_seconds_p95 <= mean.predicted.step_seconds_p95 * (1 + 1e-9)
     assert p95.predicted.lower_bound_seconds == pytest.approx(p95.predicted.step_seconds_p95)
@@ -217,7 +256,9 @@ def test_each_objective_is_best_at_its_own():
 
 def test_one_scenario_is_a_search_at_fixed_durations():
     workload, cluster = varied(), tiny_cluster(3)
-    one, many = (find(workload, cluster, scenarios=scenarios).best.predicted for scenarios in (1, 16))
+    one, many = (
+        find(workload, cluster, scenarios=scenarios).best.predicted for scenarios in (1, 16)
+    )
     assert (one.proof.scenarios, many.proof.scenarios) == (1, 16)
     assert one.step_seconds == one.step_seconds_p95 < many.step_seconds_p95
 
@@ -226,7 +267,12 @@ def test_a_search_that_is_ended_keeps_its_best_plan_with_an_honest_gap():
     problem = problem_of(default()[0], make_cluster(32), (), None)
     full = search(problem, 1)
     for deadline in (0.0, 0.4):
-        found = search(problem_of(default()[0], make_cluster(32), (), None), 1, None, time.perf_counter() + deadline)
+        found = search(
+            problem_of(default()[0], make_cluster(32), (), None),
+            1,
+            None,
+            time.perf_counter() + deadline,
+        )
         assert found.bound <= full.best[0].seconds * (1 + 1e-9)
         assert not found.best or found.best[0].seconds >= full.best[0].seconds * (1 - 1e-9)
     assert not full.ended
@@ -234,7 +280,12 @@ def test_a_search_that_is_ended_keeps_its_best_plan_with_an_honest_gap():
 
 def test_a_search_that_is_ended_gives_no_plan_slower_than_a_baseline():
     workload, cluster = default()[0], make_cluster(512)
-    for time_limit in (0.1, 0.2, 0.3, 0.5):  # on some machine some of them end it after a first plan
+    for time_limit in (
+        0.1,
+        0.2,
+        0.3,
+        0.5,
+    ):  # on some machine some of them end it after a first plan
         with contextlib.suppress(UserError):
             found = find(workload, cluster, keep=1, scenarios=1, time_limit=time_limit)
             plans = [plan for plan in found.baselines.values() if isinstance(plan, Plan)]
@@ -243,8 +294,8 @@ def test_a_search_that_is_ended_gives_no_plan_slower_than_a_baseline():
 
 
 def test_measured_costs_leave_a_large_search_small():
-    """The bounds stay sharp: once they did not know which of the measured syncs a plan has, and ten thousand sizes of
-    pools were left."""
+    """The bounds stay sharp: once they did not know which of the measured syncs a plan has, and ten
+    thousand sizes of pools were left."""
     workload = load_workload(profiles_dir() / "workloads" / "h200-1.5b.toml")
     profiles = load_profiles([profiles_dir() / "h200" / "1.5b-4gpu.json"])
     found = find(workload, make_cluster(64), profiles=profiles, keep=1, time_limit=60)
@@ -259,7 +310,11 @@ def test_a_pool_is_of_one_kind():
     cluster = Cluster(name="two", nodes=nodes, devices={"g": kind, "s": slow})
     result = find(small_workload(), cluster)
     alone = find(small_workload(), tiny_cluster(2)).best.predicted.step_seconds
-    plans = [result.best, *result.runners_up, *(p for p in result.baselines.values() if isinstance(p, Plan))]
+    plans = [
+        result.best,
+        *result.runners_up,
+        *(p for p in result.baselines.values() if isinstance(p, Plan)),
+    ]
     assert len(plans) >= 5
     for plan in plans:
         check_memory(plan)

@@ -14,15 +14,15 @@ from planner.predict.cycle import cycles
 from planner.predict.memory import trainer_memory
 from planner.predict.profile import Point, Profile
 from planner.predict.schedule import staleness, steady_edges, unroll
-from planner.search import problem_of
-from planner.search.bound import Bounds
-from planner.search.branch import search
-from planner.search.engines import with_mean
-from planner.search.evaluate import dismissed, evaluate, surpassed
-from planner.search.orders import all_programs
-from planner.search.pins import parse_pins, restriction
-from planner.search.programs import best_program, bound_rates, choices_of, cycles_of
-from planner.search.space import arrangements, pack, parts_of, sizes, structures
+from planner.search.solver.best_program import best_program, bound_rates, choices_of, cycles_of
+from planner.search.solver.bounds import Bounds
+from planner.search.solver.branch_and_bound import search
+from planner.search.solver.evaluate import dismissed, evaluate, surpassed
+from planner.search.solver.problem import problem_of
+from planner.search.solver.rollout_table import with_mean
+from planner.search.space.enumerate_programs import all_programs
+from planner.search.space.pins import parse_pins, restriction
+from planner.search.space.placements import arrangements, pack, parts_of, sizes, structures
 from planner.spec.cluster import Cluster, Node, make_cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -32,10 +32,14 @@ from planner.spec.workload import load_workload
 
 
 def test_structures_are_all_partitions_with_the_rollout_on_any_union():
-    """Of b pools of the other roles (Stirling numbers 1, 7, 6, 1) the rollout takes any of 2^b - 1 unions, or a pool of
-    its own with any of 2^b."""
+    """Of b pools of the other roles (Stirling numbers 1, 7, 6, 1) the rollout takes any of 2^b - 1
+    unions, or a pool of its own with any of 2^b."""
     found = structures(ROLES)
-    assert len(set(found)) == len(found) == sum(n * (2**b - 1 + 2**b) for b, n in ((1, 1), (2, 7), (3, 6), (4, 1)))
+    assert (
+        len(set(found))
+        == len(found)
+        == sum(n * (2**b - 1 + 2**b) for b, n in ((1, 1), (2, 7), (3, 6), (4, 1)))
+    )
     for structure in found:
         others = [role for pool in structure for role in pool if role != "rollout"]
         assert sorted(others) == ["actor", "critic", "reference", "reward"]
@@ -62,7 +66,8 @@ def test_pack_keeps_pools_on_as_few_nodes_as_there_is_room_for():
 
 
 def test_no_order_that_runs_beats_the_best_program():
-    """Of 1,500 random orders and offsets, those that run at all are never faster than the best program."""
+    """Of 1,500 random orders and offsets, those that run at all are never faster than the best
+    program."""
     rng = np.random.default_rng(0)
     flow = ppo(make_workload()).steady
     names, ran = flow.names, 0
@@ -90,13 +95,14 @@ def test_no_order_that_runs_beats_the_best_program():
 def pools_of_calls(flow, structure):
     """(call, its pools) for each call."""
     return tuple(
-        (call.name, tuple(f"p{i}" for i, roles in enumerate(structure) if roles & {*call.roles})) for call in flow.calls
+        (call.name, tuple(f"p{i}" for i, roles in enumerate(structure) if roles & {*call.roles}))
+        for call in flow.calls
     )
 
 
 def _random_order(rng, names):
-    """A random program that is likely to run: mostly the dataflow's order, with some neighbours exchanged and a random
-    part of the calls one step ahead."""
+    """A random program that is likely to run: mostly the dataflow's order, with some neighbours
+    exchanged and a random part of the calls one step ahead."""
     order = list(names)
     for _ in range(rng.integers(0, 12)):
         i = rng.integers(len(order) - 1)
@@ -125,23 +131,30 @@ def _best(flow, sharing, k, seconds, limit=np.inf):
 
 @pytest.mark.parametrize("k", [0, 1])
 def test_the_best_program_is_the_best_of_all(k):
-    """At durations that vary over scenarios; and its cut bounds every program at other durations too."""
+    """At durations that vary over scenarios; and its cut bounds every program at other durations
+    too."""
     flow, rng = ppo(make_workload()).steady, np.random.default_rng(k)
     for structure in structures(ROLES)[5::24]:
         sharing = pools_of_calls(flow, structure)
         every = [p for each in range(k + 1) for p in all_programs(flow, sharing, each).items]
         every = [cycles_of(flow, sharing, items) for items in every[:: max(1, len(every) // 150)]]
-        seconds = with_mean(rng.uniform(0.1, 9, (len(flow.names), 1)) * rng.uniform(0.8, 1.2, (len(flow.names), 4)))
+        seconds = with_mean(
+            rng.uniform(0.1, 9, (len(flow.names), 1)) * rng.uniform(0.8, 1.2, (len(flow.names), 4))
+        )
         found = _best(flow, sharing, k, seconds)
         assert found.program.staleness <= k
         own = cycles_of(flow, sharing, found.program.items).periods(seconds[:, :-1]).mean()
         assert found.seconds == pytest.approx(own, rel=1e-9)
         assert found.cut.bound(seconds[None], _mean)[0] == pytest.approx(own, rel=1e-8)
-        assert found.cut.least(seconds.T) == pytest.approx(found.cut.bound(seconds.T[:, :, None], _only), rel=1e-12)
+        assert found.cut.least(seconds.T) == pytest.approx(
+            found.cut.bound(seconds.T[:, :, None], _only), rel=1e-12
+        )
         other = with_mean(seconds[:, :-1] * rng.uniform(0.5, 2, (len(flow.names), 4)))
         for program in every:
             assert program.periods(seconds[:, :-1]).mean() >= own * (1 - 1e-9)
-            assert program.periods(other[:, :-1]).mean() >= found.cut.bound(other[None], _mean)[0] * (1 - 1e-9)
+            assert program.periods(other[:, :-1]).mean() >= found.cut.bound(other[None], _mean)[
+                0
+            ] * (1 - 1e-9)
         assert _best(flow, sharing, k, seconds, found.seconds).program is None
 
 
@@ -152,12 +165,15 @@ def test_the_best_program_equals_all_programs_one_by_one():
         seconds = with_mean(rng.uniform(0.1, 9, (len(flow.names), 3)))
         for k in (0, 1, 2):
             every = [p for each in range(k + 1) for p in all_programs(flow, sharing, each).items]
-            periods = [cycles_of(flow, sharing, items).periods(seconds[:, :-1]).mean() for items in every]
+            periods = [
+                cycles_of(flow, sharing, items).periods(seconds[:, :-1]).mean() for items in every
+            ]
             assert _best(flow, sharing, k, seconds).seconds == pytest.approx(min(periods), rel=1e-9)
 
 
 def test_event_graphs_made_at_once_are_those_of_the_one_rule():
-    """Every pair that shares a pool has an edge; the shortest paths, hence all periods, are the same."""
+    """Every pair that shares a pool has an edge; the shortest paths, hence all periods, are the
+    same."""
     flow = ppo(make_workload()).steady
     for structure in structures(ROLES)[::30]:
         sharing = pools_of_calls(flow, structure)
@@ -198,15 +214,33 @@ LITTLE = {"memory_bytes": 22_810 * 10**6, "flops": 5e13, "host_bandwidth": 2e11}
 @pytest.mark.parametrize(
     ("nodes", "host_memory", "network", "device", "changes", "pins"),
     [
-        # Pools of one and two GPUs lie on two nodes, though one has three; those of one GPU each lie on one node.
-        ((3, 2), (1e12, 1e12), 5e9, {}, {"batch": 16, "max_staleness": 1}, ["actor+critic", "actor/rollout"]),
-        # On a node of three and another one a pool of four has one engine of two GPUs, on two smaller nodes two.
-        ((3, 2, 2, 2), (1e12,) * 4, 50e9, {"memory_bytes": 40 * 10**9}, {"tensor_parallel": 2, "max_staleness": 0}, []),
+        # Pools of one and two GPUs lie on two nodes, though one has three; those of one GPU each
+        # lie on one node.
+        (
+            (3, 2),
+            (1e12, 1e12),
+            5e9,
+            {},
+            {"batch": 16, "max_staleness": 1},
+            ["actor+critic", "actor/rollout"],
+        ),
+        # On a node of three and another one a pool of four has one engine of two GPUs, on two
+        # smaller nodes two.
+        (
+            (3, 2, 2, 2),
+            (1e12,) * 4,
+            50e9,
+            {"memory_bytes": 40 * 10**9},
+            {"tensor_parallel": 2, "max_staleness": 0},
+            [],
+        ),
         # What engines on five GPUs offload while they sleep is too much for a host.
         ((3, 2), (26.07e9, 5.7e9), 50e9, LITTLE, {"max_staleness": 0}, []),
     ],
 )
-def test_no_smaller_pools_are_left_out_that_are_better(monkeypatch, nodes, host_memory, network, device, changes, pins):
+def test_no_smaller_pools_are_left_out_that_are_better(
+    monkeypatch, nodes, host_memory, network, device, changes, pins
+):
     monkeypatch.setattr(layouts, "MICRO_BATCH_TOKENS", (8192,))
     monkeypatch.setattr(layouts, "CONCURRENCY", (16, 32))
     monkeypatch.setattr(layouts, "TENSOR_PARALLEL", (1, 2))
@@ -225,16 +259,29 @@ def test_no_smaller_pools_are_left_out_that_are_better(monkeypatch, nodes, host_
 
 
 def some_profile(workload):
-    """What calls and moves took of both kinds of head in a third of some layouts, on a few numbers of GPUs."""
+    """What calls and moves took of both kinds of head in a third of some layouts, on a few numbers
+    of GPUs."""
     rng, points = np.random.default_rng(3), []
-    layouts = product(("actor", "critic"), (1, 4, 8, 12), (1, 2, 4, 8), (4096, 18432), ("none", "all"))
+    layouts = product(
+        ("actor", "critic"), (1, 4, 8, 12), (1, 2, 4, 8), (4096, 18432), ("none", "all")
+    )
     for role, gpus, shard, tokens, offload in layouts:
         if gpus % shard or rng.random() < 2 / 3:
             continue
-        where = {"role": role, "gpus": gpus, "shard": shard, "offload": offload, "seconds": float(rng.uniform(1, 9))}
+        where = {
+            "role": role,
+            "gpus": gpus,
+            "shard": shard,
+            "offload": offload,
+            "seconds": float(rng.uniform(1, 9)),
+        }
         batch = {"sequences": workload.batch, "prompt_tokens": 10**5, "response_tokens": 10**5}
         calls = ("wake", "offload") if offload == "all" else ("infer", "train")
-        of_calls = {} if offload == "all" else {"micro_batch_tokens": tokens, "minibatch": workload.minibatch, **batch}
+        of_calls = (
+            {}
+            if offload == "all"
+            else {"micro_batch_tokens": tokens, "minibatch": workload.minibatch, **batch}
+        )
         points += [Point(call=call, **where, **of_calls) for call in calls]
     return Profile(device="h200", model=workload.actor.shape, points=tuple(points))
 
@@ -252,10 +299,20 @@ def test_layouts_as_columns_are_those_one_by_one(name, measured):
         for row in range(0, len(found.memory), 7):
             layout = found.layout(row, "p")
             memory = trainer_memory(workload, name, layout, place.device)
-            assert found.memory[row].tolist() == [memory.idle, memory.running - memory.idle, memory.host]
+            assert found.memory[row].tolist() == [
+                memory.idle,
+                memory.running - memory.idle,
+                memory.host,
+            ]
             for call, seconds in zip(calls, found.seconds, strict=False):
-                estimate = problem.model.train if problem.flow[call].kind == "train" else problem.model.infer
-                assert seconds[row] == pytest.approx(estimate(name, layout, place).seconds, rel=1e-12)
+                estimate = (
+                    problem.model.train
+                    if problem.flow[call].kind == "train"
+                    else problem.model.infer
+                )
+                assert seconds[row] == pytest.approx(
+                    estimate(name, layout, place).seconds, rel=1e-12
+                )
 
 
 def test_bounds_are_never_above_what_a_placement_takes():
@@ -284,7 +341,9 @@ def test_what_is_dismissed_is_no_better_on_any_smaller_pools():
     listed = [a for structure in structures(ROLES) for a in arrangements(structure, cluster)]
     for number in rng.permutation(len(listed))[:12]:
         pools = len(listed[number].structure)
-        large = rng.multinomial(20 - pools, np.ones(pools) / pools) + 1  # more than there are, as a box may be
+        large = (
+            rng.multinomial(20 - pools, np.ones(pools) / pools) + 1
+        )  # more than there are, as a box may be
         small = np.maximum(1, large - rng.integers(0, 4, pools) - 2)
         best = evaluate(problem, listed[number], small.tolist()).best
         if best is None or sum(small) > 16:

@@ -1,4 +1,5 @@
-"""The temporary directories of private Rays: gone when their owners are, those of owners that were killed too."""
+"""The temporary directories of private Rays: gone when their owners are, those of owners that were
+killed too."""
 
 import os
 import tempfile
@@ -6,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from executor import session
+from executor.fleet import session
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +50,16 @@ def test_what_cannot_be_removed_yet_keeps_its_lock_for_the_next_time(tmp_path: P
 def test_a_private_ray_leaves_nothing_that_would_keep_the_process_from_joining_a_cluster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv(session.NO_CLUSTER, raising=False)  # other tests share a private Ray that is still open
+    monkeypatch.delenv(
+        session.NO_CLUSTER, raising=False
+    )  # other tests share a private Ray that is still open
     known = session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
     with session._this_host_only():
-        assert os.environ[session.NO_CLUSTER] == "0" and not session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
-    assert session.NO_CLUSTER not in os.environ and known is session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
+        assert (
+            os.environ[session.NO_CLUSTER] == "0"
+            and not session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
+        )
+    assert (
+        session.NO_CLUSTER not in os.environ
+        and known is session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
+    )

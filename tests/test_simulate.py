@@ -50,7 +50,14 @@ def chain(second_pool):
 
 def test_two_calls_on_one_pool_follow_each_other():
     spans = simulate(unroll(*chain("p"), 3), lambda task: {"a": 2.0, "b": 3.0}[task.call.name])
-    assert [(span.start, span.end) for span in spans] == [(0, 2), (2, 5), (5, 7), (7, 10), (10, 12), (12, 15)]
+    assert [(span.start, span.end) for span in spans] == [
+        (0, 2),
+        (2, 5),
+        (5, 7),
+        (7, 10),
+        (10, 12),
+        (12, 15),
+    ]
 
 
 def test_two_calls_on_two_pools_form_a_pipeline():
@@ -79,7 +86,8 @@ def test_colocated_takes_the_sum_of_its_calls():
 
 
 def test_split_overlaps_what_its_pools_allow():
-    """generate 10, then {reference 2 + old 2.5} beside {score 1 + values 3}, advantages, update_actor 7, sync 0.5."""
+    """generate 10, then {reference 2 + old 2.5} beside {score 1 + values 3}, advantages,
+    update_actor 7, sync 0.5."""
     assert step_seconds(run(split(make_workload()), 4)) == pytest.approx(10 + 4.5 + 0.25 + 7 + 0.5)
 
 
@@ -89,11 +97,15 @@ def test_one_step_ahead_takes_the_longer_of_generation_and_training():
     training = sum(SECONDS.values()) - SECONDS["generate"]
     assert step_seconds(run(plan, 6, warmup=2)) == pytest.approx(training)
     slow = SECONDS | {"generate": 40.0}
-    assert step_seconds(run(plan, 6, slow, warmup=2)) == pytest.approx(40.5)  # the sync holds the rollout's pool too
+    assert step_seconds(run(plan, 6, slow, warmup=2)) == pytest.approx(
+        40.5
+    )  # the sync holds the rollout's pool too
 
 
 def test_steps_that_generate_nothing_more_do_not_count():
-    plan = make_plan(make_workload(), {"a": 1}, dict.fromkeys(ROLES, "a"), offsets={"generate": 1}, staleness=1)
+    plan = make_plan(
+        make_workload(), {"a": 1}, dict.fromkeys(ROLES, "a"), offsets={"generate": 1}, staleness=1
+    )
     timeline = run(plan, 4, warmup=2)
     assert step_seconds(timeline) == pytest.approx(sum(SECONDS.values()) - SECONDS["generate"] / 2)
     timeline = timeline.model_copy(update={"drain": 1})
@@ -103,11 +115,12 @@ def test_steps_that_generate_nothing_more_do_not_count():
 
 @st.composite
 def plans(draw):
-    """Random workloads, placements and programs that can run, with random durations (quarters, so that sums are exact).
+    """Random workloads, placements and programs that can run, with random durations (quarters, so
+    that sums are exact).
 
-    Call v of step t has its turn at t + turn(v). Whatever reads something comes after what writes it and, if that is
-    overwritten, before the next one; the fractions of the turns are then the order in a round, and their whole parts
-    the offsets."""
+    Call v of step t has its turn at t + turn(v). Whatever reads something comes after what writes
+    it and, if that is overwritten, before the next one; the fractions of the turns are then the
+    order in a round, and their whole parts the offsets."""
     reward = draw(st.sampled_from([MODEL, {"function": "r.py:f"}]))
     workload = make_workload(
         reward=reward,
@@ -119,14 +132,21 @@ def plans(draw):
     ahead = draw(st.integers(0, 200))  # hundredths of a round
     turn = {"generate": 0}
     for call in ppo(workload).names[1:-2]:
-        before = {"advantages": ahead + 40, "update_critic": turn.get("advantages", 0)}.get(call, ahead)
+        before = {"advantages": ahead + 40, "update_critic": turn.get("advantages", 0)}.get(
+            call, ahead
+        )
         turn[call] = before + draw(st.integers(1, 40 if before == ahead else 25))
     turn["update_actor"] = turn["advantages"] + draw(st.integers(1, 25))
     turn["sync_weights"] = turn["update_actor"] + draw(st.integers(1, 99))
     order = sorted(turn, key=lambda call: turn[call] % 100)
     most = max(turn.values()) // 100
-    items = [Issue(call=call, offset=most - turn[call] // 100, blocking=draw(st.integers(0, 9)) == 0) for call in order]
-    for names in draw(st.lists(st.lists(st.sampled_from(order), min_size=1, max_size=3, unique=True), max_size=2)):
+    items = [
+        Issue(call=call, offset=most - turn[call] // 100, blocking=draw(st.integers(0, 9)) == 0)
+        for call in order
+    ]
+    for names in draw(
+        st.lists(st.lists(st.sampled_from(order), min_size=1, max_size=3, unique=True), max_size=2)
+    ):
         items.insert(draw(st.integers(0, len(items))), Wait(wait=tuple(names)))
     names = [f"p{i}" for i in range(draw(st.sampled_from([3, 4, 2, 1])))]
     roles = {role: draw(st.sampled_from(names)) for role in workload.roles if role != "rollout"}
@@ -167,13 +187,17 @@ def test_the_period_is_above_every_bound(drawn):
 def test_removing_a_wait_never_makes_it_longer(drawn, data):
     """One wait, or what blocks at one call: no task starts later. And all of them."""
     plan, seconds = drawn
-    waiting = [at for at, item in enumerate(plan.program) if isinstance(item, Wait) or item.blocking]
+    waiting = [
+        at for at, item in enumerate(plan.program) if isinstance(item, Wait) or item.blocking
+    ]
     assume(waiting)
     for removed in ({data.draw(st.sampled_from(waiting))}, set(waiting)):
         free = without(plan, removed)
         assert period(free, seconds) <= period(plan, seconds) * (1 + 1e-12)
         later = {(span.call, span.step): span.start for span in run(plan, 6, seconds).spans}
-        assert all(span.start <= later[span.call, span.step] for span in run(free, 6, seconds).spans)
+        assert all(
+            span.start <= later[span.call, span.step] for span in run(free, 6, seconds).spans
+        )
 
 
 def without(plan, removed):

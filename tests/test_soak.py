@@ -1,4 +1,5 @@
-"""Processes killed at random times: every run ends with all its steps, each as if nothing had happened."""
+"""Processes killed at random times: every run ends with all its steps, each as if nothing had
+happened."""
 
 import contextlib
 import os
@@ -18,8 +19,9 @@ from conftest import colocated, make_workload
 from processes import descendants, end_agents, working
 from test_checkpoint import metrics_of
 
-from executor import checkpoint, session
-from executor.execute import Survival, execute
+from executor.fleet import session
+from executor.running import checkpoint
+from executor.running.execute import Survival, execute
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
 
@@ -38,7 +40,8 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes
 
 
 class Controlled:
-    """`plan execute` in a process of its own, called again with --resume when that was killed, as a user would."""
+    """`plan execute` in a process of its own, called again with --resume when that was killed, as a
+    user would."""
 
     def __init__(self, plan: Plan, runs: Path, temporary: str) -> None:
         self.run, self.file, self.output = runs / "r", runs / "plan.json", runs / "output.txt"
@@ -117,8 +120,8 @@ class Controlled:
 
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A short path for sockets; whatever is killed, nothing is left in it when the next session begins: for a moment
-    Ray's processes may outlive theirs, and write."""
+    """A short path for sockets; whatever is killed, nothing is left in it when the next session
+    begins: for a moment Ray's processes may outlive theirs, and write."""
     path = Path(tempfile.mkdtemp(prefix="s-"))
     yield str(path)
     monkeypatch.setattr(tempfile, "tempdir", str(path))
@@ -128,8 +131,12 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     assert not left
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])])
-def test_runs_outlive_kills_at_random_times(kills: int, on_two_cores: None, tmp_path: Path, temporary: str) -> None:
+@pytest.mark.parametrize(
+    "kills", [5, pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])]
+)
+def test_runs_outlive_kills_at_random_times(
+    kills: int, on_two_cores: None, tmp_path: Path, temporary: str
+) -> None:
     workload = make_workload(steps=STEPS, critic=None, reference=None)
     plan, chance = colocated(workload, cores=1 if kills < 100 else 2), random.Random(kills)
     whole = execute(plan, name="whole", runs=tmp_path, survival=Survival(save_every=0))
@@ -146,10 +153,17 @@ def test_runs_outlive_kills_at_random_times(kills: int, on_two_cores: None, tmp_
             controlled.close()
             pids |= controlled.pids
         assert metrics_of(controlled.run) == metrics_of(whole)
-        spans = Counter((span.call, span.step) for span in Timeline.read(controlled.run / "timeline.json").spans)
-        written = b"".join(path.read_bytes() for path in controlled.run.parent.rglob("*") if path.is_file())
+        spans = Counter(
+            (span.call, span.step) for span in Timeline.read(controlled.run / "timeline.json").spans
+        )
+        written = b"".join(
+            path.read_bytes() for path in controlled.run.parent.rglob("*") if path.is_file()
+        )
         assert not [name for name, secret in SECRETS.items() if secret.encode() in written]
         assert set(spans.values()) == {1} and len(spans) == STEPS * len(plan.dataflow.calls)
-    print(f"{kills} kills in {number} runs of {STEPS} steps, each with the metrics of one to which nothing happened")
+    print(
+        f"{kills} kills in {number} runs of {STEPS} steps, each with the metrics of one to which "
+        "nothing happened"
+    )
     assert not left
     assert pids and not end_agents(pids)

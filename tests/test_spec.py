@@ -1,4 +1,5 @@
-"""The files that outlive a run: round trips, and one clear line for each thing that can be wrong with them."""
+"""The files that outlive a run: round trips, and one clear line for each thing that can be wrong
+with them."""
 
 import json
 from pathlib import Path
@@ -54,7 +55,9 @@ def test_workload_and_cluster_round_trip(tmp_path):
         assert type(value).read(tmp_path / "x.json") == value
 
 
-@pytest.mark.parametrize("path", sorted((profiles_dir() / "workloads").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((profiles_dir() / "workloads").glob("*.toml")), ids=lambda p: p.stem
+)
 def test_shipped_workloads_load(path):
     assert load_workload(path).name == path.stem
 
@@ -65,7 +68,11 @@ def test_truncated_plan(tmp_path, cut):
 
 
 def test_plan_of_another_kind_or_version(tmp_path):
-    assert_refused(tmp_path, plan_json(schema="splitplan/plan/9"), "make it anew, or use the splitplan that made it")
+    assert_refused(
+        tmp_path,
+        plan_json(schema="splitplan/plan/9"),
+        "make it anew, or use the splitplan that made it",
+    )
     assert_refused(
         tmp_path,
         plan_json(schema="splitplan/timeline/1"),
@@ -135,7 +142,11 @@ def test_layouts_that_do_not_fit_their_pool(tmp_path):
 
 def test_a_key_that_is_there_twice(tmp_path):
     text = split(make_workload()).to_json()
-    assert_refused(tmp_path, text.replace('"batch": 8', '"batch": 8, "batch": 16'), "key 'batch' is there twice")
+    assert_refused(
+        tmp_path,
+        text.replace('"batch": 8', '"batch": 8, "batch": 16'),
+        "key 'batch' is there twice",
+    )
 
 
 def test_numbers_that_are_none(tmp_path):
@@ -149,8 +160,14 @@ def test_numbers_that_are_none(tmp_path):
     [
         ({"batch": 10}, "batch = 10 is no multiple of minibatch = 4"),
         ({"response": {"kind": "fixed", "tokens": -3}}, "greater than 0"),
-        ({"response": {"kind": "empirical", "values": [9, 8], "max": 4}}, "every value is above max = 4"),
-        ({"response": {"kind": "lognormal", "mean": 9, "sigma": 1, "max": 4}}, "mean = 9 is above max = 4"),
+        (
+            {"response": {"kind": "empirical", "values": [9, 8], "max": 4}},
+            "every value is above max = 4",
+        ),
+        (
+            {"response": {"kind": "lognormal", "mean": 9, "sigma": 1, "max": 4}},
+            "mean = 9 is above max = 4",
+        ),
         ({"samples_per_prompt": 4}, "samples_per_prompt = 4 is not supported yet"),
         ({"sync": "in_flight"}, "sync = 'in_flight' is not supported yet"),
         ({"reward": {"function": "here.py"}}, "does not name a function"),
@@ -196,7 +213,9 @@ def test_parameters_of_a_known_model():
     """Qwen2.5-7B has 7.62 billion parameters (its model card), 6.53 without the embeddings."""
     shape = Shape(hidden=3584, layers=28, heads=28, kv_heads=4, intermediate=18944, vocab=152064)
     assert shape.parameters() / 1e9 == pytest.approx(7.62, abs=0.01)
-    assert (shape.parameters() - 2 * shape.embedding_parameters) / 1e9 == pytest.approx(6.53, abs=0.01)
+    assert (shape.parameters() - 2 * shape.embedding_parameters) / 1e9 == pytest.approx(
+        6.53, abs=0.01
+    )
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path):
@@ -218,7 +237,9 @@ def test_lognormal_lengths_stay_in_range(mean, sigma, longest, seed):
 
 
 def test_lengths_follow_their_distribution():
-    assert sample(Lognormal(mean=200, sigma=0.6, max=10**6), 200_000, 3).mean() == pytest.approx(200, rel=0.01)
+    assert sample(Lognormal(mean=200, sigma=0.6, max=10**6), 200_000, 3).mean() == pytest.approx(
+        200, rel=0.01
+    )
     assert set(sample(Empirical(values=(3, 5, 900), max=10), 500, 0)) == {3, 5, 10}
     assert np.all(sample(Fixed(tokens=7), 4, 0) == 7)
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner, Result
 from conftest import colocated, cpu_cluster, make_workload, split
 
-from executor.study import Bench, Job, _memory, engines_of, in_order
+from executor.measuring.study import Bench, Job, _memory, engines_of, in_order
 from planner.cli import main
 from planner.predict.forecast import forecast_of
 from planner.predict.profile import Profile
@@ -80,19 +80,31 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     for name, row in rows.items():
         assert row.figures is not None and row.figures.result.status == "done", name
         measured = row.figures.measured
-        assert measured.source == "measured" and measured.steps - measured.warmup - measured.drain == 3
+        assert (
+            measured.source == "measured" and measured.steps - measured.warmup - measured.drain == 3
+        )
         assert row.figures.step_seconds == step_seconds(measured)
         assert row.figures.error == compare(row.plan, row.predicted, measured).step.error
         assert 0 < row.figures.flops_share["update_actor"] < 100
         assert row.figures.computed_share["update_actor"] < row.figures.flops_share["update_actor"]
-        assert row.speed_ups["colocated"][1] == rows["colocated"].figures.step_seconds / row.figures.step_seconds
-    assert rows["again"].same_as == "colocated" and not (directory / "again" / "result.json").exists()
+        assert (
+            row.speed_ups["colocated"][1]
+            == rows["colocated"].figures.step_seconds / row.figures.step_seconds
+        )
+    assert (
+        rows["again"].same_as == "colocated" and not (directory / "again" / "result.json").exists()
+    )
     beside = {call.call: call.beside for call in rows["split"].figures.calls}
     assert beside["update_actor"] > 0.05 > beside["generate"]
-    assert all(call.beside == 0 and call.overlap is None for call in rows["colocated"].figures.calls)
+    assert all(
+        call.beside == 0 and call.overlap is None for call in rows["colocated"].figures.calls
+    )
 
     results = json.loads((directory / "results.json").read_text())
-    assert results["summary"]["plans"] == 3 and [cell["status"] for cell in results["cells"]] == ["done"] * 4
+    assert (
+        results["summary"]["plans"] == 3
+        and [cell["status"] for cell in results["cells"]] == ["done"] * 4
+    )
     table = list(csv.DictReader((directory / "results.csv").open()))
     assert float(table[1]["measured_vs_split"]) == 1
     page = (directory / "README.md").read_text()
@@ -105,13 +117,24 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     assert results["cells"][2]["log_prob_gap"] == gap and "Log-probs of engine and trainer" in page
 
     assert "of `off` as many as the staleness follow" in page
-    ok(plan("compare", directory / "off" / "plan.json", directory / "off", "--out", directory / "compare.png"))
+    ok(
+        plan(
+            "compare",
+            directory / "off" / "plan.json",
+            directory / "off",
+            "--out",
+            directory / "compare.png",
+        )
+    )
     off = rows["off"]
     assert forecast_of(off.plan, off.figures.measured).spans == off.predicted.spans
     text = study.read_text()
     study.write_text(text.replace("steps = 3", "steps = 4"))
     for command in (("study", study), ("study", study, "--report")):
-        assert f"delete {directory / 'colocated' / 'result.json'} and write it anew" in plan(*command).stderr
+        assert (
+            f"delete {directory / 'colocated' / 'result.json'} and write it anew"
+            in plan(*command).stderr
+        )
     study.write_text(text)
     before = (directory / "split" / "result.json").read_bytes()
     (directory / "README.md").write_text(page + "\n## Notes\n\nBy hand.\n")
@@ -120,7 +143,12 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     assert "Left as they are: colocated, split, off" in ok(plan("study", study, "--plan-only"))
     assert (directory / "split" / "result.json").read_bytes() == before
 
-    gpu = GpuMemory(gpu=(0, 0), used=6 * 10**9, allocated={"trainer": 4 * 10**9}, reserved={"trainer": 5 * 10**9})
+    gpu = GpuMemory(
+        gpu=(0, 0),
+        used=6 * 10**9,
+        allocated={"trainer": 4 * 10**9},
+        reserved={"trainer": 5 * 10**9},
+    )
     result = CellResult.read(directory / "split" / "result.json")
     for memory, says in (
         (gpu, "trainer 4.0 of 5.0 |"),
@@ -142,13 +170,21 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
 def test_a_cell_that_fails_is_recorded_and_the_next_one_runs(ray_two: None, tmp_path: Path) -> None:
     """The reward function of the first plan gives too few rewards."""
     (tmp_path / "wrong.py").write_text("def none(prompts, responses, answers):\n    return []\n")
-    wrong = make_workload(reward={"function": f"{tmp_path}/wrong.py:none"}, critic=None, reference=None)
+    wrong = make_workload(
+        reward={"function": f"{tmp_path}/wrong.py:none"}, critic=None, reference=None
+    )
     right = make_workload(critic=None, reference=None)
-    plans = [colocated(wrong, cores=1).model_copy(update={"name": "wrong"}), colocated(right, cores=1)]
-    jobs = [
-        Job(plan=p, steps=2, warmup=1, drain=0, seconds=0.1, directory=tmp_path / p.name, sha256="x") for p in plans
+    plans = [
+        colocated(wrong, cores=1).model_copy(update={"name": "wrong"}),
+        colocated(right, cores=1),
     ]
-    from executor.study import run
+    jobs = [
+        Job(
+            plan=p, steps=2, warmup=1, drain=0, seconds=0.1, directory=tmp_path / p.name, sha256="x"
+        )
+        for p in plans
+    ]
+    from executor.measuring.study import run
 
     said: list[str] = []
     for job in jobs:
@@ -157,7 +193,10 @@ def test_a_cell_that_fails_is_recorded_and_the_next_one_runs(ray_two: None, tmp_
     failed, done = (CellResult.read(job.directory / "result.json") for job in jobs)
     assert failed.status == "failed" and "0 rewards" in failed.reason and "\n" not in failed.reason
     assert "0 rewards" in (tmp_path / "wrong" / "log.txt").read_text()
-    assert done.status == "done" and Timeline.read(tmp_path / "colocated" / "timeline.json").warmup == 1
+    assert (
+        done.status == "done"
+        and Timeline.read(tmp_path / "colocated" / "timeline.json").warmup == 1
+    )
     assert any("failed: " in line for line in said)
 
 
@@ -184,12 +223,26 @@ def test_jobs_that_share_engines_follow_each_other(tmp_path: Path) -> None:
 
 
 def span(call: str, start: float, end: float, *pools: str) -> Span:
-    return Span(call=call, role="actor", pools=pools, step=0, issued=start, ready=start, start=start, end=end)
+    return Span(
+        call=call,
+        role="actor",
+        pools=pools,
+        step=0,
+        issued=start,
+        ready=start,
+        start=start,
+        end=end,
+    )
 
 
 def test_company_is_the_share_of_time_beside_other_calls() -> None:
     mine = span("update_actor", 0, 10, "a")
-    others = [span("generate", -5, 2, "b"), span("values", 1, 4, "c"), span("score", 8, 20), span("x", 9, 11, "b")]
+    others = [
+        span("generate", -5, 2, "b"),
+        span("values", 1, 4, "c"),
+        span("score", 8, 20),
+        span("x", 9, 11, "b"),
+    ]
     assert company([mine], [mine, *others]) == pytest.approx(0.5)
 
 
@@ -212,12 +265,17 @@ def test_a_wrong_study_is_refused(study: Path, edit: tuple[str, str], says: str)
     assert result.exit_code == 2 and says in result.stderr, result.output
 
 
-def test_a_plan_made_with_other_profiles_or_for_other_steps_is_not_run(ray_two: None, study: Path) -> None:
+def test_a_plan_made_with_other_profiles_or_for_other_steps_is_not_run(
+    ray_two: None, study: Path
+) -> None:
     ok(plan("study", study, "--plan-only"))
     text = study.read_text()
     study.write_text(text.replace("steps = 3", "steps = 4"))
     result = plan("study", study)
-    assert result.exit_code == 2 and "is of 3 steps of plan 'colocated' after 1 to warm up, not of 4" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "is of 3 steps of plan 'colocated' after 1 to warm up, not of 4" in result.stderr
+    )
     study.write_text(text)
     place = study.with_suffix("") / "split" / "plan.json"
     made = Plan.read(place)
@@ -237,10 +295,17 @@ def test_nothing_is_summed_up_before_anything_is_measured(study: Path) -> None:
 
 def test_memory_is_what_the_driver_saw_and_each_process_of_it() -> None:
     trainer = {"allocated": 50, "reserved": 60, "used": 90, "retries": 2}
-    told = [((0, 0), "trainer", trainer), ((0, 0), "engine", trainer | {"reserved": 55}), ((0, 1), "trainer", trainer)]
+    told = [
+        ((0, 0), "trainer", trainer),
+        ((0, 0), "engine", trainer | {"reserved": 55}),
+        ((0, 1), "trainer", trainer),
+    ]
     first, second = _memory({(0, 0): 100}, told)
     assert (first.gpu, first.used) == ((0, 0), 100)
-    assert first.allocated == {"trainer": 50, "engine": 50} and first.reserved == {"trainer": 60, "engine": 55}
+    assert first.allocated == {"trainer": 50, "engine": 50} and first.reserved == {
+        "trainer": 60,
+        "engine": 55,
+    }
     assert first.retries == {"trainer": 2, "engine": 2}
     assert (second.gpu, second.used) == ((0, 1), 90)  # nobody could ask the driver
     assert _memory({}, [((0, 0), "trainer", {})]) == []  # on cores

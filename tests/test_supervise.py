@@ -1,4 +1,5 @@
-"""Nothing hangs silently: what is stuck, dies or runs out of memory ends a run with one line that names it."""
+"""Nothing hangs silently: what is stuck, dies or runs out of memory ends a run with one line that
+names it."""
 
 import os
 import sys
@@ -12,14 +13,24 @@ import ray
 import torch
 from conftest import colocated, make_plan, make_workload, split
 
-from executor import pools, preflight
-from executor.execute import _run, _started
-from executor.rehearse import Rehearsal
-from executor.run import Silent, loop
-from executor.rundir import RunDirectory
-from executor.step import Training
-from executor.supervise import Deadlines, memory_of, one_line
-from executor.worker import OutOfMemory, Overdue, Rank, Record, Worker, WorkerError, ask, within
+from executor.fleet import pools
+from executor.fleet.worker import (
+    OutOfMemory,
+    Overdue,
+    Rank,
+    Record,
+    Worker,
+    WorkerError,
+    ask,
+    within,
+)
+from executor.running import preflight
+from executor.running.execute import _run, _started
+from executor.running.loop import Silent, loop
+from executor.running.rehearse import Rehearsal
+from executor.running.run_directory import RunDirectory
+from executor.running.step import Training
+from executor.running.supervise import Deadlines, memory_of, one_line
 from planner.predict.forecast import predict
 from planner.predict.memory import plan_memory, trainer_allowance
 from planner.predict.schedule import Task, tasks_of
@@ -29,7 +40,9 @@ from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
 
 WORKLOAD = make_workload()
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
+ray.cloudpickle.register_pickle_by_value(
+    sys.modules[__name__]
+)  # Ray's processes cannot import tests
 
 
 def task_of(plan: Plan, call: str) -> Task:
@@ -44,7 +57,9 @@ def test_a_deadline_is_ten_times_the_prediction_but_not_below_the_floor() -> Non
     plan = plan.model_copy(update={"predicted": predict(plan)})
     assert plan.predicted is not None
     calls = {**plan.predicted.call_seconds, "update_actor": 30.0, "values": 1.0}
-    plan = plan.model_copy(update={"predicted": plan.predicted.model_copy(update={"call_seconds": calls})})
+    plan = plan.model_copy(
+        update={"predicted": plan.predicted.model_copy(update={"call_seconds": calls})}
+    )
     deadlines = Deadlines(plan=plan)
     update, values = task_of(plan, "update_actor"), task_of(plan, "values")
     assert deadlines.of_call(update, early=False) == 300
@@ -52,7 +67,9 @@ def test_a_deadline_is_ten_times_the_prediction_but_not_below_the_floor() -> Non
     assert deadlines.of_call(values, early=False) == 60
     assert Deadlines(plan=plan, floor=5).of_call(values, early=False) == 10
     assert Deadlines(plan=plan, predicted=lambda task: 7.0).of_call(values, early=False) == 70
-    assert Deadlines(plan=split(WORKLOAD)).of_call(values, early=False) == 1800  # nothing is predicted
+    assert (
+        Deadlines(plan=split(WORKLOAD)).of_call(values, early=False) == 1800
+    )  # nothing is predicted
     assert deadlines.of_collective > max(300, deadlines.of_start)
 
 
@@ -63,14 +80,20 @@ class Stuck(Rehearsal):
         if (task.call.name, task.step) != ("update_critic", 1):
             return super().run(task)
         ranks = self.ranks["b"]
-        return ask(ranks, "sleep", each=[(1e6 if number == 1 else 0.0,) for number in range(len(ranks))]).records, 0
+        return ask(
+            ranks, "sleep", each=[(1e6 if number == 1 else 0.0,) for number in range(len(ranks))]
+        ).records, 0
 
 
-def test_a_process_that_sleeps_for_ever_ends_the_run_with_its_name(ray_two: None, tmp_path: Path) -> None:
+def test_a_process_that_sleeps_for_ever_ends_the_run_with_its_name(
+    ray_two: None, tmp_path: Path
+) -> None:
     home = {"actor": "a", "rollout": "a", "reference": "a", "critic": "b", "reward": "b"}
     plan = make_plan(WORKLOAD, {"a": 1, "b": 2}, home)
     backend = Stuck(plan, lambda _: 0.01)
-    backend.deadlines = Hurried(plan=plan, floor=0.3, predicted=lambda _: 0.01, call="update_critic")
+    backend.deadlines = Hurried(
+        plan=plan, floor=0.3, predicted=lambda _: 0.01, call="update_critic"
+    )
     handles = [rank.handle for ranks in backend.ranks.values() for rank in ranks]
     try:
         with pytest.raises(UserError) as error:
@@ -78,9 +101,17 @@ def test_a_process_that_sleeps_for_ever_ends_the_run_with_its_name(ray_two: None
     finally:
         backend.close()
     line = str(error.value)
-    assert line.startswith("update_critic of step 1 on pool b: no answer to 'sleep' for 3 s from process 1 of pool b (")
-    assert "(3 s allowed, 0.01 s predicted)" in line and "--deadline-floor" in line and "\n" not in line
-    done = {(span.call, span.step) for span in Timeline.read(tmp_path / "r" / "timeline.json").spans}
+    assert line.startswith(
+        "update_critic of step 1 on pool b: no answer to 'sleep' for 3 s from process 1 of pool b ("
+    )
+    assert (
+        "(3 s allowed, 0.01 s predicted)" in line
+        and "--deadline-floor" in line
+        and "\n" not in line
+    )
+    done = {
+        (span.call, span.step) for span in Timeline.read(tmp_path / "r" / "timeline.json").spans
+    }
     assert ("update_critic", 0) in done and ("update_critic", 1) not in done
     assert line in (tmp_path / "r" / "log.txt").read_text()
     with pytest.raises(WorkerError, match="died"):
@@ -91,10 +122,18 @@ def test_a_trainer_that_sleeps_for_ever_is_named_with_those_who_wait_for_it(ray_
     plan = colocated(WORKLOAD, cores=2)
     backend = Training(plan, preflight.check(plan, local=True))
     try:
-        backend.deadlines = Hurried(plan=plan, floor=0.2, predicted=lambda _: 0.01, call="ref_logprobs")
+        backend.deadlines = Hurried(
+            plan=plan, floor=0.2, predicted=lambda _: 0.01, call="ref_logprobs"
+        )
         backend.processes.trainers["all"][1].handle.__ray_call__.remote(lambda _: time.sleep(1e6))
-        with pytest.raises(UserError, match=r"^ref_logprobs of step 0 on pool all: no answer to 'infer' for 2 s from"):
-            tasks = [task_of(plan, "generate"), replace(task_of(plan, "ref_logprobs"), index=1, after=(0,), waits=())]
+        with pytest.raises(
+            UserError,
+            match=r"^ref_logprobs of step 0 on pool all: no answer to 'infer' for 2 s from",
+        ):
+            tasks = [
+                task_of(plan, "generate"),
+                replace(task_of(plan, "ref_logprobs"), index=1, after=(0,), waits=()),
+            ]
             loop(tasks, backend, {}, Silent())
     finally:
         backend.close()
@@ -127,7 +166,9 @@ def test_a_start_that_hangs_leaves_a_log(ray_two: None, tmp_path: Path) -> None:
             pools.connect(ranks)
 
     try:
-        with pytest.raises(UserError, match=r"^the start: no answer to 'now' for \d+ s from trainer 0 of pool all"):
+        with pytest.raises(
+            UserError, match=r"^the start: no answer to 'now' for \d+ s from trainer 0 of pool all"
+        ):
             _started(Deadlines(plan=plan), tmp_path / "r", start)
     finally:
         pools.stop(ranks)
@@ -209,19 +250,27 @@ def test_out_of_memory_says_what_was_predicted_and_what_to_change(failing: Any) 
     with pytest.raises(OutOfMemory) as caught:
         ask(failing, "grow")
     assert caught.value.peak["used"] == 140_900_000_000
-    with pytest.raises(UserError) as error, one_line(plan, "update_actor of step 2", ("all",), "update_actor"):
+    with (
+        pytest.raises(UserError) as error,
+        one_line(plan, "update_actor of step 2", ("all",), "update_actor"),
+    ):
         raise caught.value
     line = str(error.value)
     memory = plan_memory(plan)["all"]
     for part in (
         "update_actor of step 2: out of memory in 'grow' on trainer 0 of pool all",
-        f"pool all was predicted {memory.peak / 1e9:.1f} GB of {memory.allowed / 1e9:.1f} GB allowed per GPU",
+        f"pool all was predicted {memory.peak / 1e9:.1f} GB of {memory.allowed / 1e9:.1f} GB "
+        "allowed per GPU",
         "the GPU had 140.9 GB in use at the peak, of which this process's tensors 99.0 GB",
-        "lower roles.actor.micro_batch_tokens (now 4096), or set roles.actor.recompute to true, or raise roles.actor.",
+        "lower roles.actor.micro_batch_tokens (now 4096), or set roles.actor.recompute to true, or "
+        "raise roles.actor.",
     ):
         assert part in line
     assert "\n" not in line and "roles.rollout.memory" not in line
-    with pytest.raises(UserError) as error, one_line(plan, "generate of step 0", ("all",), "generate"):
+    with (
+        pytest.raises(UserError) as error,
+        one_line(plan, "generate of step 0", ("all",), "generate"),
+    ):
         raise caught.value
     assert "lower roles.rollout.memory_fraction (now 0.4)" in str(error.value)
 
@@ -231,7 +280,11 @@ def test_out_of_memory_says_what_was_predicted_and_what_to_change(failing: Any) 
     [
         ("CUDA out of memory. Tried to allocate 2.00 GiB.", True),
         ("No available memory for the cache blocks. Try increasing `gpu_memory_utilization`", True),
-        ("Free memory on device cuda:0 (9/140 GiB) on startup is less than desired GPU memory utilization", True),
+        (
+            "Free memory on device cuda:0 (9/140 GiB) on startup is less than desired GPU memory "
+            "utilization",
+            True,
+        ),
         ("an illegal memory access was encountered", False),
     ],
 )
@@ -257,7 +310,8 @@ def test_a_failing_export_is_one_line(failing: Any, tmp_path: Path) -> None:
     backend = Full(plan, lambda task: 0.0)
     try:
         with pytest.raises(
-            UserError, match=r"^export of the models: fail failed on trainer 0 .*RuntimeError: no space"
+            UserError,
+            match=r"^export of the models: fail failed on trainer 0 .*RuntimeError: no space",
         ):
             _run(plan, 1, backend, RunDirectory(tmp_path / "r", tensorboard=False), Silent())
     finally:
@@ -268,5 +322,8 @@ def test_a_failing_export_is_one_line(failing: Any, tmp_path: Path) -> None:
 def test_on_gpus_it_says_what_trainers_may_take() -> None:
     plan = colocated(WORKLOAD, cluster=make_cluster(2, "h200", 2))
     line = memory_of(plan, ["all"], OutOfMemory("full", {"used": 5 * 10**9, "allocated": 10**9}))
-    assert f"allowed per GPU, its trainers may take {trainer_allowance(plan, 'all') / 1e9:.1f} GB" in line
+    assert (
+        f"allowed per GPU, its trainers may take {trainer_allowance(plan, 'all') / 1e9:.1f} GB"
+        in line
+    )
     assert "at the peak" in line

@@ -14,13 +14,16 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from executor import models, pools, weights
-from executor.sync import WeightSync, channels
-from executor.worker import Died, Rank, Worker, ask
+from executor.fleet import pools
+from executor.fleet.worker import Died, Rank, Worker, ask
+from executor.running.weight_sync import WeightSync, channels
+from executor.training import models, weights
 from planner.spec.cluster import make_cluster
 from planner.spec.workload import Model, Shape
 
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's processes cannot import tests
+ray.cloudpickle.register_pickle_by_value(
+    sys.modules[__name__]
+)  # Ray's processes cannot import tests
 WORKLOAD = make_workload()
 
 
@@ -38,7 +41,9 @@ def test_an_engine_elsewhere_gets_them_over_nccl() -> None:
     spanning = make_plan(WORKLOAD, {"a": 1, "b": 2}, home, **GPUS)
     assert channels(spanning, [((0, 0),), ((0, 1), (0, 2))]) == ["ipc", "nccl"]
     layouts = {**VLLM, "actor": {"shard": 1}}
-    idle = colocated(WORKLOAD, **{**GPUS, "layouts": layouts})  # the second GPU has no rank of the actor
+    idle = colocated(
+        WORKLOAD, **{**GPUS, "layouts": layouts}
+    )  # the second GPU has no rank of the actor
     assert channels(idle, [((0, 0),), ((0, 1),)]) == ["ipc", "nccl"]
     assert channels(idle, [((0, 0), (0, 1))]) == ["nccl"]
 
@@ -89,10 +94,15 @@ class Noting(Worker):
         return found
 
 
-def test_an_engine_that_died_is_replaced_in_the_group_and_gets_the_weights_again(ray_two: None) -> None:
+def test_an_engine_that_died_is_replaced_in_the_group_and_gets_the_weights_again(
+    ray_two: None,
+) -> None:
     home = {"actor": "a", "reference": "a", "critic": "b", "reward": "b", "rollout": ["a", "b"]}
     plan = make_plan(WORKLOAD, {"a": 1, "b": 2}, home)
-    ranks = [replace(pools.start(Noting), name=name) for name in ("actor", "beside", "lost", "left", "fresh")]
+    ranks = [
+        replace(pools.start(Noting), name=name)
+        for name in ("actor", "beside", "lost", "left", "fresh")
+    ]
     actor, beside, lost, left, fresh = pools.connect(ranks)
 
     def noted(*those: Rank) -> list[Any]:
@@ -147,7 +157,9 @@ def test_compute_weights_are_all_parameters_in_bfloat16(
 ) -> None:
     if gathered:  # as if there were shards on other ranks
         monkeypatch.setattr(weights, "_whole_here", lambda parameter: None)
-    shape = Shape(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=60, vocab=47, tied_embeddings=tied)
+    shape = Shape(
+        hidden=32, layers=2, heads=4, kv_heads=2, intermediate=60, vocab=47, tied_embeddings=tied
+    )
     model = models.load("actor", Model(shape=shape, random_weights=True), 0, torch.float32)
     expected = {name: p.detach().to(torch.bfloat16) for name, p in model.named_parameters()}
     module = shard(model)
@@ -155,9 +167,13 @@ def test_compute_weights_are_all_parameters_in_bfloat16(
         found = list(weights.compute_weights(module))
         described = weights.describe(module)
         assert [d.name for d in described] == [name for name, _ in found]
-        assert {name: w.shape for name, w in found} == {d.name: torch.Size(d.shape) for d in described}
+        assert {name: w.shape for name, w in found} == {
+            d.name: torch.Size(d.shape) for d in described
+        }
         assert dict(found).keys() == expected.keys()
-        assert all(torch.equal(w, expected[name]) and w.dtype == torch.bfloat16 for name, w in found)
+        assert all(
+            torch.equal(w, expected[name]) and w.dtype == torch.bfloat16 for name, w in found
+        )
         assert [d.bytes for d in described] == [w.nbytes for _, w in found]
     wanted = frozenset({described[0].name, described[-1].name})
     assert {name for name, _ in weights.compute_weights(module, wanted)} == wanted

@@ -6,19 +6,25 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from executor import task
+from executor import digits
 from planner.spec.errors import UserError
 from planner.spec.workload import load_workload
 
-QUICK = task.Recipe(
-    digits=2, train_prompts=60, held_out_prompts=30, hidden=32, exact_match=0.1, teacher_steps=20, reward_steps=20
+QUICK = digits.Recipe(
+    digits=2,
+    train_prompts=60,
+    held_out_prompts=30,
+    hidden=32,
+    exact_match=0.1,
+    teacher_steps=20,
+    reward_steps=20,
 )
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     directory = tmp_path_factory.mktemp("task") / "digits"
-    return directory, task.make(directory, 0, QUICK)
+    return directory, digits.make(directory, 0, QUICK)
 
 
 def lines(path):
@@ -41,7 +47,10 @@ def test_the_workload_names_what_was_made(made):
     assert workload.response.longest == QUICK.answer_tokens
     assert workload.data.train == directory / "train.jsonl"
     AutoModelForCausalLM.from_pretrained(directory / "actor")
-    assert AutoModelForSequenceClassification.from_pretrained(directory / "reward").config.num_labels == 1
+    assert (
+        AutoModelForSequenceClassification.from_pretrained(directory / "reward").config.num_labels
+        == 1
+    )
 
 
 def test_the_actor_is_trained_to_the_wanted_share_only(made):
@@ -49,14 +58,14 @@ def test_the_actor_is_trained_to_the_wanted_share_only(made):
 
 
 def test_the_seed_decides_the_lines():
-    assert task.make_lines(QUICK, 1) == task.make_lines(QUICK, 1) != task.make_lines(QUICK, 2)
+    assert digits.make_lines(QUICK, 1) == digits.make_lines(QUICK, 1) != digits.make_lines(QUICK, 2)
 
 
 def test_perturbed_answers_keep_the_prompt_and_are_mostly_wrong():
-    recipe = task.Recipe()
+    recipe = digits.Recipe()
     torch.manual_seed(0)
-    right = task.encode(task.build_tokenizer(), task.make_lines(recipe, 0)[0][:500])
-    wrong = task.perturb(right, recipe)
+    right = digits.encode(digits.build_tokenizer(), digits.make_lines(recipe, 0)[0][:500])
+    wrong = digits.perturb(right, recipe)
     start = right.shape[1] - recipe.answer_tokens
     assert (wrong[:, :start] == right[:, :start]).all()
     assert (wrong != right).any(1).float().mean() > 0.6
@@ -65,5 +74,5 @@ def test_perturbed_answers_keep_the_prompt_and_are_mostly_wrong():
 def test_a_directory_that_holds_something_is_left_alone(made):
     before = sorted(path.name for path in made[0].iterdir())
     with pytest.raises(UserError, match="not an empty directory"):
-        task.make(made[0], 0, QUICK)
+        digits.make(made[0], 0, QUICK)
     assert sorted(path.name for path in made[0].iterdir()) == before

@@ -1,4 +1,5 @@
-"""What trackers are told. Those of others run for real where they are installed, and send nothing anywhere."""
+"""What trackers are told. Those of others run for real where they are installed, and send nothing
+anywhere."""
 
 import json
 import math
@@ -11,8 +12,8 @@ import pytest
 from conftest import make_workload, split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from executor import trackers
-from executor.rundir import RunDirectory
+from executor.running import trackers
+from executor.running.run_directory import RunDirectory
 from planner.spec.errors import UserError
 
 PLAN = split(make_workload())
@@ -42,7 +43,9 @@ def metrics_of(step: int) -> dict[str, Any]:
 
 def record(path: Path, steps: range, track: tuple[str, ...] = (), again: bool = False) -> None:
     directory = RunDirectory(path, tensorboard=True, track=track, again=again)
-    directory.open(PLAN, metrics=(path / "metrics.jsonl").read_bytes() if again else b"", step=steps.start)
+    directory.open(
+        PLAN, metrics=(path / "metrics.jsonl").read_bytes() if again else b"", step=steps.start
+    )
     for step in steps:
         directory.write_metrics(metrics_of(step))
     directory.close()
@@ -56,14 +59,22 @@ def test_a_line_of_metrics_becomes_numbers_and_one_version_per_sequence() -> Non
         "staleness_histogram/1": 1.0,
         "staleness_histogram/2": 2.0,
     }
-    assert {name: values.tolist() for name, values in samples.items()} == {"weights_versions": [3, 3, 4]}
-    assert trackers.flatten({"step": 0, "weights_versions": []})[1]["weights_versions"].tolist() == []
+    assert {name: values.tolist() for name, values in samples.items()} == {
+        "weights_versions": [3, 3, 4]
+    }
+    assert (
+        trackers.flatten({"step": 0, "weights_versions": []})[1]["weights_versions"].tolist() == []
+    )
 
 
 def test_tensorboard_has_scalars_and_histograms(tmp_path: Path) -> None:
     record(tmp_path / "r", range(3))
     events = EventAccumulator(str(tmp_path / "r")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("reward")] == [(0, 0.5), (1, 1.5), (2, 2.5)]
+    assert [(event.step, event.value) for event in events.Scalars("reward")] == [
+        (0, 0.5),
+        (1, 1.5),
+        (2, 2.5),
+    ]
     assert [event.value for event in events.Scalars("staleness_histogram/2")] == [2.0] * 3
     histogram = events.Histograms("weights_versions")[-1].histogram_value
     assert (histogram.num, histogram.min, histogram.max) == (3, 3, 4)
@@ -85,7 +96,9 @@ def test_a_tracker_that_fails_leaves_the_run_as_it_was(tmp_path: Path) -> None:
         directory.write_metrics(metrics_of(step))
     directory.close()
     assert len((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert (tmp_path / "r" / "log.txt").read_text().count("other failed and is told no more (nobody there)") == 1
+    assert (tmp_path / "r" / "log.txt").read_text().count(
+        "other failed and is told no more (nobody there)"
+    ) == 1
     assert len(EventAccumulator(str(tmp_path / "r")).Reload().Scalars("reward")) == 2
 
 
@@ -94,14 +107,29 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     PLAN.write(plan)
     for name in ("wandb", "mlflow"):
-        command = [sys.executable, "-c", blocked, "execute", str(plan), "--track", name, "--runs", str(tmp_path)]
+        command = [
+            sys.executable,
+            "-c",
+            blocked,
+            "execute",
+            str(plan),
+            "--track",
+            name,
+            "--runs",
+            str(tmp_path),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2
-        assert done.stderr == f"plan: --track {name} needs {name}; install it with: pip install 'splitplan[{name}]'\n"
+        assert (
+            done.stderr
+            == f"plan: --track {name} needs {name}; install it with: pip install 'splitplan[{name}]'\n"
+        )
         assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
 
-def test_weights_and_biases_goes_on_with_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_goes_on_with_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     record(tmp_path / "r", range(2), ("wandb",))
@@ -111,7 +139,9 @@ def test_weights_and_biases_goes_on_with_its_run(tmp_path: Path, monkeypatch: py
     assert kept and b"weights_versions_histogram" in b"".join(path.read_bytes() for path in kept)
 
 
-def test_mlflow_has_the_metrics_of_all_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_has_the_metrics_of_all_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -124,11 +154,17 @@ def test_mlflow_has_the_metrics_of_all_steps(tmp_path: Path, monkeypatch: pytest
     assert run.data.params["ppo.clip"] == "0.2" and run.data.params["plan"] == "split"
     history = client.get_metric_history(run.info.run_id, "reward")
     assert [(point.step, point.value) for point in history] == [(0, 0.5), (1, 1.5), (2, 2.5)]
-    assert run.data.metrics["staleness_histogram/2"] == 2 and "actor/grad_norm" not in run.data.metrics
+    assert (
+        run.data.metrics["staleness_histogram/2"] == 2 and "actor/grad_norm" not in run.data.metrics
+    )
 
 
-def test_a_tracker_that_refuses_ends_the_run_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_refuses_ends_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
-    with pytest.raises(UserError, match=r"--track mlflow: .*nonsense.*; mend that, or leave the tracker out"):
+    with pytest.raises(
+        UserError, match=r"--track mlflow: .*nonsense.*; mend that, or leave the tracker out"
+    ):
         record(tmp_path / "r", range(1), ("mlflow",))

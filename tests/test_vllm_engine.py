@@ -1,5 +1,5 @@
-"""vLLM behind the seam of engines, with a build of it for CPUs (`make test-vllm`). It computes in float32, so what it
-generates is what transformers would."""
+"""vLLM behind the seam of engines, with a build of it for CPUs (`make test-vllm`). It computes in
+float32, so what it generates is what transformers would."""
 
 import logging
 import os
@@ -19,20 +19,29 @@ from recording import Recording
 from test_rollout import PROMPTS, requests, responses
 from transformers import PreTrainedModel
 
-from executor import models, pools, preflight, weights
-from executor.data import Ints, Requests
-from executor.processes import fleet_for
-from executor.rollout import TransformersEngine
-from executor.vllm_engine import VllmEngine, _told_what_fails
-from executor.vllm_worker import VllmWorker, made_for
-from executor.worker import Rank, ask
+from executor.data.batch import Ints, Requests
+from executor.fleet import pools
+from executor.fleet.worker import Rank, ask
+from executor.rollout.engine import TransformersEngine
+from executor.rollout.vllm.engine import VllmEngine, _told_what_fails
+from executor.rollout.vllm.worker import VllmWorker, made_for
+from executor.running import preflight
+from executor.running.processes import fleet_for
+from executor.training import models, weights
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.workload import Model, Workload
 
 pytestmark = pytest.mark.vllm
-SHAPE = {"hidden": 128, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64, "vocab": 48}  # it wants large heads
+SHAPE = {
+    "hidden": 128,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "intermediate": 64,
+    "vocab": 48,
+}  # it wants large heads
 EOS = 5
 MANY = PROMPTS * 8
 
@@ -62,7 +71,9 @@ class Remote:
     def __init__(self, rank: Rank) -> None:
         self.rank, self.version = rank, 0
 
-    def generate(self, asked: Requests, temperature: float | None) -> tuple[Ints, Ints, NDArray[np.float32]]:
+    def generate(
+        self, asked: Requests, temperature: float | None
+    ) -> tuple[Ints, Ints, NDArray[np.float32]]:
         (found,) = ask([self.rank], "generate", asked, temperature).results
         assert found.weights_version == self.version
         return found.lengths, found.tokens, found.log_probs
@@ -73,14 +84,19 @@ class Remote:
 
 
 @pytest.fixture(scope="module")
-def started(ray_two: None, tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel) -> Iterator[Remote]:
+def started(
+    ray_two: None, tmp_path_factory: pytest.TempPathFactory, model: PreTrainedModel
+) -> Iterator[Remote]:
     """An engine for responses of up to 20 tokens, which the token EOS ends."""
     directory = tmp_path_factory.mktemp("actor")
     model.config.eos_token_id = model.generation_config.eos_token_id = EOS
     model.save_pretrained(directory)
     response = {"kind": "lognormal", "mean": 12, "sigma": 0.5, "max": 20}
     prompt = {"kind": "fixed", "tokens": 8}
-    plan = plan_of(workload(actor={"shape": SHAPE, "path": directory}, prompt=prompt, response=response), cores=1)
+    plan = plan_of(
+        workload(actor={"shape": SHAPE, "path": directory}, prompt=prompt, response=response),
+        cores=1,
+    )
     fleet, ((pool, cores),) = fleet_for([plan]), plan.engine_gpus()
     (rank,) = pools.connect([fleet.process(VllmWorker, cores, made_for(plan))])
     assert ask([rank], "start", plan, pool).results == [[EOS]]
@@ -109,7 +125,10 @@ def test_responses_end_at_end_of_sequence_or_at_their_own_limit(engine: Remote) 
     ended = [response[-1] == EOS for response in found]
     assert any(ended) and not all(ended)
     assert all(EOS not in response[:-1] for response in found)
-    assert all(end or len(response) == limit for end, response, limit in zip(ended, found, limits, strict=True))
+    assert all(
+        end or len(response) == limit
+        for end, response, limit in zip(ended, found, limits, strict=True)
+    )
 
 
 def test_exact_requests_ignore_end_of_sequence(engine: Remote) -> None:
@@ -119,28 +138,40 @@ def test_exact_requests_ignore_end_of_sequence(engine: Remote) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_log_probs_are_those_of_the_model(engine: Remote, model: PreTrainedModel, temperature: float) -> None:
+def test_the_log_probs_are_those_of_the_model(
+    engine: Remote, model: PreTrainedModel, temperature: float
+) -> None:
     lengths, tokens, log_probs = engine.generate(requests(MANY, max_tokens=20), temperature)
     ends = np.cumsum(lengths)
     for prompt, end, length in zip(MANY, ends, lengths, strict=True):
         response = tokens[end - length : end].tolist()
         with torch.no_grad():
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        expected = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        expected = (
+            (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        )
         assert np.allclose(log_probs[end - length : end], expected, atol=1e-5)
 
 
-def test_tokens_are_drawn_as_often_as_the_model_says(engine: Remote, model: PreTrainedModel) -> None:
+def test_tokens_are_drawn_as_often_as_the_model_says(
+    engine: Remote, model: PreTrainedModel
+) -> None:
     _, tokens, _ = engine.generate(requests([[1, 2, 3]] * 2000, max_tokens=1), 0.1)
     with torch.no_grad():
         expected = (model(torch.tensor([[1, 2, 3]])).logits[0, -1] / 0.1).softmax(-1)
-    assert np.abs(np.bincount(tokens, minlength=SHAPE["vocab"]) / 2000 - expected.numpy()).max() < 0.03
+    assert (
+        np.abs(np.bincount(tokens, minlength=SHAPE["vocab"]) / 2000 - expected.numpy()).max() < 0.03
+    )
 
 
-def test_new_weights_are_used_and_then_the_old_ones_again(engine: Remote, model: PreTrainedModel) -> None:
+def test_new_weights_are_used_and_then_the_old_ones_again(
+    engine: Remote, model: PreTrainedModel
+) -> None:
     """Greedily, so that what comes is what transformers gives."""
     other = random_model(4)
-    of_model, of_other = (responses(TransformersEngine(m, [EOS], 64), requests(MANY), None) for m in (model, other))
+    of_model, of_other = (
+        responses(TransformersEngine(m, [EOS], 64), requests(MANY), None) for m in (model, other)
+    )
     assert of_model != of_other
     assert responses(engine, requests(MANY), None) == of_model
     engine.install(other)
@@ -150,7 +181,7 @@ def test_new_weights_are_used_and_then_the_old_ones_again(engine: Remote, model:
 
 
 def test_what_ends_a_process_of_an_engine_that_starts_is_told() -> None:
-    from executor.vllm_extension import _Failures  # which needs vLLM
+    from executor.rollout.vllm.extension import _Failures  # which needs vLLM
 
     logger = logging.getLogger("vllm")
     with pytest.raises(RuntimeError, match="ValueError: too many heads"), _told_what_fails():
@@ -166,7 +197,9 @@ def test_what_ends_a_process_of_an_engine_that_starts_is_told() -> None:
 
 
 def test_what_a_build_for_cpus_cannot_run_is_refused() -> None:
-    with pytest.raises(UserError, match="engine vllm runs on 1 core, not 2; set tensor_parallel to 1"):
+    with pytest.raises(
+        UserError, match="engine vllm runs on 1 core, not 2; set tensor_parallel to 1"
+    ):
         preflight.check_engine(plan_of(workload(), 2, tensor_parallel=2, replicas=1))
     layouts = {"rollout": {"engine": "vllm"}}
     on_gpus = colocated(workload(), 1, layouts=layouts, cluster=make_cluster(1, "h200", 1))
@@ -180,7 +213,11 @@ class Mortal(Recording):
     def end_step(self, number: int) -> dict[str, Any]:
         engine = self.processes.engines[number % 2].handle
         if number == 1:
-            ray.get(engine.__ray_call__.remote(lambda worker: worker.engine._executor.workers[0].proc.kill()))
+            ray.get(
+                engine.__ray_call__.remote(
+                    lambda worker: worker.engine._executor.workers[0].proc.kill()
+                )
+            )
         else:
             ray.kill(engine)
         return super().end_step(number)
@@ -193,7 +230,8 @@ def queues() -> set[Path]:
 
 
 def test_steps_with_an_engine_that_dies_sample_from_what_the_trainers_see(ray_two: None) -> None:
-    """Two engines, whose weights come through the object store; the one that is started anew gets those it had."""
+    """Two engines, whose weights come through the object store; the one that is started anew gets
+    those it had."""
     plan = plan_of(workload(), cores=2, offload=True)
     backend, before = Mortal(plan), queues()
     backend.take(3)

@@ -1,4 +1,5 @@
-"""Planning under other conditions, the points of a Pareto picture, and the commands that print them."""
+"""Planning under other conditions, the points of a Pareto picture, and the commands that print
+them."""
 
 import csv
 
@@ -10,11 +11,17 @@ from planner.cli import main
 from planner.predict.memory import check_memory
 from planner.predict.schedule import check
 from planner.search import find
-from planner.search.changes import resized, with_models, with_network, with_response, with_tail
-from planner.search.count import count
-from planner.search.pareto import pareto_points
-from planner.search.space import sizes, structures
-from planner.search.whatif import conditions, what_if
+from planner.search.questions.pareto import pareto_points
+from planner.search.questions.space_size import count
+from planner.search.questions.variants import (
+    resized,
+    with_models,
+    with_network,
+    with_response,
+    with_tail,
+)
+from planner.search.questions.what_if import conditions, what_if
+from planner.search.space.placements import sizes, structures
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.lengths import Empirical, Fixed, Lognormal
@@ -55,12 +62,20 @@ def test_each_condition_is_planned_anew(plan):
         best = find(listed[what].workload, listed[what].cluster).best
         assert outcome.seconds == pytest.approx(best.predicted.step_seconds, rel=1e-9)
         assert outcome.kept is None or outcome.kept >= outcome.seconds * (1 - 1e-9)
-        own = frozenset(frozenset(r for r, layout in plan.roles.items() if p in layout.pools) for p in plan.pools)
+        own = frozenset(
+            frozenset(r for r, layout in plan.roles.items() if p in layout.pools)
+            for p in plan.pools
+        )
         then = frozenset(
-            frozenset(r for r, layout in outcome.plan.roles.items() if p in layout.pools) for p in outcome.plan.pools
+            frozenset(r for r, layout in outcome.plan.roles.items() if p in layout.pools)
+            for p in outcome.plan.pools
         )
         assert outcome.flips or own == then
-    assert outcomes["3 GPUs"].seconds < outcomes["as it is"].seconds < outcomes["responses 2× as long"].seconds
+    assert (
+        outcomes["3 GPUs"].seconds
+        < outcomes["as it is"].seconds
+        < outcomes["responses 2× as long"].seconds
+    )
     assert outcomes["staleness up to 2"].seconds <= outcomes["as it is"].seconds * (1 + 1e-9)
 
 
@@ -84,7 +99,9 @@ def test_workloads_change_in_one_thing():
     assert with_response(workload, 2).response == Lognormal(mean=800, sigma=0.8, max=2048)
     assert with_response(make_workload(response=Fixed(tokens=5)), 2).response == Fixed(tokens=10)
     observed = Empirical(values=(2, 4), max=4)
-    assert with_response(make_workload(response=observed), 2).response == Empirical(values=(4, 8), max=8)
+    assert with_response(make_workload(response=observed), 2).response == Empirical(
+        values=(4, 8), max=8
+    )
     assert with_tail(workload, 1.5).response == Lognormal(mean=400, sigma=1.5 * 0.8, max=1024)
     assert with_tail(make_workload(response=observed), 1.5) is None
     other = small_workload()
@@ -98,7 +115,12 @@ def test_points_are_the_best_plans_and_the_beaten_are_marked():
     points, reasons = pareto_points(
         workload, [tiny_cluster(1, memory=24e9), tiny_cluster(2), tiny_cluster(3)], range(2)
     )
-    assert [(point.gpus, point.max_staleness) for point in points] == [(2, 0), (2, 1), (3, 0), (3, 1)]
+    assert [(point.gpus, point.max_staleness) for point in points] == [
+        (2, 0),
+        (2, 1),
+        (3, 0),
+        (3, 1),
+    ]
     assert len(reasons) == 1 and "on 1 GPU:" in reasons[0]
     for point in points:
         check(point.plan)
@@ -123,7 +145,9 @@ def test_dollars_are_those_of_all_gpus():
 
 def test_the_space_is_counted():
     found = count(make_workload(), tiny_cluster(4), 0)
-    assert sum(structures for _, structures, _ in found.placements) == sum(len(s) <= 4 for s in structures(ROLES))
+    assert sum(structures for _, structures, _ in found.placements) == sum(
+        len(s) <= 4 for s in structures(ROLES)
+    )
     counted = sum(len(sizes(used, len(s))) for s in structures(ROLES) for used in range(1, 5))
     assert sum(many for *_, many in found.placements) == counted
     assert [k for k, *_ in found.programs] == [0]
@@ -146,7 +170,15 @@ def run(*arguments):
 def test_explain_prints_all_its_parts(written):
     result = run("explain", written)
     assert result.exit_code == 0, result.output
-    for part in ("split", "drop the waits", "Bottleneck", "Critical cycle", "10% longer", "kept while idle", "idle s"):
+    for part in (
+        "split",
+        "drop the waits",
+        "Bottleneck",
+        "Critical cycle",
+        "10% longer",
+        "kept while idle",
+        "idle s",
+    ):
         assert part in result.stdout
 
 
@@ -167,7 +199,12 @@ def test_pareto_draws_and_writes_its_figures(tmp_path, written, plan):
     assert result.exit_code == 0, result.output
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
-    assert [(row["gpus"], row["max_staleness"]) for row in rows] == [("1", "0"), ("1", "1"), ("2", "0"), ("2", "1")]
+    assert [(row["gpus"], row["max_staleness"]) for row in rows] == [
+        ("1", "0"),
+        ("1", "1"),
+        ("2", "0"),
+        ("2", "1"),
+    ]
     assert float(rows[-1]["step_seconds"]) == pytest.approx(plan.predicted.step_seconds, rel=1e-4)
 
 

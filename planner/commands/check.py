@@ -41,16 +41,25 @@ def check(plan: Path, here: bool) -> None:
     if here and found:
         raise UserError(f"{plan} cannot be run on this machine: {'; '.join(found)}")
     console = make_console()
-    console.print(memory_table({pool: (m.peak, m.allowed) for pool, m in plan_memory(checked).items()}))
+    console.print(
+        memory_table({pool: (m.peak, m.allowed) for pool, m in plan_memory(checked).items()})
+    )
     for node, needed in host_bytes(checked).items():
         if needed > WORTH_SAYING_BYTES:
             there = checked.cluster.nodes[node].host_memory_bytes
-            said = f"{needed / 1e9:,.0f} of {there / 1e9:,.0f} GB of the host's memory on node {node}"
+            said = (
+                f"{needed / 1e9:,.0f} of {there / 1e9:,.0f} GB of the host's memory on node {node}"
+            )
             line = f"What is offloaded, and batches in flight, take {said}."
             console.print(line, soft_wrap=True)
     console.print()
-    console.print(f"{plan} is sound: its program runs, with staleness {checked.staleness}, and its memory suffices.")
-    console.print("It cannot be run on this machine:" if found else "It can be run on this machine.")
+    console.print(
+        f"{plan} is sound: its program runs, with staleness {checked.staleness}, and its memory "
+        "suffices."
+    )
+    console.print(
+        "It cannot be run on this machine:" if found else "It can be run on this machine."
+    )
     for line in found:
         console.print(f"- {line}", markup=False, soft_wrap=True)
 
@@ -59,7 +68,7 @@ def _missing_here(plan: Plan) -> list[str]:
     """What a run on this machine would end with before it starts anything."""
     if missing := missing_extra():
         return [f"{', '.join(missing)} not installed; pip install 'splitplan[execute]'"]
-    from executor.preflight import problems  # torch and ray are slow to load
+    from executor.running.preflight import problems  # torch and ray are slow to load
 
     return problems(plan)
 

@@ -35,15 +35,19 @@ def compare(plan: Path, run: Path, out: Path | None, profiles: Sequence[Path]) -
 
 
 def read_run(run: Path, plan: Plan) -> Timeline:
-    """The timeline of the whole steps of a run, checked to be one of this plan. Raises UserError."""
+    """The timeline of the whole steps of a run, checked to be one of this plan. Raises
+    UserError."""
     if not run.is_dir():
-        raise UserError(f"{run}: no such run directory; give the one that `plan execute` named at its end")
+        raise UserError(
+            f"{run}: no such run directory; give the one that `plan execute` named at its end"
+        )
     timeline = Timeline.read(run / "timeline.json")
     if (run / "plan.json").exists():
         ran = Plan.read(run / "plan.json")
         for key in ("pools", "roles", "program"):
             if getattr(ran, key) != getattr(plan, key):
                 raise UserError(
-                    f"{run} was run by another plan (its {key} differ); compare it with {run / 'plan.json'} instead"
+                    f"{run} was run by another plan (its {key} differ); compare it with "
+                    f"{run / 'plan.json'} instead"
                 )
     return whole_steps(plan, timeline)

@@ -25,7 +25,10 @@ NEEDED = ("ray", "torch", "transformers", "safetensors")
 def need_extra(command: str) -> None:
     """Raise UserError if what the executor runs on is not installed."""
     if missing := missing_extra():
-        raise UserError(f"{command} needs {', '.join(missing)}; install it with: pip install 'splitplan[execute]'")
+        raise UserError(
+            f"{command} needs {', '.join(missing)}; install it with: pip install "
+            "'splitplan[execute]'"
+        )
 
 
 def missing_extra() -> list[str]:
@@ -53,7 +56,10 @@ def execute(
     positive("--steps", steps)
     positive("--keep", keep)
     if not 0 < deadline_floor <= MOST_SECONDS:
-        raise UserError(f"--deadline-floor {deadline_floor:g}: choose a number of seconds, at most {MOST_SECONDS:g}")
+        raise UserError(
+            f"--deadline-floor {deadline_floor:g}: choose a number of seconds, at most "
+            f"{MOST_SECONDS:g}"
+        )
     for option, value in (("--save-every", save_every), ("--max-restarts", max_restarts)):
         if value < 0:
             raise UserError(f"{option} {value}: choose 0 (never) or more")
@@ -67,18 +73,24 @@ def execute(
     if resume is not None:
         if plan is not None or rehearse or name:
             raise UserError(
-                "--resume goes on with a run: leave out PLAN, --name and --rehearse; --plan is another plan"
+                "--resume goes on with a run: leave out PLAN, --name and --rehearse; --plan is "
+                "another plan"
             )
         run, console, progress = _resume(resume, other_plan, survival, options)
         return _report(run, run / "plan.json", console, progress)
     if plan is None or other_plan is not None:
-        raise UserError("name the PLAN to run; --plan is for going on with a run under another one, with --resume")
+        raise UserError(
+            "name the PLAN to run; --plan is for going on with a run under another one, with "
+            "--resume"
+        )
     checked = load_plan(plan)
     seconds = None
     if rehearse:
         steps = steps or REHEARSED_STEPS + checked.staleness
-        seconds = task_seconds(checked, profiles_of(checked, plan, profiles, make_console(stderr=True)))
-    from executor.execute import Survival, execute  # ray and torch are slow to load
+        seconds = task_seconds(
+            checked, profiles_of(checked, plan, profiles, make_console(stderr=True))
+        )
+    from executor.running.execute import Survival, execute  # ray and torch are slow to load
 
     console = make_console()
     with LiveProgress(checked, steps or checked.workload.steps, console) as progress:
@@ -98,8 +110,8 @@ def execute(
 def _resume(
     path: Path, other: Path | None, survival: dict[str, int], options: dict[str, Any]
 ) -> tuple[Path, Console, LiveProgress]:
-    from executor import checkpoint  # torch is slow to load
-    from executor.execute import Survival, resume
+    from executor.running import checkpoint  # torch is slow to load
+    from executor.running.execute import Survival, resume
 
     found = checkpoint.find(path)
     plan = load_plan(other) if other is not None else found.plan
@@ -117,7 +129,10 @@ def _report(run: Path, plan: Path, console: Console, progress: LiveProgress) -> 
     from planner.report.gantt import draw  # matplotlib is slow to load
 
     draw([timeline], checked, run / "gantt.png")
-    console.print(f"The run is in {run}: timeline.json, trace.json, gantt.png, metrics.jsonl, log.txt.", soft_wrap=True)
+    console.print(
+        f"The run is in {run}: timeline.json, trace.json, gantt.png, metrics.jsonl, log.txt.",
+        soft_wrap=True,
+    )
     console.print(f"Next: plan compare {plan} {run}", soft_wrap=True)
 
 
@@ -141,9 +156,15 @@ def summary(plan: Plan, timeline: Timeline, progress: LiveProgress) -> str:
 def task(name: str, out: Path, seed: int) -> None:
     need_extra("plan task")
     assert name == "digits"
-    from executor.task import make
+    from executor.digits import make
 
     console = make_console()
-    with console.status("making prompts, the language model and the reward model (a minute or two)"):
+    with console.status(
+        "making prompts, the language model and the reward model (a minute or two)"
+    ):
         make(out, seed)
-    console.print(f"Wrote the task to {out}; its workload is {out / 'workload.toml'}.", markup=False, soft_wrap=True)
+    console.print(
+        f"Wrote the task to {out}; its workload is {out / 'workload.toml'}.",
+        markup=False,
+        soft_wrap=True,
+    )

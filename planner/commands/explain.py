@@ -18,8 +18,8 @@ from planner.report.insight import (
     waits_table,
 )
 from planner.report.tables import bottleneck, seconds
-from planner.search import explain as explaining
-from planner.search import scenarios_of
+from planner.search.questions import explain as explaining
+from planner.search.solver.problem import scenarios_of
 
 
 def explain(plan: Path, profiles: Sequence[Path]) -> None:
@@ -40,9 +40,12 @@ def explain(plan: Path, profiles: Sequence[Path]) -> None:
             console.print(waits_table(explanation.waits, start, explanation.ladder[0].seconds))
     else:
         console.print(
-            "No ladder: neither split nor colocated fits these GPUs, or the plan's pools are of its own kind."
+            "No ladder: neither split nor colocated fits these GPUs, or the plan's pools are of "
+            "its own kind."
         )
-    console.print(f"\n[bold]What binds {plan.stem}: {seconds(explanation.step_seconds)} s per step[/bold]")
+    console.print(
+        f"\n[bold]What binds {plan.stem}: {seconds(explanation.step_seconds)} s per step[/bold]"
+    )
     for sentence in (bottleneck(checked), *critical_sentences(explanation.critical)):
         console.print(sentence, soft_wrap=True)
     console.print()

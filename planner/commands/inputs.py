@@ -1,4 +1,5 @@
-"""What the commands are given, read and checked: cluster, workload, profiles, and where to write."""
+"""What the commands are given, read and checked: cluster, workload, profiles, and where to
+write."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -40,20 +41,31 @@ def read_inputs(
     found = _load(profiles, make_console(stderr=True))
     return Inputs(
         workload=read_workload(workload),
-        cluster=read_cluster(gpus=gpus, device=device, gpus_per_node=gpus_per_node, cluster=cluster),
+        cluster=read_cluster(
+            gpus=gpus, device=device, gpus_per_node=gpus_per_node, cluster=cluster
+        ),
         profiles=found,
-        provenance={str(path): profile.sha256 for path, profile in zip(profiles, found, strict=True)},
+        provenance={
+            str(path): profile.sha256 for path, profile in zip(profiles, found, strict=True)
+        },
     )
 
 
-def read_cluster(*, gpus: int | None, device: str | None, gpus_per_node: int | None, cluster: str | None) -> Cluster:
+def read_cluster(
+    *, gpus: int | None, device: str | None, gpus_per_node: int | None, cluster: str | None
+) -> Cluster:
     """A number of shipped GPUs, a cluster file, or this machine. Raises UserError."""
     if cluster is None:
         if gpus is None:
-            raise UserError("say which GPUs to plan for: --gpus N, --cluster FILE or --cluster local")
+            raise UserError(
+                "say which GPUs to plan for: --gpus N, --cluster FILE or --cluster local"
+            )
         return make_cluster(gpus, device or "h200", 8 if gpus_per_node is None else gpus_per_node)
     if device is not None or gpus_per_node is not None or (gpus is not None and cluster != "local"):
-        raise UserError(f"--cluster {cluster} already says what there is; leave out --gpus, --device, --gpus-per-node")
+        raise UserError(
+            f"--cluster {cluster} already says what there is; leave out --gpus, --device, "
+            "--gpus-per-node"
+        )
     if cluster == "local":
         from planner.commands.local import local_cluster
 
@@ -66,23 +78,31 @@ def read_workload(name: str) -> Workload:
     shipped = {path.stem: path for path in sorted((profiles_dir() / "workloads").glob("*.toml"))}
     path = shipped.get(name) or Path(name)
     if not path.exists() and not names_a_file(name):
-        raise UserError(f"no workload {name!r} is shipped, and no such file; shipped are {', '.join(shipped)}")
+        raise UserError(
+            f"no workload {name!r} is shipped, and no such file; shipped are {', '.join(shipped)}"
+        )
     return load_workload(path)
 
 
-def profiles_of(plan: Plan, path: Path, given: Sequence[Path], console: Console) -> tuple[Profile, ...]:
-    """The profiles to simulate a plan with: those given, else those that it was searched with, looked for where its
-    provenance says and beside it. One that is gone or has changed is named, and left out. Raises UserError."""
+def profiles_of(
+    plan: Plan, path: Path, given: Sequence[Path], console: Console
+) -> tuple[Profile, ...]:
+    """The profiles to simulate a plan with: those given, else those that it was searched with,
+    looked for where its provenance says and beside it. One that is gone or has changed is named,
+    and left out. Raises UserError."""
     if given or plan.provenance is None:
         loaded = _load(given, console)
         check_profiles(loaded, plan.workload, plan.cluster)
         return loaded
     found = []
     for name, sha256 in plan.provenance.profiles.items():
-        profile = _same_profile((Path(name), path.parent / name, path.parent / Path(name).name), sha256)
+        profile = _same_profile(
+            (Path(name), path.parent / name, path.parent / Path(name).name), sha256
+        )
         if profile is None:
             console.print(
-                f"The profile {name} that {path} was searched with is gone or has changed; its costs come from the "
+                f"The profile {name} that {path} was searched with is gone or has changed; its "
+                "costs come from the "
                 "roofline model instead. Name it with --profile.",
                 style="yellow", markup=False, soft_wrap=True,
             )  # fmt: skip
@@ -112,16 +132,21 @@ def _same_profile(places: Iterable[Path], sha256: str) -> Profile | None:
 
 
 def check_target(path: Path, *suffixes: str) -> None:
-    """Refuse a place that cannot be written before the work is done, not after it. Raises UserError."""
+    """Refuse a place that cannot be written before the work is done, not after it. Raises
+    UserError."""
     if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"{path}: give it a name that ends in {' or '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"{path}: is a directory; name a file in it")
     parent = next(parent for parent in path.absolute().parents if parent.exists())
     if not parent.is_dir():
-        raise UserError(f"{path}: cannot be written ({parent} is no directory); choose another place")
+        raise UserError(
+            f"{path}: cannot be written ({parent} is no directory); choose another place"
+        )
     if not os.access(parent, os.W_OK):
-        raise UserError(f"{path}: cannot be written ({parent} is read-only for this user); choose another place")
+        raise UserError(
+            f"{path}: cannot be written ({parent} is read-only for this user); choose another place"
+        )
 
 
 def positive(name: str, value: int | None) -> None:
@@ -135,4 +160,8 @@ def positive(name: str, value: int | None) -> None:
 def make_console(*, stderr: bool = False) -> Console:
     """A console that does not fold what goes into a file or a pipe."""
     console = Console(stderr=stderr, highlight=False)
-    return console if console.is_terminal else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
+    return (
+        console
+        if console.is_terminal
+        else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
+    )

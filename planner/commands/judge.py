@@ -37,15 +37,21 @@ def _given(cluster: str, profiles: Sequence[Profile]) -> Cluster:
     for profile in profiles:
         if profile.device not in there.devices:
             has = ", ".join(there.devices)
-            raise UserError(f"a profile is of device {profile.device!r} and the cluster has {has}; name its cluster")
+            raise UserError(
+                f"a profile is of device {profile.device!r} and the cluster has {has}; name its "
+                "cluster"
+            )
     return there
 
 
 def _cluster_of(profiles: Sequence[Profile]) -> Cluster:
-    """Nodes of the shipped device that the points fit on, or this machine's cores. Raises UserError."""
+    """Nodes of the shipped device that the points fit on, or this machine's cores. Raises
+    UserError."""
     devices = {profile.device for profile in profiles}
     if len(devices) > 1:
-        raise UserError(f"the profiles are of {', '.join(sorted(devices))}; judge those of one device at a time")
+        raise UserError(
+            f"the profiles are of {', '.join(sorted(devices))}; judge those of one device at a time"
+        )
     if devices == {"cpu"}:
         return _given("local", profiles)
     points = [point for profile in profiles for point in (*profile.points, *profile.held_out)]

@@ -4,20 +4,27 @@ from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.errors import UserError
 from planner.spec.machine import memory_bytes, physical_cores
 
-# Rough rates of one core, so that a search without a profile puts things in the right order; a profile corrects them.
+# Rough rates of one core, so that a search without a profile puts things in the right order; a
+# profile corrects them.
 CORE_FLOPS = 3e10
 CORE_MEMORY_BANDWIDTH = 8e9
 CORE_LINK_BANDWIDTH = 1e9
 CORE_OVERHEAD_SECONDS = 5e-3
 
-HOST_SHARE = 0.4  # of the memory: the system, the controller, what is offloaded and the batches in flight
+HOST_SHARE = (
+    0.4  # of the memory: the system, the controller, what is offloaded and the batches in flight
+)
 
 
 def local_cluster(gpus: int | None = None) -> Cluster:
-    """One node with a "GPU" per physical core (or the first `gpus` of them). Raises UserError if there are fewer."""
+    """One node with a "GPU" per physical core (or the first `gpus` of them). Raises UserError if
+    there are fewer."""
     cores = physical_cores()
     if gpus is not None and not 1 <= gpus <= cores:
-        raise UserError(f"--gpus {gpus}: this machine has {cores} physical cores that may be used; choose 1 to {cores}")
+        raise UserError(
+            f"--gpus {gpus}: this machine has {cores} physical cores that may be used; choose 1 to "
+            f"{cores}"
+        )
     count, memory = gpus or cores, memory_bytes()
     device = Device(
         kind="cpu",
@@ -30,4 +37,6 @@ def local_cluster(gpus: int | None = None) -> Cluster:
         source="rough figures of one core; a profile corrects them",
     )
     node = Node(gpus=count, device="cpu", host_memory_bytes=int(HOST_SHARE * memory))
-    return Cluster(name="local", nodes=(node,), devices={"cpu": device}, network_bandwidth=CORE_LINK_BANDWIDTH)
+    return Cluster(
+        name="local", nodes=(node,), devices={"cpu": device}, network_bandwidth=CORE_LINK_BANDWIDTH
+    )

@@ -27,7 +27,7 @@ def profile(
     where = "local" if cluster is None and gpus is None else cluster
     per_node = gpus if where is None else None  # all on one node
     there = read_cluster(gpus=gpus, device=device, gpus_per_node=per_node, cluster=where)
-    from executor.measure import profile
+    from executor.measuring.profile import profile
 
     console = make_console()
     found = profile(

@@ -8,9 +8,11 @@ from planner.commands.inputs import Inputs, check_target, make_console, read_inp
 from planner.predict.forecast import forecast
 from planner.report.insight import space_tables
 from planner.report.tables import bottleneck, figures, plans_table, pools_table, seconds
-from planner.search import Objective, find, tied
 from planner.search import baseline as find_baseline
-from planner.search.count import COUNTED, count
+from planner.search import find
+from planner.search.find import tied
+from planner.search.questions.space_size import COUNTED, count
+from planner.search.solver.problem import Objective
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 
@@ -37,7 +39,10 @@ def search(
     if scenarios < 1:
         raise UserError(f"--scenarios {scenarios}: must be at least 1")
     if time_limit is not None and not time_limit > 0:
-        raise UserError(f"--time-limit {time_limit:g}: must be more than 0 seconds; leave it out to search to the end")
+        raise UserError(
+            f"--time-limit {time_limit:g}: must be more than 0 seconds; leave it out to search to "
+            "the end"
+        )
     inputs = read_inputs(**options)
     with make_console(stderr=True).status("searching"):
         result = find(
@@ -56,7 +61,10 @@ def search(
     best = _named(result.best, out)
     written = _write(best, out, inputs, picture=not no_picture)
     console = make_console()
-    console.print(f"[bold]{inputs.workload.name}[/bold] on {len(inputs.cluster.gpus)} GPUs ({inputs.cluster.name})")
+    console.print(
+        f"[bold]{inputs.workload.name}[/bold] on {len(inputs.cluster.gpus)} GPUs "
+        f"({inputs.cluster.name})"
+    )
     console.print(plans_table(best, result.baselines, result.runners_up))
     console.print()
     console.print(pools_table(best))
@@ -64,7 +72,8 @@ def search(
     for sentence in (bottleneck(best), *figures(best), *_notes(best, result.runners_up, inputs)):
         console.print(sentence, soft_wrap=True)
     console.print(
-        f"The space has {result.placements:,} placements, each with many layouts and programs. The bounds left "
+        f"The space has {result.placements:,} placements, each with many layouts and programs. The "
+        "bounds left "
         f"{result.evaluated:,} to evaluate, in {seconds(result.seconds)} s. Wrote {written}.",
         soft_wrap=True,
     )
@@ -74,7 +83,11 @@ def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[s
     """What was minimised, how many GPUs the plan uses, and what is as good."""
     assert best.predicted
     cluster = inputs.cluster
-    price = sum(cluster.device_of(gpu).price_per_hour for gpu in cluster.gpus) / 3600 * best.predicted.step_seconds
+    price = (
+        sum(cluster.device_of(gpu).price_per_hour for gpu in cluster.gpus)
+        / 3600
+        * best.predicted.step_seconds
+    )
     objective = {
         "mean": "the mean step time",
         "p95": "the 95th percentile of the step time",
@@ -86,8 +99,10 @@ def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[s
         yield f"The plan uses {used:,} of {len(cluster.gpus):,} GPUs: it would be no faster with more."
     if len(cluster.gpus) > inputs.workload.minibatch:
         yield (
-            f"A minibatch of {inputs.workload.minibatch:,} sequences gives {len(cluster.gpus):,} GPUs less than one "
-            f"each: no trained role can use more than {inputs.workload.minibatch:,} of them; a larger minibatch would."
+            f"A minibatch of {inputs.workload.minibatch:,} sequences gives {len(cluster.gpus):,} "
+            "GPUs less than one "
+            f"each: no trained role can use more than {inputs.workload.minibatch:,} of them; a "
+            "larger minibatch would."
         )
     if names := tied(best, runners_up, inputs.profiles):
         yield f"Within the error of what was measured as good: {', '.join(names)}."
@@ -124,15 +139,24 @@ def space(*, max_staleness: int | None, **options: Any) -> None:
     console, errors = make_console(), make_console(stderr=True)
     with errors.status("counting"):
         found = count(inputs.workload, inputs.cluster, max_staleness)
-    console.print(f"[bold]{inputs.workload.name}[/bold] on {len(inputs.cluster.gpus)} GPUs ({inputs.cluster.name})")
+    console.print(
+        f"[bold]{inputs.workload.name}[/bold] on {len(inputs.cluster.gpus)} GPUs "
+        f"({inputs.cluster.name})"
+    )
     for table in space_tables(found.placements, found.layouts, found.programs):
         console.print(table)
         console.print()
     console.print(
-        "A placement is a structure (which roles share a pool) with a size for each pool. Layouts worth trying fit a "
-        "pool of their own, and no other is better in everything. Programs are those of all structures that differ in "
+        "A placement is a structure (which roles share a pool) with a size for each pool. Layouts "
+        "worth trying fit a "
+        "pool of their own, and no other is better in everything. Programs are those of all "
+        "structures that differ in "
         "their event graphs"
-        + (f"; those of staleness {COUNTED + 1} and more are not counted." if found.uncounted else "."),
+        + (
+            f"; those of staleness {COUNTED + 1} and more are not counted."
+            if found.uncounted
+            else "."
+        ),
         soft_wrap=True,
     )
 

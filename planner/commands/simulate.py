@@ -21,17 +21,24 @@ def simulate(
     profiles: Sequence[Path],
 ) -> None:
     positive("--steps", steps)
-    for target, suffixes in ((gantt, (".png", ".svg", ".pdf")), (trace, (".json",)), (timeline, (".json",))):
+    for target, suffixes in (
+        (gantt, (".png", ".svg", ".pdf")),
+        (trace, (".json",)),
+        (timeline, (".json",)),
+    ):
         if target is not None:
             check_target(target, *suffixes)
     console = make_console()
     checked = load_plan(plan)
-    simulated = forecast(checked, steps, profiles_of(checked, plan, profiles, make_console(stderr=True)))
+    simulated = forecast(
+        checked, steps, profiles_of(checked, plan, profiles, make_console(stderr=True))
+    )
     console.print(calls_table(checked, mean_call_seconds(simulated)))
     console.print()
     busy = pool_busy(simulated)
     console.print(
-        f"{steps} steps: {seconds(step_seconds(simulated))} s per step after {simulated.warmup} to warm up, "
+        f"{steps} steps: {seconds(step_seconds(simulated))} s per step after {simulated.warmup} to "
+        "warm up, "
         f"{occupancy(checked, busy):.0%} of all GPU time busy."
     )
     if timeline is not None:

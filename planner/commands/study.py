@@ -39,12 +39,21 @@ class Asked:
     command: str
 
 
-def study(study: Path, out: Path | None, minutes: float | None, plan_only: bool, report: bool, command: str) -> None:
+def study(
+    study: Path,
+    out: Path | None,
+    minutes: float | None,
+    plan_only: bool,
+    report: bool,
+    command: str,
+) -> None:
     if plan_only and report:
         raise UserError("--plan-only and --report are two different things; give one of them")
     if minutes is not None and minutes <= 0:
         raise UserError(f"--minutes {minutes:g}: must be greater than 0")
-    asked = Asked(study=load_study(study), path=study, directory=out or study.with_suffix(""), command=command)
+    asked = Asked(
+        study=load_study(study), path=study, directory=out or study.with_suffix(""), command=command
+    )
     console = make_console()
     if plan_only:
         _plan(asked, console, [cell for cell in asked.study.cells if not _measured(asked, cell)])
@@ -73,14 +82,20 @@ def _measured(asked: Asked, cell: Cell) -> bool:
 
 
 def _plan(asked: Asked, console: Console, cells: Sequence[Cell]) -> None:
-    """Write the plans and predicted timelines of some cells; those that are measured stay as they are."""
+    """Write the plans and predicted timelines of some cells; those that are measured stay as they
+    are."""
     study = asked.study
     inputs = _inputs(study)
 
     @cache
     def searched(staleness: int, keep: int, pins: tuple[str, ...]) -> Result:
         return find(
-            inputs.workload, inputs.cluster, profiles=inputs.profiles, max_staleness=staleness, keep=keep, pins=pins
+            inputs.workload,
+            inputs.cluster,
+            profiles=inputs.profiles,
+            max_staleness=staleness,
+            keep=keep,
+            pins=pins,
         )
 
     def plan_of(cell: Cell) -> Plan:
@@ -88,16 +103,25 @@ def _plan(asked: Asked, console: Console, cells: Sequence[Cell]) -> None:
             return load_plan(cell.plan)
         if cell.baseline is not None:
             return find_baseline(
-                cell.baseline, inputs.workload, inputs.cluster, profiles=inputs.profiles, pins=cell.pins
+                cell.baseline,
+                inputs.workload,
+                inputs.cluster,
+                profiles=inputs.profiles,
+                pins=cell.pins,
             )
         assert cell.search is not None
         keep = 1 + max(
-            other.runner_up for other in study.cells if (other.search, other.pins) == (cell.search, cell.pins)
+            other.runner_up
+            for other in study.cells
+            if (other.search, other.pins) == (cell.search, cell.pins)
         )
         found = searched(cell.search, keep, cell.pins)
         plans = (found.best, *found.runners_up)
         if cell.runner_up >= len(plans):
-            raise UserError(f"the search found {len(plans)} placements, so there is no runner-up {cell.runner_up}")
+            raise UserError(
+                f"the search found {len(plans)} placements, so there is no runner-up "
+                f"{cell.runner_up}"
+            )
         return plans[cell.runner_up]
 
     for cell in cells:
@@ -114,7 +138,8 @@ def _plan(asked: Asked, console: Console, cells: Sequence[Cell]) -> None:
 
 
 def _inputs(study: Study) -> Inputs:
-    """With the paths as they are seen from here, so that a plan says nothing of the machine it was made on."""
+    """With the paths as they are seen from here, so that a plan says nothing of the machine it was
+    made on."""
     profiles = [Path(_from_here(path)) for path in study.profiles]
     gpus_per_node = study.gpus if study.cluster is None else None
     inputs = read_inputs(
@@ -134,7 +159,8 @@ def _absolute(path: Path) -> str:
 
 
 def _paths(workload: Workload, write: object) -> Workload:
-    """The workload with its paths (of models, data and a reward function) written in another way."""
+    """The workload with its paths (of models, data and a reward function) written in another
+    way."""
     assert callable(write)
     changes: dict[str, object] = {
         role: model.model_copy(update={"path": Path(write(model.path))})
@@ -143,7 +169,9 @@ def _paths(workload: Workload, write: object) -> Workload:
     }
     if isinstance(workload.reward, RewardFunction):
         file, _, name = workload.reward.function.rpartition(":")
-        changes["reward"] = workload.reward.model_copy(update={"function": f"{write(Path(file))}:{name}"})
+        changes["reward"] = workload.reward.model_copy(
+            update={"function": f"{write(Path(file))}:{name}"}
+        )
     if workload.data is not None:
         files = {"train": workload.data.train, "evaluation": workload.data.evaluation}
         written = {key: Path(write(path)) for key, path in files.items() if path is not None}
@@ -155,13 +183,20 @@ def _write(asked: Asked, plan: Plan, inputs: Inputs) -> None:
     directory = asked.directory / plan.name
     warmup, drain = asked.study.warmup_of(plan.staleness), plan.staleness
     provenance = Provenance(
-        version=__version__, seed=plan.workload.seed, command=asked.command, profiles=inputs.provenance
+        version=__version__,
+        seed=plan.workload.seed,
+        command=asked.command,
+        profiles=inputs.provenance,
     )
-    check_profiles(inputs.profiles, plan.workload, plan.cluster)  # a plan from a file has not been searched with them
+    check_profiles(
+        inputs.profiles, plan.workload, plan.cluster
+    )  # a plan from a file has not been searched with them
     predicted = plan.predicted or predict(plan, inputs.profiles)
     plan = plan.model_copy(update={"provenance": provenance, "predicted": predicted})
     timeline = forecast(plan, warmup + asked.study.steps + drain, inputs.profiles)
-    timeline.model_copy(update={"warmup": warmup, "drain": drain}).write(directory / "predicted.json")
+    timeline.model_copy(update={"warmup": warmup, "drain": drain}).write(
+        directory / "predicted.json"
+    )
     plan.write(directory / "plan.json")
 
 
@@ -172,7 +207,9 @@ def _plans_table(asked: Asked) -> Table:
     for row in rows_of(asked.study, asked.directory):
         same = f" (= {row.same_as})" if row.same_as else ""
         pools = study_page.pools_text(row.plan)
-        table.add_row(row.cell.name + same, seconds(row.predicted_seconds), str(row.plan.staleness), pools)
+        table.add_row(
+            row.cell.name + same, seconds(row.predicted_seconds), str(row.plan.staleness), pools
+        )
     return table
 
 
@@ -180,7 +217,7 @@ def _plans_table(asked: Asked) -> Table:
 
 
 def _run(asked: Asked, console: Console, minutes: float | None) -> None:
-    from executor.study import Job, run  # ray and torch are slow to load
+    from executor.measuring.study import Job, run  # ray and torch are slow to load
 
     jobs: list[Job] = []
     seen: list[Plan] = []
@@ -209,29 +246,38 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
         say=lambda line: console.print(line, markup=False, soft_wrap=True),
     )
     if left:
-        console.print(f"No time for {', '.join(left)}; give the same command again.", soft_wrap=True)
+        console.print(
+            f"No time for {', '.join(left)}; give the same command again.", soft_wrap=True
+        )
 
 
 def _check_steps(asked: Asked, cell: Cell, plan: Plan, predicted: Timeline) -> None:
     """Raise UserError unless the committed prediction is of the steps that the study asks for."""
     directory = asked.directory / cell.name
-    counted, warmup = predicted.steps - predicted.warmup - predicted.drain, asked.study.warmup_of(plan.staleness)
+    counted, warmup = (
+        predicted.steps - predicted.warmup - predicted.drain,
+        asked.study.warmup_of(plan.staleness),
+    )
     if (predicted.plan, counted, predicted.warmup) != (plan.name, asked.study.steps, warmup):
         first = f"delete {directory / 'result.json'} and " if _measured(asked, cell) else ""
         raise UserError(
-            f"{directory / 'predicted.json'} is of {counted} steps of plan {predicted.plan!r} after {predicted.warmup} "
-            f"to warm up, not of {asked.study.steps} of {plan.name!r} after {warmup}; {first}write it anew with "
+            f"{directory / 'predicted.json'} is of {counted} steps of plan {predicted.plan!r} "
+            f"after {predicted.warmup} "
+            f"to warm up, not of {asked.study.steps} of {plan.name!r} after {warmup}; {first}write "
+            "it anew with "
             "--plan-only"
         )
 
 
 def _check_profiles(study: Study, plan: Plan) -> None:
-    """Raise UserError unless the plan was made with the profiles that the study names, as they are now."""
+    """Raise UserError unless the plan was made with the profiles that the study names, as they are
+    now."""
     now = sorted(profile.sha256 for profile in load_profiles(study.profiles))
     made_with = sorted(plan.provenance.profiles.values()) if plan.provenance else []
     if now != made_with:
         raise UserError(
-            f"cell {plan.name!r} was planned with other profiles than the study has now; plan again with --plan-only"
+            f"cell {plan.name!r} was planned with other profiles than the study has now; plan "
+            "again with --plan-only"
         )
 
 
@@ -251,7 +297,11 @@ def _report(asked: Asked, console: Console) -> None:
     write_atomic(directory / "results.csv", study_page.as_csv(rows))
     for line in study_page.summary_lines(rows):
         console.print(line.replace("`", ""), markup=False, soft_wrap=True)
-    console.print(f"Wrote {directory / 'README.md'}, results.json and results.csv.", markup=False, soft_wrap=True)
+    console.print(
+        f"Wrote {directory / 'README.md'}, results.json and results.csv.",
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _draw(study: Study, rows: Sequence[Row], directory: Path) -> None:
@@ -263,4 +313,6 @@ def _draw(study: Study, rows: Sequence[Row], directory: Path) -> None:
     bars = [(row.cell.name, row.predicted_seconds, figures.step_seconds) for row, figures in done]
     steps.draw(bars, study.name, directory / study_page.PICTURE)
     for row, figures in done:
-        gantt.draw([row.predicted, figures.measured], row.plan, directory / row.cell.name / "gantt.png")
+        gantt.draw(
+            [row.predicted, figures.measured], row.plan, directory / row.cell.name / "gantt.png"
+        )

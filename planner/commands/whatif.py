@@ -5,15 +5,21 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from planner.commands.inputs import check_target, make_console, profiles_of, read_cluster, read_workload
+from planner.commands.inputs import (
+    check_target,
+    make_console,
+    profiles_of,
+    read_cluster,
+    read_workload,
+)
 from planner.predict.profile import load_profiles
 from planner.predict.schedule import load_plan
 from planner.report.insight import pareto_table, structure_text, what_if_table
 from planner.report.tables import seconds
-from planner.search.changes import resized
-from planner.search.pareto import Point, pareto_points
-from planner.search.whatif import conditions
-from planner.search.whatif import what_if as plan_under
+from planner.search.questions.pareto import Point, pareto_points
+from planner.search.questions.variants import resized
+from planner.search.questions.what_if import conditions
+from planner.search.questions.what_if import what_if as plan_under
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
@@ -76,7 +82,11 @@ def pareto(
         errors.print(reason, style="yellow", markup=False, soft_wrap=True)
     from planner.report.pareto import draw  # matplotlib is slow to load
 
-    draw([(p.gpus, p.max_staleness, p.seconds, p.dollars) for p in points], _title(asked.name, clusters[-1]), out)
+    draw(
+        [(p.gpus, p.max_staleness, p.seconds, p.dollars) for p in points],
+        _title(asked.name, clusters[-1]),
+        out,
+    )
     if table is not None:
         write_atomic(table, _csv(points))
     console.print(pareto_table(points, any(point.dollars for point in points)))
@@ -90,16 +100,22 @@ def counts_of(text: str) -> list[int]:
     try:
         counts = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise UserError(f"--gpus {text}: write numbers with commas between them, such as 4,8,16") from None
+        raise UserError(
+            f"--gpus {text}: write numbers with commas between them, such as 4,8,16"
+        ) from None
     if counts[0] < 1 or counts[-1] > MOST_GPUS:
         raise UserError(f"--gpus {text}: each must be 1 to {MOST_GPUS:,}")
     return counts
 
 
-def _cluster(gpus: int, device: str | None, gpus_per_node: int | None, cluster: str | None) -> Cluster:
+def _cluster(
+    gpus: int, device: str | None, gpus_per_node: int | None, cluster: str | None
+) -> Cluster:
     if cluster is None or cluster == "local":
         return read_cluster(gpus=gpus, device=device, gpus_per_node=gpus_per_node, cluster=cluster)
-    return resized(read_cluster(gpus=None, device=device, gpus_per_node=gpus_per_node, cluster=cluster), gpus)
+    return resized(
+        read_cluster(gpus=None, device=device, gpus_per_node=gpus_per_node, cluster=cluster), gpus
+    )
 
 
 def _title(workload: str, cluster: Cluster) -> str:
@@ -111,9 +127,27 @@ def _csv(points: Sequence[Point]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["gpus", "max_staleness", "staleness", "step_seconds", "tokens_per_second", "dollars_per_step", "best", "pools"]
+        [
+            "gpus",
+            "max_staleness",
+            "staleness",
+            "step_seconds",
+            "tokens_per_second",
+            "dollars_per_step",
+            "best",
+            "pools",
+        ]
     )
     for p in points:
         figures = [f"{value:.6g}" for value in (p.seconds, p.tokens_per_second, p.dollars)]
-        writer.writerow([p.gpus, p.max_staleness, p.plan.staleness, *figures, int(p.best), structure_text(p.plan)])
+        writer.writerow(
+            [
+                p.gpus,
+                p.max_staleness,
+                p.plan.staleness,
+                *figures,
+                int(p.best),
+                structure_text(p.plan),
+            ]
+        )
     return text.getvalue()

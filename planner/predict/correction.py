@@ -1,9 +1,11 @@
-"""Measured points against the roofline: how much longer a call really takes, and how well that is known.
+"""Measured points against the roofline: how much longer a call really takes, and how well that is
+known.
 
-Each point gives a ratio, measured seconds over the roofline's for the very same call. A call asks for the ratio of the
-points that are like it (same kind of call, model shape and head, device), interpolated linearly over the logarithm of
-its size (tokens per rank, sequences per engine) and held constant beyond the outermost points. A transfer asks for one
-ratio, the mean of those that go its way: it is a small part of a step, and so the search's bounds are exact about it.
+Each point gives a ratio, measured seconds over the roofline's for the very same call. A call asks
+for the ratio of the points that are like it (same kind of call, model shape and head, device),
+interpolated linearly over the logarithm of its size (tokens per rank, sequences per engine) and
+held constant beyond the outermost points. A transfer asks for one ratio, the mean of those that go
+its way: it is a small part of a step, and so the search's bounds are exact about it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,9 +42,9 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a point should have in common with a call, from what must be near to what is merely preferred: `split` is
-    the shard size or the tensor-parallel size; `preferred` are fields of Point, `exact` those that make it the same
-    call."""
+    """What a point should have in common with a call, from what must be near to what is merely
+    preferred: `split` is the shard size or the tensor-parallel size; `preferred` are fields of
+    Point, `exact` those that make it the same call."""
 
     split: Any
     preferred: dict[str, object] = field(default_factory=dict)
@@ -50,8 +52,8 @@ class Layout:
 
 
 class Corrections:
-    """The ratios of some profiles' points on a cluster. A profile of a device that the cluster lacks is passed over
-    (`profile.check_profiles` refuses it)."""
+    """The ratios of some profiles' points on a cluster. A profile of a device that the cluster
+    lacks is passed over (`profile.check_profiles` refuses it)."""
 
     def __init__(self, profiles: Sequence[Profile], cluster: Cluster) -> None:
         self._points: dict[object, list[Measured]] = {}
@@ -62,12 +64,21 @@ class Corrections:
                 way = way_of(shared=point.shared or point.partly, separate=not point.shared)
                 key = _key(point.call, profile.shape_of(point), point.role, device, way)
                 size, seconds = _size_and_roofline(point, profile.shape_of(point), device, cluster)
-                self._points.setdefault(key, []).append(Measured(point=point, size=size, ratio=point.seconds / seconds))
+                self._points.setdefault(key, []).append(
+                    Measured(point=point, size=size, ratio=point.seconds / seconds)
+                )
 
     def ratio(
-        self, call: str, shape: Shape, role: str, device: Device, size: NDArray[np.float64], layout: Layout
+        self,
+        call: str,
+        shape: Shape,
+        role: str,
+        device: Device,
+        size: NDArray[np.float64],
+        layout: Layout,
     ) -> tuple[NDArray[np.float64], Source]:
-        """Ratios like `size` (logarithms), and their source. 1 and `roofline` without any like point."""
+        """Ratios like `size` (logarithms), and their source. 1 and `roofline` without any like
+        point."""
         found = self._alike(call, shape, role, device)
         if not found:
             return np.ones_like(size), "roofline"
@@ -90,38 +101,69 @@ class Corrections:
         return np.interp(size, sizes, ratios), source
 
     def ratios(
-        self, call: str, shape: Shape, role: str, device: Device, sizes: NDArray[np.float64], layout: Layout
+        self,
+        call: str,
+        shape: Shape,
+        role: str,
+        device: Device,
+        sizes: NDArray[np.float64],
+        layout: Layout,
     ) -> NDArray[np.float64]:
-        """`ratio` of many calls [n] at once, `sizes` [n, S]; the fields of `layout` are columns [n], or one value."""
+        """`ratio` of many calls [n] at once, `sizes` [n, S]; the fields of `layout` are columns
+        [n], or one value."""
         found = self._alike(call, shape, role, device)
         ratios = np.ones_like(sizes)
         if not found:
             return ratios
         splits, which = np.unique(np.broadcast_to(layout.split, len(sizes)), return_inverse=True)
-        columns = [which, *(np.broadcast_to(np.asarray(c), len(sizes)) for c in layout.preferred.values())]
-        for key in np.unique(np.column_stack([column.astype(np.int64) for column in columns]), axis=0).tolist():
-            rows = np.flatnonzero(np.all([column == value for column, value in zip(columns, key, strict=True)], axis=0))
-            split, preferred = int(splits[key[0]]), dict(zip(layout.preferred, key[1:], strict=True))
+        columns = [
+            which,
+            *(np.broadcast_to(np.asarray(c), len(sizes)) for c in layout.preferred.values()),
+        ]
+        for key in np.unique(
+            np.column_stack([column.astype(np.int64) for column in columns]), axis=0
+        ).tolist():
+            rows = np.flatnonzero(
+                np.all(
+                    [column == value for column, value in zip(columns, key, strict=True)], axis=0
+                )
+            )
+            split, preferred = (
+                int(splits[key[0]]),
+                dict(zip(layout.preferred, key[1:], strict=True)),
+            )
             nearest = _nearest(found, split)
             alike = _like(found, nearest, role, preferred)
             ratios[rows] = np.interp(sizes[rows], *_curve(alike))
-            centres, same, times = sizes[rows].mean(axis=1), np.zeros(len(rows)), np.zeros(len(rows))
+            centres, same, times = (
+                sizes[rows].mean(axis=1),
+                np.zeros(len(rows)),
+                np.zeros(len(rows)),
+            )
             for m in alike if nearest == split else ():
                 if all(getattr(m.point, name) == value for name, value in preferred.items()):
                     fits = np.abs(m.size - centres) < SAME_SIZE
                     for name, column in layout.exact.items():
-                        fits &= np.broadcast_to(np.asarray(column), len(sizes))[rows] == getattr(m.point, name)
+                        fits &= np.broadcast_to(np.asarray(column), len(sizes))[rows] == getattr(
+                            m.point, name
+                        )
                     same, times = same + fits * m.ratio, times + fits
             measured = times > 0
             ratios[rows[measured]] = (same[measured] / times[measured])[:, None]
         return ratios
 
-    def of_transfers(self, shape: Shape, role: str, device: Device, way: Way) -> tuple[float, tuple[Point, ...]]:
+    def of_transfers(
+        self, shape: Shape, role: str, device: Device, way: Way
+    ) -> tuple[float, tuple[Point, ...]]:
         """The mean ratio of all transfers that go this way, 1 without any, and their points."""
         found = self._alike("transfer", shape, role, device, way)
-        return float(np.mean([m.ratio for m in found])) if found else 1.0, tuple(m.point for m in found)
+        return float(np.mean([m.ratio for m in found])) if found else 1.0, tuple(
+            m.point for m in found
+        )
 
-    def _alike(self, call: str, shape: Shape, role: str, device: Device, way: Way | None = None) -> list[Measured]:
+    def _alike(
+        self, call: str, shape: Shape, role: str, device: Device, way: Way | None = None
+    ) -> list[Measured]:
         return self._points.get(_key(call, shape, role, device, way), []) if self._points else []
 
 
@@ -130,9 +172,11 @@ def _nearest(found: Sequence[Measured], split: int) -> int:
     return min((abs(np.log(_split(m.point) / split)), _split(m.point)) for m in found)[1]
 
 
-def _like(found: Sequence[Measured], split: int, role: str, preferred: Mapping[str, object]) -> list[Measured]:
-    """Of the points with this split those of the role, if any (another of its shape and head will do), and with what is
-    preferred, as far as there are any."""
+def _like(
+    found: Sequence[Measured], split: int, role: str, preferred: Mapping[str, object]
+) -> list[Measured]:
+    """Of the points with this split those of the role, if any (another of its shape and head will
+    do), and with what is preferred, as far as there are any."""
     alike = [m for m in found if _split(m.point) == split]
     alike = [m for m in alike if m.point.role == role] or alike
     for name, value in preferred.items():
@@ -143,7 +187,9 @@ def _like(found: Sequence[Measured], split: int, role: str, preferred: Mapping[s
 def _curve(alike: Sequence[Measured]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The mean ratio at each size that was measured."""
     sizes = np.unique([m.size for m in alike])
-    return sizes, np.array([np.mean([m.ratio for m in alike if m.size == known]) for known in sizes])
+    return sizes, np.array(
+        [np.mean([m.ratio for m in alike if m.size == known]) for known in sizes]
+    )
 
 
 def way_of(*, shared: bool, separate: bool) -> Way:
@@ -161,10 +207,16 @@ def _key(call: str, shape: Shape, role: str, device: Device, way: Way | None) ->
 
 
 def _split(point: Point) -> int:
-    return point.tensor_parallel if point.call == "generate" or point.role == "rollout" else point.shard
+    return (
+        point.tensor_parallel
+        if point.call == "generate" or point.role == "rollout"
+        else point.shard
+    )
 
 
-def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Cluster) -> tuple[float, float]:
+def _size_and_roofline(
+    point: Point, shape: Shape, device: Device, cluster: Cluster
+) -> tuple[float, float]:
     """Logarithm of a point's size, and what the roofline says of it."""
     layout, place = trainer_of(point, device)
     split = split_of(layout, place)
@@ -182,17 +234,24 @@ def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Clus
         if point.role == "rollout":
             count = engine_weight_bytes(shape, point.tensor_parallel, device)
         else:
-            count = offloaded_bytes(shape, point.role, point.shard, point.offload, device, train=True)
+            count = offloaded_bytes(
+                shape, point.role, point.shard, point.offload, device, train=True
+            )
         return 0.0, max(1, count) / device.host_bandwidth
     prompts, responses = lengths_of(point)
     if point.call == "generate":
         engines = [engine_speed(shape, point.tensor_parallel, device)] * point.engines
         slots, limit = point.concurrency or point.sequences, int(responses.max())
-        generated = generation_seconds(prompts, responses, engines, slots, limit)[0] + device.overhead_seconds
+        generated = (
+            generation_seconds(prompts, responses, engines, slots, limit)[0]
+            + device.overhead_seconds
+        )
         return float(np.log(point.sequences / point.engines)), float(generated)
     head, total = head_of(point.role), prompts + responses
     if point.call == "infer":
-        cost = infer_cost(shape, head, split, device, cluster, shares(total, point.sequences, point.gpus))
+        cost = infer_cost(
+            shape, head, split, device, cluster, shares(total, point.sequences, point.gpus)
+        )
     else:
         work = shares(total, point.minibatch or point.sequences, point.gpus)
         cost = train_cost(shape, head, split, device, cluster, work, point.epochs)
@@ -200,14 +259,16 @@ def _size_and_roofline(point: Point, shape: Shape, device: Device, cluster: Clus
 
 
 def trainer_of(point: Point, device: Device) -> tuple[TrainerRole, Place]:
-    """The trainer's layout that a point was measured with, and its GPUs, as evenly over the nodes as they go."""
+    """The trainer's layout that a point was measured with, and its GPUs, as evenly over the nodes
+    as they go."""
     each, left = divmod(point.gpus, point.nodes)
     place = Place(parts=tuple(each + (node < left) for node in range(point.nodes)), device=device)
     layout = TrainerRole(
         pools=("measured",),
         shard=point.shard,
         replicas=point.gpus // point.shard,
-        micro_batch_tokens=point.micro_batch_tokens or max(1, point.prompt_tokens + point.response_tokens),
+        micro_batch_tokens=point.micro_batch_tokens
+        or max(1, point.prompt_tokens + point.response_tokens),
         recompute=point.recompute,
         offload=point.offload,
     )
@@ -217,7 +278,9 @@ def trainer_of(point: Point, device: Device) -> tuple[TrainerRole, Place]:
 def lengths_of(point: Point) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Prompt and response lengths [1, sequences] of a point; totals are spread evenly."""
     prompts = _evenly(point.prompt_tokens, point.sequences)
-    responses = np.array(point.response_lengths or _evenly(point.response_tokens, point.sequences), dtype=np.int64)
+    responses = np.array(
+        point.response_lengths or _evenly(point.response_tokens, point.sequences), dtype=np.int64
+    )
     return prompts[None], responses[None]
 
 

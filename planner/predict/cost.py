@@ -1,8 +1,8 @@
 """Seconds of every call of a workload on a cluster, over seeded response-length scenarios.
 
-Scenario s has the lengths that step s of a run with random weights has: all calls of a scenario see the same ones. An
-estimate is the roofline's (`roofline.py`, `generation.py`), corrected by measured points where there are any
-(`correction.py`)."""
+Scenario s has the lengths that step s of a run with random weights has: all calls of a scenario see
+the same ones. An estimate is the roofline's (`roofline.py`, `generation.py`), corrected by measured
+points where there are any (`correction.py`)."""
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -40,13 +40,17 @@ __all__ = ["SCENARIOS", "CostModel", "Estimate", "Place", "place_of"]
 
 Engines = tuple[tuple[Device, int], ...]  # how many on which device, in the order of the engines
 SCENARIOS = 16  # of response lengths, unless a batch alone is large
-SEQUENCES, FEWEST_SCENARIOS = 2**16, 4  # in all scenarios together: those of a large batch differ little
+SEQUENCES, FEWEST_SCENARIOS = (
+    2**16,
+    4,
+)  # in all scenarios together: those of a large batch differ little
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Seconds [S] of a call and what they are made of: `wake` before and `offload` after it, `compute`, and `transfer`,
-    communication that compute does not hide. `source` tells where the figure comes from (not that of the moves)."""
+    """Seconds [S] of a call and what they are made of: `wake` before and `offload` after it,
+    `compute`, and `transfer`, communication that compute does not hide. `source` tells where the
+    figure comes from (not that of the moves)."""
 
     seconds: Seconds
     parts: dict[str, Seconds]
@@ -60,9 +64,9 @@ def place_of(plan: Plan, pools: Sequence[str]) -> Place:
 
 
 class CostModel:
-    """`scenarios` is 1 where all lengths are fixed. `prompts` and `responses` [S, B] are tokens of each sequence,
-    `tokens` [S] their sum; `lengths` gives the first two instead of drawing them. Everything is memoised: asking again
-    is free."""
+    """`scenarios` is 1 where all lengths are fixed. `prompts` and `responses` [S, B] are tokens of
+    each sequence, `tokens` [S] their sum; `lengths` gives the first two instead of drawing them.
+    Everything is memoised: asking again is free."""
 
     def __init__(
         self,
@@ -94,9 +98,20 @@ class CostModel:
         layout = plan.trainers[call.roles[0]]
         place = place_of(plan, layout.pools)
         if call.kind == "transfer":
-            nodes = {node for pool in {*layout.pools, *plan.rollout.pools} for node, _ in plan.pools[pool].gpus}
+            nodes = {
+                node
+                for pool in {*layout.pools, *plan.rollout.pools}
+                for node, _ in plan.pools[pool].gpus
+            }
             shared = layout.pools[0] in plan.rollout.pools
-            return self.sync(layout, place, plan.rollout, rollout_places, same_node=len(nodes) == 1, shared=shared)
+            return self.sync(
+                layout,
+                place,
+                plan.rollout,
+                rollout_places,
+                same_node=len(nodes) == 1,
+                shared=shared,
+            )
         return (self.train if call.kind == "train" else self.infer)(call.roles[0], layout, place)
 
     def infer(self, role: str, layout: TrainerRole, place: Place) -> Estimate:
@@ -110,7 +125,9 @@ class CostModel:
     def _trainer(self, call: str, role: str, layout: TrainerRole, place: Place) -> Estimate:
         train, shard, device = call == "train", layout.shard, place.device
         split = shard, layout.replicas, layout.micro_batch_tokens, train and layout.recompute
-        alone = self._once((call, role, split, place), lambda: self._trainer_alone(call, role, layout, place))
+        alone = self._once(
+            (call, role, split, place), lambda: self._trainer_alone(call, role, layout, place)
+        )
         shape = self.workload.models[role].shape
         moved = offloaded_bytes(shape, role, shard, layout.offload, device, train=train)
         return _with_moves(alone, self._moves(role, _ranks(shard, layout.gpus), device, moved))
@@ -126,12 +143,20 @@ class CostModel:
             work = self._work(workload.batch, layout.gpus)
             cost = infer_cost(shape, head, split, place.device, self.cluster, work)
         size = np.log(self.tokens / layout.gpus)
-        return _estimate(cost, *self._corrections.ratio(call, shape, role, place.device, size, self._like(call, split)))
+        return _estimate(
+            cost,
+            *self._corrections.ratio(
+                call, shape, role, place.device, size, self._like(call, split)
+            ),
+        )
 
     def _like(self, call: str, split: Split) -> Layout:
         """What points should have in common with a `train` or `infer` call, or many at once."""
         workload, train = self.workload, call == "train"
-        preferred = {"micro_batch_tokens": split.micro_batch_tokens, "gpus": split.shard * split.replicas}
+        preferred = {
+            "micro_batch_tokens": split.micro_batch_tokens,
+            "gpus": split.shard * split.replicas,
+        }
         exact = {"minibatch": workload.minibatch, "epochs": workload.ppo.epochs} if train else {}
         return Layout(
             split=split.shard,
@@ -148,11 +173,14 @@ class CostModel:
         return self._works[key]
 
     def trainer_seconds(self, kind: str, role: str, split: Split, device: Device) -> Seconds:
-        """Seconds [n, S] of a `train` or `infer` call of a role in many layouts at once, without the moves of what is
-        offloaded."""
+        """Seconds [n, S] of a `train` or `infer` call of a role in many layouts at once, without
+        the moves of what is offloaded."""
         workload, shape, head = self.workload, self.workload.models[role].shape, head_of(role)
         train, epochs = kind == "train", workload.ppo.epochs
-        minibatch, gpus = workload.minibatch if train else workload.batch, split.shard * split.replicas
+        minibatch, gpus = (
+            workload.minibatch if train else workload.batch,
+            split.shard * split.replicas,
+        )
         if not len(gpus):
             return np.zeros((0, self.scenarios))
         counts, which = np.unique(gpus, return_inverse=True)
@@ -167,13 +195,24 @@ class CostModel:
             cost = infer_cost(shape, head, split, device, self.cluster, work)
         sizes = np.log(self.tokens / gpus[:, None])
         seconds = cost.compute + cost.transfer
-        return seconds * self._corrections.ratios(kind, shape, role, device, sizes, self._like(kind, split))
+        return seconds * self._corrections.ratios(
+            kind, shape, role, device, sizes, self._like(kind, split)
+        )
 
-    def move_seconds(self, role: str, split: Split, moved: NDArray[np.int64], device: Device) -> Seconds:
-        """Seconds [n] of bringing `moved` bytes per GPU to the device and back, in many layouts at once."""
-        shape, like = self.workload.model_of(role).shape, _ranks(split.shard, split.shard * split.replicas)
+    def move_seconds(
+        self, role: str, split: Split, moved: NDArray[np.int64], device: Device
+    ) -> Seconds:
+        """Seconds [n] of bringing `moved` bytes per GPU to the device and back, in many layouts at
+        once."""
+        shape, like = (
+            self.workload.model_of(role).shape,
+            _ranks(split.shard, split.shard * split.replicas),
+        )
         size = np.zeros((len(moved), 1))
-        ratios = [self._corrections.ratios(way, shape, role, device, size, like) for way in ("wake", "offload")]
+        ratios = [
+            self._corrections.ratios(way, shape, role, device, size, like)
+            for way in ("wake", "offload")
+        ]
         return np.asarray((ratios[0] + ratios[1])[:, 0] * moved / device.host_bandwidth)
 
     def sync_ratio(self, device: Device, *, shared: bool, separate: bool) -> float:
@@ -192,7 +231,9 @@ class CostModel:
             return self._generated(run.seconds, tensor_parallel, layout.concurrency, engines)
 
         alone = self._once(("generate", tensor_parallel, layout.concurrency, engines), simulated)
-        return _with_moves(alone, self._engine_moves(tensor_parallel, layout.offload, engines[0][0]))
+        return _with_moves(
+            alone, self._engine_moves(tensor_parallel, layout.offload, engines[0][0])
+        )
 
     def engines(self, layout: RolloutRole, places: Sequence[Place]) -> Engines:
         """How many engines there are on which device, in the order of the places."""
@@ -219,7 +260,9 @@ class CostModel:
             for device, number in engines:
                 listed += [engine_speed(shape, tensor_parallel, device)] * number
             if len(engines) == 1:
-                floor = self.floors(tensor_parallel, np.array([concurrency]), np.array([count]), engines[0][0])[0]
+                floor = self.floors(
+                    tensor_parallel, np.array([concurrency]), np.array([count]), engines[0][0]
+                )[0]
             self.generations[key] = Simulation(self.batch, listed, concurrency, limit, floor)
         return self.generations[key]
 
@@ -227,13 +270,25 @@ class CostModel:
         """Seconds of waking engines and putting them to sleep, if they do."""
         return sum(self._engine_moves(tensor_parallel, offload, device).values())
 
-    def _engine_moves(self, tensor_parallel: int, offload: bool, device: Device) -> dict[str, float]:
-        moved = engine_weight_bytes(self.workload.actor.shape, tensor_parallel, device) if offload else 0
+    def _engine_moves(
+        self, tensor_parallel: int, offload: bool, device: Device
+    ) -> dict[str, float]:
+        moved = (
+            engine_weight_bytes(self.workload.actor.shape, tensor_parallel, device)
+            if offload
+            else 0
+        )
         return self._moves("rollout", Layout(split=tensor_parallel), device, moved)
 
-    def _generated(self, seconds: Seconds, tensor_parallel: int, concurrency: int, engines: Engines) -> Estimate:
+    def _generated(
+        self, seconds: Seconds, tensor_parallel: int, concurrency: int, engines: Engines
+    ) -> Estimate:
         """What the engines' seconds become with the call's overhead and what was measured."""
-        batch, device, count = self.workload.batch, engines[0][0], sum(number for _, number in engines)
+        batch, device, count = (
+            self.workload.batch,
+            engines[0][0],
+            sum(number for _, number in engines),
+        )
         seconds = seconds + device.overhead_seconds
         like = Layout(
             split=tensor_parallel,
@@ -241,13 +296,20 @@ class CostModel:
             exact={"engines": count, "sequences": batch},
         )
         size = np.full(self.scenarios, np.log(batch / count))
-        ratio = self._corrections.ratio("generate", self.workload.actor.shape, "rollout", device, size, like)
+        ratio = self._corrections.ratio(
+            "generate", self.workload.actor.shape, "rollout", device, size, like
+        )
         return _estimate(Cost(compute=seconds, transfer=np.zeros_like(seconds)), *ratio)
 
     def floors(
-        self, tensor_parallel: int, concurrency: NDArray[np.int64], engines: NDArray[np.int64], device: Device
+        self,
+        tensor_parallel: int,
+        concurrency: NDArray[np.int64],
+        engines: NDArray[np.int64],
+        device: Device,
     ) -> Seconds:
-        """Seconds [n, S] that the simulation of so many engines, each with so many slots, is not below."""
+        """Seconds [n, S] that the simulation of so many engines, each with so many slots, is not
+        below."""
         key = tensor_parallel, device
         speed = engine_speed(self.workload.actor.shape, tensor_parallel, device)
         found = self.batch.floors(speed, engines, concurrency)
@@ -262,7 +324,9 @@ class CostModel:
         if (engines, *key) not in self._floors:
             splits = tensor_parallels(self.workload, device)
             splits += [] if tensor_parallel in splits else [tensor_parallel]
-            found = self.batch.wave_floors([engine_speed(shape, split, device) for split in splits], engines)
+            found = self.batch.wave_floors(
+                [engine_speed(shape, split, device) for split in splits], engines
+            )
             for split, seconds in zip(splits, found, strict=True):
                 self._floors[engines, split, device] = seconds
         return self._floors[engines, *key]
@@ -275,7 +339,8 @@ class CostModel:
         engines: NDArray[np.int64],
         device: Device,
     ) -> Seconds:
-        """Seconds [n, S] of `generate` whose simulation takes `seconds` [n, S], if its engines do not sleep."""
+        """Seconds [n, S] of `generate` whose simulation takes `seconds` [n, S], if its engines do
+        not sleep."""
         seconds = seconds + device.overhead_seconds
         like = Layout(
             split=tensor_parallel,
@@ -296,22 +361,36 @@ class CostModel:
         same_node: bool,
         shared: bool,
     ) -> Estimate:
-        """Weights from the actor to all engines; `shared`: the actor's pool is one of the rollout's; `same_node`: all
-        of these pools lie on one node."""
+        """Weights from the actor to all engines; `shared`: the actor's pool is one of the
+        rollout's; `same_node`: all of these pools lie on one node."""
         split = actor.shard, actor.replicas, rollout.tensor_parallel, rollout.replicas
         separate = len(rollout_places) > shared
         alone = self._once(
             ("sync", split, actor_place, same_node, shared, separate),
             lambda: self._sync_alone(actor, actor_place, rollout, same_node, shared, separate),
         )
-        shape, device, tensor_parallel = self.workload.actor.shape, actor_place.device, rollout.tensor_parallel
+        shape, device, tensor_parallel = (
+            self.workload.actor.shape,
+            actor_place.device,
+            rollout.tensor_parallel,
+        )
         weights = offloaded_bytes(shape, "actor", actor.shard, actor.offload, device, train=False)
         engine = engine_weight_bytes(shape, tensor_parallel, device) if rollout.offload else 0
-        woken = _with_moves(alone, self._moves("actor", _ranks(actor.shard, actor.gpus), device, weights))
-        return _with_moves(woken, self._moves("rollout", Layout(split=tensor_parallel), device, engine))
+        woken = _with_moves(
+            alone, self._moves("actor", _ranks(actor.shard, actor.gpus), device, weights)
+        )
+        return _with_moves(
+            woken, self._moves("rollout", Layout(split=tensor_parallel), device, engine)
+        )
 
     def _sync_alone(
-        self, actor: TrainerRole, place: Place, rollout: RolloutRole, same_node: bool, shared: bool, separate: bool
+        self,
+        actor: TrainerRole,
+        place: Place,
+        rollout: RolloutRole,
+        same_node: bool,
+        shared: bool,
+        separate: bool,
     ) -> Estimate:
         """Without waking the actor and the engines."""
         shape, tensor_parallel = self.workload.actor.shape, rollout.tensor_parallel
@@ -322,11 +401,16 @@ class CostModel:
         way = way_of(shared=shared, separate=separate)
         ratio, points = self._corrections.of_transfers(shape, "actor", place.device, way)
         layout = actor.shard, actor.gpus, tensor_parallel, rollout.replicas
-        exact = any((point.shard, point.gpus, point.tensor_parallel, point.engines) == layout for point in points)
+        exact = any(
+            (point.shard, point.gpus, point.tensor_parallel, point.engines) == layout
+            for point in points
+        )
         source: Source = "measured" if exact else "interpolated" if points else "roofline"
         transfer = np.full(self.scenarios, seconds)
         return _estimate(
-            Cost(compute=np.zeros_like(transfer), transfer=transfer), np.full_like(transfer, ratio), source
+            Cost(compute=np.zeros_like(transfer), transfer=transfer),
+            np.full_like(transfer, ratio),
+            source,
         )
 
     def host(self, name: str) -> Estimate:
@@ -339,7 +423,9 @@ class CostModel:
         device = self.cluster.device_of(self.cluster.gpus[0])
         size = np.full(self.scenarios, np.log(workload.batch))
         like = Layout(split=1, exact={"sequences": workload.batch})
-        ratio, source = self._corrections.ratio("host", workload.actor.shape, name, device, size, like)
+        ratio, source = self._corrections.ratio(
+            "host", workload.actor.shape, name, device, size, like
+        )
         if source == "roofline":
             source = "host"
             if name == "score" and isinstance(reward, RewardFunction):
@@ -351,8 +437,14 @@ class CostModel:
         if not count:
             return {}
         shape, size = self.workload.model_of(role).shape, np.zeros(1)
-        ratios = {name: self._corrections.ratio(name, shape, role, device, size, like) for name in ("wake", "offload")}
-        return {name: float(ratio[0]) * count / device.host_bandwidth for name, (ratio, _) in ratios.items()}
+        ratios = {
+            name: self._corrections.ratio(name, shape, role, device, size, like)
+            for name in ("wake", "offload")
+        }
+        return {
+            name: float(ratio[0]) * count / device.host_bandwidth
+            for name, (ratio, _) in ratios.items()
+        }
 
     def _once(self, key: Hashable, make: Callable[[], Estimate]) -> Estimate:
         if key not in self._memo:
@@ -372,11 +464,16 @@ def _drawn(workload: Workload, scenarios: int) -> tuple[NDArray[np.int64], NDArr
 def _estimate(cost: Cost, ratio: Seconds, source: Source) -> Estimate:
     parts = {"compute": cost.compute * ratio, "transfer": cost.transfer * ratio}
     seconds = parts["compute"] + parts["transfer"]
-    return Estimate(seconds=seconds, parts={name: part for name, part in parts.items() if part.any()}, source=source)
+    return Estimate(
+        seconds=seconds,
+        parts={name: part for name, part in parts.items() if part.any()},
+        source=source,
+    )
 
 
 def _ranks(shard: Any, gpus: Any) -> Layout:
-    """What moves with a trainer's ranks. Those of a host share its memory, so points of as many come first."""
+    """What moves with a trainer's ranks. Those of a host share its memory, so points of as many
+    come first."""
     return Layout(split=shard, preferred={"gpus": gpus})
 
 
@@ -387,4 +484,6 @@ def _with_moves(estimate: Estimate, moves: dict[str, float]) -> Estimate:
     parts = dict(estimate.parts)
     for name, seconds in moves.items():
         parts[name] = parts.get(name, 0.0) + np.full_like(estimate.seconds, seconds)
-    return Estimate(seconds=estimate.seconds + sum(moves.values()), parts=parts, source=estimate.source)
+    return Estimate(
+        seconds=estimate.seconds + sum(moves.values()), parts=parts, source=estimate.source
+    )

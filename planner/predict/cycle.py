@@ -1,8 +1,9 @@
 """The exact period of a plan: the maximum cycle ratio of its event graph.
 
-In the steady state call v of step t starts when each predecessor u of step t - d has ended, so start times follow a
-max-plus recursion whose growth per step is the maximum, over the cycles of the graph, of the cycle's total duration
-by its total step distance (Baccelli, Cohen, Olsder, Quadrat: Synchronization and Linearity, 1992, theorem 3.28).
+In the steady state call v of step t starts when each predecessor u of step t - d has ended, so
+start times follow a max-plus recursion whose growth per step is the maximum, over the cycles of the
+graph, of the cycle's total duration by its total step distance (Baccelli, Cohen, Olsder, Quadrat:
+Synchronization and Linearity, 1992, theorem 3.28).
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,8 @@ Edges = Mapping[tuple[str, str], int]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Cycles:
-    """All cycles that can bind, over the calls in the order of `calls`: `counts[c, i]` is 1 where cycle c runs through
-    call i, `distance[c]` the steps that it spans."""
+    """All cycles that can bind, over the calls in the order of `calls`: `counts[c, i]` is 1 where
+    cycle c runs through call i, `distance[c]` the steps that it spans."""
 
     calls: tuple[str, ...]
     counts: NDArray[np.float64]
@@ -37,7 +38,8 @@ class Cycles:
 
 
 def cycles(calls: tuple[str, ...], edges: Edges) -> Cycles:
-    """The cycles of an event graph (`schedule.steady_edges`), without those that another one always outweighs."""
+    """The cycles of an event graph (`schedule.steady_edges`), without those that another one always
+    outweighs."""
     index = {call: i for i, call in enumerate(calls)}
     graph = nx.DiGraph()
     graph.add_nodes_from(calls)
@@ -48,7 +50,9 @@ def cycles(calls: tuple[str, ...], edges: Edges) -> Cycles:
         on = [0] * len(calls)
         for call in cycle:
             on[index[call]] = 1
-        distance = sum(graph[u][v]["distance"] for u, v in zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+        distance = sum(
+            graph[u][v]["distance"] for u, v in zip(cycle, [*cycle[1:], cycle[0]], strict=True)
+        )
         assert distance > 0, f"a cycle without delay: {cycle}"
         rows[tuple(on)] = min(distance, rows.get(tuple(on), distance))
     counts, distance = np.array(list(rows), dtype=float), np.array(list(rows.values()), dtype=float)
@@ -57,24 +61,36 @@ def cycles(calls: tuple[str, ...], edges: Edges) -> Cycles:
 
 
 def _needed(index: Mapping[str, int], edges: Edges) -> list[tuple[str, str]]:
-    """The edges without those that a longer path implies: one that spans no more steps starts its end no earlier."""
+    """The edges without those that a longer path implies: one that spans no more steps starts its
+    end no earlier."""
     direct = np.full((len(index), len(index)), np.inf)
     for (u, v), distance in edges.items():
         direct[index[u], index[v]] = distance
-    through = np.full_like(direct, np.inf)  # fewest steps of a path with another call between its ends
+    through = np.full_like(
+        direct, np.inf
+    )  # fewest steps of a path with another call between its ends
     reach = direct.copy()
     for via in range(len(index)):
         path = reach[:, via, None] + reach[None, via, :]
         path[via], path[:, via] = np.inf, np.inf
         through, reach = np.minimum(through, path), np.minimum(reach, path)
-    return [(u, v) for u, v in edges if u == v or through[index[u], index[v]] > direct[index[u], index[v]]]
+    return [
+        (u, v)
+        for u, v in edges
+        if u == v or through[index[u], index[v]] > direct[index[u], index[v]]
+    ]
 
 
 def undominated(rates: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Indices of the rows [n, m] that no other row equals or exceeds everywhere (of equal rows the first)."""
-    left = np.argsort(-rates.sum(axis=1), kind="stable")  # a row is exceeded only by rows of a greater sum
+    """Indices of the rows [n, m] that no other row equals or exceeds everywhere (of equal rows the
+    first)."""
+    left = np.argsort(
+        -rates.sum(axis=1), kind="stable"
+    )  # a row is exceeded only by rows of a greater sum
     kept: list[int] = []
     while len(left):
         kept.append(int(left[0]))
-        left = left[1:][~(rates[left[1:]] <= rates[left[0]] + SLACK * np.abs(rates[left[0]])).all(axis=1)]
+        left = left[1:][
+            ~(rates[left[1:]] <= rates[left[0]] + SLACK * np.abs(rates[left[0]])).all(axis=1)
+        ]
     return np.array(sorted(kept), dtype=np.int64)

@@ -14,9 +14,11 @@ from planner.spec.plan import Plan, Predicted, Proof
 from planner.spec.timeline import Span, Timeline
 
 
-def durations(plan: Plan, profiles: Sequence[Profile] = (), model: CostModel | None = None) -> dict[str, Estimate]:
-    """The estimate of every call of a plan, seconds over the length scenarios [S]; from a `model` of its workload and
-    cluster, if there is one."""
+def durations(
+    plan: Plan, profiles: Sequence[Profile] = (), model: CostModel | None = None
+) -> dict[str, Estimate]:
+    """The estimate of every call of a plan, seconds over the length scenarios [S]; from a `model`
+    of its workload and cluster, if there is one."""
     model = model or CostModel(plan.workload, plan.cluster, profiles)
     return {call.name: model.call(call, plan) for call in plan.dataflow.calls}
 
@@ -33,7 +35,8 @@ def task_seconds(plan: Plan, profiles: Sequence[Profile] = ()) -> Callable[[Task
 
 
 def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeline:
-    """The simulated timeline of `steps` steps. The warm-up is the filling of the pipeline and one step more."""
+    """The simulated timeline of `steps` steps. The warm-up is the filling of the pipeline and one
+    step more."""
     estimates = durations(plan, profiles)
     tasks = tasks_of(plan, steps)
     spans = simulate(tasks, task_seconds(plan, profiles))
@@ -43,7 +46,8 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
 
 
 def forecast_of(plan: Plan, measured: Timeline, profiles: Sequence[Profile] = ()) -> Timeline:
-    """What was to be expected of a measured timeline: as many steps, of which the same ones count."""
+    """What was to be expected of a measured timeline: as many steps, of which the same ones
+    count."""
     counted = {"warmup": measured.warmup, "drain": measured.drain}
     return forecast(plan, measured.steps, profiles).model_copy(update=counted)
 
@@ -71,19 +75,24 @@ def predict(
     bound: float = 0.0,
     model: CostModel | None = None,
 ) -> Predicted:
-    """The figures of a plan: its exact period in each length scenario, their mean and 95th percentile. `bound` is
-    one of what the proof's objective says.
+    """The figures of a plan: its exact period in each length scenario, their mean and 95th
+    percentile. `bound` is one of what the proof's objective says.
 
     Evaluations and other monitors are left out of the step time."""
     estimates = durations(plan, profiles, model)
     names = plan.dataflow.steady.names
-    drawn = np.stack([np.broadcast_to(estimates[name].seconds, _scenarios(estimates)) for name in names])
+    drawn = np.stack(
+        [np.broadcast_to(estimates[name].seconds, _scenarios(estimates)) for name in names]
+    )
     edges = steady_edges(plan.dataflow, plan.program, plan.pools_of)
     periods = cycles(names, edges).periods(drawn)
     p95 = float(np.percentile(periods, 95))
     step, mean = float(periods.mean()), dict(zip(names, drawn.mean(axis=1).tolist(), strict=True))
     calls = {call.name: call for call in plan.dataflow.calls}
-    busy = {pool: sum(mean[n] for n in names if pool in plan.pools_of(calls[n])) / step for pool in plan.pools}
+    busy = {
+        pool: sum(mean[n] for n in names if pool in plan.pools_of(calls[n])) / step
+        for pool in plan.pools
+    }
     by_source: dict[str, float] = {}
     for name in names:
         source = estimates[name].source
@@ -93,7 +102,9 @@ def predict(
         step_seconds_p95=p95,
         tokens_per_second=(float(model.tokens.mean()) if model else tokens_per_step(plan)) / step,
         lower_bound_seconds=bound,
-        gap=max(0.0, (p95 if proof and proof.objective == "p95" else step) / bound - 1.0) if bound else 0.0,
+        gap=max(0.0, (p95 if proof and proof.objective == "p95" else step) / bound - 1.0)
+        if bound
+        else 0.0,
         proof=proof or Proof(status="none", scenarios=drawn.shape[1]),
         memory_bytes={pool: memory.peak for pool, memory in plan_memory(plan).items()},
         call_seconds=mean,
@@ -107,6 +118,7 @@ def _scenarios(estimates: dict[str, Estimate]) -> tuple[int]:
 
 
 def tokens_per_step(plan: Plan) -> float:
-    """Prompt and response tokens that one step trains on, as expected from the length distributions."""
+    """Prompt and response tokens that one step trains on, as expected from the length
+    distributions."""
     model = CostModel(plan.workload, plan.cluster)
     return float(model.tokens.mean())

@@ -1,9 +1,11 @@
-"""How good estimates are: measured points against what the cost model says of them without knowing them.
+"""How good estimates are: measured points against what the cost model says of them without knowing
+them.
 
-Two judgements. Each third of the points in turn is held out, and estimated from the other two; points of the same
-layout and number of sequences are held out together, for one role's would tell the other's. And a profile's own
-`held_out` points, of a batch and lengths that nothing else was measured with, are estimated from all of its points. An
-estimate comes from the cost model that the search uses, beside that of the same model without any profile.
+Two judgements. Each third of the points in turn is held out, and estimated from the other two;
+points of the same layout and number of sequences are held out together, for one role's would tell
+the other's. And a profile's own `held_out` points, of a batch and lengths that nothing else was
+measured with, are estimated from all of its points. An estimate comes from the cost model that the
+search uses, beside that of the same model without any profile.
 """
 
 from collections.abc import Sequence
@@ -25,8 +27,9 @@ THIRDS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A point of `profile`, the seconds `estimated` from points that were not held out, and the `roofline`'s alone.
-    Without any point like it the two are the same. `unseen`: one of the profile's own held-out points."""
+    """A point of `profile`, the seconds `estimated` from points that were not held out, and the
+    `roofline`'s alone. Without any point like it the two are the same. `unseen`: one of the
+    profile's own held-out points."""
 
     profile: Profile
     point: Point
@@ -51,9 +54,9 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Of the points of one kind of call and role. `noise` is the median of their spreads over their seconds; each pair
-    is the median of the errors without their sign, and the worst error. `interpolation` is of the `informed` points
-    alone, None if there are none."""
+    """Of the points of one kind of call and role. `noise` is the median of their spreads over their
+    seconds; each pair is the median of the errors without their sign, and the worst error.
+    `interpolation` is of the `informed` points alone, None if there are none."""
 
     call: str
     role: str
@@ -65,7 +68,8 @@ class Errors:
 
 
 def judge(profiles: Sequence[Profile], cluster: Cluster) -> list[Judged]:
-    """All points of the profiles, which are used together, in their order: first held out by thirds, then unseen."""
+    """All points of the profiles, which are used together, in their order: first held out by
+    thirds, then unseen."""
     third = _thirds(profiles)
     known = [[_without(profile, turn, third) for profile in profiles] for turn in range(THIRDS)]
     found = [
@@ -74,14 +78,19 @@ def judge(profiles: Sequence[Profile], cluster: Cluster) -> list[Judged]:
         for point in profile.points
     ]
     for profile in profiles:
-        found += [_judged(profile, point, profiles, cluster, unseen=True) for point in profile.held_out]
+        found += [
+            _judged(profile, point, profiles, cluster, unseen=True) for point in profile.held_out
+        ]
     return found
 
 
 def errors_of(judged: Sequence[Judged]) -> list[Errors]:
     """By kind of call and role, in their order."""
     kinds = dict.fromkeys((each.point.call, each.point.role) for each in judged)
-    return [_errors([j for j in judged if (j.point.call, j.point.role) == kind]) for kind in sorted(kinds, key=_rank)]
+    return [
+        _errors([j for j in judged if (j.point.call, j.point.role) == kind])
+        for kind in sorted(kinds, key=_rank)
+    ]
 
 
 def _rank(kind: tuple[str, str]) -> int:
@@ -136,13 +145,19 @@ def _without(profile: Profile, turn: int, third: dict[str, int]) -> Profile:
 # --- estimates ---
 
 
-def _judged(profile: Profile, point: Point, known: Sequence[Profile], cluster: Cluster, *, unseen: bool) -> Judged:
+def _judged(
+    profile: Profile, point: Point, known: Sequence[Profile], cluster: Cluster, *, unseen: bool
+) -> Judged:
     shape, device = profile.shape_of(point), cluster.devices[profile.device]
     estimated, roofline = (estimate(point, shape, device, cluster, which) for which in (known, ()))
-    return Judged(profile=profile, point=point, estimated=estimated, roofline=roofline, unseen=unseen)
+    return Judged(
+        profile=profile, point=point, estimated=estimated, roofline=roofline, unseen=unseen
+    )
 
 
-def estimate(point: Point, shape: Shape, device: Device, cluster: Cluster, profiles: Sequence[Profile] = ()) -> float:
+def estimate(
+    point: Point, shape: Shape, device: Device, cluster: Cluster, profiles: Sequence[Profile] = ()
+) -> float:
     """Seconds that the cost model expects of a point's call, in its layout and with its lengths."""
     lengths = lengths_of(point) if point.sequences else (np.ones((1, 1), dtype=np.int64),) * 2
     model = CostModel(_workload(point, shape, *lengths), cluster, profiles, lengths=lengths)
@@ -160,7 +175,11 @@ def estimate(point: Point, shape: Shape, device: Device, cluster: Cluster, profi
         return float(model.host(point.role).seconds[0])
     if point.call == "transfer":
         places, shared = [place] * (1 + point.partly), point.shared or point.partly
-        return float(model.sync(layout, place, rollout, places, same_node=point.nodes == 1, shared=shared).seconds[0])
+        return float(
+            model.sync(
+                layout, place, rollout, places, same_node=point.nodes == 1, shared=shared
+            ).seconds[0]
+        )
     if point.role == "rollout":
         found = model.generate(rollout, [place])
     elif point.call == "train" or (point.call != "infer" and point.role in ("actor", "critic")):
@@ -170,7 +189,9 @@ def estimate(point: Point, shape: Shape, device: Device, cluster: Cluster, profi
     return float((found.parts[point.call] if rollout.offload else found.seconds)[0])
 
 
-def _workload(point: Point, shape: Shape, prompts: NDArray[np.int64], responses: NDArray[np.int64]) -> Workload:
+def _workload(
+    point: Point, shape: Shape, prompts: NDArray[np.int64], responses: NDArray[np.int64]
+) -> Workload:
     """One that has the point's batch and longest lengths; a move is the same with any batch."""
     model, batch = Model(shape=shape, random_weights=True), max(1, point.sequences)
     return Workload(

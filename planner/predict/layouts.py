@@ -1,5 +1,5 @@
-"""The layouts that are considered for a role on a number of GPUs. The search chooses among them and a profile
-measures them."""
+"""The layouts that are considered for a role on a number of GPUs. The search chooses among them and
+a profile measures them."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -13,14 +13,16 @@ from planner.spec.cluster import Device
 from planner.spec.plan import Offload, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
-# 18k rather than 16k: a rank's share is often about a power of two, and half of such shares would need one micro-batch
-# more.
+# 18k rather than 16k: a rank's share is often about a power of two, and half of such shares would
+# need one micro-batch more.
 MICRO_BATCH_TOKENS = (4096, 8192, 18432, 32768)
 CONCURRENCY = (64, 128, 256, 512)
 TENSOR_PARALLEL = (1, 2, 4, 8)
 OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
 LARGE_BATCH = 1024  # sequences
-EVERY_COUNT = 64  # up to so many ranks any number is considered, above only those that gain something
+EVERY_COUNT = (
+    64  # up to so many ranks any number is considered, above only those that gain something
+)
 
 
 @cache
@@ -30,9 +32,9 @@ def divisors(number: int) -> tuple[int, ...]:
 
 @cache
 def rank_counts(gpus: int, sequences: int, node: int) -> tuple[int, ...]:
-    """On how many of `gpus` GPUs a trained or inference role may compute, in rising order: any number up to 64; above,
-    whole nodes, and the fewest ranks with a given number of a minibatch's `sequences` for the busiest one. More ranks
-    than sequences would only idle."""
+    """On how many of `gpus` GPUs a trained or inference role may compute, in rising order: any
+    number up to 64; above, whole nodes, and the fewest ranks with a given number of a minibatch's
+    `sequences` for the busiest one. More ranks than sequences would only idle."""
     most = min(gpus, sequences)
     fewest = {-(-sequences // turns) for turns in range(1, sequences // EVERY_COUNT + 2)}
     counts = {*range(1, EVERY_COUNT + 1), *range(node, most + 1, node), *fewest}
@@ -41,12 +43,16 @@ def rank_counts(gpus: int, sequences: int, node: int) -> tuple[int, ...]:
 
 @cache
 def shards(ranks: int, node: int) -> tuple[int, ...]:
-    """Over how many of its ranks a model may be sharded: within a node any divisor; across nodes an even part of a
-    node, one, two, four, ... nodes, or all ranks."""
+    """Over how many of its ranks a model may be sharded: within a node any divisor; across nodes an
+    even part of a node, one, two, four, ... nodes, or all ranks."""
     if ranks <= node:
         return divisors(ranks)
     within = [d for d in divisors(node) if ranks % d == 0]
-    nodes = [node * 2**power for power in range((ranks // node).bit_length()) if ranks % (node * 2**power) == 0]
+    nodes = [
+        node * 2**power
+        for power in range((ranks // node).bit_length())
+        if ranks % (node * 2**power) == 0
+    ]
     return tuple(sorted({*within, *nodes, ranks}))
 
 
@@ -77,16 +83,22 @@ class Grid(NamedTuple):
         )
 
 
-def trainer_grid(workload: Workload, role: str, ranks: tuple[int, ...], node: int, device: Device) -> Grid:
-    """All layouts of a trained or inference role that compute on one of these numbers of `ranks`, in that order; of one
-    number the least sharded first, with the largest micro-batches.
+def trainer_grid(
+    workload: Workload, role: str, ranks: tuple[int, ...], node: int, device: Device
+) -> Grid:
+    """All layouts of a trained or inference role that compute on one of these numbers of `ranks`,
+    in that order; of one number the least sharded first, with the largest micro-batches.
 
-    A micro-batch holds at least one longest sequence. On a CPU nothing is saved by sharding less, recomputing or
-    offloading: its memory is the host's."""
+    A micro-batch holds at least one longest sequence. On a CPU nothing is saved by sharding less,
+    recomputing or offloading: its memory is the host's."""
     trained, on_cpu = role in ("actor", "critic"), device.kind == "cpu"
     largest = (workload.minibatch if trained else workload.batch) * workload.longest
-    tokens = sorted({min(max(size, workload.longest), largest) for size in MICRO_BATCH_TOKENS}, reverse=True)
-    pairs = [(count, shard) for count in ranks for shard in ((count,) if on_cpu else shards(count, node))]
+    tokens = sorted(
+        {min(max(size, workload.longest), largest) for size in MICRO_BATCH_TOKENS}, reverse=True
+    )
+    pairs = [
+        (count, shard) for count in ranks for shard in ((count,) if on_cpu else shards(count, node))
+    ]
     options = [
         (size, recompute, offload)
         for size in (tokens[:1] if on_cpu else tokens)
@@ -101,18 +113,22 @@ def trainer_grid(workload: Workload, role: str, ranks: tuple[int, ...], node: in
 def trainer_layouts(
     workload: Workload, role: str, gpus: int, pool: str, device: Device, node: int | None = None
 ) -> Iterator[TrainerRole]:
-    """The layouts of a role that compute on all of `gpus` GPUs (of one node, unless `node` says how many one has), or
-    on as many as a minibatch has sequences."""
+    """The layouts of a role that compute on all of `gpus` GPUs (of one node, unless `node` says how
+    many one has), or on as many as a minibatch has sequences."""
     grid = trainer_grid(workload, role, (min(gpus, workload.minibatch),), node or gpus, device)
     return (grid.layout(row, pool) for row in range(len(grid.shard)))
 
 
 def rollout_layouts(
-    workload: Workload, parts: tuple[tuple[int, ...], ...], pools: tuple[str, ...], device: Device, shared: bool = True
+    workload: Workload,
+    parts: tuple[tuple[int, ...], ...],
+    pools: tuple[str, ...],
+    device: Device,
+    shared: bool = True,
 ) -> Iterator[RolloutRole]:
-    """Layouts of the rollout on pools that have `parts[p]` GPUs per node, `shared` with other roles or not: an engine
-    lies within one node of one pool, and every pool has room for one. Concurrency never exceeds an engine's even share
-    of the batch by more than it must."""
+    """Layouts of the rollout on pools that have `parts[p]` GPUs per node, `shared` with other roles
+    or not: an engine lies within one node of one pool, and every pool has room for one. Concurrency
+    never exceeds an engine's even share of the batch by more than it must."""
     on_cpu = device.kind == "cpu"
     for tensor_parallel in tensor_parallels(workload, device):
         engines = [sum(part // tensor_parallel for part in pool) for pool in parts]
@@ -135,8 +151,8 @@ def rollout_layouts(
 
 @cache
 def engine_counts(most: int, sequences: int) -> tuple[int, ...]:
-    """How many engines a batch of `sequences` may be shared among, in rising order: any number up to 64; above, the
-    fewest with a given share for the busiest one."""
+    """How many engines a batch of `sequences` may be shared among, in rising order: any number up
+    to 64; above, the fewest with a given share for the busiest one."""
     fewest = {-(-sequences // share) for share in range(1, sequences // EVERY_COUNT + 2)}
     return tuple(sorted(count for count in {*range(1, EVERY_COUNT + 1), *fewest} if count <= most))
 
@@ -150,11 +166,15 @@ def tensor_parallels(workload: Workload, device: Device) -> list[int]:
 def concurrencies(
     workload: Workload, tensor_parallel: int, engines: int, device: Device, shared: bool = True
 ) -> list[int]:
-    """Sequences at once of each of some engines: the listed numbers up to an even share of the batch, and that, as far
-    as a GPU's memory holds them. Fewer slots gain nothing but memory: only the most of an engine that shares its GPUs
-    with no other role, and of a large batch, for a large cluster has memory enough and a long queue takes long to
-    simulate."""
+    """Sequences at once of each of some engines: the listed numbers up to an even share of the
+    batch, and that, as far as a GPU's memory holds them. Fewer slots gain nothing but memory: only
+    the most of an engine that shares its GPUs with no other role, and of a large batch, for a large
+    cluster has memory enough and a long queue takes long to simulate."""
     share = -(-workload.batch // engines)
-    listed = {share} if device.kind == "cpu" else {min(share, slots) for slots in (*CONCURRENCY, share)}
-    fitting = [s for s in sorted(listed) if 0 < rollout_fraction(workload, tensor_parallel, s, device) <= 1]
+    listed = (
+        {share} if device.kind == "cpu" else {min(share, slots) for slots in (*CONCURRENCY, share)}
+    )
+    fitting = [
+        s for s in sorted(listed) if 0 < rollout_fraction(workload, tensor_parallel, s, device) <= 1
+    ]
     return fitting if shared and workload.batch <= LARGE_BATCH else fitting[-1:]

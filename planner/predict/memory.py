@@ -1,9 +1,10 @@
 """Bytes per GPU and per host of each role of a plan.
 
-Sizes. N parameters of a model, s its shard size, T tokens of a micro-batch. On a GPU weights compute in bf16 (2 bytes)
-and a trained model keeps a master copy in fp32 (4); on a CPU everything is fp32. Trained, per GPU: master weights 4N/s,
-Adam's two moments 8N/s, and gradients 4N/s. These lie in a stream of each model's own, so on a GPU what they took stays
-with the model, unless it is offloaded. A frozen model (reference, reward) keeps its compute copy only, 2N/s.
+Sizes. N parameters of a model, s its shard size, T tokens of a micro-batch. On a GPU weights
+compute in bf16 (2 bytes) and a trained model keeps a master copy in fp32 (4); on a CPU everything
+is fp32. Trained, per GPU: master weights 4N/s, Adam's two moments 8N/s, and gradients 4N/s. These
+lie in a stream of each model's own, so on a GPU what they took stays with the model, unless it is
+offloaded. A frozen model (reference, reward) keeps its compute copy only, 2N/s.
 """
 
 import math
@@ -21,20 +22,29 @@ from planner.spec.workload import Shape, Workload
 
 Count = Any  # an int, or an array of them
 TRAINED = ("actor", "critic")
-LOGIT_CHUNK_TOKENS = 4096  # log-probs are taken so many tokens at a time: the full logits never exist
-COMMUNICATION_BYTES = 1_000_000_000  # per process on a GPU: NCCL's buffers, a packed buffer for weights
-SYNC_BYTES = 2**30  # of the actor's window through which weights reach the engines; a larger weight fills one alone
+LOGIT_CHUNK_TOKENS = (
+    4096  # log-probs are taken so many tokens at a time: the full logits never exist
+)
+COMMUNICATION_BYTES = (
+    1_000_000_000  # per process on a GPU: NCCL's buffers, a packed buffer for weights
+)
+SYNC_BYTES = (
+    2**30
+)  # of the actor's window through which weights reach the engines; a larger weight fills one alone
 # Of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations.
 ENGINE_WORKSPACE_BYTES = 4_000_000_000
-ENGINE_ASLEEP_BYTES = 1_500_000_000  # what stays of it on the GPU while it sleeps, besides its weights
+ENGINE_ASLEEP_BYTES = (
+    1_500_000_000  # what stays of it on the GPU while it sleeps, besides its weights
+)
 SPARE = 32  # one in so many bytes of a role that runs is what its allocator holds unused between its tensors
 SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoleMemory:
-    """Bytes of one role on one GPU: `idle` while another role of its pool runs, `running` (at its peak), and `host`,
-    the pinned copies per GPU of what it offloads. `detail` splits `running` by kind."""
+    """Bytes of one role on one GPU: `idle` while another role of its pool runs, `running` (at its
+    peak), and `host`, the pinned copies per GPU of what it offloads. `detail` splits `running` by
+    kind."""
 
     idle: int
     running: int
@@ -44,8 +54,8 @@ class RoleMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolMemory:
-    """Bytes of a pool's fullest GPU and what there is; `detail`: role -> kind -> bytes while that role runs, and
-    `idle` what it keeps while others do."""
+    """Bytes of a pool's fullest GPU and what there is; `detail`: role -> kind -> bytes while that
+    role runs, and `idle` what it keeps while others do."""
 
     peak: int
     allowed: int
@@ -53,7 +63,8 @@ class PoolMemory:
 
 
 def process_bytes(device: Device) -> int:
-    """What each process takes on a GPU before it holds a model: its context and its communication buffers."""
+    """What each process takes on a GPU before it holds a model: its context and its communication
+    buffers."""
     return device.context_bytes + (COMMUNICATION_BYTES if device.kind == "cuda" else 0)
 
 
@@ -63,35 +74,47 @@ def compute_bytes(device: Device) -> int:
 
 
 def activation_bytes(shape: Shape, device: Device) -> tuple[int, int]:
-    """Bytes that one token leaves for the backward pass in one block: (everything, with recomputation its input only).
+    """Bytes that one token leaves for the backward pass in one block: (everything, with
+    recomputation its input only).
 
-    Counted as Korthikanti et al. 2022 (arXiv:2205.05198, equation 1) do, but for grouped-query attention, a gated MLP,
-    RMS norms and flash attention, and for a block that is compiled whole: what matrix products and attention need is
-    kept, what lies between them is computed again. So there are the residual stream before the block; what both norms
-    and the attention's output projection give; queries, keys, values and the attention's output; gate, up and the
-    activated product; in fp32 a factor per norm and a log-sum-exp per head. These are the tensors that
-    `torch.autograd.graph.saved_tensors_hooks` finds (tests/test_activations.py). On a CPU, where nothing is compiled,
-    it is up to half more."""
+    Counted as Korthikanti et al. 2022 (arXiv:2205.05198, equation 1) do, but for grouped-query
+    attention, a gated MLP, RMS norms and flash attention, and for a block that is compiled whole:
+    what matrix products and attention need is kept, what lies between them is computed again. So
+    there are the residual stream before the block; what both norms and the attention's output
+    projection give; queries, keys, values and the attention's output; gate, up and the activated
+    product; in fp32 a factor per norm and a log-sum-exp per head. These are the tensors that
+    `torch.autograd.graph.saved_tensors_hooks` finds (tests/test_activations.py). On a CPU, where
+    nothing is compiled, it is up to half more."""
     width, query, key = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     numbers = 3 * width + 2 * query + 2 * key + 3 * shape.intermediate
     kept = 4 * width  # the residual stream is fp32
     return kept + compute_bytes(device) * numbers + 4 * (2 + shape.heads), kept
 
 
-def trainer_memory(workload: Workload, role: str, layout: TrainerRole, device: Device) -> RoleMemory:
-    """Of an actor, critic, reference or reward model on one GPU of its pool, the process not counted."""
+def trainer_memory(
+    workload: Workload, role: str, layout: TrainerRole, device: Device
+) -> RoleMemory:
+    """Of an actor, critic, reference or reward model on one GPU of its pool, the process not
+    counted."""
     weights, optimizer = layout.offload == "all", layout.offload != "none"
     idle, detail, offloaded = trainer_bytes(workload, role, layout, weights, optimizer, device)
     sizes = {kind: int(size) for kind, size in detail.items()}
-    return RoleMemory(idle=int(idle), running=sum(sizes.values()), host=int(offloaded), detail=sizes)
+    return RoleMemory(
+        idle=int(idle), running=sum(sizes.values()), host=int(offloaded), detail=sizes
+    )
 
 
 def trainer_bytes(
-    workload: Workload, role: str, layout: Any, weights_away: Count, optimizer_away: Count, device: Device
+    workload: Workload,
+    role: str,
+    layout: Any,
+    weights_away: Count,
+    optimizer_away: Count,
+    device: Device,
 ) -> tuple[Count, dict[str, Count], Count]:
-    """Bytes that a role keeps while it idles, those of each kind while it runs, and those that it offloads. `layout` is
-    a TrainerRole, or has columns [n] of its fields for many layouts at once; so have the two that say what is
-    offloaded."""
+    """Bytes that a role keeps while it idles, those of each kind while it runs, and those that it
+    offloads. `layout` is a TrainerRole, or has columns [n] of its fields for many layouts at once;
+    so have the two that say what is offloaded."""
     shape, head, size = workload.models[role].shape, head_of(role), compute_bytes(device)
     trained = role in TRAINED
     parameters = shape.parameters(head)
@@ -108,7 +131,9 @@ def trainer_bytes(
         "gradients": gradients,
         "gathered": _gathered_bytes(shape, head, size, trained) * ((layout.shard > 1) | (size < 4)),
         "activations": activations,
-        "weight window": max(SYNC_BYTES, 2 * shape.embedding_parameters) if role == "actor" and size == 2 else 0,
+        "weight window": max(SYNC_BYTES, 2 * shape.embedding_parameters)
+        if role == "actor" and size == 2
+        else 0,
         "logits": _logits(shape, tokens, size, trained, activations) if head == "lm" else 0,
     }
     if device.kind == "cuda":
@@ -116,14 +141,25 @@ def trainer_bytes(
     return weights + moments + kept - offloaded + detail["weight window"], detail, offloaded
 
 
-def offloaded_bytes(shape: Shape, role: str, shard: int, offload: Offload, device: Device, *, train: bool) -> int:
-    """Bytes per GPU that a call moves to the device before it starts, and back after it: an update needs the optimizer
-    and the weights, an inference the weights only."""
-    return int(moved_bytes(shape, role, shard, offload == "all", offload != "none", device, train=train))
+def offloaded_bytes(
+    shape: Shape, role: str, shard: int, offload: Offload, device: Device, *, train: bool
+) -> int:
+    """Bytes per GPU that a call moves to the device before it starts, and back after it: an update
+    needs the optimizer and the weights, an inference the weights only."""
+    return int(
+        moved_bytes(shape, role, shard, offload == "all", offload != "none", device, train=train)
+    )
 
 
 def moved_bytes(
-    shape: Shape, role: str, shard: Count, weights_away: Count, optimizer_away: Count, device: Device, *, train: bool
+    shape: Shape,
+    role: str,
+    shard: Count,
+    weights_away: Count,
+    optimizer_away: Count,
+    device: Device,
+    *,
+    train: bool,
 ) -> Count:
     """As `offloaded_bytes`, of one layout or of many."""
     parameters, trained = shape.parameters(head_of(role)), role in TRAINED
@@ -135,12 +171,14 @@ def moved_bytes(
 def _micro_batch_tokens(workload: Workload, layout: Any, trained: bool) -> Count:
     """A sequence is never cut, and a rank has no more than its share of a minibatch."""
     share = -(-(workload.minibatch if trained else workload.batch) // layout.gpus)
-    return np.minimum(np.maximum(layout.micro_batch_tokens, workload.longest), share * workload.longest)
+    return np.minimum(
+        np.maximum(layout.micro_batch_tokens, workload.longest), share * workload.longest
+    )
 
 
 def _activation_bytes(shape: Shape, recompute: Count, device: Device, trained: bool) -> Count:
-    """Of a token. A forward pass alone is widest in an MLP, beside the residual stream and the norm's output. An update
-    holds one block's and what the others have kept."""
+    """Of a token. A forward pass alone is widest in an MLP, beside the residual stream and the
+    norm's output. An update holds one block's and what the others have kept."""
     full, kept = activation_bytes(shape, device)
     if not trained:
         return kept + compute_bytes(device) * (shape.hidden + 3 * shape.intermediate)
@@ -148,19 +186,22 @@ def _activation_bytes(shape: Shape, recompute: Count, device: Device, trained: b
 
 
 def _logits(shape: Shape, tokens: Count, size: int, trained: bool, activations: Count) -> Count:
-    """Logits of a chunk. An update holds those of the next one and a gradient beside them, and all activations; a
-    forward pass alone has let its blocks' activations go by then. On a GPU fp32 copies are fused away."""
+    """Logits of a chunk. An update holds those of the next one and a gradient beside them, and all
+    activations; a forward pass alone has let its blocks' activations go by then. On a GPU fp32
+    copies are fused away."""
     chunk = np.minimum(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab * size
     return 3 * chunk if trained else np.maximum(chunk - activations, 0)
 
 
 def _gathered_bytes(shape: Shape, head: Head, size: int, trained: bool) -> int:
-    """What FSDP2 has unsharded at once: the block that computes and the next, embedding and head throughout; in an
-    update also a block's gradients, before they are reduced in fp32, and the vocabulary head's, which come first of all
-    (the embedding's come last, when no activations are left). In fp32 a single shard has nothing to gather and nothing
-    to cast."""
+    """What FSDP2 has unsharded at once: the block that computes and the next, embedding and head
+    throughout; in an update also a block's gradients, before they are reduced in fp32, and the
+    vocabulary head's, which come first of all (the embedding's come last, when no activations are
+    left). In fp32 a single shard has nothing to gather and nothing to cast."""
     ends = shape.embedding_parameters * (1 if head == "scalar" or shape.tied_embeddings else 2)
-    gradients = (size + 4) * shape.block_parameters + (size * shape.embedding_parameters if head == "lm" else 0)
+    gradients = (size + 4) * shape.block_parameters + (
+        size * shape.embedding_parameters if head == "lm" else 0
+    )
     return size * (2 * shape.block_parameters + ends) + (gradients if trained else 0)
 
 
@@ -168,15 +209,24 @@ def _gathered_bytes(shape: Shape, head: Head, size: int, trained: bool) -> int:
 
 
 def kv_bytes_per_token(shape: Shape, tensor_parallel: int, device: Device) -> int:
-    """Per GPU of an engine; heads of keys and values are split over its GPUs, and copied where they are too few."""
-    return 2 * shape.layers * -(-shape.kv_heads // tensor_parallel) * shape.head_dim * compute_bytes(device)
+    """Per GPU of an engine; heads of keys and values are split over its GPUs, and copied where they
+    are too few."""
+    return (
+        2
+        * shape.layers
+        * -(-shape.kv_heads // tensor_parallel)
+        * shape.head_dim
+        * compute_bytes(device)
+    )
 
 
 def engine_weight_bytes(shape: Shape, tensor_parallel: int, device: Device) -> int:
     return compute_bytes(device) * shape.parameters() // tensor_parallel
 
 
-def _engine_detail(workload: Workload, tensor_parallel: int, concurrency: int, device: Device) -> dict[str, int]:
+def _engine_detail(
+    workload: Workload, tensor_parallel: int, concurrency: int, device: Device
+) -> dict[str, int]:
     per_token = kv_bytes_per_token(workload.actor.shape, tensor_parallel, device)
     return {
         "weights": engine_weight_bytes(workload.actor.shape, tensor_parallel, device),
@@ -185,18 +235,22 @@ def _engine_detail(workload: Workload, tensor_parallel: int, concurrency: int, d
     }
 
 
-def rollout_fraction(workload: Workload, tensor_parallel: int, concurrency: int, device: Device) -> float:
-    """The `memory_fraction` that holds an engine's weights, its workspace and process, and the KV cache of
-    `concurrency` longest sequences, so that none is ever preempted; rounded up to a hundredth. Above 1 it does not
-    fit."""
-    needed = sum(_engine_detail(workload, tensor_parallel, concurrency, device).values()) + process_bytes(device)
+def rollout_fraction(
+    workload: Workload, tensor_parallel: int, concurrency: int, device: Device
+) -> float:
+    """The `memory_fraction` that holds an engine's weights, its workspace and process, and the KV
+    cache of `concurrency` longest sequences, so that none is ever preempted; rounded up to a
+    hundredth. Above 1 it does not fit."""
+    needed = sum(
+        _engine_detail(workload, tensor_parallel, concurrency, device).values()
+    ) + process_bytes(device)
     return math.ceil(100 * needed / device.memory_bytes) / 100
 
 
 def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> RoleMemory:
-    """Of one engine on one of its GPUs, its process not counted. vLLM reserves all of its fraction from the start, and
-    one that sleeps has its weights again from a sync on; the transformers engine allocates what it needs while it
-    runs."""
+    """Of one engine on one of its GPUs, its process not counted. vLLM reserves all of its fraction
+    from the start, and one that sleeps has its weights again from a sync on; the transformers
+    engine allocates what it needs while it runs."""
     detail = _engine_detail(workload, layout.tensor_parallel, layout.concurrency, device)
     weights = detail["weights"]
     if layout.engine == "vllm":
@@ -205,15 +259,20 @@ def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> R
         kept = sum(detail.values()) if not layout.offload else ENGINE_ASLEEP_BYTES + weights
     else:
         kept = 0 if layout.offload else weights
-    return RoleMemory(idle=kept, running=sum(detail.values()), host=weights if layout.offload else 0, detail=detail)
+    return RoleMemory(
+        idle=kept,
+        running=sum(detail.values()),
+        host=weights if layout.offload else 0,
+        detail=detail,
+    )
 
 
 # --- pools and hosts ---
 
 
 def pool_peak(members: Sequence[RoleMemory], trainer: bool, engine: bool, device: Device) -> int:
-    """Bytes of a pool's fullest GPU: its processes (one `trainer` for all roles, one `engine`), what
-    every role keeps, and the largest surplus of a running one."""
+    """Bytes of a pool's fullest GPU: its processes (one `trainer` for all roles, one `engine`),
+    what every role keeps, and the largest surplus of a running one."""
     contexts = process_bytes(device) * (trainer + engine)
     surplus = max((member.running - member.idle for member in members), default=0)
     return contexts + sum(member.idle for member in members) + max(0, surplus)
@@ -241,19 +300,23 @@ def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
 
 
 def kv_cache_bytes(plan: Plan) -> int:
-    """Bytes of the KV cache on each GPU of an engine: what the other needs leave of its `memory_fraction`."""
+    """Bytes of the KV cache on each GPU of an engine: what the other needs leave of its
+    `memory_fraction`."""
     detail = role_memory(plan, "rollout").detail
     return detail["kv_cache"] + detail["reserve"]
 
 
 def trainer_allowance(plan: Plan, pool: str) -> int:
-    """Bytes that the roles of a pool's trainer process may take on a GPU: what is planned for them, and the workspaces
-    of libraries as far as the processes themselves and what an engine keeps while it idles leave room. Without a limit
-    torch may keep much more than its tensors ever take at a time."""
+    """Bytes that the roles of a pool's trainer process may take on a GPU: what is planned for them,
+    and the workspaces of libraries as far as the processes themselves and what an engine keeps
+    while it idles leave room. Without a limit torch may keep much more than its tensors ever take
+    at a time."""
     device, engine = plan.device_of(pool), pool in plan.rollout.pools
     kept = role_memory(plan, "rollout").idle if engine else 0
     left = device.memory_bytes - process_bytes(device) * (1 + engine) - kept
-    members = [role_memory(plan, role) for role, layout in plan.trainers.items() if pool in layout.pools]
+    members = [
+        role_memory(plan, role) for role, layout in plan.trainers.items() if pool in layout.pools
+    ]
     return min(left, pool_peak(members, False, False, device) + COMMUNICATION_BYTES)
 
 
@@ -263,7 +326,8 @@ def batch_bytes(workload: Workload, staleness: int) -> int:
 
 
 def host_bytes(plan: Plan) -> dict[int, int]:
-    """Per node: pinned copies of what is offloaded; on the first node also the batches in flight, staleness + 1."""
+    """Per node: pinned copies of what is offloaded; on the first node also the batches in flight,
+    staleness + 1."""
     batches = batch_bytes(plan.workload, plan.staleness)
     used = {node: batches if node == 0 else 0 for node in range(len(plan.cluster.nodes))}
     for name, layout in plan.roles.items():
@@ -283,15 +347,18 @@ def check_memory(plan: Plan) -> None:
     needed = rollout_fraction(plan.workload, layout.tensor_parallel, layout.concurrency, device)
     if layout.engine == "vllm" and layout.memory_fraction < needed:
         raise UserError(
-            f"rollout needs a memory_fraction of {needed:.2f} for {layout.concurrency} longest sequences at "
-            f"tensor_parallel {layout.tensor_parallel}, but has {layout.memory_fraction:.2f}; raise it, lower "
+            f"rollout needs a memory_fraction of {needed:.2f} for {layout.concurrency} longest "
+            "sequences at "
+            f"tensor_parallel {layout.tensor_parallel}, but has {layout.memory_fraction:.2f}; "
+            "raise it, lower "
             "concurrency or raise tensor_parallel"
         )
     for node, used in host_bytes(plan).items():
         there = plan.cluster.nodes[node].host_memory_bytes
         if used > there:
             raise UserError(
-                f"node {node} needs {_gb(used)} of host memory for what is offloaded and the batches in flight, but "
+                f"node {node} needs {_gb(used)} of host memory for what is offloaded and the "
+                "batches in flight, but "
                 f"{_gb(there)} are there; offload less or lower max_staleness"
             )
 
@@ -312,18 +379,26 @@ def _too_much(plan: Plan, pool: str, memory: PoolMemory) -> str:
     alone = pool_peak([roles[worst]], worst != "rollout", worst == "rollout", device)
     there = f"but {_gb(memory.allowed)} are there"
     if alone > memory.allowed:
-        return f"{worst} needs {_gb(alone)} per GPU at {at}, {there}; use {', '.join(use)} or offload"
-    kept = ", ".join(f"{role} keeps {_gb(found.idle)}" for role, found in roles.items() if role != worst)
+        return (
+            f"{worst} needs {_gb(alone)} per GPU at {at}, {there}; use {', '.join(use)} or offload"
+        )
+    kept = ", ".join(
+        f"{role} keeps {_gb(found.idle)}" for role, found in roles.items() if role != worst
+    )
     needs = f"pool {pool!r} needs {_gb(memory.peak)} per GPU while {worst} runs at {at} ({kept})"
     return f"{needs}, {there}; offload the other roles, or use {', '.join(use)}"
 
 
 def _fitting_shard(plan: Plan, role: str, layout: TrainerRole, pool: str) -> int | None:
-    """The smallest larger shard size, doubling within the pool, at which a role would fit beside nothing else."""
+    """The smallest larger shard size, doubling within the pool, at which a role would fit beside
+    nothing else."""
     device, shard = plan.device_of(pool), 2 * layout.shard
     while shard <= len(plan.pools[pool].gpus):
         wider = layout.model_copy(update={"shard": shard, "replicas": 1})
-        if pool_peak([trainer_memory(plan.workload, role, wider, device)], True, False, device) <= device.memory_bytes:
+        if (
+            pool_peak([trainer_memory(plan.workload, role, wider, device)], True, False, device)
+            <= device.memory_bytes
+        ):
             return shard
         shard *= 2
     return None

@@ -1,16 +1,18 @@
 """Seconds of a call from its operations and bytes, and the device's rates at their efficiencies.
 
-One forward pass over t tokens in sequences of lengths l takes 2 P t + 2 L H d (sum of l^2) FLOPs: P parameters in
-matrices (the head's included, the embedding's not), and for each of L layers and H heads of size d the two products of
-causal attention, which see half of each square. A backward pass takes twice as much, recomputation one forward pass
-more (Kaplan et al. 2020, arXiv:2001.08361, section 2.1; Korthikanti et al. 2022, arXiv:2205.05198, appendix A).
-A pass over a micro-batch takes no less than launching its kernels (`launch_seconds` of the device for each layer; as
-long again for the collectives of a sharded one), and FSDP moves all weights through the GPU's memory for each.
+One forward pass over t tokens in sequences of lengths l takes 2 P t + 2 L H d (sum of l^2) FLOPs: P
+parameters in matrices (the head's included, the embedding's not), and for each of L layers and H
+heads of size d the two products of causal attention, which see half of each square. A backward pass
+takes twice as much, recomputation one forward pass more (Kaplan et al. 2020, arXiv:2001.08361,
+section 2.1; Korthikanti et al. 2022, arXiv:2205.05198, appendix A). A pass over a micro-batch takes
+no less than launching its kernels (`launch_seconds` of the device for each layer; as long again for
+the collectives of a sharded one), and FSDP moves all weights through the GPU's memory for each.
 
-FSDP gathers the weights in their compute type for every micro-batch, once for inference, twice for an update (forward
-and backward), which also reduces and scatters gradients in fp32. Of s shards a ring moves (s - 1) / s of the bytes
-through every GPU. This runs beside the arithmetic: a micro-batch takes the longer of the two. (Its two ends, embedding
-and first block, are not hidden in truth: 1 to 4% of a 7B model's micro-batch on one node.)
+FSDP gathers the weights in their compute type for every micro-batch, once for inference, twice for
+an update (forward and backward), which also reduces and scatters gradients in fp32. Of s shards a
+ring moves (s - 1) / s of the bytes through every GPU. This runs beside the arithmetic: a
+micro-batch takes the longer of the two. (Its two ends, embedding and first block, are not hidden in
+truth: 1 to 4% of a 7B model's micro-batch on one node.)
 """
 
 import math
@@ -31,8 +33,9 @@ Seconds = NDArray[np.float64]
 Count = Any  # an int, or an array of them
 
 LINK_LATENCY_SECONDS = 8e-6  # of one collective inside a node
-# What FSDP2 reads and writes of a parameter for each micro-batch, in bytes: a pass copies it into and out of the
-# buffers of a collective; an update passes twice, casts what it gathers from fp32, and adds up a gradient in fp32.
+# What FSDP2 reads and writes of a parameter for each micro-batch, in bytes: a pass copies it into
+# and out of the buffers of a collective; an update passes twice, casts what it gathers from fp32,
+# and adds up a gradient in fp32.
 GATHER_BYTES, UPDATE_BYTES = 8, 38
 OPTIMIZER_BYTES = 32  # AdamW reads weight, gradient and both moments and writes three of them; the clip reads once more
 
@@ -50,8 +53,9 @@ class Place:
 
 
 class Split(NamedTuple):
-    """How a model is spread over ranks, one way or many (arrays [n]): shards, their replicas, tokens per micro-batch,
-    recomputation, and the nodes that a shard group and a replica group lie on."""
+    """How a model is spread over ranks, one way or many (arrays [n]): shards, their replicas,
+    tokens per micro-batch, recomputation, and the nodes that a shard group and a replica group lie
+    on."""
 
     shard: Count
     replicas: Count
@@ -67,7 +71,8 @@ def split_of(layout: TrainerRole, place: Place) -> Split:
 
 
 class Link(NamedTuple):
-    """What groups of `ranks` reach together: bytes/s per GPU, and seconds of latency of one collective."""
+    """What groups of `ranks` reach together: bytes/s per GPU, and seconds of latency of one
+    collective."""
 
     ranks: Count
     bandwidth: Any
@@ -80,7 +85,8 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """The busiest rank's tokens and squared sequence lengths in each minibatch, [S, M] (or [n, S, M])."""
+    """The busiest rank's tokens and squared sequence lengths in each minibatch, [S, M] (or [n, S,
+    M])."""
 
     tokens: NDArray[np.int64]
     squares: NDArray[np.int64]
@@ -88,21 +94,23 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Seconds [S] (or [n, S]) of a call by what it waits for: arithmetic and memory, and communication that neither
-    hides."""
+    """Seconds [S] (or [n, S]) of a call by what it waits for: arithmetic and memory, and
+    communication that neither hides."""
 
     compute: Seconds
     transfer: Seconds
 
 
 def shares(lengths: NDArray[np.int64], minibatch: int, ranks: int) -> Work:
-    """Spread each minibatch of `lengths` [S, B] over ranks: longest first, back and forth, so that sequences are even
-    to one and tokens nearly so. With fewer sequences than ranks some ranks idle."""
+    """Spread each minibatch of `lengths` [S, B] over ranks: longest first, back and forth, so that
+    sequences are even to one and tokens nearly so. With fewer sequences than ranks some ranks
+    idle."""
     return dealt(longest_first(lengths, minibatch), ranks)
 
 
 def longest_first(lengths: NDArray[np.int64], minibatch: int) -> NDArray[np.int32]:
-    """The minibatches [S, M, sequences] of `lengths` [S, B], each with its longest sequence first."""
+    """The minibatches [S, M, sequences] of `lengths` [S, B], each with its longest sequence
+    first."""
     scenarios, batch = lengths.shape
     rows = lengths.astype(np.int32).reshape(scenarios, batch // minibatch, minibatch)
     return np.ascontiguousarray(np.sort(rows, axis=2)[..., ::-1])
@@ -127,13 +135,17 @@ def dealt(rows: NDArray[np.int32], ranks: int) -> Work:
 
 def matrix_parameters(shape: Shape, head: Head) -> int:
     """Parameters that every token is multiplied with."""
-    return shape.layers * shape.block_parameters + (shape.hidden if head == "scalar" else shape.embedding_parameters)
+    return shape.layers * shape.block_parameters + (
+        shape.hidden if head == "scalar" else shape.embedding_parameters
+    )
 
 
 def forward_flops(shape: Shape, head: Head, work: Work) -> Seconds:
     """FLOPs [S, M] of one forward pass over each minibatch's share."""
     attention = 2 * shape.layers * shape.heads * shape.head_dim
-    return np.asarray(2.0 * matrix_parameters(shape, head) * work.tokens + float(attention) * work.squares)
+    return np.asarray(
+        2.0 * matrix_parameters(shape, head) * work.tokens + float(attention) * work.squares
+    )
 
 
 # --- links ---
@@ -141,16 +153,20 @@ def forward_flops(shape: Shape, head: Head, work: Work) -> Seconds:
 
 @cache
 def nodes_spanned(parts: tuple[int, ...], shard: int, replicas: int) -> tuple[int, int]:
-    """Nodes that the most scattered shard group (neighbouring ranks) and replica group (every shard-th) lie on."""
-    node = np.repeat(np.arange(len(parts)), parts)[: shard * replicas].reshape(replicas, shard)  # rising along both
+    """Nodes that the most scattered shard group (neighbouring ranks) and replica group (every
+    shard-th) lie on."""
+    node = np.repeat(np.arange(len(parts)), parts)[: shard * replicas].reshape(
+        replicas, shard
+    )  # rising along both
     across = (np.count_nonzero(np.diff(node, axis=axis), axis=axis).max() for axis in (1, 0))
     shard_nodes, replica_nodes = (int(changes) + 1 for changes in across)
     return shard_nodes, replica_nodes
 
 
 def link_of(ranks: Count, nodes: Count, device: Device, cluster: Cluster) -> Link:
-    """Within a node its links; across nodes the ring leaves each node through as many network ports as it has ranks
-    there (one per GPU), unless the links are slower. No hop between nodes is quicker than one within."""
+    """Within a node its links; across nodes the ring leaves each node through as many network ports
+    as it has ranks there (one per GPU), unless the links are slower. No hop between nodes is
+    quicker than one within."""
     ranks, nodes = np.asarray(ranks), np.asarray(nodes)
     ports = cluster.network_bandwidth * ranks / nodes
     bandwidth = np.where(nodes > 1, np.minimum(device.link_bandwidth, ports), device.link_bandwidth)
@@ -170,21 +186,34 @@ def _links(split: Split, device: Device, cluster: Cluster) -> tuple[Link, Link]:
 # --- calls ---
 
 
-def infer_cost(shape: Shape, head: Head, split: Split, device: Device, cluster: Cluster, work: Work) -> Cost:
+def infer_cost(
+    shape: Shape, head: Head, split: Split, device: Device, cluster: Cluster, work: Work
+) -> Cost:
     """A forward pass over the batch (as one minibatch)."""
     arithmetic, launches, micro_batches = _pass(shape, head, split, device, work)
     copies = micro_batches * GATHER_BYTES * shape.parameters(head) / _memory_rate(device)
     compute = np.maximum(arithmetic, launches) + copies
     shard, _ = _links(split, device, cluster)
-    gathered = shard.seconds(compute_bytes(device) * shape.parameters(head)) + _latency(shape, shard)
+    gathered = shard.seconds(compute_bytes(device) * shape.parameters(head)) + _latency(
+        shape, shard
+    )
     exposed = np.maximum(micro_batches * _each(gathered) - compute, 0.0)
-    return Cost(compute=compute.sum(axis=-1) + device.overhead_seconds, transfer=exposed.sum(axis=-1))
+    return Cost(
+        compute=compute.sum(axis=-1) + device.overhead_seconds, transfer=exposed.sum(axis=-1)
+    )
 
 
 def train_cost(
-    shape: Shape, head: Head, split: Split, device: Device, cluster: Cluster, work: Work, epochs: int
+    shape: Shape,
+    head: Head,
+    split: Split,
+    device: Device,
+    cluster: Cluster,
+    work: Work,
+    epochs: int,
 ) -> Cost:
-    """An optimizer step per minibatch: its micro-batches, the all-reduce of gradients between replicas, AdamW."""
+    """An optimizer step per minibatch: its micro-batches, the all-reduce of gradients between
+    replicas, AdamW."""
     parameters = shape.parameters(head)
     arithmetic, launches, micro_batches = _pass(shape, head, split, device, work)
     copies = micro_batches * UPDATE_BYTES * parameters / _memory_rate(device)
@@ -192,7 +221,9 @@ def train_cost(
     shard, replica = _links(split, device, cluster)
     moved = shard.seconds((2 * compute_bytes(device) + 4) * parameters) + 3 * _latency(shape, shard)
     exposed = np.maximum(micro_batches * _each(moved) - compute, 0.0)
-    exposed += _each(2 * replica.seconds(4 * parameters / split.shard) + 2 * _latency(shape, replica))
+    exposed += _each(
+        2 * replica.seconds(4 * parameters / split.shard) + 2 * _latency(shape, replica)
+    )
     optimizer = OPTIMIZER_BYTES * parameters / split.shard / _memory_rate(device)
     return Cost(
         compute=epochs * (compute + _each(optimizer)).sum(axis=-1) + device.overhead_seconds,
@@ -203,11 +234,16 @@ def train_cost(
 def _pass(
     shape: Shape, head: Head, split: Split, device: Device, work: Work
 ) -> tuple[Seconds, Seconds, NDArray[np.float64]]:
-    """Of one forward pass over each minibatch [S, M]: seconds of its arithmetic, seconds of its launches, and its
-    micro-batches."""
+    """Of one forward pass over each minibatch [S, M]: seconds of its arithmetic, seconds of its
+    launches, and its micro-batches."""
     micro_batches = np.ceil(work.tokens / _each(split.micro_batch_tokens))
     arithmetic = forward_flops(shape, head, work) / (device.flops * device.efficiency_compute)
-    launches = shape.layers * device.launch_seconds * _each(1 + (np.asarray(split.shard) > 1)) * micro_batches
+    launches = (
+        shape.layers
+        * device.launch_seconds
+        * _each(1 + (np.asarray(split.shard) > 1))
+        * micro_batches
+    )
     return arithmetic, launches, micro_batches
 
 
@@ -226,19 +262,25 @@ def _latency(shape: Shape, link: Link) -> Any:
 
 
 def gather_seconds(shape: Shape, split: Split, device: Device, cluster: Cluster) -> Any:
-    """Of gathering a model over its shard groups, layer by layer; launching takes as long as in a pass."""
+    """Of gathering a model over its shard groups, layer by layer; launching takes as long as in a
+    pass."""
     shard, _ = _links(split, device, cluster)
     launches = np.where(np.asarray(shard.ranks) > 1, shape.layers * device.launch_seconds, 0.0)
-    return shard.seconds(compute_bytes(device) * shape.parameters()) + _latency(shape, shard) + launches
+    return (
+        shard.seconds(compute_bytes(device) * shape.parameters())
+        + _latency(shape, shard)
+        + launches
+    )
 
 
 def hand_over_seconds(
     shape: Shape, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool, shared: bool,
     separate: bool,
 ) -> float:  # fmt: skip
-    """Of handing gathered weights to the engines, but for a call of each way: on GPUs that both share a window at a
-    time, at least as many as their bytes need, which is filled and read in turns between a call to begin and one to
-    end; broadcast to GPUs that they do not share, which counts as one launch a layer."""
+    """Of handing gathered weights to the engines, but for a call of each way: on GPUs that both
+    share a window at a time, at least as many as their bytes need, which is filled and read in
+    turns between a call to begin and one to end; broadcast to GPUs that they do not share, which
+    counts as one launch a layer."""
     count = compute_bytes(device) * shape.parameters()
     seconds = 0.0
     if shared:
@@ -246,7 +288,9 @@ def hand_over_seconds(
         seconds += copies + (1 + 2 * math.ceil(count / SYNC_BYTES)) * device.overhead_seconds
     if separate:
         across = link_of(2, 1 if same_node else 2, device, cluster)
-        seconds += float(count / across.bandwidth) + shape.layers * float(across.latency + device.launch_seconds)
+        seconds += float(count / across.bandwidth) + shape.layers * float(
+            across.latency + device.launch_seconds
+        )
     return seconds
 
 
@@ -254,10 +298,17 @@ def sync_cost(
     shape: Shape, split: Split, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool,
     shared: bool, separate: bool,
 ) -> float:  # fmt: skip
-    """Seconds of moving the actor's weights to the engines: by either way they are gathered over the shard group (what
-    lies in two windows twice in truth), then handed over, one way after the other."""
+    """Seconds of moving the actor's weights to the engines: by either way they are gathered over
+    the shard group (what lies in two windows twice in truth), then handed over, one way after the
+    other."""
     gathered = float(gather_seconds(shape, split, device, cluster))
     handed = hand_over_seconds(
-        shape, device, cluster, tensor_parallel, same_node=same_node, shared=shared, separate=separate
+        shape,
+        device,
+        cluster,
+        tensor_parallel,
+        same_node=same_node,
+        shared=shared,
+        separate=separate,
     )
     return (shared + separate) * (gathered + device.overhead_seconds) + handed

@@ -1,8 +1,9 @@
 """The one rule of execution, without a clock: a plan unrolled into tasks with their predecessors.
 
-A call starts as soon as every earlier-issued call that shares a pool with it has ended, everything that it reads
-exists at the versions that the program implies, and every earlier wait is satisfied. The simulator, the exact
-evaluator and the executor all consume these tasks; none derives a dependency of its own.
+A call starts as soon as every earlier-issued call that shares a pool with it has ended, everything
+that it reads exists at the versions that the program implies, and every earlier wait is satisfied.
+The simulator, the exact evaluator and the executor all consume these tasks; none derives a
+dependency of its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,8 +17,9 @@ from planner.spec.plan import Issue, Plan, Wait
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One call of one step. `after` are the indices of all tasks that must have ended before it starts, `waits` those
-    among them that a wait names. `weights_version` counts the updates in the weights that it uses (or makes)."""
+    """One call of one step. `after` are the indices of all tasks that must have ended before it
+    starts, `waits` those among them that a wait names. `weights_version` counts the updates in the
+    weights that it uses (or makes)."""
 
     index: int
     call: Call
@@ -31,17 +33,21 @@ class Task:
 
 
 def tasks_of(plan: Plan, steps: int) -> list[Task]:
-    """The tasks of `steps` steps of a plan in the order of their issue. Raises UserError for a program that deadlocks
-    or exceeds the staleness that the workload allows."""
+    """The tasks of `steps` steps of a plan in the order of their issue. Raises UserError for a
+    program that deadlocks or exceeds the staleness that the workload allows."""
     return unroll(plan.dataflow, plan.program, plan.pools_of, steps)
 
 
 def unroll(
-    flow: Dataflow, program: Sequence[Issue | Wait], pools_of: Callable[[Call], tuple[str, ...]], steps: int
+    flow: Dataflow,
+    program: Sequence[Issue | Wait],
+    pools_of: Callable[[Call], tuple[str, ...]],
+    steps: int,
 ) -> list[Task]:
     """Unroll a program: round i issues each call for step i + offset, if that is a step of the run.
 
-    Raises UserError where a call reads what is written later (a deadlock) or what has been overwritten."""
+    Raises UserError where a call reads what is written later (a deadlock) or what has been
+    overwritten."""
     calls = {call.name: (call, pools_of(call)) for call in flow.calls}
     first_round = -max((item.offset for item in program if isinstance(item, Issue)), default=0)
     tasks: list[Task] = []
@@ -85,13 +91,16 @@ def unroll(
 def steady_edges(
     flow: Dataflow, program: Sequence[Issue | Wait], pools_of: Callable[[Call], tuple[str, ...]]
 ) -> dict[tuple[str, str], int]:
-    """The same rule in the steady state, monitors left out: (u, v) -> d where v of step t starts after u of step t - d.
+    """The same rule in the steady state, monitors left out: (u, v) -> d where v of step t starts
+    after u of step t - d.
 
-    u of the same round, or of the round before if u stands behind v (r = 1), belongs to the step offset(v) - offset(u)
-    + r earlier. Older instances of u bind less."""
+    u of the same round, or of the round before if u stands behind v (r = 1), belongs to the step
+    offset(v) - offset(u) + r earlier. Older instances of u bind less."""
     steady = flow.steady
     items = [item for item in program if isinstance(item, Wait) or item.call in steady.names]
-    place = {item.call: (at, item.offset) for at, item in enumerate(items) if isinstance(item, Issue)}
+    place = {
+        item.call: (at, item.offset) for at, item in enumerate(items) if isinstance(item, Issue)
+    }
     edges: dict[tuple[str, str], int] = {}
 
     def add(u: str, v: str, before: int) -> None:
@@ -116,7 +125,9 @@ def steady_edges(
     for at, item in enumerate(items):
         waited = item.wait if isinstance(item, Wait) else (item.call,) if item.blocking else ()
         for u in set(waited) & set(place):
-            named = place[u][1] + (0 if place[u][0] <= at else -1)  # step of u less the round of the wait
+            named = place[u][1] + (
+                0 if place[u][0] <= at else -1
+            )  # step of u less the round of the wait
             for v, (position, offset) in place.items():
                 distance = offset - named + (0 if position > at else 1)
                 edges[u, v] = min(distance, edges.get((u, v), distance))
@@ -126,7 +137,8 @@ def steady_edges(
 def _raise_barrier(
     barrier: tuple[int, ...], names: tuple[str, ...], newest: dict[str, int], tasks: list[Task]
 ) -> tuple[int, ...]:
-    """The tasks to wait for from now on. A task that was issued behind the old barrier implies it."""
+    """The tasks to wait for from now on. A task that was issued behind the old barrier implies
+    it."""
     named = {newest[name] for name in names if name in newest}
     if any(set(barrier) <= set(tasks[index].waits) for index in named):
         return tuple(sorted(named))
@@ -151,18 +163,28 @@ def _source(
     wanted = step - read.lag
     if wanted >= 0 and (writer.name, wanted) not in at:
         raise UserError(
-            f"program deadlocks: {call.name} of step {step} reads {read.data}, which {writer.name} of step {wanted} "
-            f"writes only later; move {writer.name} before {call.name} or lower the offset of {call.name}"
+            f"program deadlocks: {call.name} of step {step} reads {read.data}, which {writer.name} "
+            f"of step {wanted} "
+            f"writes only later; move {writer.name} before {call.name} or lower the offset of "
+            f"{call.name}"
         )
-    if read.data in flow.state and writer.name in newest and tasks[newest[writer.name]].step > wanted:
+    if (
+        read.data in flow.state
+        and writer.name in newest
+        and tasks[newest[writer.name]].step > wanted
+    ):
         raise UserError(
-            f"program is wrong: {call.name} of step {step} needs {read.data} of step {wanted}, but {writer.name} of "
-            f"step {tasks[newest[writer.name]].step} is issued earlier and overwrites it; move {call.name} before it"
+            f"program is wrong: {call.name} of step {step} needs {read.data} of step {wanted}, but "
+            f"{writer.name} of "
+            f"step {tasks[newest[writer.name]].step} is issued earlier and overwrites it; move "
+            f"{call.name} before it"
         )
     return at.get((writer.name, wanted))
 
 
-def _weights_version(call: Call, step: int, newest: dict[str, int], tasks: list[Task]) -> int | None:
+def _weights_version(
+    call: Call, step: int, newest: dict[str, int], tasks: list[Task]
+) -> int | None:
     if call.kind == "generate":
         synced = newest.get("sync_weights")
         return 0 if synced is None else tasks[synced].weights_version
@@ -172,26 +194,37 @@ def _weights_version(call: Call, step: int, newest: dict[str, int], tasks: list[
 
 
 def staleness(tasks: Sequence[Task]) -> int:
-    """The greatest number of actor updates by which sequences lag behind the weights that they train."""
+    """The greatest number of actor updates by which sequences lag behind the weights that they
+    train."""
     generated = (task for task in tasks if task.call.name == "generate")
     return max((task.step - (task.weights_version or 0) for task in generated), default=0)
 
 
 def check(plan: Plan) -> None:
-    """Raise UserError if the plan deadlocks, or if its staleness is not what it says or more than is allowed."""
+    """Raise UserError if the plan deadlocks, or if its staleness is not what it says or more than
+    is allowed."""
     offsets = [item.offset for item in plan.program if isinstance(item, Issue)]
-    most = plan.workload.max_staleness + len(offsets)  # a call is at most one step ahead of the one that it waits for
+    most = plan.workload.max_staleness + len(
+        offsets
+    )  # a call is at most one step ahead of the one that it waits for
     if max(offsets) > most:
-        raise UserError(f"plan {plan.name!r}: its program has an offset of {max(offsets)}; none above {most} is of use")
+        raise UserError(
+            f"plan {plan.name!r}: its program has an offset of {max(offsets)}; none above {most} "
+            "is of use"
+        )
     every = max(call.every for call in plan.dataflow.calls)
     found = staleness(tasks_of(plan, 2 * max(offsets) + max(4, every + 1)))
     if found > plan.workload.max_staleness:
         raise UserError(
-            f"plan {plan.name!r}: its program trains on sequences {found} updates old, but the workload allows "
+            f"plan {plan.name!r}: its program trains on sequences {found} updates old, but the "
+            "workload allows "
             f"{plan.workload.max_staleness}; lower the offset of generate or raise max_staleness"
         )
     if found != plan.staleness:
-        raise UserError(f"plan {plan.name!r}: staleness says {plan.staleness}, but its program has {found}; correct it")
+        raise UserError(
+            f"plan {plan.name!r}: staleness says {plan.staleness}, but its program has {found}; "
+            "correct it"
+        )
 
 
 def load_plan(path: Path) -> Plan:

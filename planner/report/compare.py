@@ -16,8 +16,8 @@ from planner.spec.timeline import Timeline, mean_call_seconds, step_seconds
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Seconds of one call (mean over the steps that count) or of one step. `error` is predicted over measured, less
-    1."""
+    """Seconds of one call (mean over the steps that count) or of one step. `error` is predicted
+    over measured, less 1."""
 
     name: str
     pools: tuple[str, ...] = ()
@@ -31,9 +31,9 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`steps` has a row per step that counts, from the end of one `update_actor` to the next. The re-simulated
-    step time is that of the same program with the measured durations; what the measured step takes beyond it is the
-    controller's."""
+    """`steps` has a row per step that counts, from the end of one `update_actor` to the next. The
+    re-simulated step time is that of the same program with the measured durations; what the
+    measured step takes beyond it is the controller's."""
 
     calls: tuple[Row, ...]
     steps: tuple[Row, ...]
@@ -49,7 +49,8 @@ class Comparison:
 
 
 def compare(plan: Plan, predicted: Timeline, measured: Timeline) -> Comparison:
-    """Compare two timelines of one plan. Steps that the run did not finish do not count. Raises UserError."""
+    """Compare two timelines of one plan. Steps that the run did not finish do not count. Raises
+    UserError."""
     measured = whole_steps(plan, measured)
     calls_predicted, calls_measured = mean_call_seconds(predicted), mean_call_seconds(measured)
     pools = {span.call: span.pools for span in predicted.spans}
@@ -73,37 +74,45 @@ def compare(plan: Plan, predicted: Timeline, measured: Timeline) -> Comparison:
 
 
 def resimulate(plan: Plan, measured: Timeline) -> Timeline:
-    """The plan's program simulated with the measured durations, up to the steps that were begun ahead of the last whole
-    one (what did not run takes no time): a run with a controller that costs nothing. Raises UserError as `whole_steps`
-    does."""
+    """The plan's program simulated with the measured durations, up to the steps that were begun
+    ahead of the last whole one (what did not run takes no time): a run with a controller that costs
+    nothing. Raises UserError as `whole_steps` does."""
     measured = whole_steps(plan, measured)
     seconds: dict[tuple[str, int], float] = defaultdict(float)  # of all chunks and attempts
     for span in measured.spans:
         seconds[span.call, span.step] += span.seconds
-    spans = simulate(tasks_of(plan, measured.steps), lambda task: seconds[task.call.name, task.step])
+    spans = simulate(
+        tasks_of(plan, measured.steps), lambda task: seconds[task.call.name, task.step]
+    )
     return measured.model_copy(update={"source": "simulated", "spans": spans})
 
 
 def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
-    """The leading steps of which every call was run, from the first one that is there (a run that was resumed under
-    another plan begins with that). Of a run that ended early those that it had begun ahead stay, as its `drain`. Raises
-    UserError if no whole step follows the warm-up, or if the timeline is of another program."""
+    """The leading steps of which every call was run, from the first one that is there (a run that
+    was resumed under another plan begins with that). Of a run that ended early those that it had
+    begun ahead stay, as its `drain`. Raises UserError if no whole step follows the warm-up, or if
+    the timeline is of another program."""
     calls = {call.name for call in plan.dataflow.calls}
     if unknown := {span.call for span in timeline.spans} - calls:
         raise UserError(
-            f"the timeline has a call {min(unknown)!r} that plan {plan.name!r} does not have; give the plan of that run"
+            f"the timeline has a call {min(unknown)!r} that plan {plan.name!r} does not have; give "
+            "the plan of that run"
         )
     if other := {pool for span in timeline.spans for pool in span.pools} - plan.pools.keys():
         raise UserError(
-            f"the timeline has a pool {min(other)!r} that plan {plan.name!r} does not have; give the plan of that run"
+            f"the timeline has a pool {min(other)!r} that plan {plan.name!r} does not have; give "
+            "the plan of that run"
         )
     ran = {(span.call, span.step) for span in timeline.spans}
     first = steps = min((span.step for span in timeline.spans), default=0)
-    while steps < timeline.steps and all((c.name, steps) in ran for c in plan.dataflow.calls if c.runs_at(steps)):
+    while steps < timeline.steps and all(
+        (c.name, steps) in ran for c in plan.dataflow.calls if c.runs_at(steps)
+    ):
         steps += 1
     if steps <= timeline.warmup:
         raise UserError(
-            f"the run finished {steps - first} steps, of which {timeline.warmup - first} are warm-up; there is nothing "
+            f"the run finished {steps - first} steps, of which {timeline.warmup - first} are "
+            "warm-up; there is nothing "
             "to compare, execute more steps"
         )
     last = min(steps, timeline.steps - timeline.drain)
@@ -113,8 +122,8 @@ def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
 
 
 def steps_of(timeline: Timeline) -> dict[int, float]:
-    """Seconds of each step, from the end of the `update_actor` before (the run's start for step 0) to that of its
-    own."""
+    """Seconds of each step, from the end of the `update_actor` before (the run's start for step 0)
+    to that of its own."""
     ends = sorted((span.step, span.end) for span in timeline.spans if span.call == "update_actor")
     before = [0.0, *(end for _, end in ends)]
     return {step: end - start for (step, end), start in zip(ends, before, strict=False)}
@@ -133,14 +142,16 @@ def pool_busy(timeline: Timeline) -> dict[str, float]:
 
 
 def occupancy(plan: Plan, busy: Mapping[str, float]) -> float:
-    """Share of all GPU-seconds of the cluster, idle GPUs included, in which the GPU's pool runs a call."""
+    """Share of all GPU-seconds of the cluster, idle GPUs included, in which the GPU's pool runs a
+    call."""
     used = sum(len(pool.gpus) * busy.get(name, 0.0) for name, pool in plan.pools.items())
     return used / len(plan.cluster.gpus)
 
 
 def critical_seconds(plan: Plan, call_seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds per step of each call on the cycle that binds the plan's steady state at these durations, longest first;
-    their sum is its period. A cycle over several steps counts each call by its share."""
+    """Seconds per step of each call on the cycle that binds the plan's steady state at these
+    durations, longest first; their sum is its period. A cycle over several steps counts each call
+    by its share."""
     edges = steady_edges(plan.dataflow, plan.program, plan.pools_of)
     calls = plan.dataflow.steady.names
     seconds = np.array([call_seconds.get(call, 0.0) for call in calls])

@@ -24,8 +24,8 @@ from planner.spec.timeline import Span, Timeline, step_seconds
 
 Color = tuple[float, float, float]
 
-# Okabe and Ito's palette, which people with colour blindness can tell apart (https://jfly.uni-koeln.de/color/), and
-# three dark or grey tones for what takes little time.
+# Okabe and Ito's palette, which people with colour blindness can tell apart
+# (https://jfly.uni-koeln.de/color/), and three dark or grey tones for what takes little time.
 COLORS = {
     "generate": "#0072B2",
     "score": "#F0E442",
@@ -43,7 +43,9 @@ EMPTY = "#F1F1F1"
 HOST = "host"
 
 WIDTH = 13.0  # inches
-LANE = 0.85  # inches of the largest pool's lane; a smaller pool has a lower one, the host the lowest
+LANE = (
+    0.85  # inches of the largest pool's lane; a smaller pool has a lower one, the host the lowest
+)
 SMALLEST, HOST_SHARE = 0.55, 0.32
 FONT = 8.5
 DPI = 130  # of the file
@@ -68,8 +70,8 @@ class Lane:
 
 
 def draw(timelines: Sequence[Timeline], plan: Plan, path: Path, *, steps: int = 3) -> None:
-    """Draw `steps` steady-state steps of one timeline, or of two above each other on one time axis, to a PNG, SVG or
-    PDF file (by its suffix). Raises UserError if it cannot be written."""
+    """Draw `steps` steady-state steps of one timeline, or of two above each other on one time axis,
+    to a PNG, SVG or PDF file (by its suffix). Raises UserError if it cannot be written."""
     write_atomic(path, render(timelines, plan, format_of(path), steps=steps))
 
 
@@ -77,22 +79,38 @@ def format_of(path: Path) -> str:
     """The picture format that a file name asks for. Raises UserError."""
     suffix = path.suffix.removeprefix(".").lower()
     if suffix not in ("png", "svg", "pdf"):
-        raise UserError(f"{path}: a picture is a .png, .svg or .pdf file; choose one of these names")
+        raise UserError(
+            f"{path}: a picture is a .png, .svg or .pdf file; choose one of these names"
+        )
     return suffix
 
 
-def render(timelines: Sequence[Timeline], plan: Plan, file_format: str = "png", *, steps: int = 3) -> bytes:
+def render(
+    timelines: Sequence[Timeline], plan: Plan, file_format: str = "png", *, steps: int = 3
+) -> bytes:
     """The bytes of the picture that `draw` writes."""
     assert 1 <= len(timelines) <= 2
     windows = [window_of(timeline, steps) for timeline in timelines]
-    lanes = [lanes_of(timeline, plan, window) for timeline, window in zip(timelines, windows, strict=True)]
+    lanes = [
+        lanes_of(timeline, plan, window)
+        for timeline, window in zip(timelines, windows, strict=True)
+    ]
     figure, axes = _panels([sum(lane.height for lane in group) for group in lanes])
-    figure.suptitle(_title(plan), x=0.012, y=1 - 0.16 / figure.get_figheight(), ha="left", va="top", fontweight="bold")
+    figure.suptitle(
+        _title(plan),
+        x=0.012,
+        y=1 - 0.16 / figure.get_figheight(),
+        ha="left",
+        va="top",
+        fontweight="bold",
+    )
     for axis, timeline, window, group in zip(axes, timelines, windows, lanes, strict=True):
         axis.set_xlim(0, max(w.end - w.begin for w in windows))
         _draw_panel(axis, timeline, plan, window, group)
     axes[-1].set_xlabel("seconds", fontsize=FONT)
-    shown = dict.fromkeys(s.call for t, w in zip(timelines, windows, strict=True) for s in _visible(t, w))
+    shown = dict.fromkeys(
+        s.call for t, w in zip(timelines, windows, strict=True) for s in _visible(t, w)
+    )
     order = [*COLORS, *(call for call in shown if call not in COLORS)]
     handles = [Patch(color=COLORS.get(call, OTHER), label=call) for call in order if call in shown]
     handles.append(Patch(facecolor=EMPTY, edgecolor="#BBBBBB", label="idle"))
@@ -104,7 +122,8 @@ def render(timelines: Sequence[Timeline], plan: Plan, file_format: str = "png", 
 
 
 def window_of(timeline: Timeline, steps: int) -> Window:
-    """From the end of the last warm-up step over `steps` steps that count; the whole timeline if none do."""
+    """From the end of the last warm-up step over `steps` steps that count; the whole timeline if
+    none do."""
     ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
     first = timeline.warmup - 1
     last = min(first + steps, max(filter(timeline.counts, ends), default=-1))
@@ -124,11 +143,16 @@ def busy_in(timeline: Timeline, window: Window) -> dict[str, float]:
 
 
 def lanes_of(timeline: Timeline, plan: Plan, window: Window) -> list[Lane]:
-    """The lanes from top to bottom: the pools in the plan's order, then the host if it does something."""
+    """The lanes from top to bottom: the pools in the plan's order, then the host if it does
+    something."""
     busy = busy_in(timeline, window)
     largest = max(len(pool.gpus) for pool in plan.pools.values())
     wanted = [
-        (name, _lane_label(plan, name, busy.get(name, 0.0)), max(SMALLEST, (len(pool.gpus) / largest) ** 0.5))
+        (
+            name,
+            _lane_label(plan, name, busy.get(name, 0.0)),
+            max(SMALLEST, (len(pool.gpus) / largest) ** 0.5),
+        )
         for name, pool in plan.pools.items()
     ]
     if any(not span.pools for span in timeline.spans):
@@ -142,14 +166,20 @@ def lanes_of(timeline: Timeline, plan: Plan, window: Window) -> list[Lane]:
 
 
 def _panels(heights: list[float]) -> tuple[Figure, list[Axes]]:
-    """A figure with an axis per panel of the given heights in inches; one data unit of y is one inch."""
+    """A figure with an axis per panel of the given heights in inches; one data unit of y is one
+    inch."""
     left, right, top, between, bottom = 2.15, 0.2, 0.88, 0.72, 0.82
     total = top + sum(heights) + between * (len(heights) - 1) + bottom
     figure = Figure(figsize=(WIDTH, total), dpi=72 * PIXELS_PER_POINT, facecolor="white")
     FigureCanvasAgg(figure)
     axes, edge = [], total - top
     for height in heights:
-        box = (left / WIDTH, (edge - height) / total, (WIDTH - left - right) / WIDTH, height / total)
+        box = (
+            left / WIDTH,
+            (edge - height) / total,
+            (WIDTH - left - right) / WIDTH,
+            height / total,
+        )
         axis = figure.add_axes(box)
         axis.set_ylim(0, height)
         axes.append(axis)
@@ -183,7 +213,9 @@ def _visible(timeline: Timeline, window: Window) -> list[Span]:
     return [span for span in timeline.spans if span.end > window.begin and span.start < window.end]
 
 
-def _draw_panel(axis: Axes, timeline: Timeline, plan: Plan, window: Window, lanes: list[Lane]) -> None:
+def _draw_panel(
+    axis: Axes, timeline: Timeline, plan: Plan, window: Window, lanes: list[Lane]
+) -> None:
     period, busy = step_seconds(timeline), busy_in(timeline, window)
     word = "predicted" if timeline.source == "simulated" else "measured"
     text = f"{word}: {seconds(period)} s per step, {occupancy(plan, busy):.0%} of all {_unit(plan, 1)} time busy"
@@ -191,14 +223,18 @@ def _draw_panel(axis: Axes, timeline: Timeline, plan: Plan, window: Window, lane
     length = window.end - window.begin
     for lane in lanes:
         gap = 0.07 if lane.name != HOST else 0.05
-        axis.add_patch(Rectangle((0, lane.bottom + gap), length, lane.height - 2 * gap, color=EMPTY, zorder=1))
+        axis.add_patch(
+            Rectangle((0, lane.bottom + gap), length, lane.height - 2 * gap, color=EMPTY, zorder=1)
+        )
         for span in _visible(timeline, window):
             if lane.name in (span.pools or (HOST,)):
                 low, high = max(span.start, window.begin), min(span.end, window.end)
                 box = replace(lane, bottom=lane.bottom + gap, height=lane.height - 2 * gap)
                 _draw_bar(axis, span, box, low - window.begin, high - window.begin)
     _draw_step_ends(axis, window)
-    axis.set_yticks([lane.bottom + lane.height / 2 for lane in lanes], [lane.label for lane in lanes])
+    axis.set_yticks(
+        [lane.bottom + lane.height / 2 for lane in lanes], [lane.label for lane in lanes]
+    )
     axis.tick_params(axis="y", length=0, labelsize=FONT)
     axis.tick_params(axis="x", labelsize=FONT, color="#888888")
     for side in ("top", "left", "right"):
@@ -215,7 +251,15 @@ def _draw_bar(axis: Axes, span: Span, lane: Lane, low: float, high: float) -> No
     width, height = pixels[1] - pixels[0]
     edge = "white" if width > 4 else color
     axis.add_patch(
-        Rectangle((low, lane.bottom), high - low, lane.height, facecolor=color, edgecolor=edge, linewidth=0.7, zorder=2)
+        Rectangle(
+            (low, lane.bottom),
+            high - low,
+            lane.height,
+            facecolor=color,
+            edgecolor=edge,
+            linewidth=0.7,
+            zorder=2,
+        )
     )
     for label in (f"{span.call} {span.step}", f"{span.call}\n{span.step}", f"{span.step}"):
         text_width, text_height = _text_size(label)
@@ -229,15 +273,20 @@ def _draw_bar(axis: Axes, span: Span, lane: Lane, low: float, high: float) -> No
 
 
 def _draw_step_ends(axis: Axes, window: Window) -> None:
-    """A dotted line where each step's `update_actor` ends, labelled above the lanes where there is room."""
+    """A dotted line where each step's `update_actor` ends, labelled above the lanes where there is
+    room."""
     taken = -1e9
     for step, end in sorted(window.ends.items()):
         x = end - window.begin
-        axis.axvline(x, color="#333333", linewidth=0.8, linestyle=(0, (2, 2)), zorder=4, clip_on=False)
+        axis.axvline(
+            x, color="#333333", linewidth=0.8, linestyle=(0, (2, 2)), zorder=4, clip_on=False
+        )
         label = f"end of step {step}"
         half = _text_size(label)[0] / 2
         at = axis.transData.transform((x, 0))[0]
-        left, right = axis.transData.transform([(axis.get_xlim()[0], 0), (axis.get_xlim()[1], 0)])[:, 0]
+        left, right = axis.transData.transform([(axis.get_xlim()[0], 0), (axis.get_xlim()[1], 0)])[
+            :, 0
+        ]
         side = "left" if at - half < left else "right" if at + half > right else "center"
         begin = at if side == "left" else at - 2 * half if side == "right" else at - half
         if begin > taken + 8:
@@ -262,6 +311,7 @@ def _lighter(color: Color, share: float) -> Color:
 
 
 def _ink(color: Color) -> str:
-    """Black or white, whichever is easier to read on the colour (relative luminance of WCAG 2, without gamma)."""
+    """Black or white, whichever is easier to read on the colour (relative luminance of WCAG 2,
+    without gamma)."""
     red, green, blue = color
     return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.5 else "white"

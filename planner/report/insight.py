@@ -23,16 +23,21 @@ def table_of(first: str, numbers: Sequence[str], last: str = "") -> Table:
 
 
 def ladder_table(rungs: Sequence[tuple[str, Plan, float]]) -> Table:
-    """Each decision, the step time after it, and the seconds that it buys: they add up to the whole difference."""
+    """Each decision, the step time after it, and the seconds that it buys: they add up to the whole
+    difference."""
     table = table_of("decision", ["step s", "buys s"], "GPUs of each pool: its roles")
     before = rungs[0][2]
     for number, (what, plan, step) in enumerate(rungs):
         bought = _signed(before - step, rungs[0][2]) if number else ""
-        table.add_row(escape(what), seconds(step), bought, structure_text(plan), style="" if number else "dim")
+        table.add_row(
+            escape(what), seconds(step), bought, structure_text(plan), style="" if number else "dim"
+        )
         before = step
     table.add_section()
     whole = rungs[0][2] - rungs[-1][2]
-    table.add_row("all together", "", _signed(whole, rungs[0][2]), f"{rungs[0][2] / rungs[-1][2]:.2f}×")
+    table.add_row(
+        "all together", "", _signed(whole, rungs[0][2]), f"{rungs[0][2] / rungs[-1][2]:.2f}×"
+    )
     return table
 
 
@@ -42,7 +47,9 @@ def structure_text(plan: Plan) -> str:
     for name, pool in plan.pools.items():
         roles = [role for role, layout in plan.roles.items() if name in layout.pools]
         everything = len(roles) == len(plan.roles) > 1
-        pools.append(f"{len(pool.gpus)}: {'all roles' if everything else ' '.join(roles) or 'nothing'}")
+        pools.append(
+            f"{len(pool.gpus)}: {'all roles' if everything else ' '.join(roles) or 'nothing'}"
+        )
     return " | ".join(pools)
 
 
@@ -59,9 +66,13 @@ def waits_table(waits: Sequence[tuple[str, float]], name: str, step: float) -> T
     return table
 
 
-def effects_table(effects: Sequence[tuple[str, float, float, float, str, float, float, float]], step: float) -> Table:
+def effects_table(
+    effects: Sequence[tuple[str, float, float, float, str, float, float, float]], step: float
+) -> Table:
     """Per call its seconds and their source, and what they do to the step."""
-    table = table_of("call", ["seconds", "scenarios", "step per s", "10% longer", "10% shorter"], "source")
+    table = table_of(
+        "call", ["seconds", "scenarios", "step per s", "10% longer", "10% shorter"], "source"
+    )
     for call, mean, least, most, source, share, slower, faster in effects:
         spread = f"{seconds(least)}–{seconds(most)}" if most > least else ""
         changes = [f"{after / step - 1:+.2%}" for after in (slower, faster)]
@@ -69,15 +80,27 @@ def effects_table(effects: Sequence[tuple[str, float, float, float, str, float, 
     return table
 
 
-def bubbles_table(plan: Plan, busy: Mapping[str, float], bubbles: Sequence[tuple[str, str, str, float]]) -> Table:
+def bubbles_table(
+    plan: Plan, busy: Mapping[str, float], bubbles: Sequence[tuple[str, str, str, float]]
+) -> Table:
     """Per pool its busy share and, below it, where it idles, in seconds per step."""
-    table = table_of("pool", ["GPUs", "busy", "idle s"], "before which call, and what that waits for")
+    table = table_of(
+        "pool", ["GPUs", "busy", "idle s"], "before which call, and what that waits for"
+    )
     for pool, gpus in plan.pools.items():
         idle = sum(gap for where, _, _, gap in bubbles if where == pool)
-        table.add_row(escape(pool), str(len(gpus.gpus)), f"{busy.get(pool, 0.0):.0%}", _idle(idle), style="bold")
+        table.add_row(
+            escape(pool),
+            str(len(gpus.gpus)),
+            f"{busy.get(pool, 0.0):.0%}",
+            _idle(idle),
+            style="bold",
+        )
         for where, call, waits_for, gap in bubbles:
             if where == pool and gap >= 0.01 * idle:
-                table.add_row("", "", "", seconds(gap), f"before {call}, which waits for {waits_for}")
+                table.add_row(
+                    "", "", "", seconds(gap), f"before {call}, which waits for {waits_for}"
+                )
     return table
 
 
@@ -86,16 +109,23 @@ def _idle(value: float) -> str:
 
 
 def memory_kinds_tables(memory: Mapping[str, PoolMemory]) -> list[Table]:
-    """Per pool its fullest GPU: what each role holds by kind while it runs, and what it keeps while others do."""
+    """Per pool its fullest GPU: what each role holds by kind while it runs, and what it keeps while
+    others do."""
     tables = []
     for name, pool in memory.items():
         title = f"{name}, GB of {gigabytes(pool.allowed)}"
         table = table_of(escape(title), [*pool.detail])
-        for kind in dict.fromkeys(kind for detail in pool.detail.values() for kind in detail if kind != "idle"):
+        for kind in dict.fromkeys(
+            kind for detail in pool.detail.values() for kind in detail if kind != "idle"
+        ):
             held = [detail.get(kind, 0) for detail in pool.detail.values()]
             if any(held):
-                table.add_row(kind.replace("_", " "), *(gigabytes(count) if count else "" for count in held))
-        table.add_row("kept while idle", *(gigabytes(detail["idle"]) for detail in pool.detail.values()))
+                table.add_row(
+                    kind.replace("_", " "), *(gigabytes(count) if count else "" for count in held)
+                )
+        table.add_row(
+            "kept while idle", *(gigabytes(detail["idle"]) for detail in pool.detail.values())
+        )
         table.add_row(f"peak, processes too: {gigabytes(pool.peak)}", style="bold")
         tables.append(table)
     return tables
@@ -106,12 +136,16 @@ def critical_sentences(critical: Sequence[tuple[tuple[str, ...], int, float]]) -
     found = []
     for calls, steps, share in critical:
         spans = "one step" if steps == 1 else f"{steps} steps"
-        often = "in every length scenario" if share == 1 else f"in {share:.0%} of the length scenarios"
+        often = (
+            "in every length scenario" if share == 1 else f"in {share:.0%} of the length scenarios"
+        )
         found.append(f"Critical cycle {often}, over {spans}: {', '.join(calls)}.")
     return found
 
 
-def source_sentence(effects: Sequence[tuple[str, float, float, float, str, float, float, float]]) -> str:
+def source_sentence(
+    effects: Sequence[tuple[str, float, float, float, str, float, float, float]],
+) -> str:
     """Which calls' costs were measured and which not."""
     by_source: dict[str, list[str]] = {}
     for call, _, _, _, source, *_ in effects:
@@ -123,10 +157,13 @@ def source_sentence(effects: Sequence[tuple[str, float, float, float, str, float
 
 
 def what_if_table(rows: Sequence[tuple[str, Plan | str, float, float, float | None]]) -> Table:
-    """Per condition the best plan's step, tokens per second and staleness, and how much longer a step takes with the
-    roles on pools as in the plan at hand (a dash where that does not fit). Where nothing fits, the reason."""
+    """Per condition the best plan's step, tokens per second and staleness, and how much longer a
+    step takes with the roles on pools as in the plan at hand (a dash where that does not fit).
+    Where nothing fits, the reason."""
     table = table_of(
-        "condition", ["step s", "tokens/s", "stale", "as in the plan", "decision"], "GPUs of each pool: its roles"
+        "condition",
+        ["step s", "tokens/s", "stale", "as in the plan", "decision"],
+        "GPUs of each pool: its roles",
     )
     for what, plan, step, tokens, kept in rows:
         if isinstance(plan, str):
@@ -134,22 +171,34 @@ def what_if_table(rows: Sequence[tuple[str, Plan | str, float, float, float | No
             continue
         longer = "–" if kept is None else f"{kept / step - 1:+.1%}"
         flips = kept is None or kept > step * (1 + 1e-9)
-        figures = [seconds(step), f"{tokens:,.0f}", str(plan.staleness), longer, "flips" if flips else "same"]
+        figures = [
+            seconds(step),
+            f"{tokens:,.0f}",
+            str(plan.staleness),
+            longer,
+            "flips" if flips else "same",
+        ]
         table.add_row(escape(what), *figures, structure_text(plan), style="bold" if flips else "")
     return table
 
 
-def pareto_table(rows: Sequence[tuple[int, int, Plan, float, float, float, bool]], dollars_known: bool) -> Table:
-    """Per number of GPUs and staleness allowed: the best plan's step, tokens per second, dollars per step, and whether
-    no other is as fast with no more GPUs and no more staleness."""
+def pareto_table(
+    rows: Sequence[tuple[int, int, Plan, float, float, float, bool]], dollars_known: bool
+) -> Table:
+    """Per number of GPUs and staleness allowed: the best plan's step, tokens per second, dollars
+    per step, and whether no other is as fast with no more GPUs and no more staleness."""
     money = ["$ per step", "$ per M tokens"] if dollars_known else []
-    table = table_of("GPUs", ["stale ≤", "step s", "tokens/s", *money, "best"], "GPUs of each pool: its roles")
+    table = table_of(
+        "GPUs", ["stale ≤", "step s", "tokens/s", *money, "best"], "GPUs of each pool: its roles"
+    )
     before = rows[0][0] if rows else 0
     for gpus, allowed, plan, step, tokens, dollars, best in rows:
         if gpus != before:
             table.add_section()
         before = gpus
-        prices = [f"{dollars:.3f}", f"{1e6 * dollars / (tokens * step):.3f}"] if dollars_known else []
+        prices = (
+            [f"{dollars:.3f}", f"{1e6 * dollars / (tokens * step):.3f}"] if dollars_known else []
+        )
         figures = [str(allowed), seconds(step), f"{tokens:,.0f}", *prices, "yes" if best else ""]
         table.add_row(str(gpus), *figures, structure_text(plan))
     return table
@@ -160,11 +209,14 @@ def space_tables(
     layouts: Sequence[tuple[str, int, int]],
     programs: Sequence[tuple[int, int, int]],
 ) -> list[Table]:
-    """Placements by the number of pools; layouts of each role on all GPUs; programs by staleness."""
+    """Placements by the number of pools; layouts of each role on all GPUs; programs by
+    staleness."""
     placements = table_of("pools", ["structures", "placements"])
     for row in pools:
         placements.add_row(*(f"{count:,}" for count in row))
-    placements.add_row("all", *(f"{sum(row[column] for row in pools):,}" for column in (1, 2)), style="bold")
+    placements.add_row(
+        "all", *(f"{sum(row[column] for row in pools):,}" for column in (1, 2)), style="bold"
+    )
     roles = table_of("role on all GPUs", ["layouts", "worth trying"])
     for role, *counts in layouts:
         roles.add_row(role, *(f"{count:,}" for count in counts))

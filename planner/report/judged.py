@@ -11,7 +11,16 @@ from planner.predict.profile import Point, Profile
 from planner.spec.cluster import Device
 
 KEPT = "\n## Notes\n"  # from here on a page is written by hand
-TITLES = ("call", "role", "points", "repeats ±", "estimate: median", "worst", "roofline: median", "worst")
+TITLES = (
+    "call",
+    "role",
+    "points",
+    "repeats ±",
+    "estimate: median",
+    "worst",
+    "roofline: median",
+    "worst",
+)
 THIRDS = "Each third of the points in turn, estimated from the rest"
 UNSEEN = "A batch and lengths that no point has, estimated from all points"
 
@@ -27,7 +36,13 @@ def tables(judged: Sequence[Judged]) -> list[Table]:
     """One for the thirds and one for the unseen, as far as there are points."""
     found = []
     for title, rows in _rows(judged):
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for number, column in enumerate(TITLES):
             table.add_column(column, justify="left" if number < 2 else "right")
         for row in rows:
@@ -37,7 +52,10 @@ def tables(judged: Sequence[Judged]) -> list[Table]:
 
 
 def page(
-    named: Sequence[tuple[str, Profile]], devices: Sequence[Device], judged: Sequence[Judged], command: str
+    named: Sequence[tuple[str, Profile]],
+    devices: Sequence[Device],
+    judged: Sequence[Judged],
+    command: str,
 ) -> str:
     """Profiles that lie beside the page, each with its file's name and device, as Markdown."""
     parts = [f"# Measured costs: {', '.join(sorted({profile.device for _, profile in named}))}"]
@@ -46,8 +64,13 @@ def page(
         parts.append(f"## {name}\n\n{_conditions(profile)}")
         for title, rows in _rows([each for each in judged if each.profile is profile]):
             parts.append(f"{title}:\n\n{_markdown(rows)}")
-        parts.append("Measured:\n\n" + "\n".join(f"- {line}" for line in profile.measured or ("see its points",)))
-        parts.append("Not measured:\n\n" + "\n".join(f"- {line}" for line in not_measured(profile, device)))
+        parts.append(
+            "Measured:\n\n"
+            + "\n".join(f"- {line}" for line in profile.measured or ("see its points",))
+        )
+        parts.append(
+            "Not measured:\n\n" + "\n".join(f"- {line}" for line in not_measured(profile, device))
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -61,16 +84,27 @@ def not_measured(profile: Profile, device: Device) -> list[str]:
     """What a search may choose and no point has."""
     points = profile.points
     calls = ("generate", "infer", "train", "transfer", "host")
-    found = [f"any {call} call" for call in calls if not any(point.call == call for point in points)]
+    found = [
+        f"any {call} call" for call in calls if not any(point.call == call for point in points)
+    ]
     if device.kind != "cpu":
         trainers = [point for point in points if point.call in ("infer", "train")]
         heads, actor = profile.model.heads, [point for point in points if point.call == "generate"]
         splits = [size for size in TENSOR_PARALLEL if heads % size == 0]
-        found += _missing("micro-batches of", " tokens", MICRO_BATCH_TOKENS, (p.micro_batch_tokens for p in trainers))
+        found += _missing(
+            "micro-batches of",
+            " tokens",
+            MICRO_BATCH_TOKENS,
+            (p.micro_batch_tokens for p in trainers),
+        )
         found += _missing("shard", "", (1, 2, 4, 8), (point.shard for point in trainers))
         found += _missing("tensor-parallel", "", splits, (point.tensor_parallel for point in actor))
-        found += [] if any(point.recompute for point in trainers) else ["updates with recomputation"]
-        moved = {point.offload for point in points if point.call == "wake" and point.role != "rollout"}
+        found += (
+            [] if any(point.recompute for point in trainers) else ["updates with recomputation"]
+        )
+        moved = {
+            point.offload for point in points if point.call == "wake" and point.role != "rollout"
+        }
         found += [f"offloading of {what}" for key, what in _OFFLOADS.items() if key not in moved]
         found += [] if any(_sleeps(point) for point in points) else ["engines that sleep"]
     found += [] if any(point.nodes > 1 for point in points) else ["more than one node"]
@@ -84,7 +118,9 @@ def _sleeps(point: Point) -> bool:
     return point.call == "wake" and point.role == "rollout"
 
 
-def _missing(before: str, after: str, wanted: Iterable[int], there: Iterable[int | None]) -> list[str]:
+def _missing(
+    before: str, after: str, wanted: Iterable[int], there: Iterable[int | None]
+) -> list[str]:
     known = set(there)
     left = [f"{value:,}" for value in wanted if value not in known]
     return [f"{before} {_listed(left)}{after}"] if left else []
@@ -98,9 +134,12 @@ def _conditions(profile: Profile) -> str:
     shape = profile.model
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
     return (
-        f"Hidden {shape.hidden}, {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of keys and values), "
-        f"intermediate {shape.intermediate}, vocabulary {shape.vocab}; {len(profile.points)} points and "
-        f"{len(profile.held_out)} held out. Measured {profile.date}; {versions}; workload {profile.workload}; sha256 "
+        f"Hidden {shape.hidden}, {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of "
+        "keys and values), "
+        f"intermediate {shape.intermediate}, vocabulary {shape.vocab}; {len(profile.points)} "
+        "points and "
+        f"{len(profile.held_out)} held out. Measured {profile.date}; {versions}; workload "
+        f"{profile.workload}; sha256 "
         f"of the content {profile.sha256[:12]}.\n\n```\n{profile.command}\n```"
     )
 
@@ -108,14 +147,24 @@ def _conditions(profile: Profile) -> str:
 def _rows(judged: Sequence[Judged]) -> list[tuple[str, list[list[str]]]]:
     found = []
     for title, unseen in ((THIRDS, False), (UNSEEN, True)):
-        rows = [_cells(errors) for errors in errors_of([each for each in judged if each.unseen == unseen])]
+        rows = [
+            _cells(errors)
+            for errors in errors_of([each for each in judged if each.unseen == unseen])
+        ]
         found += [(title, rows)] if rows else []
     return found
 
 
 def _cells(errors: Errors) -> list[str]:
     estimated = _pair(errors.interpolation) if errors.interpolation else ["–", "–"]
-    return [errors.call, errors.role, str(errors.points), f"{errors.noise:.1%}", *estimated, *_pair(errors.roofline)]
+    return [
+        errors.call,
+        errors.role,
+        str(errors.points),
+        f"{errors.noise:.1%}",
+        *estimated,
+        *_pair(errors.roofline),
+    ]
 
 
 def _pair(errors: tuple[float, float]) -> list[str]:

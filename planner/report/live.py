@@ -1,4 +1,5 @@
-"""Progress of a run as it happens: step, reward, tokens per second, and which pool is doing what."""
+"""Progress of a run as it happens: step, reward, tokens per second, and which pool is doing
+what."""
 
 import time
 from types import TracebackType
@@ -21,7 +22,8 @@ SHOWN = (("reward", "reward"), ("exact_match", "exact match"), ("tokens_per_seco
 
 
 class LiveProgress:
-    """A table that is redrawn in place on a terminal; a line per step where there is none. Use it in a `with`."""
+    """A table that is redrawn in place on a terminal; a line per step where there is none. Use it
+    in a `with`."""
 
     def __init__(self, plan: Plan, steps: int, console: Console) -> None:
         self.plan, self.steps, self.console = plan, steps, console
@@ -29,7 +31,9 @@ class LiveProgress:
         self.metrics: dict[str, Any] = {}
         self._doing: dict[str, tuple[str, float]] = {}
         self._began = time.monotonic()
-        self._live = Live(get_renderable=self._table, console=console, refresh_per_second=REFRESHES_PER_SECOND)
+        self._live = Live(
+            get_renderable=self._table, console=console, refresh_per_second=REFRESHES_PER_SECOND
+        )
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -37,7 +41,10 @@ class LiveProgress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._live.stop()
 
@@ -60,20 +67,26 @@ class LiveProgress:
 
     def _headline(self) -> str:
         parts = [f"step {self.done}/{self.steps}"]
-        parts += [f"{title} {_number(self.metrics[key])}" for key, title in SHOWN if key in self.metrics]
+        parts += [
+            f"{title} {_number(self.metrics[key])}" for key, title in SHOWN if key in self.metrics
+        ]
         if "seconds" in self.metrics:
             parts.append(f"{seconds(self.metrics['seconds'])} s")
         return "  ·  ".join(parts)
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2))
-        table.add_row(Text(self.plan.name, style="bold"), Text(self._headline() if self.done else "starting"))
+        table.add_row(
+            Text(self.plan.name, style="bold"), Text(self._headline() if self.done else "starting")
+        )
         table.add_row("", ProgressBar(total=self.steps, completed=self.done, width=60))
         now = time.monotonic()
         for pool, place in self.plan.pools.items():
             call, since = self._doing.get(pool, ("–", now))
             label = f"{escape(roles_of(self.plan, pool))} ({len(place.gpus)})"
-            table.add_row(label, f"{call}  {now - since:.0f} s" if call != "–" else "[dim]idle[/dim]")
+            table.add_row(
+                label, f"{call}  {now - since:.0f} s" if call != "–" else "[dim]idle[/dim]"
+            )
         table.add_row("", f"[dim]{now - self._began:.0f} s since the start[/dim]")
         return table
 

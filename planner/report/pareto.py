@@ -18,11 +18,14 @@ MARKERS = ("o", "s", "^", "D", "v")
 FONT = 9
 DPI = 130
 
-Dot = tuple[int, int, float, float]  # GPUs, staleness allowed, seconds per step, dollars per step (0: unknown)
+Dot = tuple[
+    int, int, float, float
+]  # GPUs, staleness allowed, seconds per step, dollars per step (0: unknown)
 
 
 def draw(dots: Sequence[Dot], title: str, path: Path) -> None:
-    """Draw a line per staleness to a PNG, SVG or PDF file (by its suffix). Raises UserError if it cannot be written."""
+    """Draw a line per staleness to a PNG, SVG or PDF file (by its suffix). Raises UserError if it
+    cannot be written."""
     panels = 2 if all(dollars > 0 for *_, dollars in dots) else 1
     figure = Figure(figsize=(5.6 * panels + 0.4, 4.4), facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -41,11 +44,14 @@ def draw(dots: Sequence[Dot], title: str, path: Path) -> None:
 
 def _lines(dots: Sequence[Dot]) -> list[tuple[int, list[Dot]]]:
     """The dots of each staleness by GPUs."""
-    return [(k, sorted(dot for dot in dots if dot[1] == k)) for k in sorted({dot[1] for dot in dots})]
+    return [
+        (k, sorted(dot for dot in dots if dot[1] == k)) for k in sorted({dot[1] for dot in dots})
+    ]
 
 
 def _ideal(dots: Sequence[Dot]) -> list[float]:
-    """Seconds on each number of GPUs if those of the best plan on the fewest shrank in proportion."""
+    """Seconds on each number of GPUs if those of the best plan on the fewest shrank in
+    proportion."""
     first = min(dots, key=lambda dot: (dot[0], dot[2]))
     return [first[2] * first[0] / count for count in sorted({dot[0] for dot in dots})]
 
@@ -62,10 +68,21 @@ def _style(number: int) -> dict[str, Any]:
 def _against_gpus(axis: Axes, dots: Sequence[Dot]) -> None:
     for number, (k, line) in enumerate(_lines(dots)):
         label = "on-policy" if k == 0 else f"staleness up to {k}"
-        axis.plot([dot[0] for dot in line], [dot[2] for dot in line], label=label, zorder=3, **_style(number))
+        axis.plot(
+            [dot[0] for dot in line],
+            [dot[2] for dot in line],
+            label=label,
+            zorder=3,
+            **_style(number),
+        )
     counts = sorted({dot[0] for dot in dots})
     axis.plot(
-        counts, _ideal(dots), color="#9A9A9A", linestyle=(0, (3, 3)), linewidth=1, label="twice the GPUs, half the time"
+        counts,
+        _ideal(dots),
+        color="#9A9A9A",
+        linestyle=(0, (3, 3)),
+        linewidth=1,
+        label="twice the GPUs, half the time",
     )
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(FixedLocator(counts))
@@ -79,7 +96,9 @@ def _against_dollars(axis: Axes, dots: Sequence[Dot]) -> None:
     lines = _lines(dots)
     for number, (_, line) in enumerate(lines):
         axis.plot([dot[3] for dot in line], [dot[2] for dot in line], zorder=3, **_style(number))
-    for gpus, _, seconds, dollars in lines[-1][1]:  # below and left of the best line nothing else is drawn
+    for gpus, _, seconds, dollars in lines[-1][
+        1
+    ]:  # below and left of the best line nothing else is drawn
         axis.annotate(
             f"{gpus} GPUs", (dollars, seconds), xytext=(-7, -3), textcoords="offset points", ha="right", va="top",
             fontsize=FONT - 1, color="#333333",

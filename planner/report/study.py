@@ -1,5 +1,5 @@
-"""What a study found: each cell's prediction beside its measurement, and the sums over all of them. Numbers only;
-`study_page.py` writes them down."""
+"""What a study found: each cell's prediction beside its measurement, and the sums over all of them.
+Numbers only; `study_page.py` writes them down."""
 
 import hashlib
 import json
@@ -26,9 +26,10 @@ BESIDE = 0.05  # share of its time that a call must have company for, to have a 
 
 @dataclass(frozen=True, kw_only=True)
 class CallRow:
-    """Median seconds of a call over the counted steps. `beside` is the share of its time in which another call ran on
-    other GPUs. `overlap` is what that cost: measured over predicted here, over the same in the cell `colocated`, where
-    every call runs alone, less 1; so that other layouts and the model's own error for this call cancel."""
+    """Median seconds of a call over the counted steps. `beside` is the share of its time in which
+    another call ran on other GPUs. `overlap` is what that cost: measured over predicted here, over
+    the same in the cell `colocated`, where every call runs alone, less 1; so that other layouts and
+    the model's own error for this call cancel."""
 
     call: str
     predicted: float
@@ -43,8 +44,9 @@ class CallRow:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryRow:
-    """Peak bytes of a pool's fullest GPU. `allocated` is what tensors took in the trainer and in the engine,
-    `reserved` what the allocators held for them, `retries` how often they had to give it back to get more."""
+    """Peak bytes of a pool's fullest GPU. `allocated` is what tensors took in the trainer and in
+    the engine, `reserved` what the allocators held for them, `retries` how often they had to give
+    it back to get more."""
 
     pool: str
     predicted: int
@@ -61,10 +63,11 @@ class MemoryRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of a measured cell. `flops_share` is the share of the measured matrix rate that an update reaches: by 6 FLOPs per
-    parameter and token and attention; `computed_share` counts the vocabulary's head only for the responses, for which
-    alone it is computed. `log_prob_gap` is the mean distance per token between the log-probs of engine and trainer at
-    step 0, where both have the same weights: rounding."""
+    """Of a measured cell. `flops_share` is the share of the measured matrix rate that an update
+    reaches: by 6 FLOPs per parameter and token and attention; `computed_share` counts the
+    vocabulary's head only for the responses, for which alone it is computed. `log_prob_gap` is the
+    mean distance per token between the log-probs of engine and trainer at step 0, where both have
+    the same weights: rounding."""
 
     result: CellResult
     measured: Timeline
@@ -81,8 +84,8 @@ class Figures:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One cell: its plan and prediction, and what was measured, if it was. `same_as` names an earlier cell that has the
-    same plan, and so its measurement."""
+    """One cell: its plan and prediction, and what was measured, if it was. `same_as` names an
+    earlier cell that has the same plan, and so its measurement."""
 
     cell: Cell
     plan: Plan
@@ -92,7 +95,9 @@ class Row:
     changed: bool = False  # it was measured, and its plan is another one since
     figures: Figures | None = None
     same_as: str | None = None
-    speed_ups: dict[str, tuple[float, float]] = field(default_factory=dict)  # reference -> (predicted, measured)
+    speed_ups: dict[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # reference -> (predicted, measured)
 
 
 class Measured(NamedTuple):
@@ -114,7 +119,8 @@ def same_plan(one: Plan, other: Plan) -> bool:
 
 
 def read_result(directory: Path) -> CellResult | None:
-    """What a cell's directory says of its run, if it is one of the plan that lies there. Raises UserError."""
+    """What a cell's directory says of its run, if it is one of the plan that lies there. Raises
+    UserError."""
     if not (directory / "result.json").exists():
         return None
     result = CellResult.read(directory / "result.json")
@@ -129,7 +135,9 @@ def rows_of(study: Study, directory: Path) -> list[Row]:
         if not (place / "plan.json").exists():
             continue
         plan, predicted = Plan.read(place / "plan.json"), Timeline.read(place / "predicted.json")
-        twin = next((row for row in rows if row.same_as is None and same_plan(row.plan, plan)), None)
+        twin = next(
+            (row for row in rows if row.same_as is None and same_plan(row.plan, plan)), None
+        )
         rows.append(
             Row(
                 cell=cell,
@@ -142,7 +150,9 @@ def rows_of(study: Study, directory: Path) -> list[Row]:
             )
         )
     if not rows:
-        raise UserError(f"{directory} holds no plans of this study; write them with plan study --plan-only")
+        raise UserError(
+            f"{directory} holds no plans of this study; write them with plan study --plan-only"
+        )
     return _with_figures(study, rows, directory)
 
 
@@ -153,7 +163,9 @@ def _with_figures(study: Study, rows: Sequence[Row], directory: Path) -> list[Ro
             place = directory / row.cell.name
             compared = any(call.name == "old_logprobs" for call in row.plan.dataflow.calls)
             gap = log_prob_gap(place / "metrics.jsonl") if compared else None
-            measured[row.cell.name] = Measured(row.result, Timeline.read(place / "timeline.json"), gap)
+            measured[row.cell.name] = Measured(
+                row.result, Timeline.read(place / "timeline.json"), gap
+            )
     for row in rows:
         if row.same_as in measured:
             measured[row.cell.name] = measured[row.same_as]
@@ -176,7 +188,9 @@ def log_prob_gap(metrics: Path) -> float | None:
         try:
             first = json.loads(next(lines, "{}"))
         except ValueError as error:
-            raise UserError(f"{metrics}: its first line is no JSON ({error}); measure the cell again") from None
+            raise UserError(
+                f"{metrics}: its first line is no JSON ({error}); measure the cell again"
+            ) from None
     gap = first.get("log_prob_gap") if isinstance(first, dict) and first.get("step") == 0 else None
     return gap if isinstance(gap, float) and np.isfinite(gap) else None
 
@@ -188,12 +202,18 @@ def _alone(rows: Sequence[Row], measured: dict[str, Measured]) -> dict[str, dict
         if row.cell.baseline == "colocated" and row.cell.name in measured:
             result, timeline, _ = measured[row.cell.name]
             predicted, taken = _medians(row.predicted), _medians(timeline)
-            found.setdefault(result.host, {call: taken[call] / predicted[call] for call in taken if predicted[call]})
+            found.setdefault(
+                result.host,
+                {call: taken[call] / predicted[call] for call in taken if predicted[call]},
+            )
     return found
 
 
 def _medians(timeline: Timeline) -> dict[str, float]:
-    return {call: float(np.median([span.seconds for span in spans])) for call, spans in _counted(timeline).items()}
+    return {
+        call: float(np.median([span.seconds for span in spans]))
+        for call, spans in _counted(timeline).items()
+    }
 
 
 def _counted(timeline: Timeline) -> dict[str, list[Span]]:
@@ -210,7 +230,9 @@ def _figures(study: Study, row: Row, found: Measured, alone: dict[str, float]) -
     comparison = compare(row.plan, row.predicted, measured)
     spans = _counted(measured)
     made = sum(span.tokens for span in spans["generate"])
-    shares = {call: _flops_shares(study, row.plan, call, spans[call]) for call in UPDATES if call in spans}
+    shares = {
+        call: _flops_shares(study, row.plan, call, spans[call]) for call in UPDATES if call in spans
+    }
     return Figures(
         result=result,
         measured=measured,
@@ -236,7 +258,11 @@ def _calls(predicted: Timeline, measured: Timeline, alone: dict[str, float]) -> 
         ratio = taken[call] / seconds if seconds else None
         costs = ratio is not None and beside >= BESIDE and call in alone
         overlap = ratio / alone[call] - 1 if costs and ratio is not None else None
-        rows.append(CallRow(call=call, predicted=seconds, measured=taken[call], beside=beside, overlap=overlap))
+        rows.append(
+            CallRow(
+                call=call, predicted=seconds, measured=taken[call], beside=beside, overlap=overlap
+            )
+        )
     return tuple(rows)
 
 
@@ -247,7 +273,10 @@ def company(spans: Sequence[Span], every: Sequence[Span]) -> float:
         others = sorted(
             (max(other.start, span.start), min(other.end, span.end))
             for other in every
-            if other is not span and other.pools and other.start < span.end and other.end > span.start
+            if other is not span
+            and other.pools
+            and other.start < span.end
+            and other.end > span.start
         )
         reached = span.start
         for start, end in others:
@@ -279,23 +308,34 @@ def _memory(plan: Plan, result: CellResult) -> tuple[MemoryRow, ...]:
     return tuple(rows)
 
 
-def _flops_shares(study: Study, plan: Plan, call: str, spans: Sequence[Span]) -> tuple[float, float] | None:
-    """By 6 FLOPs per parameter and token, and by what is computed; see `Figures`. Lengths are those of the workload's
-    distribution, exact for random weights."""
+def _flops_shares(
+    study: Study, plan: Plan, call: str, spans: Sequence[Span]
+) -> tuple[float, float] | None:
+    """By 6 FLOPs per parameter and token, and by what is computed; see `Figures`. Lengths are those
+    of the workload's distribution, exact for random weights."""
     if study.matrix_flops is None:
         return None
     role = plan.dataflow[call].roles[0]
     shape, head, layout = plan.workload.models[role].shape, head_of(role), plan.trainers[role]
     model, epochs = CostModel(plan.workload, plan.cluster), plan.workload.ppo.epochs
-    attention = 2 * shape.layers * shape.heads * shape.head_dim  # as in roofline.py, per square of a length
+    attention = (
+        2 * shape.layers * shape.heads * shape.head_dim
+    )  # as in roofline.py, per square of a length
     whole = computed = 0.0
     for span in spans:
-        prompts, responses = (drawn[span.step % model.scenarios] for drawn in (model.prompts, model.responses))
+        prompts, responses = (
+            drawn[span.step % model.scenarios] for drawn in (model.prompts, model.responses)
+        )
         lengths = prompts + responses
         passes = 3 * epochs
-        every = 2.0 * matrix_parameters(shape, head) * lengths.sum() + float(attention) * (lengths**2).sum()
+        every = (
+            2.0 * matrix_parameters(shape, head) * lengths.sum()
+            + float(attention) * (lengths**2).sum()
+        )
         whole += passes * every
-        computed += passes * (every - (2.0 * shape.embedding_parameters * prompts.sum() if head == "lm" else 0.0))
+        computed += passes * (
+            every - (2.0 * shape.embedding_parameters * prompts.sum() if head == "lm" else 0.0)
+        )
     rate = study.matrix_flops * layout.gpus * sum(span.seconds for span in spans)
     return whole / rate, computed / rate
 
@@ -308,7 +348,10 @@ def _speed_ups(row: Row, rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
             if reference.figures.result.host != row.figures.result.host:
                 continue
             predicted = reference.predicted_seconds / row.predicted_seconds
-            found[reference.cell.baseline] = predicted, reference.figures.step_seconds / row.figures.step_seconds
+            found[reference.cell.baseline] = (
+                predicted,
+                reference.figures.step_seconds / row.figures.step_seconds,
+            )
     return found
 
 
@@ -317,7 +360,8 @@ def _speed_ups(row: Row, rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Over the plans that were measured, each counted once. Errors are of the step time, without their sign."""
+    """Over the plans that were measured, each counted once. Errors are of the step time, without
+    their sign."""
 
     plans: int
     median_error: float
@@ -354,5 +398,7 @@ def summary_of(rows: Sequence[Row]) -> Summary | None:
         worst_overhead=max(figures.overhead for _, figures in done),
         log_prob_gaps=(min(gaps), max(gaps)) if gaps else None,
         memory_error=max((abs(found.error) for _, found in memory), default=None),
-        memory_above=tuple(dict.fromkeys(name for name, found in memory if found.measured > found.allowed)),
+        memory_above=tuple(
+            dict.fromkeys(name for name, found in memory if found.measured > found.allowed)
+        ),
     )

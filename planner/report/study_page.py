@@ -22,7 +22,9 @@ def page(study: Study, rows: Sequence[Row], path: str) -> str:
         f"# {study.name}",
         _conditions(study, rows, path),
         _summary(rows),
-        f"![Predicted and measured seconds per step]({PICTURE})" if any(row.figures for row in rows) else "",
+        f"![Predicted and measured seconds per step]({PICTURE})"
+        if any(row.figures for row in rows)
+        else "",
         _main_table(rows),
         _calls_table(rows),
         _memory_table(rows),
@@ -36,11 +38,18 @@ def page(study: Study, rows: Sequence[Row], path: str) -> str:
 def _conditions(study: Study, rows: Sequence[Row], path: str) -> str:
     workload, cluster = rows[0].plan.workload, rows[0].plan.cluster
     drained = ", ".join(f"`{row.cell.name}`" for row in rows if row.predicted.drain)
-    behind = f"; of {drained} as many as the staleness follow, which do not count either" if drained else ""
+    behind = (
+        f"; of {drained} as many as the staleness follow, which do not count either"
+        if drained
+        else ""
+    )
     text = (
-        f"Workload `{workload.name}`: batch {workload.batch}, minibatch {workload.minibatch}, prompts "
-        f"{_lengths(workload.prompt)}, responses {_lengths(workload.response)}; {len(cluster.gpus)} GPUs "
-        f"({cluster.name}). {study.steps} measured steps of each plan, after {study.warmup} (or staleness + 1) before"
+        f"Workload `{workload.name}`: batch {workload.batch}, minibatch {workload.minibatch}, "
+        "prompts "
+        f"{_lengths(workload.prompt)}, responses {_lengths(workload.response)}; "
+        f"{len(cluster.gpus)} GPUs "
+        f"({cluster.name}). {study.steps} measured steps of each plan, after {study.warmup} (or "
+        "staleness + 1) before"
         f"{behind}. Each plan and its predicted timeline were written before anything was measured."
     )
     results = [row.figures.result for row in rows if row.figures]
@@ -72,7 +81,8 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
     if found is None:
         return ["Nothing has been measured yet."]
     lines = [
-        f"{found.plans} plan{'s' * (found.plans != 1)} measured. Step time, predicted against measured: median error "
+        f"{found.plans} plan{'s' * (found.plans != 1)} measured. Step time, predicted against "
+        "measured: median error "
         f"{found.median_error:.1%}, worst {found.worst_error:.1%} (`{found.worst}`).",
         *([_ranking(found)] if found.plans > 1 else []),
         *_ratios(rows, found),
@@ -81,7 +91,10 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
     if found.log_prob_gaps is not None:
         least, most = (f"{gap:.3g}" for gap in found.log_prob_gaps)
         apart = least if least == most else f"{least} to {most}"
-        lines.append(f"Log-probs of engine and trainer, same weights (step 0): {apart} apart, the mean over tokens.")
+        lines.append(
+            f"Log-probs of engine and trainer, same weights (step 0): {apart} apart, the mean over "
+            "tokens."
+        )
     if found.memory_error is not None:
         above = ", ".join(f"`{name}`" for name in found.memory_above)
         lines.append(
@@ -93,9 +106,12 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
 
 def _ranking(found: Summary) -> str:
     if found.fastest_predicted == found.fastest_measured:
-        return f"The plan predicted fastest, `{found.fastest_predicted}`, is the one measured fastest."
+        return (
+            f"The plan predicted fastest, `{found.fastest_predicted}`, is the one measured fastest."
+        )
     return (
-        f"Predicted fastest: `{found.fastest_predicted}`; measured fastest: `{found.fastest_measured}`, by "
+        f"Predicted fastest: `{found.fastest_predicted}`; measured fastest: "
+        f"`{found.fastest_measured}`, by "
         f"{found.behind:.1%}."
     )
 
@@ -103,7 +119,8 @@ def _ranking(found: Summary) -> str:
 def _ratios(rows: Sequence[Row], found: Summary) -> list[str]:
     winner = next(row for row in rows if row.cell.name == found.fastest_predicted)
     return [
-        f"`{winner.cell.name}` against `{reference}`: predicted {predicted:.2f}×, measured {measured:.2f}× "
+        f"`{winner.cell.name}` against `{reference}`: predicted {predicted:.2f}×, measured "
+        f"{measured:.2f}× "
         f"(error {predicted / measured - 1:+.1%})."
         for reference, (predicted, measured) in winner.speed_ups.items()
         if reference != winner.cell.baseline
@@ -119,38 +136,79 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def ranks(rows: Sequence[Row]) -> tuple[dict[str, int], dict[str, int]]:
     """Places of the measured cells by predicted and by measured step time."""
-    done = [(row.cell.name, row.predicted_seconds, row.figures.step_seconds) for row in rows if row.figures]
-    predicted = {name: place for place, (name, _, _) in enumerate(sorted(done, key=lambda x: x[1]), start=1)}
-    measured = {name: place for place, (name, _, _) in enumerate(sorted(done, key=lambda x: x[2]), start=1)}
+    done = [
+        (row.cell.name, row.predicted_seconds, row.figures.step_seconds)
+        for row in rows
+        if row.figures
+    ]
+    predicted = {
+        name: place for place, (name, _, _) in enumerate(sorted(done, key=lambda x: x[1]), start=1)
+    }
+    measured = {
+        name: place for place, (name, _, _) in enumerate(sorted(done, key=lambda x: x[2]), start=1)
+    }
     return predicted, measured
 
 
 PLANS = (
-    "Seconds per step are (end of the last `update_actor` that counts − end of the last warm-up one) / steps between, "
-    "of the predicted timeline of the same steps and of the measured one; an error is predicted over measured, less 1. "
-    "Rank: predicted → measured. Overhead: measured step time over the same program re-simulated with the measured "
-    "seconds, less 1. Against a reference: predicted / measured, of cells measured on one host. MFU: 6 FLOPs per "
-    "parameter and token and attention (recomputation not counted), over the measured bf16 matrix rate of the GPUs; "
-    "`results.json` has it also with the vocabulary's head counted for responses only, for which alone it is computed."
+    "Seconds per step are (end of the last `update_actor` that counts − end of the last warm-up "
+    "one) / steps between, "
+    "of the predicted timeline of the same steps and of the measured one; an error is predicted "
+    "over measured, less 1. "
+    "Rank: predicted → measured. Overhead: measured step time over the same program re-simulated "
+    "with the measured "
+    "seconds, less 1. Against a reference: predicted / measured, of cells measured on one host. "
+    "MFU: 6 FLOPs per "
+    "parameter and token and attention (recomputation not counted), over the measured bf16 matrix "
+    "rate of the GPUs; "
+    "`results.json` has it also with the vocabulary's head counted for responses only, for which "
+    "alone it is computed."
 )
 
 
 def _main_table(rows: Sequence[Row]) -> str:
     predicted, measured = ranks(rows)
-    titles = ["plan", "GPUs of each pool: its roles", "stale", "predicted s", "measured s", "error", "rank"]
-    titles += ["overhead", *(f"vs {name}" for name in REFERENCES), "generate tokens/s", "actor MFU", "critic MFU"]
+    titles = [
+        "plan",
+        "GPUs of each pool: its roles",
+        "stale",
+        "predicted s",
+        "measured s",
+        "error",
+        "rank",
+    ]
+    titles += [
+        "overhead",
+        *(f"vs {name}" for name in REFERENCES),
+        "generate tokens/s",
+        "actor MFU",
+        "critic MFU",
+    ]
     lines = []
     for row in rows:
         name, figures = row.cell.name, row.figures
-        line = [f"`{name}`" + (f" (= `{row.same_as}`)" if row.same_as else ""), pools_text(row.plan)]
+        line = [
+            f"`{name}`" + (f" (= `{row.same_as}`)" if row.same_as else ""),
+            pools_text(row.plan),
+        ]
         line += [str(row.plan.staleness), seconds(row.predicted_seconds)]
         if figures is None:
             lines.append([*line, *["–"] * 9])
             continue
-        line += [seconds(figures.step_seconds), f"{figures.error:+.1%}", f"{predicted[name]} → {measured[name]}"]
-        line += [f"{figures.overhead:+.1%}", *(_ratio(row.speed_ups.get(name)) for name in REFERENCES)]
+        line += [
+            seconds(figures.step_seconds),
+            f"{figures.error:+.1%}",
+            f"{predicted[name]} → {measured[name]}",
+        ]
+        line += [
+            f"{figures.overhead:+.1%}",
+            *(_ratio(row.speed_ups.get(name)) for name in REFERENCES),
+        ]
         line += [f"{figures.tokens_per_second:,.0f}"]
-        line += [f"{figures.flops_share[call]:.0%}" if call in figures.flops_share else "–" for call in UPDATES]
+        line += [
+            f"{figures.flops_share[call]:.0%}" if call in figures.flops_share else "–"
+            for call in UPDATES
+        ]
         lines.append(line)
     return f"{_table(titles, lines)}\n\n{PLANS}"
 
@@ -160,7 +218,9 @@ def pools_text(plan: Plan) -> str:
     texts = []
     for name, pool in plan.pools.items():
         roles = [role for role, layout in plan.roles.items() if name in layout.pools]
-        texts.append(f"{len(pool.gpus)}: {'all roles' if len(roles) == len(plan.roles) else ' '.join(roles)}")
+        texts.append(
+            f"{len(pool.gpus)}: {'all roles' if len(roles) == len(plan.roles) else ' '.join(roles)}"
+        )
     return "; ".join(texts)
 
 
@@ -169,12 +229,15 @@ def _ratio(speed_up: tuple[float, float] | None) -> str:
 
 
 CALLS = (
-    "Median seconds over the measured steps. Beside others: share of the call's time in which another call ran on "
-    "other GPUs. Cost of overlap: measured over predicted here, over the same in `colocated`, where every call runs "
+    "Median seconds over the measured steps. Beside others: share of the call's time in which "
+    "another call ran on "
+    "other GPUs. Cost of overlap: measured over predicted here, over the same in `colocated`, "
+    "where every call runs "
     "alone, less 1."
 )
 MEMORY = (
-    "Peak of each pool's fullest GPU over all steps, of all processes, as the driver counts. Torch's own: the peak of "
+    "Peak of each pool's fullest GPU over all steps, of all processes, as the driver counts. "
+    "Torch's own: the peak of "
     "what the tensors of a trainer and of an engine took there, and what allocators held for them."
 )
 RETRIES = " Retries: how often an allocator had to give back what it held before it got more."
@@ -186,9 +249,22 @@ def _calls_table(rows: Sequence[Row]) -> str:
         assert row.figures is not None
         for call in row.figures.calls:
             overlap = "–" if call.overlap is None else f"{call.overlap:+.1%}"
-            cells = [f"`{row.cell.name}`", call.call, seconds(call.predicted), seconds(call.measured)]
+            cells = [
+                f"`{row.cell.name}`",
+                call.call,
+                seconds(call.predicted),
+                seconds(call.measured),
+            ]
             lines.append([*cells, f"{call.error:+.1%}", f"{call.beside:.0%}", overlap])
-    titles = ["plan", "call", "predicted s", "measured s", "error", "beside others", "cost of overlap"]
+    titles = [
+        "plan",
+        "call",
+        "predicted s",
+        "measured s",
+        "error",
+        "beside others",
+        "cost of overlap",
+    ]
     return f"## Calls\n\n{_table(titles, lines)}\n\n{CALLS}" if lines else ""
 
 
@@ -198,13 +274,31 @@ def _memory_table(rows: Sequence[Row]) -> str:
         assert row.figures is not None
         for found in row.figures.memory:
             held = {kind: f" of {_gb(count)}" for kind, count in found.reserved.items()}
-            held |= {kind: f"{held.get(kind, '')} (retries: {count})" for kind, count in found.retries.items()}
-            parts = ", ".join(f"{kind} {_gb(count)}{held.get(kind, '')}" for kind, count in found.allocated.items())
-            cells = [f"`{row.cell.name}`", found.pool, _gb(found.predicted), _gb(found.measured), f"{found.error:+.1%}"]
+            held |= {
+                kind: f"{held.get(kind, '')} (retries: {count})"
+                for kind, count in found.retries.items()
+            }
+            parts = ", ".join(
+                f"{kind} {_gb(count)}{held.get(kind, '')}"
+                for kind, count in found.allocated.items()
+            )
+            cells = [
+                f"`{row.cell.name}`",
+                found.pool,
+                _gb(found.predicted),
+                _gb(found.measured),
+                f"{found.error:+.1%}",
+            ]
             lines.append([*cells, _gb(found.allowed), parts or "–"])
     titles = ["plan", "pool", "predicted GB", "measured GB", "error", "allowed GB", "torch's own"]
-    counted = any(found.retries for row in _own(rows) if row.figures for found in row.figures.memory)
-    return f"## Memory\n\n{_table(titles, lines)}\n\n{MEMORY}{RETRIES if counted else ''}" if lines else ""
+    counted = any(
+        found.retries for row in _own(rows) if row.figures for found in row.figures.memory
+    )
+    return (
+        f"## Memory\n\n{_table(titles, lines)}\n\n{MEMORY}{RETRIES if counted else ''}"
+        if lines
+        else ""
+    )
 
 
 def _gb(count: int) -> str:
@@ -217,7 +311,11 @@ def _own(rows: Sequence[Row]) -> list[Row]:
 
 def _pictures(rows: Sequence[Row]) -> str:
     lines = [f"- [{row.cell.name}]({row.cell.name}/gantt.png)" for row in _own(rows)]
-    return "## Timelines\n\nPredicted above, measured below, on one time axis.\n\n" + "\n".join(lines) if lines else ""
+    return (
+        "## Timelines\n\nPredicted above, measured below, on one time axis.\n\n" + "\n".join(lines)
+        if lines
+        else ""
+    )
 
 
 def _not_measured(rows: Sequence[Row]) -> str:
@@ -268,11 +366,14 @@ def _cell(row: Row, predicted: dict[str, int], measured: dict[str, int]) -> dict
         "predicted_step_seconds": row.predicted_seconds,
         "planned_step_seconds": row.plan.predicted.step_seconds if row.plan.predicted else None,
     }
-    # What was planned for is the mean over all length scenarios, of a pipeline that neither fills nor drains.
+    # What was planned for is the mean over all length scenarios, of a pipeline that neither fills
+    # nor drains.
     return base | (_measured(row, figures, predicted[name], measured[name]) if figures else {})
 
 
-def _measured(row: Row, figures: Figures, predicted_rank: int, measured_rank: int) -> dict[str, Any]:
+def _measured(
+    row: Row, figures: Figures, predicted_rank: int, measured_rank: int
+) -> dict[str, Any]:
     result = figures.result
     return {
         "measured_step_seconds": figures.step_seconds,
@@ -280,7 +381,9 @@ def _measured(row: Row, figures: Figures, predicted_rank: int, measured_rank: in
         "predicted_rank": predicted_rank,
         "measured_rank": measured_rank,
         "controller_overhead": figures.overhead,
-        "speed_up": {name: {"predicted": p, "measured": m} for name, (p, m) in row.speed_ups.items()},
+        "speed_up": {
+            name: {"predicted": p, "measured": m} for name, (p, m) in row.speed_ups.items()
+        },
         "generate_tokens_per_second": figures.tokens_per_second,
         "flops_share": figures.flops_share,
         "flops_share_computed": figures.computed_share,
@@ -312,7 +415,9 @@ def as_csv(rows: Sequence[Row]) -> str:
     for row in rows:
         cell = _cell(row, *ranks(rows))
         speed_ups = {
-            f"{kind}_vs_{name}": x for name, both in cell.get("speed_up", {}).items() for kind, x in both.items()
+            f"{kind}_vs_{name}": x
+            for name, both in cell.get("speed_up", {}).items()
+            for kind, x in both.items()
         }
         writer.writerow({**cell, **speed_ups})
     return text.getvalue()

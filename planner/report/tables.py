@@ -12,9 +12,12 @@ from planner.spec.plan import Plan, RolloutRole, TrainerRole
 SOURCES = ("measured", "interpolated", "extrapolated", "roofline")
 
 
-def plans_table(best: Plan, baselines: Mapping[str, Plan | str], runners_up: Sequence[Plan] = ()) -> Table:
-    """The winner, the baselines and the runners-up: what each one is predicted to do, and the speed-up over the two
-    reference baselines. A baseline that does not fit has its reason in place of the figures."""
+def plans_table(
+    best: Plan, baselines: Mapping[str, Plan | str], runners_up: Sequence[Plan] = ()
+) -> Table:
+    """The winner, the baselines and the runners-up: what each one is predicted to do, and the
+    speed-up over the two reference baselines. A baseline that does not fit has its reason in place
+    of the figures."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("plan", no_wrap=True)
     for title in ("step s", "p95 s", "tokens/s", "busy", "vs split", "vs colocated", "stale"):
@@ -48,7 +51,9 @@ def _plan_cells(name: str, plan: Plan, references: Mapping[str, Plan | str | Non
         f"{occupancy(plan, expected.busy):.0%}",
         *(speed_up(plan, reference) for reference in references.values()),
         str(plan.staleness),
-        " | ".join([*(_pool_text(plan, pool) for pool in plan.pools), *([f"{idle}: idle"] if idle else [])]),
+        " | ".join(
+            [*(_pool_text(plan, pool) for pool in plan.pools), *([f"{idle}: idle"] if idle else [])]
+        ),
     ]
 
 
@@ -67,7 +72,8 @@ def speed_up(plan: Plan, reference: Plan | str | None) -> str:
 
 
 def pools_table(plan: Plan) -> Table:
-    """Per pool its GPUs, busy share and the memory of its fullest GPU; below it the layout of each of its roles."""
+    """Per pool its GPUs, busy share and the memory of its fullest GPU; below it the layout of each
+    of its roles."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("pool and roles", no_wrap=True)
     for title in ("GPUs", "busy", "memory GB"):
@@ -77,7 +83,14 @@ def pools_table(plan: Plan) -> Table:
         busy = plan.predicted.busy.get(name, 0.0) if plan.predicted else 0.0
         used = plan.predicted.memory_bytes.get(name, 0) if plan.predicted else 0
         memory = f"{gigabytes(used)} of {gigabytes(plan.device_of(name).memory_bytes)}"
-        table.add_row(escape(name), str(len(pool.gpus)), f"{busy:.0%}", memory, _where(plan, name), style="bold")
+        table.add_row(
+            escape(name),
+            str(len(pool.gpus)),
+            f"{busy:.0%}",
+            memory,
+            _where(plan, name),
+            style="bold",
+        )
         for role, layout in plan.roles.items():
             if name in layout.pools:
                 table.add_row(f"  {role}", "", "", "", layout_text(layout))
@@ -95,7 +108,9 @@ def _where(plan: Plan, pool: str) -> str:
     alike: dict[str, list[int]] = {}
     for node, indices in sorted(on.items()):
         alike.setdefault(_ranges(sorted(indices)), []).append(node)
-    return "; ".join(f"node{'s' * (len(nodes) > 1)} {_ranges(nodes)}: {gpus}" for gpus, nodes in alike.items())
+    return "; ".join(
+        f"node{'s' * (len(nodes) > 1)} {_ranges(nodes)}: {gpus}" for gpus, nodes in alike.items()
+    )
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -115,26 +130,31 @@ def layout_text(layout: TrainerRole | RolloutRole) -> str:
         text = f"{layout.engine}, {layout.replicas} × tensor-parallel {layout.tensor_parallel}, "
         text += f"{layout.concurrency} sequences at once, {layout.memory_fraction:.0%} of memory"
         return text + (", sleeps while idle" if layout.offload else "")
-    text = f"FSDP {layout.shard}" + (f" × {layout.replicas} replicas" if layout.replicas > 1 else "")
+    text = f"FSDP {layout.shard}" + (
+        f" × {layout.replicas} replicas" if layout.replicas > 1 else ""
+    )
     text += f", micro-batch {layout.micro_batch_tokens:,} tokens"
     text += ", recomputes" if layout.recompute else ""
     return text + (f", offloads {layout.offload}" if layout.offload != "none" else "")
 
 
 def bottleneck(plan: Plan) -> str:
-    """One sentence on what bounds the step: the calls of the cycle that binds, and whether one pool holds them all."""
+    """One sentence on what bounds the step: the calls of the cycle that binds, and whether one pool
+    holds them all."""
     assert plan.predicted is not None
     calls = critical_seconds(plan, plan.predicted.call_seconds)
     total = sum(calls.values())
-    shares = [f"{call} {seconds / total:.0%}" for call, seconds in calls.items() if seconds >= 0.02 * total > 0]
+    shares = [
+        f"{call} {seconds / total:.0%}"
+        for call, seconds in calls.items()
+        if seconds >= 0.02 * total > 0
+    ]
     parts = ", ".join(shares) + (", the rest little" if len(shares) < len(calls) else "")
     occupied = [set(pools) for call in calls if (pools := plan.pools_of(plan.dataflow[call]))]
     shared = set.intersection(*occupied) if occupied else set()
     for pool in plan.pools:
         if pool in shared:
-            return (
-                f"Bottleneck: the GPUs of {roles_of(plan, pool)} ({len(plan.pools[pool].gpus)}) always work: {parts}."
-            )
+            return f"Bottleneck: the GPUs of {roles_of(plan, pool)} ({len(plan.pools[pool].gpus)}) always work: {parts}."
     return f"Bottleneck: no pool on its own, but calls that wait for each other: {parts}."
 
 
@@ -150,9 +170,13 @@ def figures(plan: Plan) -> list[str]:
         "time_limit": "not proven optimal in the time given",
         "none": "not searched",
     }[expected.proof.status]
-    bound = f"Lower bound {seconds(expected.lower_bound_seconds)} s, gap {expected.gap:.1%}; {proof}."
+    bound = (
+        f"Lower bound {seconds(expected.lower_bound_seconds)} s, gap {expected.gap:.1%}; {proof}."
+    )
     known = (*SOURCES, *sorted(expected.sources.keys() - set(SOURCES)))
-    shares = ", ".join(f"{share:.0%} {s}" for s in known if (share := expected.sources.get(s, 0.0)) >= 0.005)
+    shares = ", ".join(
+        f"{share:.0%} {s}" for s in known if (share := expected.sources.get(s, 0.0)) >= 0.005
+    )
     return [bound, *([f"Costs by busy time: {shares}."] if shares else [])]
 
 
@@ -163,13 +187,19 @@ def calls_table(plan: Plan, call_seconds: Mapping[str, float]) -> Table:
     table.add_column("seconds", justify="right", no_wrap=True)
     table.add_column("pools")
     for call, value in call_seconds.items():
-        table.add_row(call, seconds(value), ", ".join(map(escape, plan.pools_of(plan.dataflow[call]))) or "host")
+        table.add_row(
+            call,
+            seconds(value),
+            ", ".join(map(escape, plan.pools_of(plan.dataflow[call]))) or "host",
+        )
     return table
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Predicted beside measured: per call, per pool and per step."""
-    calls = _errors_table("call", "on", comparison.calls, lambda row: ", ".join(map(escape, row.pools)) or "host")
+    calls = _errors_table(
+        "call", "on", comparison.calls, lambda row: ", ".join(map(escape, row.pools)) or "host"
+    )
     steps = _errors_table("step", "", comparison.steps, None)
     steps.add_section()
     steps.add_row("mean", *_error_cells(comparison.step), style="bold")
@@ -178,22 +208,28 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
     pools.add_column("predicted busy", justify="right")
     pools.add_column("measured busy", justify="right")
     for pool, share in comparison.predicted_busy.items():
-        pools.add_row(escape(pool), f"{share:.0%}", f"{comparison.measured_busy.get(pool, 0.0):.0%}")
+        pools.add_row(
+            escape(pool), f"{share:.0%}", f"{comparison.measured_busy.get(pool, 0.0):.0%}"
+        )
     return [calls, pools, steps]
 
 
 def verdict(comparison: Comparison) -> list[str]:
-    """Sentences on the two numbers that matter: the error of the step time, and the controller's overhead."""
+    """Sentences on the two numbers that matter: the error of the step time, and the controller's
+    overhead."""
     step = comparison.step
     return [
         f"Step time: predicted {seconds(step.predicted)} s, measured {seconds(step.measured)} s, "
         f"error {step.error:+.1%}.",
-        f"Controller overhead: {comparison.controller_overhead:+.1%} over the same program re-simulated with the "
+        f"Controller overhead: {comparison.controller_overhead:+.1%} over the same program "
+        "re-simulated with the "
         f"measured durations ({seconds(comparison.resimulated_step_seconds)} s).",
     ]
 
 
-def _errors_table(title: str, where: str, rows: Sequence[Row], place: Callable[[Row], str] | None) -> Table:
+def _errors_table(
+    title: str, where: str, rows: Sequence[Row], place: Callable[[Row], str] | None
+) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(title, no_wrap=True)
     for column in ("predicted s", "measured s", "error"):
@@ -210,13 +246,16 @@ def _error_cells(row: Row) -> tuple[str, str, str]:
 
 
 def memory_table(rows: Mapping[str, tuple[int, int]]) -> Table:
-    """Per pool the bytes that its fullest GPU holds at its peak, and those that it may: `{pool: (peak, allowed)}`."""
+    """Per pool the bytes that its fullest GPU holds at its peak, and those that it may: `{pool:
+    (peak, allowed)}`."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("pool", no_wrap=True)
     for title in ("peak GB", "allowed GB", "free"):
         table.add_column(title, justify="right")
     for pool, (peak, allowed) in rows.items():
-        table.add_row(escape(pool), gigabytes(peak), gigabytes(allowed), f"{1 - peak / allowed:.0%}")
+        table.add_row(
+            escape(pool), gigabytes(peak), gigabytes(allowed), f"{1 - peak / allowed:.0%}"
+        )
     return table
 
 
@@ -233,4 +272,10 @@ def seconds(value: float) -> str:
 
 
 def gigabytes(value: int) -> str:
-    return f"{value / 1e9:.0f}" if value >= 99.95e9 else f"{value / 1e9:.1f}" if value >= 1e9 else f"{value / 1e9:.2g}"
+    return (
+        f"{value / 1e9:.0f}"
+        if value >= 99.95e9
+        else f"{value / 1e9:.1f}"
+        if value >= 1e9
+        else f"{value / 1e9:.2g}"
+    )

@@ -1,7 +1,7 @@
 """A timeline as a trace that opens in Perfetto (https://ui.perfetto.dev) and in chrome://tracing.
 
-The format is Chrome's Trace Event Format, JSON object form: complete events (`ph` X) with `ts` and `dur` in
-microseconds, and metadata events (`ph` M) that name the process and the threads.
+The format is Chrome's Trace Event Format, JSON object form: complete events (`ph` X) with `ts` and
+`dur` in microseconds, and metadata events (`ph` M) that name the process and the threads.
 """
 
 import json
@@ -16,13 +16,21 @@ HOST = "host"
 
 def write(timeline: Timeline, path: Path) -> None:
     """Write the trace of a timeline. Raises UserError if the file cannot be written."""
-    write_atomic(path, json.dumps({"traceEvents": events(timeline), "displayTimeUnit": "ms"}, allow_nan=False) + "\n")
+    write_atomic(
+        path,
+        json.dumps({"traceEvents": events(timeline), "displayTimeUnit": "ms"}, allow_nan=False)
+        + "\n",
+    )
 
 
 def events(timeline: Timeline) -> list[dict[str, Any]]:
-    """One thread per pool, and one for the host; a call on several pools is an event on each of them."""
+    """One thread per pool, and one for the host; a call on several pools is an event on each of
+    them."""
     pools = dict.fromkeys(pool for span in timeline.spans for pool in span.pools or (HOST,))
-    threads = {pool: number for number, pool in enumerate(sorted(pools, key=lambda pool: pool == HOST), start=1)}
+    threads = {
+        pool: number
+        for number, pool in enumerate(sorted(pools, key=lambda pool: pool == HOST), start=1)
+    }
     found = [_meta("process_name", 0, name=f"{timeline.plan} ({timeline.source})")]
     for pool, number in threads.items():
         found.append(_meta("thread_name", number, name=pool))

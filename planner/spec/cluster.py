@@ -16,9 +16,10 @@ Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class Device(Spec):
-    """One kind of GPU (or, for kind `cpu`, one core that stands in for one). Rates are the vendor's dense peaks or
-    measured ones: FLOP/s in bf16, bytes/s of memory, bytes/s per GPU over the node's links (each way), bytes/s per
-    GPU between device and host. `efficiency_*` are the fractions of the peak that the roofline model assumes."""
+    """One kind of GPU (or, for kind `cpu`, one core that stands in for one). Rates are the vendor's
+    dense peaks or measured ones: FLOP/s in bf16, bytes/s of memory, bytes/s per GPU over the node's
+    links (each way), bytes/s per GPU between device and host. `efficiency_*` are the fractions of
+    the peak that the roofline model assumes."""
 
     kind: Literal["cuda", "cpu"] = "cuda"
     memory_bytes: Annotated[Bytes, Field(gt=0)]
@@ -30,7 +31,9 @@ class Device(Spec):
     efficiency_memory: Efficiency = 0.7
     efficiency_link: Efficiency = 0.7
     overhead_seconds: Seconds = 0.0  # of each call: dispatch, collation, optimizer launch
-    launch_seconds: Seconds = 0.0  # of a layer's forward pass, however few its tokens, its gathering or sending
+    launch_seconds: Seconds = (
+        0.0  # of a layer's forward pass, however few its tokens, its gathering or sending
+    )
     context_bytes: Bytes = 0  # of each process on the GPU
     price_per_hour: Annotated[float, Field(ge=0, le=1e9)] = 0.0
     source: str = ""
@@ -43,8 +46,8 @@ class Node(Spec):
 
 
 class Cluster(File):
-    """Nodes of possibly unequal size; a GPU is named `(node, index)`. `network_bandwidth` is bytes/s per GPU between
-    nodes, `network_latency_seconds` of one collective hop."""
+    """Nodes of possibly unequal size; a GPU is named `(node, index)`. `network_bandwidth` is
+    bytes/s per GPU between nodes, `network_latency_seconds` of one collective hop."""
 
     SCHEMA: ClassVar[str] = "splitplan/cluster/1"
 
@@ -59,10 +62,14 @@ class Cluster(File):
         if not self.nodes:
             raise ValueError("a cluster needs at least one node")
         if (gpus := sum(node.gpus for node in self.nodes)) > MOST_GPUS:
-            raise ValueError(f"{gpus:,} GPUs are more than the {MOST_GPUS:,} that a plan may be for")
+            raise ValueError(
+                f"{gpus:,} GPUs are more than the {MOST_GPUS:,} that a plan may be for"
+            )
         for number, node in enumerate(self.nodes):
             if node.device not in self.devices:
-                raise ValueError(f"node {number} has device {node.device!r}, which is not under devices")
+                raise ValueError(
+                    f"node {number} has device {node.device!r}, which is not under devices"
+                )
         return self
 
     @property
@@ -79,7 +86,8 @@ def load_device(name: str) -> Device:
     known = read_data(profiles_dir() / "devices.toml")
     if name not in known:
         raise UserError(
-            f"no device {name!r} is shipped; choose one of {', '.join(sorted(known))}, or write a cluster file"
+            f"no device {name!r} is shipped; choose one of {', '.join(sorted(known))}, or write a "
+            "cluster file"
         )
     return Device.model_validate(known[name])
 
@@ -87,13 +95,22 @@ def load_device(name: str) -> Device:
 def make_cluster(
     gpus: int, device: str = "h200", gpus_per_node: int = 8, host_memory_bytes: int = 2 * 10**12
 ) -> Cluster:
-    """`gpus` GPUs of a shipped device in full nodes, the last one perhaps smaller. Raises UserError."""
+    """`gpus` GPUs of a shipped device in full nodes, the last one perhaps smaller. Raises
+    UserError."""
     if gpus < 1 or gpus_per_node < 1:
-        raise UserError(f"{gpus} GPUs in nodes of {gpus_per_node} is no cluster; both must be at least 1")
+        raise UserError(
+            f"{gpus} GPUs in nodes of {gpus_per_node} is no cluster; both must be at least 1"
+        )
     if gpus > MOST_GPUS:
-        raise UserError(f"{gpus:,} GPUs are more than the {MOST_GPUS:,} that a plan may be for; choose fewer")
-    sizes = [gpus_per_node] * (gpus // gpus_per_node) + [gpus % gpus_per_node] * (gpus % gpus_per_node > 0)
-    nodes = tuple(Node(gpus=size, device=device, host_memory_bytes=host_memory_bytes) for size in sizes)
+        raise UserError(
+            f"{gpus:,} GPUs are more than the {MOST_GPUS:,} that a plan may be for; choose fewer"
+        )
+    sizes = [gpus_per_node] * (gpus // gpus_per_node) + [gpus % gpus_per_node] * (
+        gpus % gpus_per_node > 0
+    )
+    nodes = tuple(
+        Node(gpus=size, device=device, host_memory_bytes=host_memory_bytes) for size in sizes
+    )
     return Cluster(name=f"{gpus}x{device}", nodes=nodes, devices={device: load_device(device)})
 
 

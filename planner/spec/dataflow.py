@@ -12,8 +12,8 @@ Kind = Literal["generate", "infer", "train", "transfer", "host"]
 
 @dataclass(frozen=True, kw_only=True)
 class Read:
-    """What a call reads: the datum of its own step less `lag`, or, with `latest`, whatever was last written before
-    the call in the program (the rollout's weights)."""
+    """What a call reads: the datum of its own step less `lag`, or, with `latest`, whatever was last
+    written before the call in the program (the rollout's weights)."""
 
     data: str
     lag: int = 0
@@ -22,9 +22,9 @@ class Read:
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One operation of a step on the pools of its roles; a host call has no roles. With `every` = n it runs on the
-    steps n-1, 2n-1, ... only. A `monitor` call watches the training: no other call reads what it writes, and it does
-    not count in the steady state that a search optimises."""
+    """One operation of a step on the pools of its roles; a host call has no roles. With `every` = n
+    it runs on the steps n-1, 2n-1, ... only. A `monitor` call watches the training: no other call
+    reads what it writes, and it does not count in the steady state that a search optimises."""
 
     name: str
     roles: tuple[str, ...]
@@ -43,7 +43,8 @@ class Dataflow:
     calls: tuple[Call, ...]
 
     def __hash__(self) -> int:
-        """Of the names alone: a search looks flows up often, and hashing all that calls read takes long."""
+        """Of the names alone: a search looks flows up often, and hashing all that calls read takes
+        long."""
         return hash(self.names)
 
     def __getitem__(self, name: str) -> Call:
@@ -69,13 +70,16 @@ class Dataflow:
         return frozenset(read.data for read in reads if read.lag or read.latest)
 
     def graph(self) -> nx.MultiDiGraph:
-        """Calls as nodes; an edge per datum from its writer to each reader, with `data`, `lag` and `latest`."""
+        """Calls as nodes; an edge per datum from its writer to each reader, with `data`, `lag` and
+        `latest`."""
         graph = nx.MultiDiGraph()
         graph.add_nodes_from(self.names)
         for call in self.calls:
             for read in call.reads:
                 if writer := self.writer(read.data):
-                    graph.add_edge(writer.name, call.name, data=read.data, lag=read.lag, latest=read.latest)
+                    graph.add_edge(
+                        writer.name, call.name, data=read.data, lag=read.lag, latest=read.latest
+                    )
         return graph
 
 
@@ -104,29 +108,75 @@ def ppo(workload: Workload) -> Dataflow:
     inputs = [Read(data="rewards"), Read(data="log_probs")]
     if workload.reference:
         calls.append(
-            Call(name="ref_logprobs", roles=("reference",), kind="infer", reads=(sequences,), writes=("ref_log_probs",))
+            Call(
+                name="ref_logprobs",
+                roles=("reference",),
+                kind="infer",
+                reads=(sequences,),
+                writes=("ref_log_probs",),
+            )
         )
         inputs.append(Read(data="ref_log_probs"))
     reads: tuple[Read, ...]
     if workload.proximal == "recompute":
         reads = (sequences, Read(data="actor_weights", lag=1))
         calls.append(
-            Call(name="old_logprobs", roles=("actor",), kind="infer", reads=reads, writes=("proximal_log_probs",))
+            Call(
+                name="old_logprobs",
+                roles=("actor",),
+                kind="infer",
+                reads=reads,
+                writes=("proximal_log_probs",),
+            )
         )
         inputs.append(Read(data="proximal_log_probs"))
     if workload.critic:
         reads = (sequences, Read(data="critic_weights", lag=1))
-        calls.append(Call(name="values", roles=("critic",), kind="infer", reads=reads, writes=("values",)))
-        inputs.append(Read(data="values"))
-    calls.append(Call(name="advantages", roles=(), kind="host", reads=tuple(inputs), writes=("advantages", "returns")))
-    if workload.critic:
-        reads = (sequences, Read(data="values"), Read(data="returns"), Read(data="critic_weights", lag=1))
         calls.append(
-            Call(name="update_critic", roles=("critic",), kind="train", reads=reads, writes=("critic_weights",))
+            Call(name="values", roles=("critic",), kind="infer", reads=reads, writes=("values",))
+        )
+        inputs.append(Read(data="values"))
+    calls.append(
+        Call(
+            name="advantages",
+            roles=(),
+            kind="host",
+            reads=tuple(inputs),
+            writes=("advantages", "returns"),
+        )
+    )
+    if workload.critic:
+        reads = (
+            sequences,
+            Read(data="values"),
+            Read(data="returns"),
+            Read(data="critic_weights", lag=1),
+        )
+        calls.append(
+            Call(
+                name="update_critic",
+                roles=("critic",),
+                kind="train",
+                reads=reads,
+                writes=("critic_weights",),
+            )
         )
     proximal = "proximal_log_probs" if workload.proximal == "recompute" else "log_probs"
-    reads = (sequences, Read(data="advantages"), Read(data=proximal), Read(data="actor_weights", lag=1))
-    calls.append(Call(name="update_actor", roles=("actor",), kind="train", reads=reads, writes=("actor_weights",)))
+    reads = (
+        sequences,
+        Read(data="advantages"),
+        Read(data=proximal),
+        Read(data="actor_weights", lag=1),
+    )
+    calls.append(
+        Call(
+            name="update_actor",
+            roles=("actor",),
+            kind="train",
+            reads=reads,
+            writes=("actor_weights",),
+        )
+    )
     calls.append(
         Call(
             name="sync_weights",

@@ -2,4 +2,5 @@
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line: what is wrong, and what to do. The CLI exits with 2."""
+    """Something the user can mend. The message is one line: what is wrong, and what to do. The CLI
+    exits with 2."""

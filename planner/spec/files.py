@@ -1,4 +1,5 @@
-"""Reading and writing the files that outlive a run: strict on the way in, whole or not at all on the way out."""
+"""Reading and writing the files that outlive a run: strict on the way in, whole or not at all on
+the way out."""
 
 import contextlib
 import json
@@ -24,7 +25,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Spec(BaseModel):
-    """Base of everything parsed from a file: immutable, and an unknown key, NaN or infinity is an error."""
+    """Base of everything parsed from a file: immutable, and an unknown key, NaN or infinity is an
+    error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -40,7 +42,9 @@ class File(Spec):
         if not isinstance(data, dict) or "schema" not in data:
             return data
         if data["schema"] != cls.SCHEMA:
-            raise ValueError(f"schema is {data['schema']!r}, but this version of splitplan reads {cls.SCHEMA!r}")
+            raise ValueError(
+                f"schema is {data['schema']!r}, but this version of splitplan reads {cls.SCHEMA!r}"
+            )
         return {key: value for key, value in data.items() if key != "schema"}
 
     @classmethod
@@ -60,7 +64,8 @@ class File(Spec):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Parse a JSON or TOML file (by its suffix). Raises UserError naming the file, the key and what to do."""
+        """Parse a JSON or TOML file (by its suffix). Raises UserError naming the file, the key and
+        what to do."""
         data = read_data(path)
         cls.check_schema(data, path)
         return cls.parse(data, path)
@@ -70,11 +75,19 @@ class File(Spec):
         """Raise UserError unless this is a file of this kind and version."""
         schema = data.get("schema")
         if schema is None:
-            raise UserError(f'{path}: no "schema" key; a file of this kind starts with "schema": "{cls.SCHEMA}"')
+            raise UserError(
+                f'{path}: no "schema" key; a file of this kind starts with "schema": "{cls.SCHEMA}"'
+            )
         if schema != cls.SCHEMA:
             same_kind = str(schema).startswith(cls.SCHEMA.rpartition("/")[0] + "/")
-            what = "make it anew, or use the splitplan that made it" if same_kind else "name a file of that kind"
-            raise UserError(f"{path}: schema is {schema!r}, but {cls.SCHEMA!r} is needed here; {what}")
+            what = (
+                "make it anew, or use the splitplan that made it"
+                if same_kind
+                else "name a file of that kind"
+            )
+            raise UserError(
+                f"{path}: schema is {schema!r}, but {cls.SCHEMA!r} is needed here; {what}"
+            )
 
     @classmethod
     def parse(cls, data: dict[str, Any], path: Path) -> Self:
@@ -85,9 +98,13 @@ class File(Spec):
 
 
 def first_problem(error: ValidationError, data: Any) -> str:
-    """The problem of a pydantic error with `data` that says most, in one line: `key.path: message`."""
+    """The problem of a pydantic error with `data` that says most, in one line: `key.path:
+    message`."""
     problems = error.errors(include_url=False)
-    telling = {"value_error": 0, "extra_forbidden": 1}  # ours have advice, and a misspelt key explains a missing one
+    telling = {
+        "value_error": 0,
+        "extra_forbidden": 1,
+    }  # ours have advice, and a misspelt key explains a missing one
     problem = min(problems, key=lambda each: telling.get(each["type"], 2))
     path = ".".join(_keys(problem["loc"], data, missing=problem["type"] == "missing"))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -106,7 +123,9 @@ def _what(problem: ErrorDetails) -> str:
             return "is missing; add it"
         case "union_tag_invalid":
             told = problem["ctx"]
-            return f"{told['discriminator']} is {told['tag']!r}; choose one of {told['expected_tags']}"
+            return (
+                f"{told['discriminator']} is {told['tag']!r}; choose one of {told['expected_tags']}"
+            )
         case "model_type":
             return f"needs a mapping of keys, not {repr(given)[:60]}"
     needed = said.replace("Input should be", "must be")
@@ -114,8 +133,8 @@ def _what(problem: ErrorDetails) -> str:
 
 
 def _keys(path: Sequence[int | str], data: Any, *, missing: bool) -> Iterator[str]:
-    """The part of a pydantic path that is in the file, and the last one if that is missing there: pydantic also names
-    which member of a union was tried."""
+    """The part of a pydantic path that is in the file, and the last one if that is missing there:
+    pydantic also names which member of a union was tried."""
     for number, part in enumerate(path):
         match data, part:
             case dict(), _ if part in data:
@@ -128,10 +147,13 @@ def _keys(path: Sequence[int | str], data: Any, *, missing: bool) -> Iterator[st
 
 
 def by_key(key: str, tag: str, otherwise: str) -> Discriminator:
-    """Chooses the member of a union with this tag where the mapping (or the member itself) has this key."""
+    """Chooses the member of a union with this tag where the mapping (or the member itself) has this
+    key."""
 
     def choose(value: Any) -> str:
-        return tag if (key in value if isinstance(value, dict) else hasattr(value, key)) else otherwise
+        return (
+            tag if (key in value if isinstance(value, dict) else hasattr(value, key)) else otherwise
+        )
 
     return Discriminator(choose)
 
@@ -153,7 +175,9 @@ def read_data(path: Path) -> dict[str, Any]:
         data = tomllib.loads(text) if path.suffix == ".toml" else _json(text)
     except (ValueError, RecursionError) as error:
         kind = "TOML" if path.suffix == ".toml" else "JSON"
-        raise UserError(f"{path}: not valid {kind} ({error}); mend it there, or write the file again") from None
+        raise UserError(
+            f"{path}: not valid {kind} ({error}); mend it there, or write the file again"
+        ) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds a {type(data).__name__}, not a mapping of keys")
     return data
@@ -177,13 +201,16 @@ def _not_a_number(name: str) -> NoReturn:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write the file whole or not at all: a temporary file beside it, then one rename. Raises UserError."""
+    """Write the file whole or not at all: a temporary file beside it, then one rename. Raises
+    UserError."""
     data = content.encode() if isinstance(content, str) else content
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -194,7 +221,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(name)
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from None
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
@@ -202,7 +231,8 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def profiles_dir() -> Path:
-    """Where the shipped devices, workloads and profiles lie: inside the wheel, or beside the package in a checkout."""
+    """Where the shipped devices, workloads and profiles lie: inside the wheel, or beside the
+    package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     shipped = package / "profiles"
     return shipped if shipped.is_dir() else package.parent / "profiles"

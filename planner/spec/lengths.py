@@ -24,7 +24,8 @@ class Fixed(Spec):
 
 
 class Lognormal(Spec):
-    """Lognormal with `mean` before truncation and `sigma` of the logarithm; longer draws are cut at `max`."""
+    """Lognormal with `mean` before truncation and `sigma` of the logarithm; longer draws are cut at
+    `max`."""
 
     kind: Literal["lognormal"] = "lognormal"
     mean: Annotated[float, Field(gt=0, le=2**24)]
@@ -34,7 +35,9 @@ class Lognormal(Spec):
     @model_validator(mode="after")
     def _mean_fits(self) -> "Lognormal":
         if self.mean > self.max:
-            raise ValueError(f"mean = {self.mean:g} is above max = {self.max}; lower mean or raise max")
+            raise ValueError(
+                f"mean = {self.mean:g} is above max = {self.max}; lower mean or raise max"
+            )
         return self
 
     @property

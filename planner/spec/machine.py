@@ -9,7 +9,9 @@ ROOT = Path("/")
 
 def physical_cores() -> int:
     """Physical cores that this process may use; a container's CPU quota counts."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     text = _read("proc/cpuinfo")
     pairs = set(re.findall(r"physical id\s*: (\d+).*?core id\s*: (\d+)", text, re.DOTALL))
     quotas = [re.match(r"(\d+) (\d+)", text) for text in _limits("cpu.max")]
@@ -18,9 +20,12 @@ def physical_cores() -> int:
 
 
 def memory_bytes() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's or job's limit."""
+    """Bytes of memory that this process may use: the machine's, or its container's or job's
+    limit."""
     total = re.search(r"MemTotal:\s*(\d+) kB", _read("proc/meminfo"))
-    machine = 1024 * int(total[1]) if total else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    machine = (
+        1024 * int(total[1]) if total else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    )
     return min([machine, *(int(limit) for limit in _limits("memory.max") if limit.isdigit())])
 
 

@@ -1,8 +1,17 @@
-"""What is decided: pools of GPUs, where each role lives and in what layout, and the program of calls."""
+"""What is decided: pools of GPUs, where each role lives and in what layout, and the program of
+calls."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Call, Dataflow, ppo
@@ -20,10 +29,12 @@ class Pool(Spec):
 
 
 class TrainerRole(Spec):
-    """Layout of an actor, critic, reference or reward model: FSDP over `shard` GPUs, `replicas` of that (HSDP).
+    """Layout of an actor, critic, reference or reward model: FSDP over `shard` GPUs, `replicas` of
+    that (HSDP).
 
-    `micro_batch_tokens` bounds the tokens of one forward pass on one GPU; `recompute` is activation checkpointing;
-    `offload` says what moves to host memory while the role idles (inference roles have no optimizer)."""
+    `micro_batch_tokens` bounds the tokens of one forward pass on one GPU; `recompute` is activation
+    checkpointing; `offload` says what moves to host memory while the role idles (inference roles
+    have no optimizer)."""
 
     engine: Literal["fsdp"] = "fsdp"
     pools: Annotated[tuple[str, ...], Field(min_length=1, max_length=1)]
@@ -41,7 +52,10 @@ class TrainerRole(Spec):
     def _built(self) -> Self:
         for key in ("tp", "cp", "pp", "ep"):
             if getattr(self, key) != 1:
-                raise ValueError(f"{key} = {getattr(self, key)} is not supported yet; leave it at 1 and use shard")
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} is not supported yet; leave it at 1 and use "
+                    "shard"
+                )
         return self
 
     @property
@@ -51,8 +65,9 @@ class TrainerRole(Spec):
 
 
 class RolloutRole(Spec):
-    """Layout of the rollout: `replicas` engines of `tensor_parallel` GPUs over all of its pools, each running at most
-    `concurrency` sequences at once in `memory_fraction` of its GPUs' memory; with `offload` it sleeps while idle."""
+    """Layout of the rollout: `replicas` engines of `tensor_parallel` GPUs over all of its pools,
+    each running at most `concurrency` sequences at once in `memory_fraction` of its GPUs' memory;
+    with `offload` it sleeps while idle."""
 
     engine: Literal["vllm", "transformers"]
     pools: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -67,7 +82,8 @@ Role = Annotated[TrainerRole | RolloutRole, Field(discriminator="engine")]
 
 
 class Issue(Spec):
-    """Issue `call` for step (round + `offset`). `blocking` is shorthand for a wait on it right after."""
+    """Issue `call` for step (round + `offset`). `blocking` is shorthand for a wait on it right
+    after."""
 
     call: str
     offset: NonNegativeInt = 0
@@ -80,7 +96,9 @@ class Wait(Spec):
     wait: Annotated[tuple[str, ...], Field(min_length=1)]
 
 
-Item = Annotated[Annotated[Wait, Tag("Wait")] | Annotated[Issue, Tag("Issue")], by_key("wait", "Wait", "Issue")]
+Item = Annotated[
+    Annotated[Wait, Tag("Wait")] | Annotated[Issue, Tag("Issue")], by_key("wait", "Wait", "Issue")
+]
 
 
 class Proof(Spec):
@@ -93,7 +111,8 @@ class Proof(Spec):
 
 
 class Predicted(Spec):
-    """What the planner expects. Shares of the cost figures by source are fractions of the busy time."""
+    """What the planner expects. Shares of the cost figures by source are fractions of the busy
+    time."""
 
     step_seconds: PositiveFloat
     step_seconds_p95: PositiveFloat
@@ -139,7 +158,10 @@ class Plan(File):
                 if not isinstance(item, dict) or ("call" in item) == ("wait" in item):
                     raise ValueError(f'program item {number} needs either "call" or "wait"')
                 if item.get("chunks", 1) != 1:
-                    raise ValueError(f"program item {number}: calls in chunks are not supported yet; leave chunks out")
+                    raise ValueError(
+                        f"program item {number}: calls in chunks are not supported yet; leave "
+                        "chunks out"
+                    )
         return data
 
     @model_validator(mode="after")
@@ -147,10 +169,15 @@ class Plan(File):
         _check_pools(self)
         for needed in self.workload.roles:
             if needed not in self.roles:
-                raise ValueError(f"roles: {needed} is missing, and the workload needs it; give it a pool")
+                raise ValueError(
+                    f"roles: {needed} is missing, and the workload needs it; give it a pool"
+                )
         for name, role in self.roles.items():
             if name not in self.workload.roles:
-                raise ValueError(f"roles: the workload has no role {name!r}; it has {', '.join(self.workload.roles)}")
+                raise ValueError(
+                    f"roles: the workload has no role {name!r}; it has "
+                    f"{', '.join(self.workload.roles)}"
+                )
             _check_role(self, name, role)
         _check_program(self)
         return self
@@ -182,7 +209,8 @@ class Plan(File):
         return self.cluster.device_of(self.pools[pool].gpus[0])
 
     def engine_gpus(self) -> tuple[tuple[str, tuple[Gpu, ...]], ...]:
-        """Pool and GPUs of each engine of the rollout, pool by pool: neighbouring GPUs of one node."""
+        """Pool and GPUs of each engine of the rollout, pool by pool: neighbouring GPUs of one
+        node."""
         return _engine_gpus(self, self.rollout)[: self.rollout.replicas]
 
 
@@ -192,11 +220,15 @@ def _check_pools(plan: Plan) -> None:
     for name, pool in plan.pools.items():
         for gpu in pool.gpus:
             if gpu not in known:
-                raise ValueError(f"pools.{name}: GPU {list(gpu)} is not in the cluster of {len(known)} GPUs")
+                raise ValueError(
+                    f"pools.{name}: GPU {list(gpu)} is not in the cluster of {len(known)} GPUs"
+                )
             if owner.get(gpu) == name:
                 raise ValueError(f"pools.{name}: GPU {list(gpu)} is there twice; name it once")
             if gpu in owner:
-                raise ValueError(f"pools: GPU {list(gpu)} is in both {owner[gpu]!r} and {name!r}; give it to one")
+                raise ValueError(
+                    f"pools: GPU {list(gpu)} is in both {owner[gpu]!r} and {name!r}; give it to one"
+                )
             owner[gpu] = name
         if len({plan.cluster.nodes[node].device for node, _ in pool.gpus}) > 1:
             raise ValueError(f"pools.{name}: mixes kinds of GPU; a pool is of one kind")
@@ -207,18 +239,26 @@ def _check_role(plan: Plan, name: str, role: TrainerRole | RolloutRole) -> None:
         raise ValueError(f"roles.{name}: engine {role.engine!r} is for another role")
     for pool in role.pools:
         if pool not in plan.pools:
-            raise ValueError(f"roles.{name}: there is no pool {pool!r}; there are {', '.join(plan.pools)}")
+            raise ValueError(
+                f"roles.{name}: there is no pool {pool!r}; there are {', '.join(plan.pools)}"
+            )
     if isinstance(role, RolloutRole):
         heads = plan.workload.actor.shape.heads
         if heads % role.tensor_parallel:
-            raise ValueError(f"roles.{name}: tensor_parallel {role.tensor_parallel} does not divide {heads} heads")
+            raise ValueError(
+                f"roles.{name}: tensor_parallel {role.tensor_parallel} does not divide {heads} "
+                "heads"
+            )
         engines = len(_engine_gpus(plan, role))
         if role.replicas > engines:
             needed = f"{role.replicas} engines of {role.tensor_parallel} GPUs do not fit"
             raise ValueError(f"roles.{name}: {needed}; the nodes of its pools hold {engines}")
     elif role.gpus > len(plan.pools[role.pools[0]].gpus):
         needed = f"shard {role.shard} x replicas {role.replicas} needs {role.gpus} GPUs"
-        raise ValueError(f"roles.{name}: {needed}; pool {role.pools[0]!r} has {len(plan.pools[role.pools[0]].gpus)}")
+        raise ValueError(
+            f"roles.{name}: {needed}; pool {role.pools[0]!r} has "
+            f"{len(plan.pools[role.pools[0]].gpus)}"
+        )
 
 
 def _engine_gpus(plan: Plan, rollout: RolloutRole) -> tuple[tuple[str, tuple[Gpu, ...]], ...]:
@@ -228,7 +268,10 @@ def _engine_gpus(plan: Plan, rollout: RolloutRole) -> tuple[tuple[str, tuple[Gpu
         gpus = plan.pools[pool].gpus
         for node in dict.fromkeys(node for node, _ in gpus):
             there = tuple(gpu for gpu in gpus if gpu[0] == node)
-            found += [(pool, there[begin : begin + size]) for begin in range(0, len(there) - size + 1, size)]
+            found += [
+                (pool, there[begin : begin + size])
+                for begin in range(0, len(there) - size + 1, size)
+            ]
     return tuple(found)
 
 
@@ -238,7 +281,11 @@ def _check_program(plan: Plan) -> None:
     for item in plan.program:
         for call in (item.call,) if isinstance(item, Issue) else item.wait:
             if call not in names:
-                raise ValueError(f"program: there is no call {call!r}; there are {', '.join(names)}")
+                raise ValueError(
+                    f"program: there is no call {call!r}; there are {', '.join(names)}"
+                )
     for call in names:
         if calls.count(call) != 1:
-            raise ValueError(f"program: {call} is issued {calls.count(call)} times a round; it must be once")
+            raise ValueError(
+                f"program: {call} is issued {calls.count(call)} times a round; it must be once"
+            )

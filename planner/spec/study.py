@@ -1,4 +1,5 @@
-"""A study: plans that are predicted first, then run for real, cell by cell; and what one cell left behind."""
+"""A study: plans that are predicted first, then run for real, cell by cell; and what one cell left
+behind."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -10,8 +11,9 @@ from planner.spec.plan import Gpu
 
 
 class Cell(Spec):
-    """One plan of a study: a named `baseline`, the winner of a `search` up to that staleness (or its `runner_up`-th
-    runner-up), or the file of a `plan`. `pins` narrow a baseline or a search as `--pin` does."""
+    """One plan of a study: a named `baseline`, the winner of a `search` up to that staleness (or
+    its `runner_up`-th runner-up), or the file of a `plan`. `pins` narrow a baseline or a search as
+    `--pin` does."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     baseline: str | None = None
@@ -25,14 +27,17 @@ class Cell(Spec):
         if sum(source is not None for source in (self.baseline, self.search, self.plan)) != 1:
             raise ValueError(f"cell {self.name!r} needs one of baseline, search and plan")
         if self.runner_up and self.search is None:
-            raise ValueError(f"cell {self.name!r}: runner_up counts the plans of a search; give search = 1, say")
+            raise ValueError(
+                f"cell {self.name!r}: runner_up counts the plans of a search; give search = 1, say"
+            )
         return self
 
 
 class Study(File):
-    """Plans of one workload on one cluster. `steps` are measured in each cell, after `warmup` ones or as many as its
-    pipeline takes to fill and one more, and before those in which it drains. `matrix_flops` is the measured rate of a
-    bf16 matrix product on one GPU, FLOP/s, of which the updates' share is stated."""
+    """Plans of one workload on one cluster. `steps` are measured in each cell, after `warmup` ones
+    or as many as its pipeline takes to fill and one more, and before those in which it drains.
+    `matrix_flops` is the measured rate of a bf16 matrix product on one GPU, FLOP/s, of which the
+    updates' share is stated."""
 
     SCHEMA: ClassVar[str] = "splitplan/study/1"
 
@@ -51,7 +56,9 @@ class Study(File):
     def _names_differ(self) -> Self:
         names = [cell.name for cell in self.cells]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"cells: {min(twice)!r} is there twice; a cell's name is its directory")
+            raise ValueError(
+                f"cells: {min(twice)!r} is there twice; a cell's name is its directory"
+            )
         return self
 
     def warmup_of(self, staleness: int) -> int:
@@ -60,13 +67,16 @@ class Study(File):
 
 
 def load_study(path: Path) -> Study:
-    """Read a study from TOML or JSON; relative paths start at the file's folder. Raises UserError."""
+    """Read a study from TOML or JSON; relative paths start at the file's folder. Raises
+    UserError."""
     data, base = read_data(path), path.parent
     for key in ("workload", "cluster"):
         if isinstance(data.get(key), str) and names_a_file(data[key]):
             data[key] = str(base / data[key])
     if isinstance(data.get("profiles"), list):
-        data["profiles"] = [base / name if isinstance(name, str) else name for name in data["profiles"]]
+        data["profiles"] = [
+            base / name if isinstance(name, str) else name for name in data["profiles"]
+        ]
     for cell in data.get("cells", ()) if isinstance(data.get("cells"), list) else ():
         if isinstance(cell, dict) and isinstance(cell.get("plan"), str):
             cell["plan"] = base / cell["plan"]
@@ -75,9 +85,10 @@ def load_study(path: Path) -> Study:
 
 
 class GpuMemory(Spec):
-    """Peak bytes of one GPU over the steps of a cell: `used` of all processes, as the driver counts, and in each
-    process what torch's tensors took (`allocated`) and what its allocator held for them (`reserved`); and the
-    allocator's `retries`: how often it had to give back what it held before it got more, which takes time."""
+    """Peak bytes of one GPU over the steps of a cell: `used` of all processes, as the driver
+    counts, and in each process what torch's tensors took (`allocated`) and what its allocator held
+    for them (`reserved`); and the allocator's `retries`: how often it had to give back what it held
+    before it got more, which takes time."""
 
     gpu: Gpu
     used: Bytes
@@ -87,8 +98,9 @@ class GpuMemory(Spec):
 
 
 class CellResult(File):
-    """How a cell ended. `host` tells machines apart, and boots of one: ratios hold between cells of one host only.
-    `start_seconds` until the first step could begin, `engines_started` of them anew."""
+    """How a cell ended. `host` tells machines apart, and boots of one: ratios hold between cells of
+    one host only. `start_seconds` until the first step could begin, `engines_started` of them
+    anew."""
 
     SCHEMA: ClassVar[str] = "splitplan/cell/1"
 

@@ -1,4 +1,5 @@
-"""What happened, or is expected to: spans of calls on pools. One type for simulated and for measured runs."""
+"""What happened, or is expected to: spans of calls on pools. One type for simulated and for
+measured runs."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, Self
@@ -11,8 +12,9 @@ from planner.spec.files import MOST_STEPS, File
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Span:
-    """One call of one step. Times are seconds from the run's start on the controller's clock; `ready` is when its
-    last predecessor ended, `parts` are seconds of wake, transfer and compute within it."""
+    """One call of one step. Times are seconds from the run's start on the controller's clock;
+    `ready` is when its last predecessor ended, `parts` are seconds of wake, transfer and compute
+    within it."""
 
     call: str
     role: str
@@ -34,8 +36,9 @@ class Span:
 
 
 class Timeline(File):
-    """Spans in order of their issue. In the step time the first `warmup` steps do not count, in which a pipeline fills,
-    nor the last `drain`: in a study those in which it generates nothing more; in a run none, which are few of many."""
+    """Spans in order of their issue. In the step time the first `warmup` steps do not count, in
+    which a pipeline fills, nor the last `drain`: in a study those in which it generates nothing
+    more; in a run none, which are few of many."""
 
     SCHEMA: ClassVar[str] = "splitplan/timeline/1"
 
@@ -50,7 +53,9 @@ class Timeline(File):
     def _forward(self) -> Self:
         for number, span in enumerate(self.spans):
             if span.end < span.start:
-                raise ValueError(f"spans.{number}: {span.call} of step {span.step} ends before it starts")
+                raise ValueError(
+                    f"spans.{number}: {span.call} of step {span.step} ends before it starts"
+                )
         return self
 
     def counts(self, step: int) -> bool:
@@ -62,10 +67,11 @@ class Timeline(File):
 
 
 def step_seconds(timeline: Timeline) -> float:
-    """Seconds of one step: (end of the last `update_actor` that counts - end of the last warm-up one) / steps between.
+    """Seconds of one step: (end of the last `update_actor` that counts - end of the last warm-up
+    one) / steps between.
 
-    The one definition, for predicted and for measured runs. With no step that counts it is the makespan by the number
-    of steps."""
+    The one definition, for predicted and for measured runs. With no step that counts it is the
+    makespan by the number of steps."""
     ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
     last, first = max(filter(timeline.counts, ends), default=-1), timeline.warmup - 1
     if first in ends and last > first:
@@ -74,10 +80,16 @@ def step_seconds(timeline: Timeline) -> float:
 
 
 def mean_call_seconds(timeline: Timeline) -> dict[str, float]:
-    """Mean duration of each call in the steps that count (of those before too if there are none)."""
+    """Mean duration of each call in the steps that count (of those before too if there are
+    none)."""
     found: dict[str, list[Span]] = {}
     for span in timeline.spans:
         if span.step < timeline.steps - timeline.drain:
             found.setdefault(span.call, []).append(span)
-    counted = {call: [span for span in spans if timeline.counts(span.step)] or spans for call, spans in found.items()}
-    return {call: float(np.mean([span.seconds for span in spans])) for call, spans in counted.items()}
+    counted = {
+        call: [span for span in spans if timeline.counts(span.step)] or spans
+        for call, spans in found.items()
+    }
+    return {
+        call: float(np.mean([span.seconds for span in spans])) for call, spans in counted.items()
+    }

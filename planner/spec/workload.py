@@ -31,7 +31,12 @@ class Shape(Spec):
     @model_validator(mode="before")
     @classmethod
     def _default_head_dim(cls, data: Any) -> Any:
-        if isinstance(data, dict) and not data.get("head_dim") and data.get("heads") and data.get("hidden"):
+        if (
+            isinstance(data, dict)
+            and not data.get("head_dim")
+            and data.get("heads")
+            and data.get("hidden")
+        ):
             return {**data, "head_dim": data["hidden"] // data["heads"]}
         return data
 
@@ -41,7 +46,8 @@ class Shape(Spec):
             raise ValueError(f"heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}")
         if (parameters := self.parameters()) > MOST_PARAMETERS:
             raise ValueError(
-                f"{parameters:.2g} parameters are more than the {MOST_PARAMETERS:.0g} that can be planned for"
+                f"{parameters:.2g} parameters are more than the {MOST_PARAMETERS:.0g} that can be "
+                "planned for"
             )
         return self
 
@@ -56,9 +62,18 @@ class Shape(Spec):
         return self.vocab * self.hidden
 
     def parameters(self, head: Literal["lm", "scalar"] = "lm") -> int:
-        """All parameters; a critic or a reward model has a scalar head instead of the vocabulary's."""
-        output = self.hidden if head == "scalar" else 0 if self.tied_embeddings else self.embedding_parameters
-        return self.layers * self.block_parameters + self.embedding_parameters + self.hidden + output
+        """All parameters; a critic or a reward model has a scalar head instead of the
+        vocabulary's."""
+        output = (
+            self.hidden
+            if head == "scalar"
+            else 0
+            if self.tied_embeddings
+            else self.embedding_parameters
+        )
+        return (
+            self.layers * self.block_parameters + self.embedding_parameters + self.hidden + output
+        )
 
 
 class Model(Spec):
@@ -76,7 +91,8 @@ class Model(Spec):
 
 
 class RewardFunction(Spec):
-    """A Python function on the host: `function = "file.py:name"`, called with prompts and responses as strings."""
+    """A Python function on the host: `function = "file.py:name"`, called with prompts and responses
+    as strings."""
 
     function: str
     seconds_per_sequence: NonNegativeFloat = 0.0
@@ -85,7 +101,9 @@ class RewardFunction(Spec):
     @model_validator(mode="after")
     def _file_and_name(self) -> Self:
         if ":" not in self.function:
-            raise ValueError(f'{self.function!r} does not name a function; write "path/to/file.py:function"')
+            raise ValueError(
+                f'{self.function!r} does not name a function; write "path/to/file.py:function"'
+            )
         return self
 
 
@@ -110,7 +128,7 @@ class Data(Spec):
 
 
 class Ppo(Spec):
-    """Settings of the algorithm; see executor/ppo.py for each formula and its source."""
+    """Settings of the algorithm; see executor/training/ppo.py for each formula and its source."""
 
     gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
     lam: Annotated[float, Field(ge=0, le=1)] = 0.95
@@ -149,7 +167,9 @@ class Workload(File):
     data: Data | None = None
     proximal: Literal["recompute", "rollout"] = "recompute"
     max_staleness: Annotated[int, Field(ge=0, le=1000)] = 1
-    tensor_parallel: Literal[1, 2, 4, 8] | None = None  # of the rollout's engines, where it is not to be searched
+    tensor_parallel: Literal[1, 2, 4, 8] | None = (
+        None  # of the rollout's engines, where it is not to be searched
+    )
     steps: Steps = 100
     seed: Seed = 0
     samples_per_prompt: PositiveInt = 1
@@ -159,10 +179,15 @@ class Workload(File):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.batch % self.minibatch:
-            raise ValueError(f"batch = {self.batch} is no multiple of minibatch = {self.minibatch}; change one of them")
+            raise ValueError(
+                f"batch = {self.batch} is no multiple of minibatch = {self.minibatch}; change one "
+                "of them"
+            )
         for key, built in (("samples_per_prompt", 1), ("advantage", "gae"), ("sync", "boundary")):
             if getattr(self, key) != built:
-                raise ValueError(f"{key} = {getattr(self, key)!r} is not supported yet; leave it at {built!r}")
+                raise ValueError(
+                    f"{key} = {getattr(self, key)!r} is not supported yet; leave it at {built!r}"
+                )
         return self
 
     @property
@@ -186,8 +211,8 @@ class Workload(File):
 
 
 def load_workload(path: Path) -> Workload:
-    """Read a workload from TOML or JSON. Relative paths start at the file's folder; a model that is given by path
-    alone gets its shape from its `config.json`. Raises UserError."""
+    """Read a workload from TOML or JSON. Relative paths start at the file's folder; a model that is
+    given by path alone gets its shape from its `config.json`. Raises UserError."""
     data = read_data(path)
     base = path.resolve().parent
     for role in MODEL_ROLES:
@@ -214,7 +239,10 @@ def shape_of(directory: Path, named_by: str) -> Shape:
     """The shape of a Hugging Face model directory, from its `config.json`. Raises UserError."""
     config_file = directory / "config.json"
     if not config_file.is_file():
-        raise UserError(f"{named_by}: no model directory at {directory} (config.json is missing); check the path")
+        raise UserError(
+            f"{named_by}: no model directory at {directory} (config.json is missing); check the "
+            "path"
+        )
     config = read_data(config_file)
     try:
         return Shape(
@@ -229,4 +257,6 @@ def shape_of(directory: Path, named_by: str) -> Shape:
         )
     except (KeyError, ValueError) as error:
         problem = json.dumps(str(error).splitlines()[0])
-        raise UserError(f"{config_file}: not a decoder-only transformer that splitplan knows ({problem})") from None
+        raise UserError(
+            f"{config_file}: not a decoder-only transformer that splitplan knows ({problem})"
+        ) from None

@@ -19,4 +19,7 @@ for index in range(torch.cuda.device_count()):
                 a @ b
             torch.cuda.synchronize()
             seconds = (time.perf_counter() - began) / repeats
-    print(f"GPU {index}, {torch.cuda.get_device_name(index)}: {2 * SIZE**3 / seconds / 1e12:.0f} TFLOP/s")
+    print(
+        f"GPU {index}, {torch.cuda.get_device_name(index)}: {2 * SIZE**3 / seconds / 1e12:.0f} "
+        "TFLOP/s"
+    )

@@ -1,10 +1,11 @@
-"""How far apart bf16 alone puts the log-probs of an engine and of a trainer, for a Qwen2 of random weights.
+"""How far apart bf16 alone puts the log-probs of an engine and of a trainer, for a Qwen2 of random
+weights.
 
     python reports/h200/rounding.py 7b      # 2 minutes and 8 GB on two CPU cores; or 1.5b
 
-The same bf16 weights and tokens go through the model three times, layer by layer: in fp32; as an engine computes,
-where what each operation gives and the residual are bf16; and as the trainers do, where the residual is fp32. No kernel
-of a GPU takes part, so what differs is rounding.
+The same bf16 weights and tokens go through the model three times, layer by layer: in fp32; as an
+engine computes, where what each operation gives and the residual are bf16; and as the trainers do,
+where the residual is fp32. No kernel of a GPU takes part, so what differs is rounding.
 """
 
 import sys
@@ -43,14 +44,20 @@ def rotated(x: Tensor) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1).flatten(1)
+    return (
+        scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0]
+        .transpose(0, 1)
+        .flatten(1)
+    )
 
 
 def layer(x: Tensor, weights: list[Tensor], kind: torch.dtype) -> Tensor:
     q_, k_, v_, o_, gate, up, down = (w.to(kind) for w in weights)
     h = normed(x).to(kind)
     q, k, v = (linear(h, w).view(TOKENS, -1, shape.head_dim) for w in (q_, k_, v_))
-    x = (x.float() + linear(attention(rotated(q).to(kind), rotated(k).to(kind), v), o_).float()).to(x.dtype)
+    x = (x.float() + linear(attention(rotated(q).to(kind), rotated(k).to(kind), v), o_).float()).to(
+        x.dtype
+    )
     h = normed(x).to(kind)
     inner = silu(linear(h, gate).float()).to(kind) * linear(h, up)
     return (x.float() + linear(inner, down).float()).to(x.dtype)
@@ -58,12 +65,20 @@ def layer(x: Tensor, weights: list[Tensor], kind: torch.dtype) -> Tensor:
 
 with torch.no_grad():
     torch.manual_seed(0)
-    wide, narrow, hidden = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.hidden
+    wide, narrow, hidden = (
+        shape.heads * shape.head_dim,
+        shape.kv_heads * shape.head_dim,
+        shape.hidden,
+    )
     embedding = weight(shape.vocab, hidden)
     start = embedding[torch.randint(0, shape.vocab, (TOKENS,))]
     states = {way: start.to(residual) for way, (_, residual) in WAYS.items()}
     sizes = [(wide, hidden), (narrow, hidden), (narrow, hidden), (hidden, wide)]
-    sizes += [(shape.intermediate, hidden), (shape.intermediate, hidden), (hidden, shape.intermediate)]
+    sizes += [
+        (shape.intermediate, hidden),
+        (shape.intermediate, hidden),
+        (hidden, shape.intermediate),
+    ]
     for _ in range(shape.layers):
         weights = [weight(*size) for size in sizes]
         states = {way: layer(states[way], weights, kind) for way, (kind, _) in WAYS.items()}

@@ -1,4 +1,5 @@
-"""Draw accuracy.png and reward.png from results.csv, and print the table of README.md: python draw.py (matplotlib)."""
+"""Draw accuracy.png and reward.png from results.csv, and print the table of README.md: python
+draw.py (matplotlib)."""
 
 import csv
 from collections import defaultdict
@@ -12,7 +13,10 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 COLOURS = {0: "#000000", 1: "#0072B2", 2: "#009E73", 4: "#D55E00"}
-TITLES = {"decoupled": "decoupled objective", "plain": "plain PPO, ratio to the policy that sampled"}
+TITLES = {
+    "decoupled": "decoupled objective",
+    "plain": "plain PPO, ratio to the policy that sampled",
+}
 LAST = 3  # evaluations that count as the end: steps 50, 55 and 60
 WINDOW = 5  # steps over which rewards are averaged
 
@@ -26,7 +30,8 @@ seeds = sorted({seed for _, _, seed in runs})
 
 
 def series(rows: list[Row], name: str) -> list[Row]:
-    """One row per point that is drawn: evaluations as they are, anything else as means of a few steps."""
+    """One row per point that is drawn: evaluations as they are, anything else as means of a few
+    steps."""
     if name == "exact_match":
         return [row for row in rows if name in row]
     windows = (rows[at - WINDOW : at] for at in range(WINDOW, len(rows) + 1, WINDOW))
@@ -43,9 +48,21 @@ def draw(name: str, label: str, out: str) -> None:
                 values = [[point[name] for point in at] for at in zip(*points, strict=True)]
                 offset = 1 if unit == "step" else 0  # steps that are done
                 x = [mean(point[unit] for point in at) + offset for at in zip(*points, strict=True)]
-                panel.plot(x, [mean(v) for v in values], color=colour, marker="o", markersize=3, label=f"k = {k}")
+                panel.plot(
+                    x,
+                    [mean(v) for v in values],
+                    color=colour,
+                    marker="o",
+                    markersize=3,
+                    label=f"k = {k}",
+                )
                 panel.fill_between(
-                    x, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0
+                    x,
+                    [min(v) for v in values],
+                    [max(v) for v in values],
+                    color=colour,
+                    alpha=0.15,
+                    lw=0,
                 )
             panel.set(xlabel="steps" if unit == "step" else "seconds since the first call")
             panel.grid(alpha=0.3)
@@ -54,7 +71,9 @@ def draw(name: str, label: str, out: str) -> None:
             if column == 0:
                 panel.set_ylabel(label)
     axes[0, 0].legend(loc="lower right", fontsize=9)
-    figure.suptitle(f"Line: mean of {len(seeds)} seeds; band: from the lowest to the highest", fontsize=9)
+    figure.suptitle(
+        f"Line: mean of {len(seeds)} seeds; band: from the lowest to the highest", fontsize=9
+    )
     figure.tight_layout()
     figure.savefig(HERE / out)
 
@@ -92,10 +111,15 @@ def table() -> None:
             reward = of_seeds(k, objective, "score", 2 * WINDOW)
             cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in (match, reward)]
             cells.append(f"{steps_until(k, objective, 0.5):.0f}")
-            shares = (of_seeds(k, objective, name, 60) for name in ("importance/effective_share", "actor/clip_share"))
+            shares = (
+                of_seeds(k, objective, name, 60)
+                for name in ("importance/effective_share", "actor/clip_share")
+            )
             share, clip = (f"{mean(x):.2f}" for x in shares)
             cells += ["–" if objective == "plain" else share, clip]
-            seconds = mean(of_seeds(k, objective, "seconds", 1)) / (mean(of_seeds(k, objective, "step", 1)) + 1)
+            seconds = mean(of_seeds(k, objective, "seconds", 1)) / (
+                mean(of_seeds(k, objective, "step", 1)) + 1
+            )
             print(f"| {k} | {objective} | {' | '.join(cells)} | {seconds:.2f} |")
 
 

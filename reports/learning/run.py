@@ -1,10 +1,12 @@
-"""Train the small task with sequences that are k = 0, 1, 2 and 4 updates old, with the decoupled objective and without
-it, three seeds each: 24 runs, N at a time, each with a Ray of its own on two cores. Writes results.csv into --out.
+"""Train the small task with sequences that are k = 0, 1, 2 and 4 updates old, with the decoupled
+objective and without it, three seeds each: 24 runs, N at a time, each with a Ray of its own on two
+cores. Writes results.csv into --out.
 
     python reports/learning/run.py --out learning --at-once 1
 
-Runs that have been made are not made again, so an interrupted study is gone on with by the same command. To go on a
-large host use as many at once as it has pairs of cores, less a few for the controllers."""
+Runs that have been made are not made again, so an interrupted study is gone on with by the same
+command. To go on a large host use as many at once as it has pairs of cores, less a few for the
+controllers."""
 
 import argparse
 import csv
@@ -59,12 +61,15 @@ class Run(NamedTuple):
 
 def all_runs() -> Iterator[Run]:
     """Seed by seed, so that runs that are compared run beside each other."""
-    return (Run(k, objective, seed) for seed in SEEDS for k in STALENESS for objective in OBJECTIVES)
+    return (
+        Run(k, objective, seed) for seed in SEEDS for k in STALENESS for objective in OBJECTIVES
+    )
 
 
 def plan_of(run: Run, task: Path) -> Plan:
-    """The plan of a staleness, for this seed. `plain` takes the rollout's log-probs as the proximal ones: PPO's ratio
-    is then that to the policy that sampled, nothing is recomputed, and no importance weight is left."""
+    """The plan of a staleness, for this seed. `plain` takes the rollout's log-probs as the proximal
+    ones: PPO's ratio is then that to the policy that sampled, nothing is recomputed, and no
+    importance weight is left."""
     plan = json.loads((HERE / f"k{run.k}.json").read_text())
     changes = {"seed": run.seed, "max_staleness": run.k}
     if run.objective == "plain":
@@ -77,23 +82,30 @@ def plan_of(run: Run, task: Path) -> Plan:
 
 def train(run: Run, out: Path, steps: int) -> None:
     """In a process of its own: do a run and keep what is drawn of it."""
-    from executor.execute import Survival, execute
+    from executor.running.execute import Survival, execute
 
     survival = Survival(save_every=0, max_restarts=0)
     shutil.rmtree(out / "runs" / str(run), ignore_errors=True)
-    path = execute(plan_of(run, out / "task"), name=str(run), runs=out / "runs", steps=steps, survival=survival)
+    path = execute(
+        plan_of(run, out / "task"), name=str(run), runs=out / "runs", steps=steps, survival=survival
+    )
     write_atomic(out / "done" / f"{run}.json", json.dumps(list(kept(run, path))))
     shutil.rmtree(path)
 
 
 def kept(run: Run, path: Path) -> Iterator[dict[str, Any]]:
-    """A row per step. `seconds`: from the start of the first call to the end of the step's update of the actor."""
+    """A row per step. `seconds`: from the start of the first call to the end of the step's update
+    of the actor."""
     spans = Timeline.read(path / "timeline.json").spans
     began = min(span.start for span in spans)
     ends = {span.step: span.end - began for span in spans if span.call == "update_actor"}
     for line in (path / "metrics.jsonl").read_text().splitlines():
         metrics = json.loads(line)
-        yield {**run._asdict(), "seconds": ends[metrics["step"]], **{name: metrics.get(name) for name in KEPT}}
+        yield {
+            **run._asdict(),
+            "seconds": ends[metrics["step"]],
+            **{name: metrics.get(name) for name in KEPT},
+        }
 
 
 def in_process(run: Run, number: int, at_once: int, out: Path, steps: int) -> str:
@@ -104,12 +116,18 @@ def in_process(run: Run, number: int, at_once: int, out: Path, steps: int) -> st
         time.sleep(number * STAGGER_SECONDS)
     command = [sys.executable, __file__, "--out", str(out), "--steps", str(steps)]
     command += ["--runs", str(run), "--in-process"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # a process has a core
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }  # a process has a core
     log = out / "logs" / f"{run}.txt"
     for _ in range(ATTEMPTS):
         began = time.monotonic()
         with log.open("w") as file:
-            code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT
+            ).returncode
         if code == 0:
             return f"{time.monotonic() - began:.0f} s"
     return f"failed, see {log}"
@@ -124,7 +142,12 @@ def write_table(out: Path) -> None:
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{value:.5g}" if isinstance(value, float) else value for name, value in row.items()})
+        writer.writerow(
+            {
+                name: f"{value:.5g}" if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+        )
     write_atomic(out / "results.csv", text.getvalue())
 
 
@@ -134,7 +157,9 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--at-once", type=int, default=1, help="runs at a time, each on two cores")
     parser.add_argument("--steps", type=int, default=60)
@@ -148,12 +173,16 @@ def main() -> None:
     for directory in ("logs", "done", "runs"):
         (out / directory).mkdir(parents=True, exist_ok=True)
     if not (out / "task").exists():
-        from executor import task
+        from executor import digits
 
-        task.make(out / "task")
-    arguments = [(run, number, options.at_once, out, options.steps) for number, run in enumerate(runs)]
+        digits.make(out / "task")
+    arguments = [
+        (run, number, options.at_once, out, options.steps) for number, run in enumerate(runs)
+    ]
     with ThreadPoolExecutor(options.at_once) as pool:
-        for run, outcome in zip(runs, pool.map(lambda each: in_process(*each), arguments), strict=True):
+        for run, outcome in zip(
+            runs, pool.map(lambda each: in_process(*each), arguments), strict=True
+        ):
             print(f"{run}: {outcome}", flush=True)
     write_table(out)
 

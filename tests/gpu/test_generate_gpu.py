@@ -1,5 +1,5 @@
-"""`generate` against a bare vLLM engine on the same requests (tokens and their log-probs), each on a GPU of its own and
-at the same time: tokens per second of the 1.5B model. On a host with two GPUs:
+"""`generate` against a bare vLLM engine on the same requests (tokens and their log-probs), each on
+a GPU of its own and at the same time: tokens per second of the 1.5B model. On a host with two GPUs:
 `python -m pytest -m gpu -s tests/gpu/test_generate_gpu.py`."""
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from executor.data import Requests, Synthetic
+from executor.data.batch import Requests, Synthetic
 from planner.search import baseline
 from planner.spec.cluster import make_cluster
 from planner.spec.files import profiles_dir
@@ -33,17 +33,18 @@ Generates = dict[str, Callable[[], int]]  # each returns the tokens of one batch
 
 def ours(requests: Requests) -> Generates:
     """The executor's engine, as it is in a plan with a GPU for the rollout."""
-    from executor.vllm_engine import VllmEngine
+    from executor.rollout.vllm.engine import VllmEngine
 
     engine = VllmEngine(baseline("one-step-off", workload(), make_cluster(2, "h200", 2)))
     return {"ours": lambda: int(engine.generate(requests, 1.0)[0].sum())}
 
 
 def bare(requests: Requests) -> Generates:
-    """vLLM as it comes, with the same model, lengths and batch; also where nobody asks for the log-probs of tokens."""
+    """vLLM as it comes, with the same model, lengths and batch; also where nobody asks for the
+    log-probs of tokens."""
     from vllm import LLM, SamplingParams
 
-    from executor.vllm_engine import _config
+    from executor.rollout.vllm.engine import _config
 
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(_config(workload().actor))
@@ -63,7 +64,9 @@ def bare(requests: Requests) -> Generates:
             SamplingParams(max_tokens=count, ignore_eos=True, detokenize=False, logprobs=logprobs)
             for count in requests.max_tokens.tolist()
         ]
-        return sum(len(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False))
+        return sum(
+            len(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)
+        )
 
     return {"bare": lambda: generate(0), "bare without log-probs": lambda: generate(None)}
 
@@ -98,9 +101,16 @@ def test_generate_is_as_fast_as_a_bare_engine() -> None:
     finally:
         for process in started.values():
             process.kill()
-    rates = {name: found for text in said.values() for name, found in json.loads(text.splitlines()[-1]).items()}
+    rates = {
+        name: found
+        for text in said.values()
+        for name, found in json.loads(text.splitlines()[-1]).items()
+    }
     for name, found in rates.items():
-        print(f"{name}: median {np.median(found):.0f} tokens/s of {', '.join(f'{rate:.0f}' for rate in found)}")
+        print(
+            f"{name}: median {np.median(found):.0f} tokens/s of "
+            f"{', '.join(f'{rate:.0f}' for rate in found)}"
+        )
     assert np.median(rates["ours"]) >= 0.95 * np.median(rates["bare"])
 
 

@@ -1,5 +1,5 @@
-"""On GPUs the small task learns as it does on a CPU (reports/learning, three seeds). Making the task takes a minute of
-one core; SPLITPLAN_DIGITS may name a directory of `plan task digits`."""
+"""On GPUs the small task learns as it does on a CPU (reports/learning, three seeds). Making the
+task takes a minute of one core; SPLITPLAN_DIGITS may name a directory of `plan task digits`."""
 
 import csv
 import os
@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import ROLES, make_plan
 
-from executor import preflight, task
-from executor.run import Silent, loop
-from executor.step import Training
+from executor import digits
+from executor.running import preflight
+from executor.running.loop import Silent, loop
+from executor.running.step import Training
 from planner.predict.schedule import tasks_of
 from planner.spec.cluster import make_cluster
 from planner.spec.workload import load_workload
@@ -41,15 +42,20 @@ class Watched(Training):
 
 
 def test_the_small_task_learns_as_on_a_cpu(tmp_path: Path) -> None:
-    from executor.session import ray_session
+    from executor.fleet.session import ray_session
 
     directory = Path(os.environ.get("SPLITPLAN_DIGITS", tmp_path / "digits"))
     if not directory.exists():
-        task.make(directory)
+        digits.make(directory)
     layouts: dict[str, dict[str, Any]] = {
         role: {"micro_batch_tokens": 8192, "shard": 1, "replicas": 2} for role in ROLES
     }
-    layouts["rollout"] = {"engine": "vllm", "replicas": 2, "memory_fraction": 0.2, "concurrency": 512}
+    layouts["rollout"] = {
+        "engine": "vllm",
+        "replicas": 2,
+        "memory_fraction": 0.2,
+        "concurrency": 512,
+    }
     plan = make_plan(
         load_workload(directory / "workload.toml"),
         {"all": 2},
@@ -66,7 +72,10 @@ def test_the_small_task_learns_as_on_a_cpu(tmp_path: Path) -> None:
             backend.close()
     on_cpu = np.array(list(exact_match_on_cpu().values()))  # [seeds, evaluations]
     found = np.mean([match for step, match in backend.exact_match.items() if step >= SETTLED])
-    print(f"exact match on GPUs {backend.exact_match}, mean {found:.3f}; on a CPU {on_cpu.mean(1).round(3)}")
+    print(
+        f"exact match on GPUs {backend.exact_match}, mean {found:.3f}; on a CPU "
+        f"{on_cpu.mean(1).round(3)}"
+    )
     assert abs(found - on_cpu.mean()) < 0.1
 
 

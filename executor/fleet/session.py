@@ -1,0 +1,193 @@
+"""Ray, started quietly and taken down on every way out."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from executor.fleet.signals import unrepeated
+from planner.spec.errors import UserError
+
+PREFIX, RAY = "splitplan-", "ray"  # of temporary directories, and the one of Ray in each
+NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what Ray calls it everywhere
+LAST_FILES, LAST_LINES = 4, 100
+RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines with which Ray marks a log
+# Each process stands for one GPU or one core: more threads would only fight. Models come from local
+# directories.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+@contextlib.contextmanager
+def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
+    """Ray for the duration of a `with`: a private one on this machine's loopback with `cpus` CPU
+    slots (None: as many as there are), or the cluster at `address`. A session that is already open
+    is used and left open. SIGTERM ends it like Ctrl-C. Raises UserError if there is no cluster at
+    `address`."""
+    if ray.is_initialized():
+        yield
+        return
+    with _interrupt_on_sigterm():
+        if address is None:
+            with _private_directory() as directory, _this_host_only():
+                try:
+                    _start_private(cpus, directory)
+                    yield
+                finally:
+                    ray.shutdown()
+        else:
+            try:
+                _connect(address)
+                yield
+            finally:
+                ray.shutdown()
+
+
+def last_words() -> str:
+    """What the processes that Ray started on this host wrote to stderr lately, which goes when Ray
+    does: a crash says there why it came."""
+    node = ray._private.worker._global_node
+    if node is None:
+        return ""
+    files = sorted(
+        Path(node.get_logs_dir_path()).glob("worker-*.err"), key=lambda file: file.stat().st_mtime
+    )
+    lines = {file.name: file.read_text(errors="replace").splitlines() for file in files}
+    written = {
+        name: [line for line in each if not line.startswith(RAYS_OWN)]
+        for name, each in lines.items()
+    }
+    latest = [(name, each[-LAST_LINES:]) for name, each in written.items() if each][-LAST_FILES:]
+    return "\n".join(f"--- {name}\n" + "\n".join(each) for name, each in latest)
+
+
+def _start_private(cpus: int | None, directory: Path) -> None:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    for (
+        key,
+        value,
+    ) in ENVIRONMENT.items():  # inherited by the processes, which a runtime_env would start anew
+        os.environ.setdefault(key, value)
+    # Ray asks for a token. One that lives as long as this process leaves nothing in the user's
+    # home.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    _init(
+        address="local",
+        num_cpus=cpus,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(
+            directory / RAY
+        ),  # which Ray opens to everybody; the directory above it stays closed
+        # By default as many processes start at a time as there are cores, which sixteen light ones
+        # find slow.
+        _system_config={"worker_maximum_startup_concurrency": 32},
+    )
+
+
+@contextlib.contextmanager
+def _this_host_only() -> Iterator[None]:
+    """Ray turns 127.0.0.1 into the host's outward address unless it is told that there are no other
+    hosts. Not for longer: this process, or what it starts, may join a cluster next."""
+    before = os.environ.get(NO_CLUSTER), ray._private.ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[NO_CLUSTER], ray._private.ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        os.environ.pop(NO_CLUSTER)
+        if before[0] is not None:
+            os.environ[NO_CLUSTER] = before[0]
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = before[1]
+
+
+def _connect(address: str) -> None:
+    if address != "auto":
+        _check_listens(address)  # Ray would try for minutes
+    try:
+        _init(address=address, runtime_env={"env_vars": ENVIRONMENT})
+    except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
+        raise UserError(
+            f"the Ray cluster at {address} does not let us in ({str(error).splitlines()[0]}); "
+            f"{_TOKEN}"
+        ) from None
+
+
+_TOKEN = (
+    "if it asks for a token, export RAY_AUTH_MODE=token, and the token as RAY_AUTH_TOKEN or its "
+    "file as "
+    "RAY_AUTH_TOKEN_PATH; if there is none, start one with `ray start --head`"
+)
+_START = "start one with `ray start --head` and give its host:port"
+
+
+def _check_listens(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise UserError(f"no Ray cluster at {address} ({error}); {_START}") from None
+
+
+def _init(**options: Any) -> None:
+    """Ray, quiet. It installs handlers of SIGTERM: one that exits, and under it one that prints a
+    backtrace."""
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    _take_sigterm()
+
+
+@contextlib.contextmanager
+def _private_directory() -> Iterator[Path]:
+    """A short path (sockets lie in it) that is gone afterwards. Those of processes that were killed
+    go too."""
+    _sweep()
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX))
+    try:
+        with (directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield directory
+    finally:
+        _sweep()
+
+
+def _sweep() -> None:
+    """Remove the directories whose owners have ended. The lock goes last: Ray's processes outlive
+    an owner that is killed, and as long as they write there something may be left for the next
+    time."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
+        with contextlib.suppress(OSError), path.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails as long as its owner lives
+            shutil.rmtree(path.parent / RAY, ignore_errors=True)
+            if not (path.parent / RAY).exists():
+                shutil.rmtree(path.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _interrupt_on_sigterm() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    _take_sigterm()
+    try:
+        yield
+    finally:
+        if _in_main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+def _take_sigterm() -> None:
+    """Make SIGTERM raise KeyboardInterrupt."""
+    if _in_main_thread():  # no other may set handlers
+        signal.signal(signal.SIGTERM, unrepeated(signal.default_int_handler))
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,31 @@
+"""Signal handlers that run once for one request."""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+
+Handler = Callable[[int, FrameType | None], None]
+REPEAT_SECONDS = 0.2  # the same signal within so long is the same request: timeout(1) sends it to us and to our group
+
+
+def unrepeated(handle: Handler) -> Handler:
+    """A signal handler that is not disturbed by a signal that comes twice. One that raised again,
+    while what waits for a lock is being left, would end as another error."""
+    handled, busy = -math.inf, threading.Lock()
+
+    def once(number: int, frame: FrameType | None) -> None:
+        nonlocal handled
+        if not busy.acquire(blocking=False):  # it comes in the middle of this very function
+            return
+        try:
+            now = time.monotonic()
+            repeated = now - handled <= REPEAT_SECONDS
+            handled = handled if repeated else now
+        finally:
+            busy.release()
+        if not repeated:
+            handle(number, frame)
+
+    return once

@@ -1,0 +1,85 @@
+"""What an engine asks of its processes on the GPUs besides what vLLM knows. Imports vLLM, so it is
+imported there."""
+
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.parallel_state import get_tp_group
+
+from executor.fleet import gpu_memory
+from executor.rollout.vllm.transfer import ENGINES
+
+PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
+
+
+class Extension:
+    """vLLM appends this class to the bases of its worker's, of which each process has one."""
+
+    weight_transfer_engine: Any
+    vllm_config: Any
+    device: torch.device
+    model_runner: Any
+
+    def __new__(cls, *_: Any, **__: Any) -> Any:
+        """Before the worker uses its GPU. vLLM itself would let a process finish what it does when
+        the engine is gone, and it may wait for that engine."""
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (
+            False  # as in the trainer
+        )
+        if file := os.environ.get("SPLITPLAN_ENGINE_FAILURE"):
+            logging.getLogger("vllm").addHandler(_Failures(Path(file)))
+        return super().__new__(cls)
+
+    def unlink_queues(self) -> None:
+        """Once all have opened them: they would outlive processes that are killed."""
+        queue = get_tp_group().mq_broadcaster
+        if queue is not None and queue.buffer.is_creator:
+            unlink(queue)
+
+    def receive_by(self, channel: str) -> None:
+        """Take weights over by this channel from here on."""
+        self.weight_transfer_engine.shutdown()
+        self.weight_transfer_engine = ENGINES[channel](
+            self.vllm_config.weight_transfer_config,
+            self.vllm_config,
+            self.device,
+            self.model_runner.get_model(),
+        )
+
+    def forget_peak(self) -> None:
+        gpu_memory.forget_peak()
+
+    def peak(self) -> dict[str, int]:
+        return gpu_memory.peak()
+
+
+def unlink(queue: Any) -> None:
+    """The names of a message queue's shared memory and sockets; who has opened them goes on."""
+    queue.buffer.shared_memory.unlink()
+    for address in (queue.handle.local_subscribe_addr, queue.handle.local_notify_addr):
+        Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
+
+
+class _Failures(logging.Handler):
+    """Writes an exception that vLLM logs to a file: while it starts, the engine learns only that
+    there was one."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(logging.ERROR)
+        self.file = file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            with contextlib.suppress(
+                OSError
+            ):  # the engine has started, and the file's directory is gone
+                self.file.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")

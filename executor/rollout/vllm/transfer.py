@@ -1,0 +1,77 @@
+"""How a vLLM engine takes weights over: vLLM's own ways, but straight into the parameters that it
+computes with.
+
+vLLM itself builds each layer anew beside the old one, because a quantized layer has another format
+than a checkpoint. Ours are bf16 and have the checkpoint's format, so the copy can be spared: most
+of a transfer's time was spent on it. Imports vLLM, so it is imported where an engine runs.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
+
+
+class OverNccl(NCCLWeightTransferEngine):
+    """One broadcast per weight, all on the stream that loads them: nothing is packed, and nothing
+    allocated anew for streams that come and go."""
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        self.shutdown()  # a group is formed anew when an engine in it was started again
+        super().init_transfer_engine(init_info)
+
+    def shutdown(self) -> None:
+        if self.model_update_group is not None:
+            self.model_update_group.destroy()
+        super().shutdown()
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def finish_weight_update(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def receive_weights(self, update_info: Any) -> None:
+        arriving = self._arriving(update_info.names, update_info.shapes)
+        self.model.load_weights(arriving)
+        deque(arriving, maxlen=0)  # what the model has no use for was sent nevertheless
+
+    def _arriving(self, names: list[str], shapes: list[list[int]]) -> Iterator[tuple[str, Tensor]]:
+        stream = torch.cuda.current_stream()
+        for name, shape in zip(names, shapes, strict=True):
+            weight = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
+            self.model_update_group.broadcast(weight, src=0, stream=stream)
+            yield name, weight
+
+
+class OverIpc(IPCWeightTransferEngine):
+    """A chunk's weights, read where they lie in the trainer's window."""
+
+    def start_weight_update(self) -> None:
+        pass
+
+    def finish_weight_update(self) -> None:
+        pass
+
+    @torch.no_grad()
+    def receive_weights(self, update_info: Any) -> None:
+        gpu = str(torch.cuda.get_device_properties(self.device.index).uuid)
+        handle = list(update_info.ipc_handles[gpu])
+        handle[6] = self.device.index  # the window's GPU as this process numbers it
+        window = rebuild_cuda_tensor(*handle)[: sum(update_info.tensor_sizes)]
+        dtypes = [torch.bfloat16] * len(update_info.names)
+        self.model.load_weights(
+            unpack_tensor(
+                window, update_info.names, update_info.shapes, dtypes, update_info.tensor_sizes
+            )
+        )
+
+
+ENGINES = {"nccl": OverNccl, "ipc": OverIpc}

@@ -1,0 +1,90 @@
+"""The process of a vLLM engine, as the executor asks it."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from executor.fleet.worker import Record
+from executor.rollout.engine import EngineWorker
+from executor.rollout.vllm.engine import Channel, VllmEngine, load_library
+from executor.training.weights import Described
+from planner.spec.plan import Plan
+
+
+def made_for(plan: Plan) -> str:
+    """All that an engine cannot change once it has started."""
+    rollout = plan.rollout.model_dump_json(exclude={"pools", "replicas"})
+    return f"{rollout} {plan.workload.actor.model_dump_json()} {plan.workload.longest}"
+
+
+class VllmWorker(EngineWorker):
+    """The process of a vLLM engine, on all of its GPUs or on a core."""
+
+    engine: VllmEngine
+
+    def call(self, method: str, *args: Any) -> tuple[Any, Record]:
+        """As of any process. It ends when one of its GPUs' does: the engine is started again as a
+        whole."""
+        try:
+            return super().call(method, *args)
+        except Exception:
+            if hasattr(self, "engine") and self.engine.failed:
+                os._exit(1)
+            raise
+
+    def synchronize(self) -> None:
+        """vLLM returns when it has done."""
+
+    def forget_peak(self) -> None:
+        self._peak = {}
+        if hasattr(self, "engine"):
+            self.engine.forget_peak()
+
+    def peak(self) -> dict[str, int]:
+        return self._peak or (self.engine.peak() if hasattr(self, "engine") else {})
+
+    def load(self) -> None:
+        load_library()
+
+    def start(self, plan: Plan, pool: str, channel: Channel = "store") -> list[int]:
+        """Become an engine of a plan, without weights yet; the tokens that end a response. An
+        engine that was started before must fit the plan: one process holds one engine."""
+        if not hasattr(self, "engine"):
+            self.engine, self.made_for = VllmEngine(plan), made_for(plan)
+        assert self.made_for == made_for(plan), "this process has an engine of another kind"
+        if channel != "store":
+            self.engine.receive_by(channel)
+        # Then there is a transfer between any two generations.
+        self.engine.drop_weights = plan.staleness == 0 and "evaluate" not in plan.dataflow.names
+        self.offload, self.version = (
+            plan.rollout.offload and channel != "store",
+            -1,
+        )  # on a CPU there is no sleep
+        self._sleep()
+        return self.engine.eos
+
+    def join_group(self, host: str, port: int, world: int, rank: int) -> None:
+        self.engine.connect(host, port, rank, world)
+
+    def broadcast_weights(self, version: int, weights: Sequence[Described]) -> None:
+        """Take over what the group's sender broadcasts."""
+        self.begin_weights(version)
+        with self.part("transfer"):
+            self.engine.receive(weights)
+        self.end_weights()
+
+    def begin_weights(self, version: int) -> None:
+        """Before the first of the chunks that make up the weights of this version."""
+        if self.offload:
+            with self.part("wake"):
+                self.engine.wake("weights")
+        self.engine.begin()
+        self.coming = version
+
+    def read_window(self, chunk: Sequence[Described], handles: dict[str, Any]) -> None:
+        with self.part("transfer"):
+            self.engine.read(chunk, handles)
+
+    def end_weights(self) -> None:
+        self.engine.end()
+        self.version = self.coming

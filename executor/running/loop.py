@@ -1,0 +1,183 @@
+"""The one loop over the tasks of a run. What each call does is in `step.py`, what lies around it in
+`execute.py`."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from executor.fleet.worker import Record, within
+from executor.running.supervise import EARLY_CALLS, Deadlines, one_line
+from planner.predict.schedule import Task
+from planner.spec.timeline import Span
+
+if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
+    from executor.running.checkpoint import Snapshot
+
+
+class Progress(Protocol):
+    """Told about everything as it happens, on the thread of the loop; must return at once."""
+
+    def on_start(self, task: Task) -> None: ...
+    def on_end(self, span: Span) -> None: ...
+    def on_step(self, metrics: dict[str, Any]) -> None: ...
+    def on_note(self, text: str) -> None: ...
+
+
+class Silent:
+    """Progress that nobody watches."""
+
+    def on_start(self, task: Task) -> None: ...
+    def on_end(self, span: Span) -> None: ...
+    def on_step(self, metrics: dict[str, Any]) -> None: ...
+    def on_note(self, text: str) -> None: ...
+
+
+class Backend(Protocol):
+    """What the loop drives: real processes (`Training`) or sleeping ones (`Rehearsal`)."""
+
+    deadlines: Deadlines
+
+    def run(self, task: Task) -> tuple[list[Record], int]:
+        """Do a call and return its processes' records and its tokens. Runs in a thread of its
+        own."""
+        ...
+
+    def end_step(self, step: int) -> dict[str, Any]:
+        """Every call of a step has ended: its metrics."""
+        ...
+
+    def snapshot(self, directory: Path) -> "Snapshot":
+        """Between calls: what a checkpoint is to hold; processes write their parts into
+        `directory`."""
+        ...
+
+    def export(self, directory: Path) -> None:
+        """All steps are done: write what is to outlive the run."""
+        ...
+
+    def close(self) -> None:
+        """End all processes at once."""
+        ...
+
+
+@dataclass(kw_only=True)
+class Course:
+    """How far a run is. `began` is the zero of its spans on our clock, `since` when its processes
+    were ready."""
+
+    ended: set[int] = field(default_factory=set)  # tasks
+    newest: int = -1  # the latest task that was started
+    issued: Counter[str] = field(
+        default_factory=Counter
+    )  # how often each call was, since the processes started
+    began: float = field(default_factory=time.perf_counter)
+    since: float = 0.0
+
+
+def loop(
+    tasks: Sequence[Task],
+    backend: Backend,
+    spans: dict[int, Span],
+    progress: Progress,
+    course: Course | None = None,
+    until: Callable[[int], float] = lambda newest: math.inf,
+) -> None:
+    """Start each task as soon as all tasks in its `after` have ended, in order of issue, up to
+    `until(newest)`; fill `spans` by index. Returns when nothing runs that could let more start.
+
+    Calls run in threads, for they wait for other processes. Raises UserError, with the task named,
+    for a call that fails on its processes or passes its deadline, and what else a call raised."""
+    course = course or Course()
+    graph = _graph(tasks, course)
+    unfinished = Counter(task.step for task in tasks if task.index not in course.ended)
+    next_step = min(unfinished, default=0)
+    held: list[int] = []
+    running: dict[Future[tuple[list[Record], int]], Task] = {}
+    threads = ThreadPoolExecutor(max_workers=64)
+    try:
+        while True:
+            ready, limit = sorted([*held, *graph.get_ready()]), until(course.newest)
+            held = [index for index in ready if index >= limit]
+            for task in [tasks[index] for index in ready if index < limit]:
+                running[
+                    threads.submit(
+                        _call, backend, task, course.issued[task.call.name] < EARLY_CALLS
+                    )
+                ] = task
+                course.issued[task.call.name] += 1
+                course.newest = max(course.newest, task.index)
+                progress.on_start(task)
+            while next_step in unfinished and not unfinished[next_step]:
+                progress.on_step(backend.end_step(next_step))
+                next_step += 1
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                task = running.pop(future)
+                records, tokens = future.result()
+                spans[task.index] = _span(task, records, tokens, spans, course)
+                graph.done(task.index)
+                course.ended.add(task.index)
+                unfinished[task.step] -= 1
+                progress.on_end(spans[task.index])
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _graph(tasks: Sequence[Task], course: Course) -> TopologicalSorter[int]:
+    left = [task for task in tasks if task.index not in course.ended]
+    graph = TopologicalSorter(
+        {task.index: [i for i in task.after if i not in course.ended] for task in left}
+    )
+    graph.prepare()
+    return graph
+
+
+def _call(backend: Backend, task: Task, early: bool) -> tuple[list[Record], int]:
+    deadlines = backend.deadlines
+    allowed, expected = deadlines.of_call(task, early), deadlines.expected(task)
+    limit = f" ({allowed:.3g} s allowed, {'nothing' if expected is None else f'{expected:.2g} s'} predicted)"
+    where = f"pool {', '.join(task.pools)}" if task.pools else "the host"
+    what = f"{task.call.name} of step {task.step} on {where}"
+    with one_line(deadlines.plan, what, task.pools, task.call.name, limit), within(allowed):
+        return backend.run(task)
+
+
+def _span(
+    task: Task, records: Sequence[Record], tokens: int, spans: dict[int, Span], course: Course
+) -> Span:
+    """From the earliest process's start to the latest one's end; the parts are those of the process
+    that had most."""
+    start = min(record.start for record in records) - course.began
+    end = max(record.end for record in records) - course.began
+    parts = {
+        name: max(record.parts.get(name, 0.0) for record in records)
+        for name in ("wake", "transfer", "offload")
+    }
+    parts["compute"] = max(0.0, end - start - sum(parts.values()))
+    return Span(
+        call=task.call.name,
+        role=task.call.roles[0] if task.call.roles else "host",
+        pools=task.pools,
+        step=task.step,
+        chunk=task.chunk,
+        attempt=task.attempt,
+        issued=max(
+            (spans[index].end for index in task.waits if index in spans), default=course.since
+        ),
+        ready=max(
+            (spans[index].end for index in task.after if index in spans), default=course.since
+        ),
+        start=start,
+        end=end,
+        weights_version=task.weights_version,
+        tokens=tokens,
+        parts={name: seconds for name, seconds in parts.items() if seconds or name == "compute"},
+    )

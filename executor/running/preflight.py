@@ -1,0 +1,239 @@
+"""Everything about a run that can be known before a process is started. Raises UserError, one line
+each."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from executor.data import reward
+from executor.data.batch import Dataset, PromptSource, Synthetic
+from executor.fleet import gpus, pools
+from planner.predict.memory import host_bytes
+from planner.spec.errors import UserError
+from planner.spec.files import read_data
+from planner.spec.machine import memory_bytes
+from planner.spec.plan import Plan
+from planner.spec.workload import Model, RewardFunction, Shape, Workload, shape_of
+
+ARCHITECTURES = {
+    "actor": "ForCausalLM",
+    "reference": "ForCausalLM",
+    "reward": "ForSequenceClassification",
+}
+
+
+def check(plan: Plan, *, local: bool) -> PromptSource:
+    """Check a plan for this machine (unless it runs on a cluster) and what its workload names; the
+    prompts."""
+    if local:
+        check_machine(plan)
+    check_engine(plan)
+    check_models(plan.workload)
+    if isinstance(plan.workload.reward, RewardFunction):
+        reward.check(plan.workload.reward)
+    return load_prompts(plan.workload)
+
+
+def problems(plan: Plan) -> list[str]:
+    """What `check` would refuse on this machine, one line each; a plan of somebody else's is only
+    looked at, so its reward function is not run."""
+    workload, found = plan.workload, []
+    for step in (
+        lambda: check_machine(plan),
+        lambda: check_engine(plan),
+        lambda: check_models(workload),
+        lambda: (
+            reward.look(workload.reward) if isinstance(workload.reward, RewardFunction) else None
+        ),
+        lambda: load_prompts(workload),
+    ):
+        try:
+            step()
+        except UserError as error:
+            found.append(str(error))
+    return list(dict.fromkeys(found))
+
+
+def check_machine(plan: Plan) -> None:
+    """Whether this machine has what the plan runs on (a cluster is asked by `pools.Fleet`)."""
+    wanted = pools.needed(plan)
+    if pools.resource_of(plan) == "CPU":
+        if (os.cpu_count() or 1) < wanted:
+            raise UserError(
+                f"plan {plan.name!r} needs {wanted} cores and this machine has {os.cpu_count()}; "
+                "search a plan for fewer GPUs, or play it here with `plan execute --rehearse`"
+            )
+        return
+    there = gpus.found()
+    if len(there) < wanted:
+        kinds = sorted(
+            {
+                plan.cluster.nodes[node].device
+                for pool in plan.pools.values()
+                for node, _ in pool.gpus
+            }
+        )
+        raise UserError(
+            f"plan {plan.name!r} needs {wanted} GPUs of kind {' and '.join(kinds)} and this "
+            f"machine has {len(there)}; "
+            "run it where they are (`plan execute --address` for a Ray cluster), or play it here "
+            "with "
+            "`plan execute --rehearse`"
+        )
+    gpus.check_kind(plan, there)
+    check_host(plan, memory_bytes())
+    check_driver(there[0].driver)
+    if not ray.is_initialized():  # else it may be us
+        gpus.check_free(there, gpus.users())
+
+
+def check_host(plan: Plan, there: int) -> None:
+    """Whether so many bytes of memory on one machine hold what the plan's hosts are to hold."""
+    needed = sum(host_bytes(plan).values())
+    if needed > there:
+        raise UserError(
+            f"plan {plan.name!r} needs {needed / 1e9:.0f} GB of the host's memory for what is "
+            "offloaded and batches "
+            f"in flight, and this machine has {there / 1e9:.0f}; search again with a --cluster "
+            "file that has its "
+            "host_memory_bytes"
+        )
+
+
+def check_driver(driver: str) -> None:
+    """Whether torch can use GPUs with this version of their driver."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if torch.version.cuda is None:
+        raise UserError(
+            f"torch {torch.__version__} is built without CUDA, and the plan is for GPUs; install a "
+            "build with CUDA"
+        )
+    reason = "it says no more"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = " ".join(str(error).split())[:200]
+    raise UserError(
+        f"torch {torch.__version__} for CUDA {torch.version.cuda} cannot use this machine's GPUs "
+        f"with driver {driver} "
+        f"({reason}); update the driver, or install a torch for an older CUDA"
+    )
+
+
+def check_engine(plan: Plan) -> None:
+    rollout = plan.rollout
+    on_gpus = plan.device_of(rollout.pools[0]).kind == "cuda"
+    if rollout.engine == "vllm" and on_gpus:
+        _check_reach(plan)
+    elif rollout.tensor_parallel != 1:
+        raise UserError(
+            f"roles.rollout: engine {rollout.engine} runs on 1 {'GPU' if on_gpus else 'core'}, not "
+            f"{rollout.tensor_parallel}; set tensor_parallel to 1"
+        )
+    if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        how = "pip install 'splitplan[vllm]'" if on_gpus else "install a build of it for CPUs"
+        raise UserError(
+            f"the rollout's engine is vllm, which is not installed; {how}, or plan with engine "
+            "transformers, or play "
+            "it with `plan execute --rehearse`"
+        )
+
+
+def _check_reach(plan: Plan) -> None:
+    """Whether weights have a way to every engine: NCCL cannot join two processes of one GPU."""
+    layout = plan.trainers["actor"]
+    first, *others = plan.pools[layout.pools[0]].gpus[: layout.gpus]
+    for _, engine in plan.engine_gpus():
+        if first in engine and not {first, *others}.issuperset(engine):
+            raise UserError(
+                f"roles.rollout: an engine of {len(engine)} GPUs shares some with the actor, which "
+                f"has {layout.gpus}, "
+                "and gets no weights on the others; let the actor use all of them, or set "
+                "tensor_parallel to "
+                f"{layout.gpus}"
+            )
+
+
+def check_models(workload: Workload) -> None:
+    for role, model in workload.models.items():
+        if model.path is not None:
+            _check_directory(role, model, model.path)
+        if model.shape.vocab != workload.actor.shape.vocab:
+            raise UserError(
+                f"{role}: its vocabulary has {model.shape.vocab} tokens and the actor's "
+                f"{workload.actor.shape.vocab}; "
+                "all models of a workload share one tokenizer"
+            )
+
+
+def _check_directory(role: str, model: Model, path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise UserError(
+            f"{role}: no model directory at {path} (config.json is missing); check the path"
+        )
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{role}: {path} has no *.safetensors; save the model with save_pretrained")
+    config = read_data(path / "config.json")
+    if "auto_map" in config:
+        raise UserError(
+            f"{role}: {path} wants code of its own (auto_map), which is never run; use a built-in "
+            "model type"
+        )
+    names = config.get("architectures") or []
+    if role in ARCHITECTURES and not any(str(name).endswith(ARCHITECTURES[role]) for name in names):
+        raise UserError(
+            f"{role}: {path} holds {', '.join(map(str, names)) or 'no known architecture'}, "
+            f"but a {role} is a model {ARCHITECTURES[role]}; name another directory"
+        )
+    found = shape_of(path, role)
+    for name in Shape.model_fields:
+        theirs, ours = getattr(found, name), getattr(model.shape, name)
+        if theirs != ours:
+            raise UserError(
+                f"{role}: {path}/config.json says {name} = {theirs}, the plan was made for {ours}; "
+                "search a new plan for this model"
+            )
+    from executor.training import models  # transformers is slow to load
+
+    models.check(role, model)
+
+
+def load_prompts(workload: Workload) -> PromptSource:
+    """The dataset, tokenized and checked; random tokens for a workload without data."""
+    if workload.data is None:
+        return Synthetic(workload)
+    if workload.actor.path is None:
+        raise UserError(
+            "data needs a tokenizer, and an actor of random weights has none; give actor.path or "
+            "drop data"
+        )
+    return Dataset(workload, _tokenizer(workload.actor.path))
+
+
+def _tokenizer(path: Path) -> Any:
+    """By tokenizer.json where there is one: that file says all, and AutoTokenizer would replace
+    parts of it by what the model type usually has."""
+    if not any(
+        (path / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
+        raise UserError(
+            f"actor: {path} holds no tokenizer (tokenizer.json); save the tokenizer beside the "
+            "model"
+        )
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
+    try:
+        return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"actor: the tokenizer in {path} cannot be loaded ({reason}); save it anew"
+        ) from None

@@ -1,0 +1,147 @@
+"""The directory of a run: plan, timeline, metrics, log, what trackers write, checkpoints."""
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planner.spec.errors import UserError
+from planner.spec.files import write_atomic
+from planner.spec.plan import Plan
+from planner.spec.timeline import Span, Timeline
+
+if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
+    from executor.running import trackers
+
+log = logging.getLogger("splitplan")
+
+
+def check_free(runs: Path, name: str) -> Path:
+    """The run's directory, which must not exist yet. Raises UserError."""
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise UserError(
+            f"{name!r} is no name for a run; --name is one plain directory name under {runs}"
+        )
+    path = runs / name
+    if path.exists():
+        raise UserError(f"{path} exists already; choose another --name or remove it")
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{path}: nothing can be written into {there}; choose another --runs")
+    return path
+
+
+def lock(path: Path) -> int:
+    """A descriptor of a run's directory that keeps other processes from going on with the run; it
+    is free when this process ends, however. Raises UserError."""
+    held = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(held)
+        raise UserError(
+            f"{path}: the run goes on in another process; wait for its end, or end it"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return held
+
+
+class _Log(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """On a full disk lines are lost, and nobody is shown a traceback for them."""
+
+
+class RunDirectory:
+    """What a run writes, as it goes. Metrics are appended a line at a time, files are written whole
+    or not at all.
+
+    The directory exists when this is constructed; `open` puts into it what a run begins with."""
+
+    def __init__(
+        self, path: Path, *, tensorboard: bool, track: Sequence[str] = (), again: bool = False
+    ) -> None:
+        """`track`: trackers beside TensorBoard. `again`: the directory is there, and the run goes
+        on in it."""
+        self.path = path
+        self._files = contextlib.ExitStack()
+        self._trackers: trackers.Trackers | None = None
+        if (
+            tensorboard
+        ):  # slow to load, hence before there is a directory; and a rehearsal has no torch
+            from executor.running.trackers import Trackers
+
+            self._trackers = Trackers(track)
+        try:
+            path.mkdir(parents=True, exist_ok=again)
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be made ({error.strerror}); choose another --name or --runs"
+            ) from None
+        self._files.callback(os.close, lock(path))
+
+    def open(self, plan: Plan, *, metrics: bytes = b"", step: int = 0) -> None:
+        """Begin with the `metrics` of the steps before `step`."""
+        plan.write(self.path / "plan.json")
+        write_atomic(self.path / "metrics.jsonl", metrics)
+        handler = _Log(self.path / "log.txt", encoding="utf-8")
+        self._files.callback(handler.close)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        self._files.callback(log.removeHandler, handler)
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        self._files.callback(setattr, threading, "excepthook", threading.excepthook)
+        threading.excepthook = _log_thread
+        self._metrics = self._files.enter_context(
+            (self.path / "metrics.jsonl").open("a", encoding="utf-8")
+        )
+        if self._trackers is not None:
+            self._files.callback(
+                lambda told: told.close(failed=sys.exception() is not None), self._trackers
+            )
+            self._trackers.open(self.path, plan, step)
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        finite = {
+            key: None if isinstance(x, float) and not math.isfinite(x) else x
+            for key, x in metrics.items()
+        }
+        try:
+            self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
+            self._metrics.flush()
+        except OSError as error:
+            what = f"{self.path / 'metrics.jsonl'}: cannot be written ({error.strerror})"
+            raise UserError(
+                f"{what}; make room, and go on with: plan execute --resume {self.path}"
+            ) from None
+        if self._trackers is not None:
+            self._trackers.log(metrics)
+
+    def write_timeline(self, timeline: Timeline) -> None:
+        write_atomic(self.path / "timeline.json", timeline.to_json())
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of a line that could not be written
+            self._files.close()
+
+
+def _log_thread(raised: threading.ExceptHookArgs) -> None:
+    """What a thread of a library raises, such as TensorBoard's on a full disk, is for the log."""
+    log.error("a thread ended by %s: %s", raised.exc_type.__name__, raised.exc_value)
+
+
+def timeline_of(plan: Plan, steps: int, spans: Iterable[Span]) -> Timeline:
+    """What was measured of `steps` steps that were asked for. The pipeline fills for `staleness`
+    steps, and the first calls load libraries."""
+    found = tuple(spans)
+    first = min((span.step for span in found), default=0)
+    warmup = min(first + plan.staleness + 1, max(0, steps - 1))
+    return Timeline(source="measured", plan=plan.name, steps=steps, warmup=warmup, spans=found)

@@ -1,0 +1,379 @@
+"""One PPO step: what each call does, seen from the controller. Their order is the plan's, kept by
+the loop in `run.py`; the mathematics is in `ppo.py`; what happens on the GPUs is in `trainer.py`
+and `rollout.py`."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field, fields, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from numpy.typing import NDArray
+
+from executor.data.batch import (
+    Prompts,
+    PromptSource,
+    Sequences,
+    assign,
+    collate,
+    join,
+    minibatches,
+    spread,
+)
+from executor.fleet.pools import Fleet
+from executor.fleet.worker import Outcome, Record, ask
+from executor.running import checkpoint
+from executor.running.checkpoint import Checkpoint, Snapshot
+from executor.running.processes import Processes
+from executor.running.scoring import judge
+from executor.running.supervise import Deadlines
+from executor.training import ppo
+from executor.training.trainer import COLUMNS, Minibatch
+from planner.predict.schedule import Task
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.workload import RewardFunction
+
+MOST_SKIPPED = 8  # optimizer steps in a row without finite gradients
+Done = tuple[list[Record], int]  # the records of a call's processes, and its tokens
+
+
+@dataclass(kw_only=True)
+class StepData:
+    """What the calls of a step have made so far."""
+
+    prompts: Prompts
+    sequences: Sequences
+    batch: ray.ObjectRef  # the sequences in Ray's object store
+    scores: NDArray[np.float32] | None = None  # [B]
+    columns: COLUMNS = field(default_factory=dict)  # [B, R] by the name of the datum
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def drop_unscored(self) -> None:
+        """Sequences without a score become prompts with empty responses, from which nothing is
+        learned."""
+        assert self.scores is not None
+        unscored = np.isnan(self.scores)
+        self.metrics["dropped"] = int(unscored.sum())
+        if unscored.any():
+            lengths = np.where(unscored, 0, self.sequences.response_lengths).astype(np.int32)
+            self.sequences = replace(self.sequences, response_lengths=lengths)
+            self.batch = ray.put(self.sequences)
+            self.scores = np.where(unscored, np.float32(0), self.scores)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What a checkpoint keeps of it, beside the metrics; prompts can be had again."""
+        found = {f"sequences/{f.name}": getattr(self.sequences, f.name) for f in fields(Sequences)}
+        found |= {f"columns/{name}": column for name, column in self.columns.items()}
+        return found if self.scores is None else {**found, "scores": self.scores}
+
+    @classmethod
+    def restored(
+        cls, prompts: Prompts, arrays: dict[str, NDArray[Any]], metrics: dict[str, Any]
+    ) -> "StepData":
+        sequences = Sequences(**{f.name: arrays[f"sequences/{f.name}"] for f in fields(Sequences)})
+        columns = {
+            name.removeprefix("columns/"): x
+            for name, x in arrays.items()
+            if name.startswith("columns/")
+        }
+        return cls(
+            prompts=prompts,
+            sequences=sequences,
+            batch=ray.put(sequences),
+            scores=arrays.get("scores"),
+            columns=columns,
+            metrics=metrics,
+        )
+
+
+class Training:
+    """A plan's processes and the data of the steps under way. Each call is a method of its name; it
+    waits for its processes and returns their records and its tokens."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        prompts: PromptSource,
+        fleet: Fleet | None = None,
+        deadlines: Deadlines | None = None,
+        resumed: Checkpoint | None = None,
+    ) -> None:
+        self.plan, self.workload, self.settings, self.prompts = (
+            plan,
+            plan.workload,
+            plan.workload.ppo,
+            prompts,
+        )
+        self.steps: dict[int, StepData] = {}
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self.deadlines = deadlines or Deadlines(plan=plan)
+        torch.set_num_threads(
+            1
+        )  # of this process, for small work; each thread of the loop would start its own
+        self.skipped: dict[
+            str, int
+        ] = {}  # optimizer steps in a row without finite gradients, by role
+        self.processes = Processes(plan, fleet, self.deadlines, resumed.saved if resumed else None)
+        if resumed:
+            self._restore(resumed)
+
+    def run(self, task: Task) -> Done:
+        call = getattr(self, task.call.name)
+        done: Done = call(task)
+        return done
+
+    # --- the calls ---
+
+    def generate(self, task: Task) -> Done:
+        prompts = self.prompts.step(task.step)
+        sequences, outcome = self._generate(task, prompts, self.settings.temperature)
+        self.steps[task.step] = StepData(
+            prompts=prompts, sequences=sequences, batch=ray.put(sequences)
+        )
+        return outcome.records, int(sequences.response_lengths.sum())
+
+    def score(self, task: Task) -> Done:
+        step = self.steps[task.step]
+        if task.pools:
+            step.scores, done = self._infer(task, "reward")
+            return done
+        responses = self.prompts.decode(step.sequences.responses())
+        assert isinstance(self.workload.reward, RewardFunction)
+        step.scores, records = judge(self.processes, self.workload.reward, step.prompts, responses)
+        return records, int(step.sequences.lengths.sum())
+
+    def ref_logprobs(self, task: Task) -> Done:
+        self.steps[task.step].columns["ref_log_probs"], done = self._infer(task, "reference")
+        return done
+
+    def old_logprobs(self, task: Task) -> Done:
+        self.steps[task.step].columns["proximal_log_probs"], done = self._infer(task, "actor")
+        return done
+
+    def values(self, task: Task) -> Done:
+        self.steps[task.step].columns["values"], done = self._infer(task, "critic")
+        return done
+
+    def advantages(self, task: Task) -> Done:
+        start = time.perf_counter()
+        step, settings = self.steps[task.step], self.settings
+        step.drop_unscored()
+        step.columns["log_probs"] = step.sequences.log_probs
+        step.columns.setdefault("proximal_log_probs", step.sequences.log_probs)
+        ended = step.prompts.requests.exact | step.sequences.ended(self.processes.eos)
+        columns = {name: torch.tensor(column) for name, column in step.columns.items()}
+        mask = torch.tensor(step.sequences.mask)
+        assert step.scores is not None
+        advantages, returns, metrics = ppo.advantages(
+            scores=torch.tensor(step.scores),
+            log_probs=columns["proximal_log_probs"],
+            mask=mask,
+            ended=torch.tensor(ended),
+            ref_log_probs=columns.get("ref_log_probs"),
+            values=columns.get("values"),
+            gamma=settings.gamma,
+            lam=settings.lam,
+            kl_coef=settings.kl_coef,
+            kl_kind=settings.kl_kind,
+            missing_eos_penalty=settings.missing_eos_penalty,
+            whiten_advantages=settings.whiten,
+        )
+        step.columns |= {"advantages": advantages.numpy(), "returns": returns.numpy()}
+        # Engine against actor: the engine's rounding where the data are fresh, staleness where they
+        # are not.
+        gap = (columns["proximal_log_probs"] - columns["log_probs"]).abs()[mask].mean()
+        off_policy = ppo.off_policy(
+            proximal_log_probs=columns["proximal_log_probs"],
+            behaviour_log_probs=columns["log_probs"],
+            mask=mask,
+        )
+        step.metrics |= {**metrics, "log_prob_gap": float(gap)}
+        step.metrics |= {f"importance/{name}": value for name, value in off_policy.items()}
+        tokens = int(step.sequences.response_lengths.sum())
+        return [Record(start=start, end=time.perf_counter())], tokens
+
+    def update_critic(self, task: Task) -> Done:
+        return self._train(task, "critic", ("values", "returns"))
+
+    def update_actor(self, task: Task) -> Done:
+        columns = ["advantages", "proximal_log_probs", "log_probs"]
+        if self.settings.kl_kind != "k1" and self.workload.reference:
+            columns.append("ref_log_probs")  # the KL penalty is part of the loss
+        return self._train(task, "actor", tuple(columns))
+
+    def sync_weights(self, task: Task) -> Done:
+        assert task.weights_version is not None
+        return self.processes.sync_weights(task.weights_version), 0
+
+    def evaluate(self, task: Task) -> Done:
+        """Greedy responses to the held-out prompts: the share that equals the answer."""
+        prompts = self.prompts.evaluation()
+        sequences, outcome = self._generate(task, prompts, None)
+        responses = self.prompts.decode(sequences.responses())
+        right = [
+            given.strip() == (wanted or "").strip()
+            for given, wanted in zip(responses, prompts.answers, strict=True)
+        ]
+        self.evaluations[task.step] = {"exact_match": float(np.mean(right))}
+        return outcome.records, int(sequences.response_lengths.sum())
+
+    # --- what they share ---
+
+    def _generate(
+        self, task: Task, prompts: Prompts, temperature: float | None
+    ) -> tuple[Sequences, Outcome]:
+        requests, engines = prompts.requests, self.processes.engines
+        shares = assign(requests.lengths, len(engines), self.workload.response.longest)
+        each = [(requests.take(rows), temperature) for rows in shares]
+        outcome = ask(engines, "generate", each=each, revive=self.processes.revive)
+        sequences = collate(requests, shares, outcome.results)
+        used = set(sequences.weights_versions.tolist())
+        assert used == {task.weights_version}, (
+            f"sampled with weights {used}, the plan says {task.weights_version}"
+        )
+        return sequences, outcome
+
+    def _infer(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:
+        step, most, ranks = (
+            self.steps[task.step],
+            self.micro_batch_tokens(task, role),
+            self.processes.of(role),
+        )
+        lengths = step.sequences.lengths
+        shares = spread(np.arange(len(lengths)), lengths, len(ranks), most)
+        outcome = ask(
+            ranks,
+            "infer",
+            role,
+            task.weights_version,
+            [step.batch],
+            each=[(share,) for share in shares],
+        )
+        shape = lengths.shape if role == "reward" else step.sequences.mask.shape
+        return join(shares, outcome.results, shape), (outcome.records, int(lengths.sum()))
+
+    def _train(self, task: Task, role: str, columns: tuple[str, ...]) -> Done:
+        """Epochs of minibatches, each formed over the whole batch and then spread over the
+        ranks."""
+        step, most, ranks = (
+            self.steps[task.step],
+            self.micro_batch_tokens(task, role),
+            self.processes.of(role),
+        )
+        lengths, seed = step.sequences.lengths, self.workload.seed
+        each: list[list[Minibatch]] = [[] for _ in ranks]
+        for epoch in range(self.settings.epochs):
+            for rows in minibatches(len(lengths), self.workload.minibatch, seed, task.step, epoch):
+                tokens = int(step.sequences.response_lengths[rows].sum())
+                shares = spread(rows, lengths, len(ranks), most)
+                for rank, share in enumerate(shares):
+                    each[rank].append(Minibatch(micro_batches=share, tokens=tokens))
+        needed = ray.put({name: step.columns[name] for name in columns})
+        args = (role, task.weights_version, [step.batch, needed])
+        outcome = ask(ranks, "train", *args, each=[(share,) for share in each])
+        step.metrics |= _train_metrics(role, outcome.results)
+        self._count_skipped(task, role, [part["grad_norm"] for part in outcome.results[0]])
+        return outcome.records, int(lengths.sum()) * self.settings.epochs
+
+    def _count_skipped(self, task: Task, role: str, norms: list[float]) -> None:
+        for norm in norms:
+            self.skipped[role] = 0 if np.isfinite(norm) else self.skipped.get(role, 0) + 1
+            if self.skipped[role] >= MOST_SKIPPED:
+                raise UserError(
+                    f"{task.call.name} of step {task.step}: loss or gradient was not finite in "
+                    f"{MOST_SKIPPED} "
+                    "optimizer steps in a row, which were left out; look at the rewards and the "
+                    f"{role}'s learning "
+                    "rate, and resume from the last checkpoint"
+                )
+
+    def micro_batch_tokens(self, task: Task, role: str) -> int:
+        """The most tokens of one forward pass of a call."""
+        return self.plan.trainers[role].micro_batch_tokens
+
+    # --- between the calls ---
+
+    def end_step(self, number: int) -> dict[str, Any]:
+        """Drop a step's data, of which only the metrics stay."""
+        step = self.steps.pop(number)
+        return {
+            "step": number,
+            **step.metrics,
+            **self.evaluations.pop(number, {}),
+            **_version_metrics(number, step.sequences.weights_versions.tolist()),
+            "tokens": int(step.sequences.lengths.sum()),
+        }
+
+    def snapshot(self, directory: Path) -> Snapshot:
+        """Between calls: copy the state off the devices; the ranks go on to write their parts into
+        `directory`."""
+        ranks = self.processes.training
+        ask(ranks, "snapshot", directory)
+
+        def written() -> list[Any] | None:
+            parts = ask(ranks, "written").results
+            return None if None in parts else parts
+
+        return Snapshot(
+            arrays={
+                f"{number}/{name}": x
+                for number, step in self.steps.items()
+                for name, x in step.arrays().items()
+            },
+            metrics={number: dict(step.metrics) for number, step in self.steps.items()},
+            evaluations=dict(self.evaluations),
+            skipped=dict(self.skipped),
+            written=written,
+        )
+
+    def _restore(self, resumed: Checkpoint) -> None:
+        manifest, arrays = resumed.manifest, resumed.arrays()
+        self.evaluations, self.skipped = dict(manifest.evaluations), dict(manifest.skipped)
+        for number, metrics in manifest.metrics.items():
+            own = {
+                name.removeprefix(f"{number}/"): x
+                for name, x in arrays.items()
+                if name.startswith(f"{number}/")
+            }
+            kept = {name: checkpoint.metric(value) for name, value in metrics.items()}
+            self.steps[number] = StepData.restored(self.prompts.step(number), own, kept)
+
+    def export(self, directory: Path) -> None:
+        """Actor and critic as Hugging Face directories under `directory`."""
+        checkpoint.export(self.processes, self.prompts, directory)
+
+    def close(self) -> None:
+        self.processes.close()
+
+
+def _version_metrics(number: int, versions: list[int]) -> dict[str, Any]:
+    """Of the weights that sampled the sequences of a step: the mean and the newest, sequences by
+    staleness, and the version of each sequence in the order of the batch, as runs of [version,
+    sequences]."""
+    staleness = Counter(number - version for version in versions)
+    return {
+        "staleness": number - float(np.mean(versions)),
+        "staleness_histogram": {str(lag): staleness[lag] for lag in sorted(staleness)},
+        "weights_version": max(versions),
+        "weights_versions": [[version, len(list(run))] for version, run in groupby(versions)],
+    }
+
+
+def _train_metrics(role: str, ranks: list[list[dict[str, float]]]) -> dict[str, float]:
+    """Means over minibatches of what the ranks summed; the gradient norm is the same on every rank.
+    Minibatches that were left out are `skipped` and do not count, unless all of them were."""
+    means: list[dict[str, float]] = []
+    finite = [bool(np.isfinite(part["grad_norm"])) for part in ranks[0]]
+    for counts, *parts in zip(finite, *ranks, strict=True):
+        if any(finite) and not counts:
+            continue
+        sums = {name: sum(part[name] for part in parts) for name in parts[0] if name != "grad_norm"}
+        means.append({"grad_norm": parts[0]["grad_norm"], **ppo.mean_stats(sums)})
+    names = [name for name in means[0] if name != "tokens"]
+    found = {f"{role}/{name}": float(np.mean([mean[name] for mean in means])) for name in names}
+    return {**found, f"{role}/skipped": float(finite.count(False))}

@@ -1,0 +1,142 @@
+"""When a call counts as stuck, and the one line that a run ends with when something goes wrong on
+its processes."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from executor.fleet.worker import OutOfMemory, Overdue, WorkerError
+from planner.predict.memory import plan_memory, trainer_allowance
+from planner.predict.schedule import Task
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.workload import RewardFunction
+
+FACTOR = 10.0  # of what is predicted
+FLOOR_SECONDS = 60.0
+EARLY = 10.0  # of the floor: the first calls load libraries and compile, and so does the start
+EARLY_CALLS = 2  # of each name
+UNPREDICTED_SECONDS = 1800.0
+READ_BYTES_PER_SECOND = 1e8  # a slow shared file system
+MARGIN_SECONDS = 120.0
+ONE_IN = (
+    8  # samples of a batch may fail in the reward function; more count as a function that is wrong
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deadlines:
+    """Seconds that a plan's calls and its start may take: ten times the prediction
+    (`predicted(task)`, by default the plan's own), but never less than `floor`, and in the
+    beginning ten times that."""
+
+    plan: Plan
+    floor: float = FLOOR_SECONDS
+    predicted: Callable[[Task], float] | None = None
+
+    def of_call(self, task: Task, early: bool) -> float:
+        """Of a task; `early` are the first ones of a call."""
+        floor = self.floor * (EARLY if early else 1.0)
+        reward = self.plan.workload.reward
+        if task.call.name == "score" and isinstance(reward, RewardFunction):
+            tries = (
+                2 + self.plan.workload.batch // ONE_IN
+            )  # of which each has its own limit, which comes first
+            return tries * reward.timeout_seconds + floor
+        expected = self.expected(task)
+        return max(floor, UNPREDICTED_SECONDS if expected is None else FACTOR * expected)
+
+    def expected(self, task: Task) -> float | None:
+        """Predicted seconds; the longest call's for one that a prediction leaves out, such as an
+        evaluation."""
+        if self.predicted is not None:
+            return self.predicted(task)
+        calls = self.plan.predicted.call_seconds if self.plan.predicted else {}
+        return calls.get(task.call.name, max(calls.values(), default=None))
+
+    @property
+    def of_start(self) -> float:
+        """Of the start, and of writing the models at the end: loading libraries, and the models'
+        bytes."""
+        models = self.plan.workload.models
+        size = sum(4 * model.shape.parameters() for model in models.values())
+        return EARLY * self.floor + size / READ_BYTES_PER_SECOND
+
+    @property
+    def of_collective(self) -> float:
+        """Of a collective among trainers: later than what waits for it, so that the run ends with
+        the call's name."""
+        calls = self.plan.predicted.call_seconds if self.plan.predicted else {}
+        longest = FACTOR * max(calls.values(), default=UNPREDICTED_SECONDS / FACTOR)
+        return max(longest, self.of_start) + MARGIN_SECONDS
+
+
+@contextlib.contextmanager
+def one_line(
+    plan: Plan, what: str, pools: Sequence[str], call: str, limit: str = ""
+) -> Iterator[None]:
+    """Turn what goes wrong on a process during `what` into a UserError. `call` and `pools` say
+    whose memory it was, `limit` where the deadline came from."""
+    try:
+        yield
+    except WorkerError as error:
+        if isinstance(error, OutOfMemory):
+            line = f"{error}; {memory_of(plan, pools, error)}; {remedy(plan, call, pools)}"
+        elif isinstance(error, Overdue):
+            line = f"{error}{limit}; the processes were ended. If it was only slow, raise --deadline-floor"
+        else:
+            line = f"{error}; the traceback is in the run's log.txt"
+        raise UserError(f"{what}: {line}") from error
+
+
+def memory_of(plan: Plan, pools: Sequence[str], error: OutOfMemory) -> str:
+    """What was measured, predicted and allowed, per GPU."""
+    found, told = plan_memory(plan), []
+    for pool in pools:
+        predicted = found[pool].peak
+        if plan.predicted is not None:
+            predicted = int(plan.predicted.memory_bytes.get(pool, predicted))
+        told.append(
+            f"pool {pool} was predicted {_gb(predicted)} of {_gb(found[pool].allowed)} allowed per "
+            "GPU"
+        )
+        if plan.device_of(pool).kind == "cuda" and any(
+            pool in layout.pools for layout in plan.trainers.values()
+        ):
+            told.append(f"its trainers may take {_gb(trainer_allowance(plan, pool))}")
+    used, own = error.peak.get("used"), error.peak.get("allocated")
+    if used is not None:
+        told.append(
+            f"the GPU had {_gb(used)} in use at the peak, of which this process's tensors "
+            f"{_gb(own or 0)}"
+        )
+    return ", ".join(told) or "the host's memory did not suffice"
+
+
+def remedy(plan: Plan, call: str, pools: Sequence[str]) -> str:
+    """What to change in the plan, most promising first; `call` may be the start."""
+    names = [name for name, layout in plan.roles.items() if set(layout.pools) & set(pools)]
+    roles = next((known.roles for known in plan.dataflow.calls if known.name == call), ())
+    use = []
+    if "rollout" in names and ("rollout" in roles or not roles):
+        use.append(f"lower roles.rollout.memory_fraction (now {plan.rollout.memory_fraction:g})")
+        use.append(f"lower roles.rollout.concurrency (now {plan.rollout.concurrency})")
+    for role in roles:
+        if role not in plan.trainers or call == "sync_weights":
+            continue
+        layout = plan.trainers[role]
+        if layout.micro_batch_tokens > plan.workload.longest:
+            use.append(f"lower roles.{role}.micro_batch_tokens (now {layout.micro_batch_tokens})")
+        if call.startswith("update") and not layout.recompute:
+            use.append(f"set roles.{role}.recompute to true")
+        if layout.shard < plan.gpus_of(layout.pools):
+            use.append(f"raise roles.{role}.shard (now {layout.shard})")
+    idle = [
+        role for role in names if role not in roles and plan.roles[role].offload in ("none", False)
+    ]
+    use += [f"offload roles.{role} while idle" for role in idle]
+    return f"in the plan {', or '.join(use[:4])}; or search again with a lower memory_bytes of the device in --cluster"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"

@@ -1,0 +1,154 @@
+"""Micro-batches without padding: sequences end to end in one row, and attention that keeps them
+apart.
+
+On a GPU attention is PyTorch's variable-length kernel. Elsewhere queries, keys and values are
+padded for the length of the attention alone, which is exact, for under a causal mask right padding
+reaches no real token.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from executor.data.batch import Rows, Sequences
+
+ATTENTION = "packed"  # the name under which transformers finds it
+
+# Until torch 2.11 the kernel took fewer heads of keys than of queries without being told.
+_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """n sequences of T tokens in all, of which S belong to responses; W is the longest response's
+    length or 1.
+
+    `tokens` and `positions` are `[1, T]`, `starts [n + 1]` (int32) is where each sequence begins
+    and the last one ends, `longest` the longest one's tokens. `before [S]` are the places in T of
+    the states before the response tokens `targets [S]`, sequence by sequence; `mask [n, W]` is true
+    where those have their places in response columns."""
+
+    tokens: Tensor
+    positions: Tensor
+    starts: Tensor
+    longest: int
+    before: Tensor
+    targets: Tensor
+    mask: Tensor
+
+    def columns(self, values: Tensor) -> Tensor:
+        """`values [S]` as response columns `[n, W]`, 0 where there is no token."""
+        return torch.zeros(
+            self.mask.shape, dtype=values.dtype, device=values.device
+        ).masked_scatter(self.mask, values)
+
+
+def pack(sequences: Sequences, rows: Rows, device: torch.device) -> Packed:
+    """Some rows of a batch. No rows become row 0 with an empty response: a forward pass that counts
+    for nothing."""
+    empty = len(rows) == 0
+    rows = np.zeros(1, dtype=np.int64) if empty else rows
+    prompts = sequences.prompt_lengths[rows][:, None]
+    responses = np.zeros_like(prompts) if empty else sequences.response_lengths[rows][:, None]
+    lengths = (prompts + responses)[:, 0]
+    place = np.broadcast_to(np.arange(lengths.max()), (len(rows), lengths.max()))
+    real = place < lengths[:, None]
+    tokens = sequences.tokens[rows, : lengths.max()][real]
+    answered = ((place >= prompts) & real)[real]
+    starts = np.concatenate([[0], lengths.cumsum()])
+    width = max(1, int(responses.max()))
+
+    def tensor(array: NDArray[Any], dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor(array, dtype=dtype, device=device)
+
+    return Packed(
+        tokens=tensor(tokens[None]),
+        positions=tensor(place[real][None]),
+        starts=tensor(starts, torch.int32),
+        longest=int(lengths.max()),
+        before=tensor(answered.nonzero()[0] - 1),
+        targets=tensor(tokens[answered]),
+        mask=tensor(np.arange(width) < responses, torch.bool),
+    )
+
+
+def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
+    """What the last block of a transformers model (prepared by `use_packed_attention`) makes of a
+    micro-batch `[T, H]`: the input of its head."""
+    output = model.base_model(
+        input_ids=batch.tokens,
+        position_ids=batch.positions,
+        use_cache=False,
+        cu_seq_lens_q=batch.starts,
+        max_length_q=batch.longest,
+    )
+    return output.last_hidden_state[0]
+
+
+def use_packed_attention(model: Any) -> None:
+    model.set_attn_implementation(ATTENTION)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence, as transformers calls it: `[1, heads, T, D]` -> `[1,
+    T, heads, D]`."""
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if not query.is_cuda:
+        assert sliding_window is None or sliding_window >= max_length_q, (
+            "no sliding window without a GPU"
+        )
+        return _padded_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
+    grouped = _GROUPED if q.shape[1] != k.shape[1] else {}
+    window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=window,
+        **grouped,
+    )
+    return out[None], None
+
+
+def _padded_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scaling: float
+) -> Tensor:
+    """The same on `[T, heads, D]`, through a batch that is padded to its longest sequence."""
+    real = torch.arange(longest, device=q.device) < starts.diff()[:, None]
+
+    def padded(x: Tensor) -> Tensor:
+        return x.new_zeros(*real.shape, *x.shape[1:]).index_put((real,), x).transpose(1, 2)
+
+    grouped = q.shape[1] != k.shape[1]
+    out = scaled_dot_product_attention(
+        padded(q), padded(k), padded(v), is_causal=True, scale=scaling, enable_gqa=grouped
+    )
+    return out.transpose(1, 2)[real]
+
+
+AttentionInterface.register(ATTENTION, packed_attention)

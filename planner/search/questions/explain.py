@@ -1,0 +1,164 @@
+"""Why a plan is as fast as it is: what binds it, where its GPUs idle, and what each decision and
+each cost is worth."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.predict.cost import CostModel
+from planner.predict.profile import Profile
+from planner.predict.schedule import unroll
+from planner.search.questions.ladder import Rung, cycles_of, ladder, seconds_of, step_of, waits_of
+from planner.search.solver.problem import problem_of, scenarios_of
+from planner.spec.plan import Issue, Plan, Wait
+
+SETTLED, STEPS = (
+    8,
+    16,
+)  # the steps in which idle time is counted: the schedule repeats itself by then
+
+
+class Effect(NamedTuple):
+    """What a call costs and what that does to the step: mean seconds, its shortest and longest
+    scenario, where the figure comes from, seconds of a step per second of the call, and the step if
+    the call took 10% more or less."""
+
+    call: str
+    seconds: float
+    shortest: float
+    longest: float
+    source: str
+    share: float
+    slower: float
+    faster: float
+
+
+class Bubble(NamedTuple):
+    """Seconds per step in which a pool idles before a call, because that call waits for another."""
+
+    pool: str
+    call: str
+    waits_for: str
+    seconds: float
+
+
+class Critical(NamedTuple):
+    """A cycle that binds: its calls, the steps that it spans, and in which share of the length
+    scenarios it does."""
+
+    calls: tuple[str, ...]
+    steps: int
+    share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """`ladder` starts at a baseline (`ladder[0].what`) and ends at the plan; `waits` are that
+    baseline's waits with the seconds per step that each of them alone costs."""
+
+    step_seconds: float
+    ladder: tuple[Rung, ...]
+    waits: tuple[tuple[str, float], ...]
+    critical: tuple[Critical, ...]
+    effects: tuple[Effect, ...]
+    bubbles: tuple[Bubble, ...]
+
+
+def explain(plan: Plan, profiles: Sequence[Profile] = ()) -> Explanation:
+    """Explain a plan, at the costs that the profiles (else the roofline) give. Raises UserError."""
+    problem = problem_of(plan.workload, plan.cluster, profiles, None, scenarios=scenarios_of(plan))
+    model, seconds = problem.model, seconds_of(plan, problem.model)
+    rungs = ladder(plan, problem)
+    start = rungs[0]
+    return Explanation(
+        step_seconds=rungs[-1].seconds,
+        ladder=rungs,
+        waits=tuple(
+            (what, start.seconds - step_of(without, model))
+            for what, without in waits_of(start.plan)
+        ),
+        critical=_critical(plan, seconds),
+        effects=effects(plan, model),
+        bubbles=bubbles(plan, seconds),
+    )
+
+
+def _critical(plan: Plan, seconds: NDArray[np.float64]) -> tuple[Critical, ...]:
+    """The cycles that bind in some scenario, the most frequent first."""
+    found = cycles_of(plan)
+    binding = Counter((found.counts @ seconds / found.distance[:, None]).argmax(axis=0).tolist())
+    return tuple(
+        Critical(
+            calls=tuple(
+                call for call, on in zip(found.calls, found.counts[row], strict=True) if on
+            ),
+            steps=int(found.distance[row]),
+            share=times / seconds.shape[1],
+        )
+        for row, times in sorted(binding.items(), key=lambda entry: (-entry[1], entry[0]))
+    )
+
+
+def effects(plan: Plan, model: CostModel, change: float = 0.1) -> tuple[Effect, ...]:
+    """Of each call of the steady state.
+
+    A period is the largest of (sum over a cycle's calls of their seconds) / (its steps), so its
+    derivative by a call's seconds is 1 / steps where the call is on the cycle that binds, and 0
+    elsewhere; the mean over the scenarios."""
+    found, seconds = cycles_of(plan), seconds_of(plan, model)
+    rates = found.counts / found.distance[:, None]
+    shares = rates[(rates @ seconds).argmax(axis=0)].mean(axis=0)
+    listed = []
+    for row, name in enumerate(found.calls):
+        changed = []
+        for factor in (1 + change, 1 - change):
+            other = seconds.copy()
+            other[row] *= factor
+            changed.append(float(found.periods(other).mean()))
+        drawn, source = seconds[row], model.call(plan.dataflow[name], plan).source
+        listed.append(
+            Effect(
+                name,
+                float(drawn.mean()),
+                float(drawn.min()),
+                float(drawn.max()),
+                source,
+                float(shares[row]),
+                *changed,
+            )
+        )
+    return tuple(listed)
+
+
+def bubbles(plan: Plan, seconds: NDArray[np.float64]) -> tuple[Bubble, ...]:
+    """Where each pool idles in the steady state, the longest first; seconds are the mean over the
+    scenarios [S].
+
+    All scenarios are run at once: a call starts when the last of its predecessors has ended, and
+    what a pool idles before that is put down to this predecessor."""
+    flow = plan.dataflow.steady
+    names = flow.names
+    program = [item for item in plan.program if isinstance(item, Wait) or item.call in names]
+    ahead = max(item.offset for item in program if isinstance(item, Issue))
+    tasks = unroll(flow, program, plan.pools_of, STEPS + ahead + 1)
+    ends = np.zeros((len(tasks), seconds.shape[1]))
+    free = {pool: np.zeros(seconds.shape[1]) for pool in plan.pools}
+    idle: dict[tuple[str, str, str], float] = defaultdict(float)
+    for task in tasks:
+        start, last = np.zeros(seconds.shape[1]), np.zeros(seconds.shape[1], dtype=np.int64)
+        if task.after:
+            before = ends[list(task.after)]
+            start, last = before.max(axis=0), np.array(task.after)[before.argmax(axis=0)]
+        for pool in task.pools:
+            if SETTLED <= task.step < STEPS:
+                gaps = (start - free[pool]) / (STEPS - SETTLED) / len(start)
+                for gap, index in zip(gaps.tolist(), last.tolist(), strict=True):
+                    idle[pool, task.call.name, tasks[index].call.name] += gap
+        ends[task.index] = start + seconds[names.index(task.call.name)]
+        free.update(dict.fromkeys(task.pools, ends[task.index]))
+    shown = [Bubble(*where, gap) for where, gap in idle.items() if gap > 1e-9]
+    return tuple(sorted(shown, key=lambda bubble: -bubble.seconds))

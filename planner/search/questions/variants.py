@@ -1,0 +1,57 @@
+"""Other clusters and workloads than those given: what `what-if` asks about, and what could make a
+job fit."""
+
+from planner.spec.cluster import Cluster, Node
+from planner.spec.lengths import Empirical, Fixed, Lognormal
+from planner.spec.workload import MODEL_ROLES, Model, Workload
+
+
+def resized(cluster: Cluster, gpus: int) -> Cluster:
+    """A cluster of `gpus` GPUs whose nodes are those of this one, over and over; the last may be
+    cut."""
+    nodes: list[Node] = []
+    while gpus:
+        node = cluster.nodes[len(nodes) % len(cluster.nodes)]
+        nodes.append(node.model_copy(update={"gpus": min(gpus, node.gpus)}))
+        gpus -= nodes[-1].gpus
+    count = sum(node.gpus for node in nodes)
+    return cluster.model_copy(update={"name": f"{count}x{nodes[0].device}", "nodes": tuple(nodes)})
+
+
+def with_response(workload: Workload, factor: float) -> Workload:
+    """With responses `factor` times as long, the limit too."""
+    lengths = workload.response
+    scaled: Fixed | Lognormal | Empirical
+    if isinstance(lengths, Fixed):
+        scaled = Fixed(tokens=max(1, round(factor * lengths.tokens)))
+    elif isinstance(lengths, Lognormal):
+        limit = max(1, round(factor * lengths.max))
+        scaled = Lognormal(mean=min(factor * lengths.mean, limit), sigma=lengths.sigma, max=limit)
+    else:
+        values = tuple(max(1, round(factor * value)) for value in lengths.values)
+        scaled = Empirical(values=values, max=max(1, round(factor * lengths.max)))
+    return workload.model_copy(update={"response": scaled})
+
+
+def with_tail(workload: Workload, factor: float) -> Workload | None:
+    """With a longer tail of the responses: `factor` times the sigma, mean and limit as they are.
+    None if they have none."""
+    lengths = workload.response
+    if not isinstance(lengths, Lognormal):
+        return None
+    return workload.model_copy(
+        update={"response": lengths.model_copy(update={"sigma": factor * lengths.sigma})}
+    )
+
+
+def with_models(workload: Workload, other: Workload) -> Workload:
+    """With random weights of another workload's shapes; a model that the other lacks has its
+    actor's shape."""
+    shapes = {role: other.models.get(role, other.actor).shape for role in MODEL_ROLES}
+    models = {role: Model(shape=shapes[role], random_weights=True) for role in workload.models}
+    return workload.model_copy(update=models)
+
+
+def with_network(cluster: Cluster, factor: float) -> Cluster:
+    """With links between nodes that carry `factor` times as much."""
+    return cluster.model_copy(update={"network_bandwidth": factor * cluster.network_bandwidth})

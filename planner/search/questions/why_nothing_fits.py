@@ -1,0 +1,302 @@
+"""Why nothing fits, or a baseline does not, in one line with its numbers, and what would."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+from planner.predict.cost import CostModel
+from planner.predict.layouts import (
+    CONCURRENCY,
+    TENSOR_PARALLEL,
+    rollout_layouts,
+    tensor_parallels,
+    trainer_layouts,
+)
+from planner.predict.memory import (
+    RoleMemory,
+    host_bytes,
+    pool_peak,
+    process_bytes,
+    rollout_fraction,
+    rollout_memory,
+    trainer_memory,
+)
+from planner.search.questions.variants import resized, with_response
+from planner.search.solver.evaluate import Candidate, evaluate
+from planner.search.solver.problem import Problem
+from planner.search.solver.write_plan import assemble
+from planner.search.space.placements import Arrangement, Structure, sizes, structures
+from planner.spec.cluster import Cluster, Device
+from planner.spec.workload import Workload
+
+MOST_GPUS = 4096
+EVERY_PLACEMENT = (
+    3  # up to so many GPUs all placements are tried, above only those that need least memory
+)
+SHORTEST = 1 / 64  # of the given response length
+
+
+class Need(NamedTuple):
+    """Bytes per GPU of a role in the layout that needs least, that layout's split in words, and the
+    shard from which on it fits a GPU (0: from none)."""
+
+    role: str
+    bytes: int
+    at: str
+    fits_from: int = 0
+
+
+def nothing_fits(problem: Problem, pins: Sequence[str] = ()) -> str:
+    """The constraint that binds, with its numbers, and the nearest changes that would do."""
+    workload, cluster = problem.workload, problem.cluster
+    wanted, most = workload.tensor_parallel or 1, max(node.gpus for node in cluster.nodes)
+    if wanted > most:
+        return (
+            f"no plan fits {workload.name}: its engines take {wanted} GPUs of one node "
+            "(tensor_parallel), and no node "
+            f"has more than {most}; use larger nodes, or leave tensor_parallel out"
+        )
+    if pins and fits(problem) is not None:
+        told = " ".join(f"--pin {pin}" for pin in pins)
+        return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))} with {told}; without, one does: loosen them"
+    return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))}: {what_binds(problem)}; {_fixes(problem)}"
+
+
+def what_binds(problem: Problem) -> str:
+    """The constraint that binds where nothing fits: roles that need too much each alone, all
+    together, or the host."""
+    device, gpus = _largest(problem.cluster)
+    over = [
+        need
+        for need in _needs(problem.workload, problem.cluster)
+        if need.bytes > device.memory_bytes
+    ]
+    if not over:
+        return _together(problem, device, gpus)
+    worst, *others = sorted(over, key=lambda need: -need.bytes)
+    also = "".join(f", {need.role} {_gb(need.bytes)}" for need in others)
+    fits_from = f" (it fits from shard {worst.fits_from})" if worst.fits_from else ""
+    needs = f"{worst.role} needs {_gb(worst.bytes)} per GPU at {worst.at}{fits_from}{also}"
+    return f"{needs}, and a GPU has {_gb(device.memory_bytes)}"
+
+
+def what_binds_pools(problem: Problem, a: Arrangement) -> str:
+    """Why no layouts fit the pools of an arrangement: the first pool that needs too much even at
+    its leanest, on as many GPUs as it may have."""
+    workload, cluster = problem.workload, problem.cluster
+    for number, members in enumerate(a.structure):
+        device, gpus = cluster.devices[a.kinds[number]], _most_gpus(a, number)
+        roles = [role for role in workload.roles if role in members]
+        engine = min(tensor_parallels(workload, device))
+        if "rollout" in roles and engine > gpus:
+            return (
+                f"an engine takes {engine} GPUs (tensor_parallel), and {'+'.join(roles)} has {gpus}"
+            )
+        needs = {role: _leanest(workload, cluster, role, device, gpus) for role in roles}
+        peak = pool_peak(list(needs.values()), roles != ["rollout"], "rollout" in roles, device)
+        if peak > device.memory_bytes:
+            each = ", ".join(f"{role} {_gb(memory.running)}" for role, memory in needs.items())
+            return (
+                f"{'+'.join(roles)} on {_gpus(gpus)} take at least {_gb(peak)} per GPU (while it "
+                f"runs {each}), and a "
+                f"GPU has {_gb(device.memory_bytes)}"
+            )
+    return (
+        "each of its pools would fit on the most GPUs that it may have, but not all of them "
+        "together, or "
+        f"{_gb(min(node.host_memory_bytes for node in cluster.nodes))} of host memory do not hold "
+        "what is offloaded"
+    )
+
+
+def _most_gpus(a: Arrangement, number: int) -> int:
+    """Of a pool of an arrangement, if every other one has what it is given, or a single GPU."""
+    limit = min(
+        most - sum(a.given.get(other, 1) for other in pools if other != number)
+        for pools, most in a.limits
+        if number in pools
+    )
+    return a.given.get(number, limit)
+
+
+def _leanest(
+    workload: Workload, cluster: Cluster, role: str, device: Device, gpus: int
+) -> RoleMemory:
+    """What a role needs in the layout that needs least while it runs, and of those while it
+    idles."""
+    widest = _widest(cluster, device)
+    if role != "rollout":
+        layouts = trainer_layouts(workload, role, gpus, "pool", device, widest)
+        found = [trainer_memory(workload, role, layout, device) for layout in layouts]
+    else:
+        parts = (*[widest] * (gpus // widest), *[gpus % widest] * (gpus % widest > 0))
+        engines = rollout_layouts(workload, (parts,), ("pool",), device)
+        found = [rollout_memory(workload, layout, device) for layout in engines]
+        if not found:
+            needed = _engine_need(workload, cluster, device, gpus).bytes - process_bytes(device)
+            return RoleMemory(idle=0, running=needed, host=0)
+    return min(found, key=lambda memory: (memory.running, memory.idle))
+
+
+def fits(problem: Problem) -> Candidate | None:
+    """Some plan that fits, or None: of all placements on few GPUs, else of those that need least
+    memory (all roles on all GPUs, or the rollout apart)."""
+    for structure, counts in _placements(problem):
+        if len(structure) <= len(problem.cluster.gpus):
+            candidate = evaluate(problem, structure, counts).best
+            if candidate is not None:
+                return candidate
+    return None
+
+
+def _placements(problem: Problem) -> Iterator[tuple[Structure, tuple[int, ...]]]:
+    roles, gpus = problem.workload.roles, len(problem.cluster.gpus)
+    yield (frozenset(roles),), (gpus,)
+    for apart in TENSOR_PARALLEL:
+        if apart < gpus:
+            yield (frozenset(roles) - {"rollout"}, frozenset({"rollout"})), (gpus - apart, apart)
+    if gpus <= EVERY_PLACEMENT:
+        for structure in structures(roles):
+            for counts in sizes(gpus, len(structure)):
+                yield structure, tuple(int(count) for count in counts)
+
+
+def _largest(cluster: Cluster) -> tuple[Device, int]:
+    """The kind of GPU with the most memory, and how many there are."""
+    kinds = [cluster.device_of(gpu) for gpu in cluster.gpus]
+    device = max(kinds, key=lambda kind: kind.memory_bytes)
+    return device, kinds.count(device)
+
+
+def _needs(workload: Workload, cluster: Cluster) -> Iterator[Need]:
+    """What each role needs where it has all GPUs of the largest kind for itself."""
+    device, gpus = _largest(cluster)
+    for role in workload.roles:
+        if role != "rollout":
+            yield _trainer_need(workload, role, device, gpus)
+    yield _engine_need(workload, cluster, device, gpus)
+
+
+def _engine_need(workload: Workload, cluster: Cluster, device: Device, gpus: int) -> Need:
+    """Of the engines that need least."""
+    engines = []
+    for split in (t for t in tensor_parallels(workload, device) if t <= _widest(cluster, device)):
+        share = -(-workload.batch // max(1, gpus // split))
+        fraction = rollout_fraction(workload, split, min(share, min(CONCURRENCY)), device)
+        engines.append(
+            Need("rollout", int(fraction * device.memory_bytes), f"tensor-parallel {split}")
+        )
+    return min(engines, key=lambda need: need.bytes)
+
+
+def _widest(cluster: Cluster, device: Device) -> int:
+    """GPUs of the largest node of a kind."""
+    return max(node.gpus for node in cluster.nodes if cluster.devices[node.device] == device)
+
+
+def _trainer_need(workload: Workload, role: str, device: Device, gpus: int) -> Need:
+    """Of the layout that needs least, and the shard from which on it would fit alone."""
+
+    def leanest(count: int) -> tuple[int, int]:
+        layouts = trainer_layouts(workload, role, count, "pool", device)
+        return min(
+            (trainer_memory(workload, role, each, device).running, each.shard) for each in layouts
+        )
+
+    def alone(count: int) -> bool:
+        return leanest(count)[0] + process_bytes(device) <= device.memory_bytes
+
+    running, shard = leanest(gpus)
+    enough = None if alone(gpus) else _fewest(alone, gpus)
+    return Need(
+        role, running + process_bytes(device), f"shard {shard}", leanest(enough)[1] if enough else 0
+    )
+
+
+def _together(problem: Problem, device: Device, gpus: int) -> str:
+    """Each role would fit alone: it is the host's memory that does not suffice, or all of them do
+    not fit together."""
+    cluster = problem.cluster
+    roomy = tuple(node.model_copy(update={"host_memory_bytes": 10**18}) for node in cluster.nodes)
+    candidate = fits(replace(problem, cluster=cluster.model_copy(update={"nodes": roomy})))
+    if candidate is not None:
+        used = host_bytes(assemble(candidate, "candidate", problem))
+        node = max(used, key=lambda n: used[n] - cluster.nodes[n].host_memory_bytes)
+        return (
+            f"the GPUs' memory would do, but node {node} then needs {_gb(used[node])} of host "
+            "memory for what is "
+            "offloaded and the batches in flight, and has "
+            f"{_gb(cluster.nodes[node].host_memory_bytes)}"
+        )
+    needs = ", ".join(
+        f"{need.role} {_gb(need.bytes)}" for need in _needs(problem.workload, cluster)
+    )
+    return (
+        f"each role alone fits {gpus} of them ({needs} per GPU of {_gb(device.memory_bytes)} at "
+        "its leanest), but "
+        "together they do not, even with all that can be offloaded"
+    )
+
+
+def _fixes(problem: Problem) -> str:
+    """More GPUs, or shorter responses; what is named was found to fit."""
+    workload, cluster = problem.workload, problem.cluster
+    found = []
+    more = None
+    if not _hopeless(workload, cluster):
+        more = _fewest(
+            lambda gpus: fits(_with(problem, workload, resized(cluster, gpus))) is not None,
+            len(cluster.gpus),
+        )
+    if more is not None:
+        found.append(f"{_gpus(more)} of the same kind")
+    factor = 0.5
+    while factor >= SHORTEST:
+        shorter = with_response(workload, factor)
+        if fits(_with(problem, shorter, cluster)) is not None:
+            found.append(f"responses of at most {shorter.response.longest:,} tokens")
+            break
+        factor /= 2
+    if not found:
+        return f"not on {MOST_GPUS:,} GPUs of the same kind either; use GPUs with more memory or smaller models"
+    return f"it fits with {' or with '.join(found)}"
+
+
+def _hopeless(workload: Workload, cluster: Cluster) -> bool:
+    """Whether some role would fit on no number of GPUs of the largest kind."""
+    most = resized(cluster, MOST_GPUS)
+    return any(need.bytes > _largest(cluster)[0].memory_bytes for need in _needs(workload, most))
+
+
+def _with(problem: Problem, workload: Workload, cluster: Cluster) -> Problem:
+    """The problem changed, at roofline costs: what fits does not depend on them."""
+    model = CostModel(workload, cluster, scenarios=1)
+    return Problem(
+        workload=workload,
+        cluster=cluster,
+        model=model,
+        flow=problem.flow,
+        max_staleness=problem.max_staleness,
+    )
+
+
+def _fewest(enough: Callable[[int], bool], gpus: int) -> int | None:
+    """The fewest GPUs that are enough, where `gpus` are not: doubled until they are, then halved in
+    between."""
+    low, high = gpus, 2 * gpus
+    while not enough(high):
+        low, high = high, 2 * high
+        if high > MOST_GPUS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def _gpus(count: int) -> str:
+    return f"{count:,} GPU{'s' * (count != 1)}"
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.0f} GB" if count >= 10e9 else f"{count / 1e9:.2g} GB"
