@@ -1,8 +1,8 @@
 """The small task that is shipped: sort digits, "sort 4 1 3 2 :" -> "1 2 3 4".
 
-`make` writes all that a run needs: prompts, a language model that supervised training left only partly right, a reward
-model that tells right answers from wrong ones, and the workload file. All of it follows from the seed, and takes about
-a minute of one core.
+`make` writes all that a run needs: prompts, a language model that supervised training left only
+partly right, a reward model that tells right answers from wrong ones, and the workload file. All of
+it follows from the seed, and takes about a minute of one core.
 """
 
 import copy
@@ -62,15 +62,16 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """On held-out prompts: the share of greedy answers that are right, and the share of right and wrong answers that
-    the reward model tells apart."""
+    """On held-out prompts: the share of greedy answers that are right, and the share of right and
+    wrong answers that the reward model tells apart."""
 
     exact_match: float
     reward_accuracy: float
 
 
 def make(directory: Path, seed: int = 0, recipe: Recipe | None = None) -> Made:
-    """Write train.jsonl, eval.jsonl, actor/, reward/, reward.py and workload.toml into `directory`, all or nothing.
+    """Write train.jsonl, eval.jsonl, actor/, reward/, reward.py and workload.toml into `directory`,
+    all or nothing.
 
     Raises UserError if the directory holds something already."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -165,7 +166,8 @@ def draw(sequences: Tensor, count: int) -> Tensor:
 
 
 def train_actor(train: Tensor, held_out: Tensor, recipe: Recipe) -> LlamaForCausalLM:
-    """Supervised from random weights until the share of right answers on held-out prompts is reached."""
+    """Supervised from random weights until the share of right answers on held-out prompts is
+    reached."""
     model = LlamaForCausalLM(_config(recipe))
     optimizer = _optimizer(model, 5e-4)  # slow, so as not to overshoot
     for _ in range(2000):
@@ -176,8 +178,9 @@ def train_actor(train: Tensor, held_out: Tensor, recipe: Recipe) -> LlamaForCaus
 
 
 def exact_match(model: LlamaForCausalLM, sequences: Tensor, recipe: Recipe) -> float:
-    """The share of prompts that greedy decoding answers rightly. One pass over the right answers tells: decoding gives
-    the right answer exactly if the likeliest token after each of its beginnings is the right one."""
+    """The share of prompts that greedy decoding answers rightly. One pass over the right answers
+    tells: decoding gives the right answer exactly if the likeliest token after each of its
+    beginnings is the right one."""
     with torch.inference_mode():
         likeliest = _answer_logits(model, sequences, recipe).argmax(-1)
     return (likeliest == sequences[:, -recipe.answer_tokens :]).all(1).float().mean().item()
@@ -226,10 +229,11 @@ def _optimizer(model: torch.nn.Module, learning_rate: float = 1e-3) -> torch.opt
 def train_reward_model(
     actor: LlamaForCausalLM, train: Tensor, recipe: Recipe
 ) -> LlamaForSequenceClassification:
-    """1 for a right answer, 0 for a wrong one, by least squares, so that the score at the end of a response is about
-    the chance that it is right. PPO finds what the reward model overlooks, hence three things that let such a small
-    model judge well: it starts from a language model that masters the task, it is asked after each token of an answer
-    whether all is right so far, and of the perturbed answers it learns from those that it likes best."""
+    """1 for a right answer, 0 for a wrong one, by least squares, so that the score at the end of a
+    response is about the chance that it is right. PPO finds what the reward model overlooks, hence
+    three things that let such a small model judge well: it starts from a language model that
+    masters the task, it is asked after each token of an answer whether all is right so far, and of
+    the perturbed answers it learns from those that it likes best."""
     teacher = copy.deepcopy(actor)
     optimizer = _optimizer(teacher)
     for _ in range(recipe.teacher_steps):
@@ -271,7 +275,8 @@ def _most_liked(
 def reward_accuracy(
     model: LlamaForSequenceClassification, actor: LlamaForCausalLM, held_out: Tensor, recipe: Recipe
 ) -> float:
-    """Over as many right answers as wrong ones (half perturbed, half sampled): scores on their side of 0.5."""
+    """Over as many right answers as wrong ones (half perturbed, half sampled): scores on their side
+    of 0.5."""
     sampled = sample(actor, held_out, recipe)
     wrong = torch.cat([sampled, perturb(held_out, recipe)])
     wrong = wrong[(wrong != held_out.repeat(2, 1)).any(1)]
@@ -283,7 +288,8 @@ def reward_accuracy(
 
 
 def sample(actor: LlamaForCausalLM, sequences: Tensor, recipe: Recipe) -> Tensor:
-    """The actor's own answers to the prompts, at temperature 1, padded after their end: `[N, T]`."""
+    """The actor's own answers to the prompts, at temperature 1, padded after their end: `[N,
+    T]`."""
     prompts = sequences[:, : -recipe.answer_tokens]
     sampled = actor.generate(
         input_ids=prompts,
@@ -300,9 +306,10 @@ def sample(actor: LlamaForCausalLM, sequences: Tensor, recipe: Recipe) -> Tensor
 
 
 def perturb(right: Tensor, recipe: Recipe) -> Tensor:
-    """Right answers `[N, T]` with one mistake each: two digits exchanged, the rest cut off, one digit replaced (by
-    another one of the prompt or by any), or, what is hardest to see and therefore half of all, that and then sorted
-    again. Where digits are equal the answer may still be right."""
+    """Right answers `[N, T]` with one mistake each: two digits exchanged, the rest cut off, one
+    digit replaced (by another one of the prompt or by any), or, what is hardest to see and
+    therefore half of all, that and then sorted again. Where digits are equal the answer may still
+    be right."""
     rows, start = torch.arange(len(right)), right.shape[1] - recipe.answer_tokens
     here = torch.randint(recipe.digits, (len(right),))
     there = (here + torch.randint(1, recipe.digits, (len(right),))) % recipe.digits

@@ -78,13 +78,27 @@ def inputs_but_gpus(command: Command) -> Command:
     """As `inputs`, for a command that takes several numbers of GPUs."""
     options = (
         click.option("--device", metavar="NAME", help="Kind of GPU: h200 (default), h100 or a100."),
-        click.option("--gpus-per-node", type=int, metavar="N", help="GPUs of a full node (default 8)."),
-        click.option("--cluster", metavar="FILE|local", help="A cluster file, or this machine's cores."),
-        click.option("--workload", metavar="FILE|NAME", default="7b", show_default=True,
-                     help="A workload file, or the name of one that is shipped."),
-        click.option("--profile", "profiles", type=_file(), multiple=True,
-                     help="Measured costs, from `plan profile`. May be given more than once."),
-    )  # fmt: skip
+        click.option(
+            "--gpus-per-node", type=int, metavar="N", help="GPUs of a full node (default 8)."
+        ),
+        click.option(
+            "--cluster", metavar="FILE|local", help="A cluster file, or this machine's cores."
+        ),
+        click.option(
+            "--workload",
+            metavar="FILE|NAME",
+            default="7b",
+            show_default=True,
+            help="A workload file, or the name of one that is shipped.",
+        ),
+        click.option(
+            "--profile",
+            "profiles",
+            type=_file(),
+            multiple=True,
+            help="Measured costs, from `plan profile`. May be given more than once.",
+        ),
+    )
     for option in reversed(options):
         command = option(command)
     return command
@@ -93,9 +107,15 @@ def inputs_but_gpus(command: Command) -> Command:
 def profiles_of_plan(command: Command) -> Command:
     """`--profile` for a command that takes a plan."""
     return click.option(
-        "--profile", "profiles", type=_file(), multiple=True,
-        help="Measured costs; by default the profiles that the plan was searched with, if they are still there.",
-    )(command)  # fmt: skip
+        "--profile",
+        "profiles",
+        type=_file(),
+        multiple=True,
+        help=(
+            "Measured costs; by default the profiles that the plan was searched with, if they "
+            "are still there."
+        ),
+    )(command)
 
 
 @main.command()
@@ -111,7 +131,10 @@ def profiles_of_plan(command: Command) -> Command:
     type=click.Choice(["mean", "p95", "cost"]),
     default="mean",
     show_default=True,
-    help="What is minimised over the length scenarios: the mean step time, its 95th percentile, or dollars per step.",
+    help=(
+        "What is minimised over the length scenarios: the mean step time, its 95th percentile, "
+        "or dollars per step."
+    ),
 )
 @click.option(
     "--scenarios",
@@ -119,7 +142,10 @@ def profiles_of_plan(command: Command) -> Command:
     default=16,
     show_default=True,
     metavar="S",
-    help="Draws of the response lengths, fewer where a batch is large; with 1 each call takes a fixed time.",
+    help=(
+        "Draws of the response lengths, fewer where a batch is large; with 1 each call takes a "
+        "fixed time."
+    ),
 )
 @click.option(
     "--time-limit",
@@ -135,7 +161,10 @@ def profiles_of_plan(command: Command) -> Command:
     "pins",
     multiple=True,
     metavar="PIN",
-    help="actor=8 (GPUs of a role), actor+critic (together) or actor/critic (apart). May be given often.",
+    help=(
+        "actor=8 (GPUs of a role), actor+critic (together) or actor/critic (apart). May be "
+        "given often."
+    ),
 )
 @click.option(
     "--out",
@@ -278,7 +307,10 @@ def simulate(**options: Any) -> None:
     default=60.0,
     show_default=True,
     metavar="SECONDS",
-    help="A call may take ten times its predicted time, but at least this long; ten times that in the beginning.",
+    help=(
+        "A call may take ten times its predicted time, but at least this long; ten times that "
+        "in the beginning."
+    ),
 )
 @click.option(
     "--save-every",

@@ -252,7 +252,8 @@ def nothing_left() -> Iterator[None]:
     before = abandoned()
     yield
     if inductor := sys.modules.get("torch._inductor.async_compile"):
-        inductor.shutdown_compile_workers()  # which wait for more to compile until their process ends
+        # Which wait for more to compile until their process ends.
+        inductor.shutdown_compile_workers()
     assert not still_there(descendants(os.getpid()))
     assert abandoned() <= before
 

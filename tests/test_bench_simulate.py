@@ -45,7 +45,8 @@ def test_call_completions_per_second(make):
     drawn = rng.lognormal(size=(len(names), LAYOUTS, SCENARIOS))
     evaluated = rate(drawn.size, lambda: found.periods(drawn))
     print(
-        f"\n{make.__name__}: simpy {simulated:,.0f} call completions/s (at least 100,000), exact periods "
+        f"\n{make.__name__}: simpy {simulated:,.0f} call completions/s (at least 100,000), "
+        f"exact periods "
         f"{evaluated:,.0f} ({evaluated / simulated:,.0f} times; at least 50), "
         f"{len(found.distance)} cycles"
     )

@@ -314,7 +314,8 @@ run = Path({run!r})
 saver = checkpoint.Saver(run / "checkpoints", keep=2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 plan = one_step_off()
-saver.save(lambda d: snapshot(d, 8, rows=10_000), step=8, done=(), plan=plan, timeline=timeline_of(plan, 9, []),
+saver.save(lambda d: snapshot(d, 8, rows=10_000), step=8, done=(), plan=plan,
+           timeline=timeline_of(plan, 9, []),
            metrics=run / "metrics.jsonl")
 saver.wait()
 print(saver.error)

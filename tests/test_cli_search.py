@@ -226,8 +226,16 @@ def test_the_profile_of_a_plan_is_found_again_or_missed_aloud(
     tmp_path: Path, workload: Path
 ) -> None:
     point = Point(call="host", role="advantages", sequences=8, seconds=60.0)
-    train = Point(call="train", role="actor", sequences=8, prompt_tokens=40, response_tokens=40, seconds=70.0,
-                  micro_batch_tokens=64, minibatch=4)  # fmt: skip
+    train = Point(
+        call="train",
+        role="actor",
+        sequences=8,
+        prompt_tokens=40,
+        response_tokens=40,
+        seconds=70.0,
+        micro_batch_tokens=64,
+        minibatch=4,
+    )
     profile = Profile(device="h200", model=SHAPE, points=(point, train))
     profile.write(tmp_path / "slow.json")
     out = tmp_path / "one.json"

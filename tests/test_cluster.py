@@ -37,7 +37,10 @@ from ray.cluster_utils import Cluster
 head = {{"num_cpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False,
          "_system_config": {{"health_check_period_ms": 500, "health_check_failure_threshold": 2}}}}
 cluster = Cluster(initialize_head=True, head_node_args=head)
-nodes = [cluster.add_node(num_cpus=1, num_gpus=2 + n % 2, node_ip_address=f"127.0.0.{{n + 3}}") for n in range({NODES})]
+nodes = [
+    cluster.add_node(num_cpus=1, num_gpus=2 + n % 2, node_ip_address=f"127.0.0.{{n + 3}}")
+    for n in range({NODES})
+]
 print(cluster.address, *(node.all_processes["raylet"][0].process.pid for node in nodes), flush=True)
 for line in sys.stdin:
     cluster.remove_node(nodes[int(line)], allow_graceful=False)
@@ -86,7 +89,10 @@ class Nodes:
 
     def python(self, code: str) -> Any:
         """What a program that has joined prints, as JSON."""
-        joined = f"import json\nfrom executor.fleet.session import ray_session\naddress = {self.address!r}\n"
+        joined = (
+            "import json\nfrom executor.fleet.session import ray_session\naddress = "
+            f"{self.address!r}\n"
+        )
         joined += "with ray_session(cpus=None, address=address):\n"
         text = joined + "".join(f"    {line}\n" for line in code.strip().splitlines())
         done = subprocess.run(
@@ -175,7 +181,11 @@ ranks = pools.connect([fleet.process(Where, (gpu,)) for gpu in gpus])
 found = ask(ranks, "where").results
 fleet.close()
 refused = []
-for gpus in ([(node, 0) for node in range(4)], [(0, index) for index in range(4)], [(node, 0) for node in range(8)]):
+for gpus in (
+    [(node, 0) for node in range(4)],
+    [(0, index) for index in range(4)],
+    [(node, 0) for node in range(8)],
+):
     try:
         pools.Fleet(gpus, "GPU")
     except UserError as error:

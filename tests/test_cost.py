@@ -29,11 +29,17 @@ GATHERED, UPDATED = (
 # 1, host 5 bytes/s.
 ROUND = H200.model_copy(
     update={
-        "flops": 2000.0, "efficiency_compute": 0.5, "memory_bandwidth": 200.0, "efficiency_memory": 0.5,
-        "link_bandwidth": 20.0, "efficiency_link": 0.5, "host_bandwidth": 5.0, "overhead_seconds": 0.0,
+        "flops": 2000.0,
+        "efficiency_compute": 0.5,
+        "memory_bandwidth": 200.0,
+        "efficiency_memory": 0.5,
+        "link_bandwidth": 20.0,
+        "efficiency_link": 0.5,
+        "host_bandwidth": 5.0,
+        "overhead_seconds": 0.0,
         "launch_seconds": 0.0,
     }
-)  # fmt: skip
+)
 CLUSTER = make_cluster(16).model_copy(update={"devices": {"h200": ROUND}, "network_bandwidth": 2.0})
 MODEL = Model(shape=SHAPE, random_weights=True)
 SMALL = Workload(
@@ -309,8 +315,17 @@ def test_generation_over_pools_is_that_of_all_engines() -> None:
 def test_every_call_of_a_plan_has_an_estimate() -> None:
     layouts = {role: layout(shard=4, micro_batch_tokens=16384) for role in SEVEN_B.models}
     layouts["critic"] = layouts["critic"].model_copy(update={"pools": ("b",)})
-    program = ("generate", "score", "ref_logprobs", "old_logprobs", "values", "advantages", "update_critic",
-               "update_actor", "sync_weights")  # fmt: skip
+    program = (
+        "generate",
+        "score",
+        "ref_logprobs",
+        "old_logprobs",
+        "values",
+        "advantages",
+        "update_critic",
+        "update_actor",
+        "sync_weights",
+    )
     plan = Plan(
         name="test",
         workload=SEVEN_B,

@@ -25,11 +25,26 @@ from planner.spec.study import Cell, Study
 WORKLOAD = make_workload()
 PLAN = split(WORKLOAD).model_copy(update={"predicted": predict(split(WORKLOAD))})
 POINTS = (
-    Point(call="train", role="actor", sequences=8, prompt_tokens=40, response_tokens=40, seconds=70.0,
-          micro_batch_tokens=64, minibatch=4),
-    Point(call="generate", role="rollout", sequences=2, response_tokens=9, response_lengths=(4, 5), seconds=1.0),
+    Point(
+        call="train",
+        role="actor",
+        sequences=8,
+        prompt_tokens=40,
+        response_tokens=40,
+        seconds=70.0,
+        micro_batch_tokens=64,
+        minibatch=4,
+    ),
+    Point(
+        call="generate",
+        role="rollout",
+        sequences=2,
+        response_tokens=9,
+        response_lengths=(4, 5),
+        seconds=1.0,
+    ),
     Point(call="host", role="advantages", sequences=8, seconds=0.1),
-)  # fmt: skip
+)
 FILES: dict[str, File] = {
     "plan": PLAN,
     "workload": WORKLOAD,
@@ -53,7 +68,8 @@ READ_BY = {
     ),
     "profile": (
         "judge profile.json --out out.md",
-        "baseline colocated --gpus 1 --workload workload.json --profile profile.json --out out.json",
+        "baseline colocated --gpus 1 --workload workload.json --profile profile.json --out "
+        "out.json",
     ),
     "timeline": ("compare plan.json run --out out.svg",),
     "cluster": (
@@ -158,8 +174,13 @@ def assert_orderly(arguments: list[str], directory: Path) -> None:
 def test_a_wrong_file_never_ends_in_a_traceback(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @settings(max_examples=count, deadline=None, derandomize=count == COUNTS[0], database=None,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=count == COUNTS[0],
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(wrong_files())
     def check(wrong: tuple[str, bytes, list[str]]) -> None:
         kind, content, arguments = wrong
@@ -231,8 +252,13 @@ def command_lines(draw: st.DrawFn) -> list[str]:
 def test_a_wrong_command_line_never_ends_in_a_traceback(
     count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    @settings(max_examples=count, deadline=None, derandomize=count == COUNTS[0], database=None,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=count == COUNTS[0],
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
     @given(command_lines())
     def check(line: list[str]) -> None:
         with tempfile.TemporaryDirectory() as name, monkeypatch.context() as patched:

@@ -18,13 +18,23 @@ QWEN_1_5B = Shape(
 )
 # Powers of two, so that no sum is rounded and a tie is a tie however the seconds are added up.
 SLOW = Speed(
-    weights=2**-7, arithmetic=2**-9, attention=2**-13, step=2**-9, sequence=2**-11, prefill_token=2**-10,
+    weights=2**-7,
+    arithmetic=2**-9,
+    attention=2**-13,
+    step=2**-9,
+    sequence=2**-11,
+    prefill_token=2**-10,
     prefill_square=2**-16,
-)  # fmt: skip
+)
 FAST = Speed(
-    weights=2**-8, arithmetic=2**-11, attention=2**-14, step=2**-10, sequence=2**-12, prefill_token=2**-12,
+    weights=2**-8,
+    arithmetic=2**-11,
+    attention=2**-14,
+    step=2**-10,
+    sequence=2**-12,
+    prefill_token=2**-12,
     prefill_square=2**-18,
-)  # fmt: skip
+)
 
 
 class Engine:

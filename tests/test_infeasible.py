@@ -74,7 +74,8 @@ def test_a_baseline_that_does_not_fit_says_which_pool_needs_how_much():
     workload, cluster = small_workload(max_staleness=1), tiny_cluster(4, memory=24e9)
     said = find(workload, cluster).baselines["split"]
     pattern = (
-        r"split: actor\+rollout on 2 GPUs take at least (\d+) GB per GPU \(while it runs actor (\d+) GB, "
+        r"split: actor\+rollout on 2 GPUs take at least (\d+) GB per GPU "
+        r"\(while it runs actor (\d+) GB, "
         r"rollout [\d.]+ GB\), and a GPU has 24 GB; use more GPUs or smaller models"
     )
     needed, actor = map(int, re.fullmatch(pattern, said).groups())

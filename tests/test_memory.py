@@ -59,9 +59,16 @@ def trainer(**changes: object) -> TrainerRole:
 
 def engine(**changes: object) -> RolloutRole:
     return RolloutRole.model_validate(
-        {"engine": "vllm", "pools": ("a",), "tensor_parallel": 1, "replicas": 2, "memory_fraction": 0.5,
-         "concurrency": 8, **changes}
-    )  # fmt: skip
+        {
+            "engine": "vllm",
+            "pools": ("a",),
+            "tensor_parallel": 1,
+            "replicas": 2,
+            "memory_fraction": 0.5,
+            "concurrency": 8,
+            **changes,
+        }
+    )
 
 
 def test_parameters_by_hand() -> None:
@@ -194,8 +201,17 @@ def plan(workload: Workload = SEVEN_B, **layouts: TrainerRole | RolloutRole) -> 
         "rollout": engine(replicas=8, concurrency=64, memory_fraction=0.35, offload=True),
         **layouts,
     }
-    names = ("generate", "score", "ref_logprobs", "old_logprobs", "values", "advantages", "update_critic",
-             "update_actor", "sync_weights")  # fmt: skip
+    names = (
+        "generate",
+        "score",
+        "ref_logprobs",
+        "old_logprobs",
+        "values",
+        "advantages",
+        "update_critic",
+        "update_actor",
+        "sync_weights",
+    )
     return Plan(
         name="test",
         workload=workload,

@@ -190,23 +190,21 @@ def test_advantages_by_hand():
     advantages, returns, metrics = batch()
     assert close(advantages, [[1.5, 1.0], [-1.0, 0.0]])
     assert close(returns, [[2.5, 3.0], [2.0, 0.0]])
-    assert (
-        metrics
-        == pytest.approx(
-            {
-                "score": 3.0,  # (4 + 2) / 2
-                "reward": 2.25,  # (2.5 + 2) / 2
-                "kl": 1.0,  # (1 + 2 + 0) / 3
-                "response_tokens": 1.5,
-                "truncated_share": 0.5,
-                "advantage": 0.5,
-                "advantage_std": 1.0801234,  # deviations 1, 1/2, -3/2: sqrt(3.5 / 3)
-                "return": 2.5,
-                "value": 2.0,
-                "explained_variance": -6.0,  # the errors vary by 3.5 / 3, the returns, 2.5, 3 and 2, by 0.5 / 3
-            },
-            rel=1e-5,
-        )
+    assert metrics == pytest.approx(
+        {
+            "score": 3.0,  # (4 + 2) / 2
+            "reward": 2.25,  # (2.5 + 2) / 2
+            "kl": 1.0,  # (1 + 2 + 0) / 3
+            "response_tokens": 1.5,
+            "truncated_share": 0.5,
+            "advantage": 0.5,
+            "advantage_std": 1.0801234,  # deviations 1, 1/2, -3/2: sqrt(3.5 / 3)
+            "return": 2.5,
+            "value": 2.0,
+            # The errors vary by 3.5 / 3, the returns, 2.5, 3 and 2, by 0.5 / 3.
+            "explained_variance": -6.0,
+        },
+        rel=1e-5,
     )
 
 

@@ -41,9 +41,16 @@ def layout(**changes: Any) -> TrainerRole:
 def point(call: str, role: str = "actor", **changes: Any) -> Point:
     """Of the whole batch of WORKLOAD on 4 GPUs."""
     base: dict[str, Any] = {
-        "call": call, "role": role, "gpus": 4, "shard": 4, "micro_batch_tokens": 4096, "sequences": 64,
-        "prompt_tokens": 6400, "response_tokens": 12800, "seconds": 1.25,
-    }  # fmt: skip
+        "call": call,
+        "role": role,
+        "gpus": 4,
+        "shard": 4,
+        "micro_batch_tokens": 4096,
+        "sequences": 64,
+        "prompt_tokens": 6400,
+        "response_tokens": 12800,
+        "seconds": 1.25,
+    }
     if call == "train":
         base["minibatch"] = 16
     return Point(**{**base, **changes})

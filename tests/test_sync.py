@@ -115,8 +115,10 @@ def test_an_engine_that_died_is_replaced_in_the_group_and_gets_the_weights_again
         sync(5)
         pools.stop([lost])
         assert noted(actor, beside, left) == [
-            [("join", 3, 0), ("broadcast", 5), *window], read, [("join", 3, 2), ("broadcast", 5)]
-        ]  # fmt: skip
+            [("join", 3, 0), ("broadcast", 5), *window],
+            read,
+            [("join", 3, 2), ("broadcast", 5)],
+        ]
         with pytest.raises(Died):
             while True:  # it may end a moment later
                 noted(lost)
@@ -126,8 +128,10 @@ def test_an_engine_that_died_is_replaced_in_the_group_and_gets_the_weights_again
         sync.replace(1, fresh)
         sync(5)
         assert noted(actor, beside, fresh, left) == [
-            [("join", 3, 0), ("broadcast", 5), *window], read, *([("join", 3, n), ("broadcast", 5)] for n in (1, 2))
-        ]  # fmt: skip
+            [("join", 3, 0), ("broadcast", 5), *window],
+            read,
+            *([("join", 3, n), ("broadcast", 5)] for n in (1, 2)),
+        ]
         sync.replace(0, fresh)  # no group to form for one that reads the actor's memory
         assert noted(actor, left) == [[], []]
     finally:

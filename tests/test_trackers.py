@@ -103,7 +103,10 @@ def test_a_tracker_that_fails_leaves_the_run_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
-    blocked = "import sys; sys.modules['wandb'] = sys.modules['mlflow'] = None; from planner.cli import main; main()"
+    blocked = (
+        "import sys; sys.modules['wandb'] = sys.modules['mlflow'] = None; from planner.cli import "
+        "main; main()"
+    )
     plan = tmp_path / "plan.json"
     PLAN.write(plan)
     for name in ("wandb", "mlflow"):
@@ -121,8 +124,8 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2
         assert (
-            done.stderr
-            == f"plan: --track {name} needs {name}; install it with: pip install 'splitplan[{name}]'\n"
+            done.stderr == f"plan: --track {name} needs {name}; "
+            f"install it with: pip install 'splitplan[{name}]'\n"
         )
         assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 

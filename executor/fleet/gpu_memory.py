@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-SEGMENT_MB = 256  # mapped at a time: by 20, torch's default, an update that finds nothing cached took up to 1 s longer
+# Mapped at a time: by 20, torch's default, an update that finds nothing cached took up to 1 s
+# longer.
+SEGMENT_MB = 256
 
 
 def limit(count: int) -> None:

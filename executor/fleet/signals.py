@@ -7,7 +7,8 @@ from collections.abc import Callable
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], None]
-REPEAT_SECONDS = 0.2  # the same signal within so long is the same request: timeout(1) sends it to us and to our group
+# The same signal within so long is the same request: timeout(1) sends it to us and to our group.
+REPEAT_SECONDS = 0.2
 
 
 def unrepeated(handle: Handler) -> Handler:

@@ -25,7 +25,8 @@ TENSOR_PARALLEL = 15.0  # beyond that, if an engine has several GPUs
 PINNING = 0.5e-9  # per byte of the host that is taken for what is offloaded
 TRAINERS = {"cuda": 12.0, "cpu": 2.0}  # to load models and take over the weights
 COMPILING = {"cuda": 20.0, "cpu": 0.0}  # in the first step of all
-LONG_STEP = 15.0  # of these two repeats are enough, and what is not the whole batch is the first to be left out
+# Of these two repeats are enough, and what is not the whole batch is the first to be left out.
+LONG_STEP = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -373,7 +374,10 @@ def _name(plan: Plan) -> str:
         f"{rollout.replicas} engine{'s' * (rollout.replicas > 1)} of {rollout.tensor_parallel}"
     )
     asleep = " that sleep" * rollout.offload
-    return f"{sizes} {unit}, shard {layout.shard}{replicas}, {layout.micro_batch_tokens} tokens{moved}, {engines}{asleep}"
+    return (
+        f"{sizes} {unit}, shard {layout.shard}{replicas}, {layout.micro_batch_tokens} "
+        f"tokens{moved}, {engines}{asleep}"
+    )
 
 
 # --- how long it takes ---

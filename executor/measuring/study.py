@@ -190,7 +190,10 @@ class Bench:
         )
         result.write(job.directory / "result.json")
         off = job.seconds / seconds - 1
-        return f"{seconds:.3g} s per step, predicted {job.seconds:.3g} s ({off:+.1%}); {start:.0f} s to start"
+        return (
+            f"{seconds:.3g} s per step, predicted {job.seconds:.3g} s ({off:+.1%}); {start:.0f} s "
+            "to start"
+        )
 
     def _run(
         self, job: Job, prompts: PromptSource, scratch: Path

@@ -143,7 +143,10 @@ def _graph(tasks: Sequence[Task], course: Course) -> TopologicalSorter[int]:
 def _call(backend: Backend, task: Task, early: bool) -> tuple[list[Record], int]:
     deadlines = backend.deadlines
     allowed, expected = deadlines.of_call(task, early), deadlines.expected(task)
-    limit = f" ({allowed:.3g} s allowed, {'nothing' if expected is None else f'{expected:.2g} s'} predicted)"
+    limit = (
+        f" ({allowed:.3g} s allowed, {'nothing' if expected is None else f'{expected:.2g} s'} "
+        "predicted)"
+    )
     where = f"pool {', '.join(task.pools)}" if task.pools else "the host"
     what = f"{task.call.name} of step {task.step} on {where}"
     with one_line(deadlines.plan, what, task.pools, task.call.name, limit), within(allowed):

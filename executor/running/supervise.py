@@ -83,7 +83,10 @@ def one_line(
         if isinstance(error, OutOfMemory):
             line = f"{error}; {memory_of(plan, pools, error)}; {remedy(plan, call, pools)}"
         elif isinstance(error, Overdue):
-            line = f"{error}{limit}; the processes were ended. If it was only slow, raise --deadline-floor"
+            line = (
+                f"{error}{limit}; the processes were ended. If it was only slow, raise "
+                "--deadline-floor"
+            )
         else:
             line = f"{error}; the traceback is in the run's log.txt"
         raise UserError(f"{what}: {line}") from error
@@ -135,7 +138,10 @@ def remedy(plan: Plan, call: str, pools: Sequence[str]) -> str:
         role for role in names if role not in roles and plan.roles[role].offload in ("none", False)
     ]
     use += [f"offload roles.{role} while idle" for role in idle]
-    return f"in the plan {', or '.join(use[:4])}; or search again with a lower memory_bytes of the device in --cluster"
+    return (
+        f"in the plan {', or '.join(use[:4])}; or search again with a lower memory_bytes of the "
+        "device in --cluster"
+    )
 
 
 def _gb(count: int) -> str:

@@ -23,7 +23,8 @@ from planner.spec.plan import Plan
 log = logging.getLogger("splitplan")
 
 PROJECT = "splitplan"
-TRACKING = "tracking.json"  # in a run directory: tracker -> its name for the run, to go on with when the run does
+# In a run directory: tracker -> its name for the run, to go on with when the run does.
+TRACKING = "tracking.json"
 Scalars = dict[str, float]
 Samples = dict[str, NDArray[np.int64]]  # one number per sequence of the batch
 

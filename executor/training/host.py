@@ -124,7 +124,8 @@ class Host(Worker):
                 if self.rank < layout.gpus:
                     self.roles[role] = self._host(role, layout, mesh, saved)
         if not self.on_cpu:
-            torch.cuda.empty_cache()  # of whole parameters; an engine that starts on this GPU takes what is free
+            # Of whole parameters; an engine that starts on this GPU takes what is free.
+            torch.cuda.empty_cache()
 
     def _host(
         self, role: str, layout: TrainerRole, mesh: DeviceMesh, saved: shards.Saved | None

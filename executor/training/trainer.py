@@ -65,7 +65,9 @@ class Trainer(Host):
                     hosted.module.train()(batch).mean().backward()
                     hosted.optimizer.zero_grad()
         gc.collect()
-        gc.freeze()  # to look at what one compiled model left takes half a second, in which the other ranks wait
+        # To look at what one compiled model left takes half a second, in which the other ranks
+        # wait.
+        gc.freeze()
 
     def _full_micro_batch(self, role: str, layout: TrainerRole) -> Packed:
         """As many of the longest sequences as a micro-batch may have."""

@@ -17,7 +17,8 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline, step_seconds
 
-REHEARSED_STEPS = 3  # beside those that fill and drain the pipeline: a rehearsal takes as long as the real run would
+# Beside those that fill and drain the pipeline: a rehearsal takes as long as the real run would.
+REHEARSED_STEPS = 3
 MOST_SECONDS = 1e6
 NEEDED = ("ray", "torch", "transformers", "safetensors")
 

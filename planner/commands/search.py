@@ -91,12 +91,18 @@ def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[s
     objective = {
         "mean": "the mean step time",
         "p95": "the 95th percentile of the step time",
-        "cost": f"the cost of a step, {price:.3g} dollars with all GPUs of the cluster paid for, used or not",
+        "cost": (
+            f"the cost of a step, {price:.3g} dollars with all GPUs of the cluster paid for, "
+            "used or not"
+        ),
     }[best.predicted.proof.objective]
     yield f"Minimised: {objective}."
     used = sum(len(pool.gpus) for pool in best.pools.values())
     if used < len(cluster.gpus) and best.predicted.proof.status == "optimal":
-        yield f"The plan uses {used:,} of {len(cluster.gpus):,} GPUs: it would be no faster with more."
+        yield (
+            f"The plan uses {used:,} of {len(cluster.gpus):,} GPUs: it would be no faster with "
+            "more."
+        )
     if len(cluster.gpus) > inputs.workload.minibatch:
         yield (
             f"A minibatch of {inputs.workload.minibatch:,} sequences gives {len(cluster.gpus):,} "

@@ -47,7 +47,8 @@ def what_if(plan: Path, gpus: str | None, profiles: Sequence[Path]) -> None:
     console.print(f"[bold]{plan.stem}[/bold]: {structure_text(checked)}", soft_wrap=True)
     console.print(what_if_table(rows))
     console.print(
-        "\nEach row is planned anew. “As in the plan”: how much longer a step takes with the roles on pools as in "
+        "\nEach row is planned anew. “As in the plan”: how much longer a step takes with the roles "
+        "on pools as in "
         f"{plan.stem}, with the sizes, layouts and order of calls that are best then.",
         soft_wrap=True,
     )

@@ -28,7 +28,8 @@ Source = Literal["measured", "interpolated", "extrapolated", "roofline", "host"]
 
 HOST_SECONDS = 5e-3  # of a call on the controller
 HOST_SECONDS_PER_TOKEN = 5e-8  # collecting, GAE and handing out again; profiles replace both
-SAME_SIZE = 0.05  # sizes whose logarithms differ by less are the same: no sampled batch is quite the expected one
+# Sizes whose logarithms differ by less are the same: no sampled batch is quite the expected one.
+SAME_SIZE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,9 +227,15 @@ def _size_and_roofline(
         )
     if point.call == "transfer":
         seconds = sync_cost(
-            shape, split, device, cluster, point.tensor_parallel, same_node=point.nodes == 1,
-            shared=point.shared or point.partly, separate=not point.shared,
-        )  # fmt: skip
+            shape,
+            split,
+            device,
+            cluster,
+            point.tensor_parallel,
+            same_node=point.nodes == 1,
+            shared=point.shared or point.partly,
+            separate=not point.shared,
+        )
         return 0.0, seconds
     if point.call in ("wake", "offload"):
         if point.role == "rollout":

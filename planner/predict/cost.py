@@ -395,9 +395,15 @@ class CostModel:
         """Without waking the actor and the engines."""
         shape, tensor_parallel = self.workload.actor.shape, rollout.tensor_parallel
         seconds = sync_cost(
-            shape, split_of(actor, place), place.device, self.cluster, tensor_parallel, same_node=same_node,
-            shared=shared, separate=separate,
-        )  # fmt: skip
+            shape,
+            split_of(actor, place),
+            place.device,
+            self.cluster,
+            tensor_parallel,
+            same_node=same_node,
+            shared=shared,
+            separate=separate,
+        )
         way = way_of(shared=shared, separate=separate)
         ratio, points = self._corrections.of_transfers(shape, "actor", place.device, way)
         layout = actor.shard, actor.gpus, tensor_parallel, rollout.replicas

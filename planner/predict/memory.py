@@ -36,7 +36,8 @@ ENGINE_WORKSPACE_BYTES = 4_000_000_000
 ENGINE_ASLEEP_BYTES = (
     1_500_000_000  # what stays of it on the GPU while it sleeps, besides its weights
 )
-SPARE = 32  # one in so many bytes of a role that runs is what its allocator holds unused between its tensors
+# One in so many bytes of a role that runs is what its allocator holds unused between its tensors.
+SPARE = 32
 SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
 
 

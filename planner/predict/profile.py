@@ -121,7 +121,10 @@ def check_profiles(profiles: Sequence[Profile], workload: Workload, cluster: Clu
     the workload."""
     shapes = [model.shape for model in workload.models.values()]
     for number, profile in enumerate(profiles, 1):
-        name = f"profile {number} ({profile.device}, hidden {profile.model.hidden}, {profile.model.layers} layers)"
+        name = (
+            f"profile {number} ({profile.device}, hidden {profile.model.hidden}, "
+            f"{profile.model.layers} layers)"
+        )
         if profile.device not in cluster.devices:
             has = ", ".join(cluster.devices)
             raise UserError(

@@ -37,7 +37,8 @@ LINK_LATENCY_SECONDS = 8e-6  # of one collective inside a node
 # and out of the buffers of a collective; an update passes twice, casts what it gathers from fp32,
 # and adds up a gradient in fp32.
 GATHER_BYTES, UPDATE_BYTES = 8, 38
-OPTIMIZER_BYTES = 32  # AdamW reads weight, gradient and both moments and writes three of them; the clip reads once more
+# AdamW reads weight, gradient and both moments and writes three of them; the clip reads once more.
+OPTIMIZER_BYTES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,9 +275,15 @@ def gather_seconds(shape: Shape, split: Split, device: Device, cluster: Cluster)
 
 
 def hand_over_seconds(
-    shape: Shape, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool, shared: bool,
+    shape: Shape,
+    device: Device,
+    cluster: Cluster,
+    tensor_parallel: int,
+    *,
+    same_node: bool,
+    shared: bool,
     separate: bool,
-) -> float:  # fmt: skip
+) -> float:
     """Of handing gathered weights to the engines, but for a call of each way: on GPUs that both
     share a window at a time, at least as many as their bytes need, which is filled and read in
     turns between a call to begin and one to end; broadcast to GPUs that they do not share, which
@@ -295,9 +302,16 @@ def hand_over_seconds(
 
 
 def sync_cost(
-    shape: Shape, split: Split, device: Device, cluster: Cluster, tensor_parallel: int, *, same_node: bool,
-    shared: bool, separate: bool,
-) -> float:  # fmt: skip
+    shape: Shape,
+    split: Split,
+    device: Device,
+    cluster: Cluster,
+    tensor_parallel: int,
+    *,
+    same_node: bool,
+    shared: bool,
+    separate: bool,
+) -> float:
     """Seconds of moving the actor's weights to the engines: by either way they are gathered over
     the shard group (what lies in two windows twice in truth), then handed over, one way after the
     other."""

@@ -114,8 +114,17 @@ def render(
     order = [*COLORS, *(call for call in shown if call not in COLORS)]
     handles = [Patch(color=COLORS.get(call, OTHER), label=call) for call in order if call in shown]
     handles.append(Patch(facecolor=EMPTY, edgecolor="#BBBBBB", label="idle"))
-    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, fontsize=FONT,
-                  handlelength=1.1, columnspacing=1.3, handletextpad=0.4, borderaxespad=0.3)  # fmt: skip
+    figure.legend(
+        handles=handles,
+        loc="lower center",
+        ncols=len(handles),
+        frameon=False,
+        fontsize=FONT,
+        handlelength=1.1,
+        columnspacing=1.3,
+        handletextpad=0.4,
+        borderaxespad=0.3,
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format=file_format, dpi=DPI)
     return buffer.getvalue()
@@ -218,7 +227,10 @@ def _draw_panel(
 ) -> None:
     period, busy = step_seconds(timeline), busy_in(timeline, window)
     word = "predicted" if timeline.source == "simulated" else "measured"
-    text = f"{word}: {seconds(period)} s per step, {occupancy(plan, busy):.0%} of all {_unit(plan, 1)} time busy"
+    text = (
+        f"{word}: {seconds(period)} s per step, {occupancy(plan, busy):.0%} of all "
+        f"{_unit(plan, 1)} time busy"
+    )
     axis.set_title(text, loc="left", fontsize=FONT + 1, pad=17)
     length = window.end - window.begin
     for lane in lanes:
@@ -266,9 +278,19 @@ def _draw_bar(axis: Axes, span: Span, lane: Lane, low: float, high: float) -> No
         if text_width + 6 <= width and text_height + 4 <= height:
             middle = ((low + high) / 2, lane.bottom + lane.height / 2)
             axis.annotate(
-                label, middle, ha="center", va="center", color=_ink(color), fontsize=FONT, zorder=5,
-                bbox={"facecolor": color, "edgecolor": "none", "pad": 1},  # no step's end runs through the words
-            )  # fmt: skip
+                label,
+                middle,
+                ha="center",
+                va="center",
+                color=_ink(color),
+                fontsize=FONT,
+                zorder=5,
+                bbox={
+                    "facecolor": color,
+                    "edgecolor": "none",
+                    "pad": 1,
+                },  # no step's end runs through the words
+            )
             break
 
 
@@ -291,9 +313,16 @@ def _draw_step_ends(axis: Axes, window: Window) -> None:
         begin = at if side == "left" else at - 2 * half if side == "right" else at - half
         if begin > taken + 8:
             axis.annotate(
-                label, (x, axis.get_ylim()[1]), xytext=(0, 3), textcoords="offset points", ha=side, va="bottom",
-                fontsize=FONT - 1, color="#333333", annotation_clip=False,
-            )  # fmt: skip
+                label,
+                (x, axis.get_ylim()[1]),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha=side,
+                va="bottom",
+                fontsize=FONT - 1,
+                color="#333333",
+                annotation_clip=False,
+            )
             taken = begin + 2 * half
 
 

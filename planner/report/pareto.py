@@ -100,9 +100,15 @@ def _against_dollars(axis: Axes, dots: Sequence[Dot]) -> None:
         1
     ]:  # below and left of the best line nothing else is drawn
         axis.annotate(
-            f"{gpus} GPUs", (dollars, seconds), xytext=(-7, -3), textcoords="offset points", ha="right", va="top",
-            fontsize=FONT - 1, color="#333333",
-        )  # fmt: skip
+            f"{gpus} GPUs",
+            (dollars, seconds),
+            xytext=(-7, -3),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=FONT - 1,
+            color="#333333",
+        )
     low, high = min(dot[3] for dot in dots), max(dot[3] for dot in dots)
     axis.set_xlim(low - 0.25 * (high - low or high), high + 0.06 * (high - low or high))
     axis.set_xlabel("US dollars per step, idle GPUs paid", fontsize=FONT)

@@ -369,7 +369,8 @@ class Summary:
     worst: str
     fastest_predicted: str
     fastest_measured: str
-    behind: float  # measured seconds of the one predicted fastest over those of the one measured fastest, less 1
+    # Measured seconds of the one predicted fastest over those of the one measured fastest, less 1.
+    behind: float
     worst_overhead: float
     log_prob_gaps: tuple[float, float] | None  # least and most
     memory_error: float | None  # worst

@@ -400,10 +400,22 @@ def _measured(
 
 
 COLUMNS = (
-    "name", "same_as", "status", "staleness", "predicted_step_seconds", "measured_step_seconds", "error",
-    "predicted_rank", "measured_rank", "controller_overhead", "generate_tokens_per_second", "start_seconds", "host",
-    "date", "reason",
-)  # fmt: skip
+    "name",
+    "same_as",
+    "status",
+    "staleness",
+    "predicted_step_seconds",
+    "measured_step_seconds",
+    "error",
+    "predicted_rank",
+    "measured_rank",
+    "controller_overhead",
+    "generate_tokens_per_second",
+    "start_seconds",
+    "host",
+    "date",
+    "reason",
+)
 
 
 def as_csv(rows: Sequence[Row]) -> str:

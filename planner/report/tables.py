@@ -61,7 +61,10 @@ def _pool_text(plan: Plan, pool: str) -> str:
     """A pool's GPUs and roles, with spaces where a table may fold it."""
     roles = [role for role, layout in plan.roles.items() if pool in layout.pools]
     everything = len(roles) == len(plan.roles) > 1
-    return f"{len(plan.pools[pool].gpus)}: {'all roles' if everything else ' '.join(roles) or 'nothing'}"
+    return (
+        f"{len(plan.pools[pool].gpus)}: "
+        f"{'all roles' if everything else ' '.join(roles) or 'nothing'}"
+    )
 
 
 def speed_up(plan: Plan, reference: Plan | str | None) -> str:
@@ -154,7 +157,10 @@ def bottleneck(plan: Plan) -> str:
     shared = set.intersection(*occupied) if occupied else set()
     for pool in plan.pools:
         if pool in shared:
-            return f"Bottleneck: the GPUs of {roles_of(plan, pool)} ({len(plan.pools[pool].gpus)}) always work: {parts}."
+            return (
+                f"Bottleneck: the GPUs of {roles_of(plan, pool)} ({len(plan.pools[pool].gpus)}) "
+                f"always work: {parts}."
+            )
     return f"Bottleneck: no pool on its own, but calls that wait for each other: {parts}."
 
 

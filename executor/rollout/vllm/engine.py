@@ -86,13 +86,16 @@ class VllmEngine:
                 logprobs_mode="processed_logprobs",
                 enable_sleep_mode=rollout.offload and not on_cpu,
                 scheduler_cls="executor.rollout.vllm.scheduler.Scheduler",
-                enable_prefix_caching=False,  # looking for common beginnings takes time at every token of a sequence
+                # Looking for common beginnings takes time at every token of a sequence.
+                enable_prefix_caching=False,
                 weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
             )
         self._executor: Any = self.llm.llm_engine.model_executor
         self._unlink_queues()
-        self._scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler  # type: ignore[attr-defined]
-        gc.freeze()  # what the engine consists of stays; collecting must not look at it at every step
+        # Type: ignore[attr-defined].
+        self._scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        # What the engine consists of stays; collecting must not look at it at every step.
+        gc.freeze()
 
     def _unlink_queues(self) -> None:
         """All processes have opened their files by now, which would outlive processes that are

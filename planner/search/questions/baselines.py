@@ -14,14 +14,6 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Wait
 
 NAMES = ("colocated", "split", "split-parallel", "standalone", "one-step-off")
-WHAT = {
-    "colocated": "all roles on all GPUs, one call after the other",
-    "split": "the tutorial: actor, rollout and reference on one half, critic and reward on the other; only the two "
-    "updates overlap",
-    "split-parallel": "as split, with reference, values and reward overlapped too",
-    "standalone": "each role on its own pool, strictly on-policy",
-    "one-step-off": "the rollout on its own pool, one step ahead of training",
-}
 
 
 def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:

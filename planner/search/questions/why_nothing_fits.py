@@ -58,8 +58,14 @@ def nothing_fits(problem: Problem, pins: Sequence[str] = ()) -> str:
         )
     if pins and fits(problem) is not None:
         told = " ".join(f"--pin {pin}" for pin in pins)
-        return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))} with {told}; without, one does: loosen them"
-    return f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))}: {what_binds(problem)}; {_fixes(problem)}"
+        return (
+            f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))} with {told}; without, one "
+            "does: loosen them"
+        )
+    return (
+        f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))}: {what_binds(problem)}; "
+        f"{_fixes(problem)}"
+    )
 
 
 def what_binds(problem: Problem) -> str:
@@ -258,7 +264,10 @@ def _fixes(problem: Problem) -> str:
             break
         factor /= 2
     if not found:
-        return f"not on {MOST_GPUS:,} GPUs of the same kind either; use GPUs with more memory or smaller models"
+        return (
+            f"not on {MOST_GPUS:,} GPUs of the same kind either; use GPUs with more memory or "
+            "smaller models"
+        )
     return f"it fits with {' or with '.join(found)}"
 
 

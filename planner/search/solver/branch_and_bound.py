@@ -28,10 +28,14 @@ from planner.search.space.size_boxes import (
 )
 
 MUCH_SLOWER = 0.25  # than the best plan: such plans are not shown beside it
-NEAR = 1e-3  # of a step time: by how much a baseline or a plan beside the best may be slower than the best of its kind
-MORE = 4  # placements to evaluate for each plan beside the best: these are good, and not proven to be next
+# Of a step time: by how much a baseline or a plan beside the best may be slower than the best of
+# its kind.
+NEAR = 1e-3
+# Placements to evaluate for each plan beside the best: these are good, and not proven to be next.
+MORE = 4
 TRIES = 3  # quick plans of an arrangement in vain before no more are made
-PATIENCE = 8  # leaves parked in vain before a parked leaf is looked at: what is learned may rule out others
+# Leaves parked in vain before a parked leaf is looked at: what is learned may rule out others.
+PATIENCE = 8
 TOGETHER = 8  # leaves of an arrangement that are dismissed together at first
 AT_ONCE = 1024  # boxes that are halved together
 

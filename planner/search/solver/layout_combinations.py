@@ -16,7 +16,9 @@ from planner.search.solver.rollout_table import with_mean
 from planner.spec.plan import RolloutRole, TrainerRole
 
 FEW = 3  # layouts of the rollout that a quick plan tries, and combinations of layouts
-MANY = 9  # layouts of the rollout that it simulates to find those, as their floors may be far below what they take
+# Layouts of the rollout that it simulates to find those, as their floors may be far below what they
+# take.
+MANY = 9
 
 
 class Engines(NamedTuple):

@@ -287,11 +287,16 @@ class Problem:
             device = self.device(actor)
             seconds = min(
                 hand_over_seconds(
-                    self.workload.actor.shape, device, self.cluster, split, same_node=same_node, shared=shared,
+                    self.workload.actor.shape,
+                    device,
+                    self.cluster,
+                    split,
+                    same_node=same_node,
+                    shared=shared,
                     separate=separate,
                 )
                 for split in tensor_parallels(self.workload, self.device(a.kinds[a.generating[0]]))
-            )  # fmt: skip
+            )
             self._handed[key] = self._sync_ratio(a) * (
                 seconds + (shared + separate) * device.overhead_seconds
             )
