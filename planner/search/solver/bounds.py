@@ -246,8 +246,8 @@ class Bounds:
         every = np.zeros((len(listed), max(map(len, listed)), len(problem.calls)))
         for number, found in enumerate(listed):
             every[number, : len(found)] = found
-        # Type: ignore[call-arg].
-        return Rows(*(np.array(column) for column in columns[:-1]), self._by_set(every))
+        arrays = [np.array(column) for column in columns[:-1]]
+        return Rows(*arrays, self._by_set(every))  # type: ignore[call-arg]
 
     def _pools_of(self, a: Arrangement) -> list[Pool]:
         """What the tables of an arrangement's pools depend on."""
