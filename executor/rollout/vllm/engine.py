@@ -92,8 +92,8 @@ class VllmEngine:
             )
         self._executor: Any = self.llm.llm_engine.model_executor
         self._unlink_queues()
-        # Type: ignore[attr-defined].
-        self._scheduler = self.llm.llm_engine.engine_core.engine_core.scheduler
+        core: Any = self.llm.llm_engine.engine_core
+        self._scheduler = core.engine_core.scheduler
         # What the engine consists of stays; collecting must not look at it at every step.
         gc.freeze()
 
