@@ -19,6 +19,19 @@ from planner.spec.workload import Workload
 SHAPE = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64, "vocab": 48}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--renew-golden",
+        action="store_true",
+        help="write the files under tests/golden anew instead of comparing with them",
+    )
+
+
+@pytest.fixture
+def renew_golden(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--renew-golden"))
+
+
 def make_workload(**changes: Any) -> Workload:
     """A tiny PPO job with all four models, random weights and no data."""
     model = {"shape": SHAPE, "random_weights": True}
