@@ -42,6 +42,16 @@ def test_plan_round_trip(tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text())["schema"] == "splitplan/plan/1"
 
 
+def test_a_changed_copy_is_checked_as_a_file_is():
+    plan = split(make_workload())
+    other = plan.changed(name="other")
+    assert other == plan.model_copy(update={"name": "other"})
+    assert other.workload is plan.workload
+    for values in ({"pools": {}}, {"staleness": -1}, {"stalenes": 1}):
+        with pytest.raises(ValueError):
+            plan.changed(**values)
+
+
 def test_timeline_round_trip(tmp_path):
     spans = simulate(tasks_of(split(make_workload()), 3), lambda task: 0.1 * (1 + task.index))
     timeline = Timeline(source="simulated", plan="split", steps=3, warmup=1, spans=spans)

@@ -211,8 +211,8 @@ class Bench:
         found = _memory(watch.peaks, _on_processes(backend, _peak))
         backend.close()  # the processes stay
         (scratch / "metrics.jsonl").replace(job.directory / "metrics.jsonl")
-        uncounted = {"warmup": job.warmup, "drain": job.drain}
-        return Timeline.read(scratch / "timeline.json").model_copy(update=uncounted), start, found
+        timeline = Timeline.read(scratch / "timeline.json")
+        return timeline.changed(warmup=job.warmup, drain=job.drain), start, found
 
     def _make_room(self, plan: Plan) -> pools.Fleet:
         """The fleet, without the processes that this plan has no use for: a trainer holds models

@@ -217,7 +217,7 @@ def _write(
         roles={role: merge(states) for role, states in roles.items()},
         files=files,
     )
-    manifest.model_copy(update={"sha256": manifest.digest()}).write(directory / MANIFEST)
+    manifest.changed(sha256=manifest.digest()).write(directory / MANIFEST)
 
 
 def _finite(metrics: dict[str, Any]) -> dict[str, float | None]:

@@ -64,7 +64,7 @@ def execute(
     check(plan)
     steps = steps or plan.workload.steps
     if seed is not None:
-        plan = plan.model_copy(update={"workload": plan.workload.model_copy(update={"seed": seed})})
+        plan = plan.changed(workload=plan.workload.changed(seed=seed))
     path, progress = check_free(runs, name), progress or Silent()
     deadlines = Deadlines(plan=plan, floor=deadline_floor, predicted=seconds)
     if not rehearse:

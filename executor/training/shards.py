@@ -176,8 +176,8 @@ def merge(parts: list[RoleState]) -> RoleState:
     for part in parts:
         for name, stored in part.tensors.items():
             pieces = (*tensors[name].pieces, *stored.pieces) if name in tensors else stored.pieces
-            tensors[name] = stored.model_copy(update={"pieces": pieces})
-    return parts[0].model_copy(update={"tensors": tensors})
+            tensors[name] = stored.changed(pieces=pieces)
+    return parts[0].changed(tensors=tensors)
 
 
 # --- back ---

@@ -30,6 +30,13 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def changed(self, **values: Any) -> Self:
+        """A copy with other values for some keys. It is checked as a file with these values would
+        be, which pydantic's `model_copy` does not do; parts that stay are not checked again.
+        Raises ValidationError, which is a ValueError."""
+        kept = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self).model_validate({**kept, **values})
+
 
 class File(Spec):
     """A file of its own. Its first key is `schema`: `splitplan/<kind>/<version>`."""
