@@ -8,6 +8,7 @@ each other: v of step t comes after u of step t - lag, and before u of step t - 
 to be chosen. Every such schedule is a program (the calls by their starts modulo the period) and
 every program has one: the least period is the best plan's."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, combinations
@@ -19,7 +20,7 @@ from ortools.sat.python import cp_model
 from planner.predict.cost import CostModel, Place
 from planner.predict.layouts import rollout_layouts, trainer_layouts
 from planner.predict.memory import batch_bytes, pool_peak, rollout_memory, trainer_memory
-from planner.search.space.placements import pack, parts_of, sizes, structures
+from planner.search.space.placements import gpus_of, pack, sizes, structures
 from planner.spec.dataflow import ppo
 
 UNITS = 10**6  # of time in a step: what rounding to whole numbers leaves is below TOLERANCE
@@ -42,7 +43,8 @@ class Placement:
 
     def parts(self, role):
         """GPUs per node of each pool of a role."""
-        return tuple(parts_of(self.gpus[i]) for i in self.pools(role))
+        nodes = [[node for node, _ in self.gpus[i]] for i in self.pools(role)]
+        return tuple(tuple(Counter(pool).values()) for pool in nodes)
 
     def on_node(self, role, node):
         return sum(gpu[0] == node for i in self.pools(role) for gpu in self.gpus[i])
@@ -58,7 +60,7 @@ class Placement:
 def placements(workload, cluster):
     """Every size of every pool; what no pool has is idle."""
     return [
-        Placement(structure, pack(counts, cluster))
+        Placement(structure, tuple(map(gpus_of, pack(counts, cluster))))
         for structure in structures(workload.roles)
         for gpus in range(1, len(cluster.gpus) + 1)
         for counts in sizes(gpus, len(structure)).tolist()

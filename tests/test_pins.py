@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from planner.search import baseline, find
 from planner.search.space.pins import parse_pins, restriction
-from planner.search.space.placements import arrangements, sizes, structures
+from planner.search.space.placements import families, sizes, structures
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
@@ -120,11 +120,11 @@ def test_the_rollouts_pools_together_have_what_is_pinned():
         frozenset({"critic", "rollout"}),
         frozenset({"reference", "reward"}),
     )
-    (arrangement,) = arrangements(structure, tiny_cluster(5))
-    pinned = restriction(parse_pins(["rollout=3"], ROLES, tiny_cluster(5)))(arrangement)
+    (family,) = families(structure, tiny_cluster(5))
+    pinned = restriction(parse_pins(["rollout=3"], ROLES, tiny_cluster(5)))(family)
     assert (pinned.rollout, pinned.limits) == (3, (((0, 1, 2), 5), ((0, 1), 3), ((2,), 2)))
     assert restriction(parse_pins(["actor=1", "critic=2"], ROLES, tiny_cluster(5)))(
-        arrangement
+        family
     ).given == {0: 1, 1: 2}
 
 

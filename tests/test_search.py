@@ -19,10 +19,10 @@ from planner.predict.schedule import check, unroll
 from planner.predict.simulate import simulate
 from planner.search import baseline, find
 from planner.search.questions.baselines import NAMES
-from planner.search.solver.branch_and_bound import search
+from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.problem import problem_of
 from planner.search.space.enumerate_programs import orders
-from planner.search.space.placements import pack, parts_of, sizes, structures
+from planner.search.space.placements import gpus_of, pack, sizes, structures
 from planner.spec.cluster import Cluster, Node, make_cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -43,14 +43,15 @@ def brute_force(workload, cluster):
     for structure in structures(workload.roles):
         names = tuple("+".join(sorted(roles)) + str(i) for i, roles in enumerate(structure))
         for counts in sizes(len(cluster.gpus), len(structure)):
-            gpus = pack(counts, cluster)
+            packing = pack(counts, cluster)
+            gpus = map(gpus_of, packing)
             pools = {name: Pool(gpus=pool) for name, pool in zip(names, gpus, strict=True)}
             home = {
                 role: i for i, roles in enumerate(structure) for role in roles if role != "rollout"
             }
             generating = [i for i, roles in enumerate(structure) if "rollout" in roles]
             shared = any(structure[i] != {"rollout"} for i in generating)
-            parts = tuple(parts_of(gpus[i]) for i in generating)
+            parts = tuple(tuple(part.gpus for part in packing[i]) for i in generating)
             rollouts = rollout_layouts(
                 workload, parts, tuple(names[i] for i in generating), device, shared
             )
@@ -265,9 +266,9 @@ def test_one_scenario_is_a_search_at_fixed_durations():
 
 def test_a_search_that_is_ended_keeps_its_best_plan_with_an_honest_gap():
     problem = problem_of(default()[0], make_cluster(32), (), None)
-    full = search(problem, 1)
+    full = solve(problem, 1)
     for deadline in (0.0, 0.4):
-        found = search(
+        found = solve(
             problem_of(default()[0], make_cluster(32), (), None),
             1,
             None,

@@ -16,13 +16,13 @@ from planner.predict.profile import Point, Profile
 from planner.predict.schedule import staleness, steady_edges, unroll
 from planner.search.solver.best_program import best_program, bound_rates, choices_of, cycles_of
 from planner.search.solver.bounds import Bounds
-from planner.search.solver.branch_and_bound import search
+from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.evaluate import dismissed, evaluate, surpassed
 from planner.search.solver.problem import problem_of
 from planner.search.solver.rollout_table import with_mean
 from planner.search.space.enumerate_programs import all_programs
 from planner.search.space.pins import parse_pins, restriction
-from planner.search.space.placements import arrangements, pack, parts_of, sizes, structures
+from planner.search.space.placements import families, gpus_of, pack, sizes, structures
 from planner.spec.cluster import Cluster, Node, make_cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -55,14 +55,19 @@ def test_sizes_are_all_compositions():
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
 def test_pack_gives_every_gpu_once(counts):
     cluster = make_cluster(sum(counts), gpus_per_node=4)
-    packed = pack(counts, cluster)
+    packed = [gpus_of(pool) for pool in pack(counts, cluster)]
     assert [len(pool) for pool in packed] == counts
     assert sorted(gpu for pool in packed for gpu in pool) == sorted(cluster.gpus)
 
 
 def test_pack_keeps_pools_on_as_few_nodes_as_there_is_room_for():
-    assert [parts_of(pool) for pool in pack((8, 4, 4), make_cluster(16))] == [(8,), (4,), (4,)]
-    assert [parts_of(pool) for pool in pack((4, 12), make_cluster(16))] == [(4,), (8, 4)]
+    assert _packed((8, 4, 4)) == [[8], [4], [4]]
+    assert _packed((4, 12)) == [[4], [8, 4]]
+
+
+def _packed(counts):
+    """GPUs per node of each pool, on two nodes of eight."""
+    return [[part.gpus for part in pool] for pool in pack(counts, make_cluster(16))]
 
 
 def test_no_order_that_runs_beats_the_best_program():
@@ -197,10 +202,10 @@ def default():
 
 
 def best_of_all_placements(problem, restrict):
-    """The least seconds of all arrangements that pins allow, one placement at a time."""
+    """The least seconds of all families that pins allow, one placement at a time."""
     best = np.inf
     for structure in structures(problem.workload.roles):
-        for a in filter(None, map(restrict, arrangements(structure, problem.cluster))):
+        for a in filter(None, map(restrict, families(structure, problem.cluster))):
             for counts in product(range(1, len(problem.cluster.gpus) + 1), repeat=len(structure)):
                 if all(sum(counts[i] for i in pools) <= most for pools, most in a.limits):
                     found = evaluate(problem, a, counts, best).best
@@ -253,7 +258,7 @@ def test_no_smaller_pools_are_left_out_that_are_better(
     )
     workload = small_workload(**changes)
     restrict = restriction(parse_pins(pins, workload.roles, cluster))
-    found = search(problem_of(workload, cluster, (), None), 1, restrict)
+    found = solve(problem_of(workload, cluster, (), None), 1, restrict)
     best = best_of_all_placements(problem_of(workload, cluster, (), None), restrict)
     assert found.best[0].seconds == pytest.approx(best, rel=1e-9)
 
@@ -319,7 +324,7 @@ def test_bounds_are_never_above_what_a_placement_takes():
     workload, cluster = default()
     problem = problem_of(workload, cluster, (), None)
     rng, ran = np.random.default_rng(0), 0
-    listed = [a for structure in structures(ROLES) for a in arrangements(structure, cluster)]
+    listed = [a for structure in structures(ROLES) for a in families(structure, cluster)]
     bounds = Bounds(problem, listed)
     for number in rng.permutation(len(listed))[:25]:
         pools = len(listed[number].structure)
@@ -338,7 +343,7 @@ def test_what_is_dismissed_is_no_better_on_any_smaller_pools():
     workload, cluster = default()
     problem = problem_of(workload, cluster, (), None)
     rng, tests = np.random.default_rng(1), {dismissed: 0, surpassed: 0}
-    listed = [a for structure in structures(ROLES) for a in arrangements(structure, cluster)]
+    listed = [a for structure in structures(ROLES) for a in families(structure, cluster)]
     for number in rng.permutation(len(listed))[:12]:
         pools = len(listed[number].structure)
         large = (

@@ -14,12 +14,12 @@ from planner.predict.profile import Profile
 from planner.search.questions.baselines import NAMES, best_of
 from planner.search.questions.why_nothing_fits import nothing_fits
 from planner.search.solver.best_program import SAME
-from planner.search.solver.branch_and_bound import search
+from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Objective, Problem, problem_of
 from planner.search.solver.write_plan import assemble, complete, trimmed
 from planner.search.space.pins import parse_pins, restriction
-from planner.search.space.placements import placements, structures
+from planner.search.space.placements import placement_count, structures
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan, Proof, Provenance
@@ -69,7 +69,7 @@ def find(
     problem = problem_of(workload, cluster, profiles, max_staleness, objective, scenarios)
     pinned = parse_pins(pins, workload.roles, cluster)
     deadline = start + time_limit if time_limit is not None else inf
-    found = search(problem, keep, restriction(pinned) if pinned else None, deadline)
+    found = solve(problem, keep, restriction(pinned) if pinned else None, deadline)
     if found.ended and not found.best:
         raise UserError("the search was ended before it found any plan; give it more time")
     if not found.best:
@@ -110,7 +110,9 @@ def find(
         best=plans[0],
         runners_up=tuple(plans[1:]),
         baselines=baselines,
-        placements=sum(placements(structure, cluster) for structure in structures(workload.roles)),
+        placements=sum(
+            placement_count(structure, cluster) for structure in structures(workload.roles)
+        ),
         evaluated=found.evaluated,
         seconds=seconds,
     )

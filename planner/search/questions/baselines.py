@@ -4,11 +4,11 @@ are searched."""
 from collections.abc import Sequence
 
 from planner.search.solver.best_program import Program
-from planner.search.solver.branch_and_bound import best_of_arrangements
+from planner.search.solver.branch_and_bound import best_of_families
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem
 from planner.search.space.pins import parse_pins, restriction
-from planner.search.space.placements import Arrangement, Structure, arrangements
+from planner.search.space.placements import PlacementFamily, Structure, families
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Wait
@@ -27,8 +27,8 @@ def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
     if name == "one-step-off" and problem.max_staleness < 1:
         raise UserError(f"{name}: trains on sequences 1 update old, and the workload allows 0")
     program, cluster = _program(name, problem), problem.cluster
-    listed: list[Arrangement] = []
-    for a in arrangements(structure, cluster):
+    listed: list[PlacementFamily] = []
+    for a in families(structure, cluster):
         halves = _halves(name, a, cluster)
         listed += (
             [a._replace(given=dict(enumerate(halves)))] if halves else [] if halves == () else [a]
@@ -46,7 +46,7 @@ def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
             f"{name}: its pools cannot meet {' '.join(f'--pin {pin}' for pin in pins)}; change the "
             "pins"
         )
-    found = best_of_arrangements(problem, listed, 1, [program] * len(listed))
+    found = best_of_families(problem, listed, 1, [program] * len(listed))
     if found.ended:  # a baseline that is not the best of its kind would flatter the plan beside it
         raise KeyboardInterrupt
     if not found.best:
@@ -76,7 +76,7 @@ def _structure(name: str, roles: Sequence[str]) -> Structure:
     return tuple(frozenset(pool & set(roles)) for pool in wanted[name] if pool & set(roles))
 
 
-def _halves(name: str, a: Arrangement, cluster: Cluster) -> tuple[int, ...] | None:
+def _halves(name: str, a: PlacementFamily, cluster: Cluster) -> tuple[int, ...] | None:
     """The sizes of a split's pools; None where they are free. Each half has whole nodes (or half of
     the only one); what is odd stays idle. With two kinds of GPU each half is one of them."""
     if name == "colocated":
@@ -92,7 +92,7 @@ def _halves(name: str, a: Arrangement, cluster: Cluster) -> tuple[int, ...] | No
     return sum(nodes[:half]), sum(nodes[half : 2 * half])
 
 
-def _agree(a: Arrangement, pinned: Arrangement) -> bool:
+def _agree(a: PlacementFamily, pinned: PlacementFamily) -> bool:
     """Whether pins leave the sizes that a split has."""
     return all(pinned.given.get(i, count) == count for i, count in a.given.items())
 

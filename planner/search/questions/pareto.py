@@ -6,7 +6,7 @@ from typing import NamedTuple
 from planner.predict.profile import Profile
 from planner.search.questions.why_nothing_fits import what_binds
 from planner.search.solver.best_program import SAME
-from planner.search.solver.branch_and_bound import search
+from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.problem import problem_of
 from planner.search.solver.write_plan import assemble
 from planner.spec.cluster import Cluster
@@ -42,7 +42,7 @@ def pareto_points(
     for cluster in clusters:
         for limit in limits:
             problem = problem_of(workload, cluster, profiles, limit)
-            found = search(problem, 1).best
+            found = solve(problem, 1).best
             if not found:
                 gpus = f"{len(cluster.gpus)} GPU{'s' * (len(cluster.gpus) != 1)}"
                 reasons.append(f"no plan fits {workload.name} on {gpus}: {what_binds(problem)}")

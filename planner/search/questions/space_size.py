@@ -6,7 +6,7 @@ from planner.predict.cost import Place
 from planner.predict.layouts import trainer_grid
 from planner.search.solver.problem import problem_of
 from planner.search.space.enumerate_programs import all_programs
-from planner.search.space.placements import placements, sharing_of, structures
+from planner.search.space.placements import placement_count, sharing_of, structures
 from planner.spec.cluster import Cluster
 from planner.spec.workload import Workload
 
@@ -32,14 +32,14 @@ def count(workload: Workload, cluster: Cluster, max_staleness: int | None = None
     kind."""
     problem = problem_of(workload, cluster, (), max_staleness)
     listed, gpus = structures(workload.roles), len(cluster.gpus)
-    ways = {s: placements(s, cluster) for s in listed}
+    ways = {s: placement_count(s, cluster) for s in listed}
     possible = [s for s in listed if ways[s]]
     kind = cluster.nodes[0].device
     place = Place(parts=(gpus,), device=cluster.devices[kind])
     layouts = []
     for role in workload.roles:
         if role == "rollout":
-            table = problem.engines(kind)
+            table = problem.rollout_table(kind)
             engines = len(table.slots) * len(table.offloads(shared=True))
             layouts.append((role, engines, engines))
         else:

@@ -25,7 +25,7 @@ from planner.search.questions.variants import resized, with_response
 from planner.search.solver.evaluate import Candidate, evaluate
 from planner.search.solver.problem import Problem
 from planner.search.solver.write_plan import assemble
-from planner.search.space.placements import Arrangement, Structure, sizes, structures
+from planner.search.space.placements import PlacementFamily, Structure, sizes, structures
 from planner.spec.cluster import Cluster, Device
 from planner.spec.workload import Workload
 
@@ -86,8 +86,8 @@ def what_binds(problem: Problem) -> str:
     return f"{needs}, and a GPU has {_gb(device.memory_bytes)}"
 
 
-def what_binds_pools(problem: Problem, a: Arrangement) -> str:
-    """Why no layouts fit the pools of an arrangement: the first pool that needs too much even at
+def what_binds_pools(problem: Problem, a: PlacementFamily) -> str:
+    """Why no layouts fit the pools of a family: the first pool that needs too much even at
     its leanest, on as many GPUs as it may have."""
     workload, cluster = problem.workload, problem.cluster
     for number, members in enumerate(a.structure):
@@ -115,8 +115,8 @@ def what_binds_pools(problem: Problem, a: Arrangement) -> str:
     )
 
 
-def _most_gpus(a: Arrangement, number: int) -> int:
-    """Of a pool of an arrangement, if every other one has what it is given, or a single GPU."""
+def _most_gpus(a: PlacementFamily, number: int) -> int:
+    """Of a pool of a family, if every other one has what it is given, or a single GPU."""
     limit = min(
         most - sum(a.given.get(other, 1) for other in pools if other != number)
         for pools, most in a.limits

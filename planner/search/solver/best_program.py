@@ -76,7 +76,7 @@ class Cut(NamedTuple):
         return np.asarray(periods.max(axis=2).min(axis=1))
 
 
-class Search(NamedTuple):
+class ProgramResult(NamedTuple):
     """The best program below the limit, if any, its seconds (else the limit), and the cut that
     proves it."""
 
@@ -91,7 +91,7 @@ def best_program(
     objective: Objective,
     limit: float = np.inf,
     any_below: bool = False,
-) -> Search:
+) -> ProgramResult:
     """The program with the least `objective` of its periods at durations [calls, S + 1], those in
     each scenario and at the mean; none if that is not below `limit`. With `any_below` the first one
     found, and without a cut that proves it."""
@@ -116,7 +116,9 @@ def best_program(
             if value < best * (1 - SAME):
                 best, found = value, _items(choices.calls, starts, period)
                 if any_below:
-                    return Search(Program(found, _staleness(found)), best, Cut(choices.floor[None]))
+                    return ProgramResult(
+                        Program(found, _staleness(found)), best, Cut(choices.floor[None])
+                    )
             if value <= bound * (1 + SAME):
                 leaves.append(rows)
                 continue
@@ -130,7 +132,7 @@ def best_program(
             known = np.asarray((more[:, None] <= rows).all(axis=2)).any(axis=1)
             heapq.heappush(left, (bound, -next(order), child, np.concatenate([rows, more[~known]])))
     program = Program(found, _staleness(found)) if found else None
-    return Search(program, best, Cut(_padded(leaves)))
+    return ProgramResult(program, best, Cut(_padded(leaves)))
 
 
 def _padded(leaves: list[Array]) -> Array:

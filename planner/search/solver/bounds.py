@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from planner.search.solver.best_program import Cut, Program, bound_rates, cycles_of, rates
 from planner.search.solver.problem import CUTS, Array, Problem, bytes_of
-from planner.search.solver.rollout_table import ALONE, LEVELS, EngineTable, level_of, with_mean
-from planner.search.space.placements import Arrangement, Structure, sharing_of
+from planner.search.solver.rollout_table import ALONE, LEVELS, RolloutTable, level_of, with_mean
+from planner.search.space.placements import PlacementFamily, Structure, sharing_of
 from planner.search.space.size_boxes import NEVER
 
-AT_ONCE = 1024  # boxes that are bounded together
-LOOSE = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it may take
+BOXES_AT_ONCE = 1024  # boxes that are bounded together
+SLACKS = (1.01, 1.03, 1.1, 1.25, 1.5)  # times a floor of generation, which it may take
 
 
 class Acting(NamedTuple):
@@ -41,8 +41,8 @@ Pool = tuple[
 Held = tuple[str, str, Acting | None]  # a role, its pool's kind, and more if it is the actor
 
 
-class Rows(NamedTuple):
-    """Of some arrangements what their bounds need, padded to the most pools P and rows R: the table
+class FamilyTable(NamedTuple):
+    """Of some families what their bounds need, padded to the most pools P and rows R: the table
     of each pool [n, P], the pool of each column [n, C], whether a pool generates [n, P] and has the
     actor, the kind that generates, that kind's GPUs per node, seconds of handing weights over
     within a node and between nodes [n, 2], and rates [n, R, C]."""
@@ -58,21 +58,21 @@ class Rows(NamedTuple):
 
 
 class Bounds:
-    """Tables of least seconds by pool size for the pools of some arrangements; all of them on the
+    """Tables of least seconds by pool size for the pools of some families; all of them on the
     same cluster."""
 
     def __init__(
         self,
         problem: Problem,
-        arrangements: Sequence[Arrangement],
+        families: Sequence[PlacementFamily],
         programs: Sequence[Program | None] | None = None,
     ) -> None:
-        self.problem, self.arrangements = problem, arrangements
+        self.problem, self.families = problem, families
         self.kinds = tuple(problem.there)
         most = max(problem.there.values())
         self._made: dict[Held, tuple[Array, Array, Array]] = {}
         self._rates: dict[Structure, Array] = {}
-        pools = sorted({pool for a in arrangements for pool in self._pools_of(a)}, key=_named)
+        pools = sorted({pool for a in families for pool in self._pools_of(a)}, key=_named)
         self._number = {pool: number for number, pool in enumerate(pools)}
         # The steps of a pool's size at which something changes: `step[kind, n]` of n GPUs,
         # `first[kind, step]` back.
@@ -97,13 +97,13 @@ class Bounds:
         self.scenarios = with_mean(
             np.zeros(problem.model.scenarios)
         ).size  # the last stands for the mean
-        self._engine = {kind: _least_engine(problem.engines(kind)) for kind in self.kinds}
+        self._engine = {kind: _least_engine(problem.rollout_table(kind)) for kind in self.kinds}
         self.seconds = np.full(
             (len(pools), len(self.sets), self.first.shape[1], self.scenarios), NEVER
         )
         for pool, number in self._number.items():
             self._fill(self.seconds[number], self.room[number], *pool)
-        self.engines = [problem.engines(kind) for kind in self.kinds]
+        self.engines = [problem.rollout_table(kind) for kind in self.kinds]
         whole = [self._column[problem.calls_of(role)] for role in self.roles]
         load = np.minimum(self.seconds[:, whole].sum(axis=1), NEVER)
         self.load = self.problem.objective_of(
@@ -111,7 +111,7 @@ class Bounds:
         )  # [tables, steps]; falling, and no size is enough in the end
         for number, kind in enumerate(self.kind_of):
             self.load[number, len(ranks[self.kinds[kind]]) :] = -np.inf
-        self.rows = self._rows(programs or [None] * len(arrangements))
+        self.rows = self._rows(programs or [None] * len(families))
 
     # --- the tables ---
 
@@ -197,7 +197,7 @@ class Bounds:
             longer[:, generate] *= times
             return float(self._bound(longer, self.rows.rates[one], cuts)[0])
 
-        times = next((times for times in LOOSE if slower(times) >= limit), None)
+        times = next((times for times in SLACKS if slower(times) >= limit), None)
         if times is None:
             return False
         return self.engines[int(self.rows.kind[number])].sharpen(
@@ -218,12 +218,12 @@ class Bounds:
         room = np.where(generates, self.room[table, self.step[self.kind_of[table], sizes]], ALONE)
         return np.where(generates, sizes, -1), room.min(axis=1)
 
-    def _rows(self, programs: Sequence[Program | None]) -> Rows:
-        problem, pools = self.problem, max(len(a.structure) for a in self.arrangements)
-        columns: list[list[object]] = [[] for _ in Rows._fields]
+    def _rows(self, programs: Sequence[Program | None]) -> FamilyTable:
+        problem, pools = self.problem, max(len(a.structure) for a in self.families)
+        columns: list[list[object]] = [[] for _ in FamilyTable._fields]
         known, listed = dict[tuple[Structure, tuple[str, ...]], list[object]](), list[Array]()
         roles = [(problem.flow[some[0]].roles or ("",))[0] for some in self.sets]
-        for a, program in zip(self.arrangements, programs, strict=True):
+        for a, program in zip(self.families, programs, strict=True):
             pad = [0] * (pools - len(a.structure))
             if (a.structure, a.kinds) not in known:
                 at = {role: i for i, own in reversed([*enumerate(a.structure)]) for role in own}
@@ -247,10 +247,10 @@ class Bounds:
         for number, found in enumerate(listed):
             every[number, : len(found)] = found
         arrays = [np.array(column) for column in columns[:-1]]
-        return Rows(*arrays, self._by_set(every))  # type: ignore[call-arg]
+        return FamilyTable(*arrays, self._by_set(every))  # type: ignore[call-arg]
 
-    def _pools_of(self, a: Arrangement) -> list[Pool]:
-        """What the tables of an arrangement's pools depend on."""
+    def _pools_of(self, a: PlacementFamily) -> list[Pool]:
+        """What the tables of a family's pools depend on."""
         acting = Acting(a.within, self.problem.gathers(a))
         pools = zip(a.structure, a.kinds, strict=True)
         return [(roles, kind, acting if "actor" in roles else None) for roles, kind in pools]
@@ -283,17 +283,17 @@ class Bounds:
     def of(
         self, number: NDArray[np.int64], low: NDArray[np.int64], high: NDArray[np.int64]
     ) -> Array:
-        """Seconds [n] that no program of arrangement `number` [n] is below on pools of sizes
+        """Seconds [n] that no program of family `number` [n] is below on pools of sizes
         between `low` and `high` [n, P], which are 0 where there is no pool."""
         return self._bound(self._least(number, low, high), self.rows.rates[number])
 
     def with_cuts(
         self, number: int, low: NDArray[np.int64], high: NDArray[np.int64], last: int
     ) -> Array:
-        """The same of one arrangement, by the `last` few cuts of its programs alone."""
+        """The same of one family, by the `last` few cuts of its programs alone."""
         cuts, bound = self._cuts_of(number, last), np.zeros(len(low))
-        for first in range(0, len(low) if cuts else 0, AT_ONCE):
-            part = slice(first, first + AT_ONCE)
+        for first in range(0, len(low) if cuts else 0, BOXES_AT_ONCE):
+            part = slice(first, first + BOXES_AT_ONCE)
             seconds = self._least(np.full(len(low[part]), number), low[part], high[part])
             bound[part] = self._bound(seconds, self.rows.rates[number], cuts)
         return bound
@@ -310,16 +310,16 @@ class Bounds:
     def cut(
         self, number: int, low: NDArray[np.int64], high: NDArray[np.int64], limit: float
     ) -> None:
-        """Look for the best program of one arrangement below `limit` seconds with the least
+        """Look for the best program of one family below `limit` seconds with the least
         durations on sizes [1, P], and keep what shows that none is better."""
         seconds = self._least(np.array([number]), low, high)[0, : len(self.problem.calls)]
         self.problem.best_program(
-            sharing_of(self.problem.flow, self.arrangements[number].structure), seconds, limit
+            sharing_of(self.problem.flow, self.families[number].structure), seconds, limit
         )
 
     def _cuts_of(self, number: int, last: int) -> list[Cut]:
-        """The last few cuts of an arrangement's programs, by role."""
-        sharing = sharing_of(self.problem.flow, self.arrangements[number].structure)
+        """The last few cuts of a family's programs, by role."""
+        sharing = sharing_of(self.problem.flow, self.families[number].structure)
         return [Cut(self._by_set(cut.rates)) for cut in self.problem.cuts(sharing)[-last:]]
 
     def _least(
@@ -407,7 +407,7 @@ def _named(pool: Pool) -> tuple[list[str], str, str]:
     return sorted(pool[0]), pool[1], str(pool[2])
 
 
-def _least_engine(table: EngineTable) -> Array:
+def _least_engine(table: RolloutTable) -> Array:
     """The least resident bytes and the least surplus [2] of an engine."""
     _, rows = np.unique(np.column_stack([table.number, table.slots]), axis=0, return_index=True)
     found = [

@@ -14,11 +14,11 @@ from planner.search.solver.bounds import Bounds
 from planner.search.solver.evaluate import Candidate, dismissed, evaluate, guess, surpassed
 from planner.search.solver.problem import CUTS, Problem
 from planner.search.space.pins import Restrict
-from planner.search.space.placements import Arrangement, arrangements, structures
+from planner.search.space.placements import PlacementFamily, families, structures
 from planner.search.space.size_boxes import (
     NEVER,
     Boxes,
-    Space,
+    SizeLimits,
     halved,
     inside,
     joined,
@@ -30,20 +30,20 @@ from planner.search.space.size_boxes import (
 MUCH_SLOWER = 0.25  # than the best plan: such plans are not shown beside it
 # Of a step time: by how much a baseline or a plan beside the best may be slower than the best of
 # its kind.
-NEAR = 1e-3
+CLOSE_ENOUGH = 1e-3
 # Placements to evaluate for each plan beside the best: these are good, and not proven to be next.
 MORE = 4
-TRIES = 3  # quick plans of an arrangement in vain before no more are made
+TRIES = 3  # quick plans of a family in vain before no more are made
 # Leaves parked in vain before a parked leaf is looked at: what is learned may rule out others.
 PATIENCE = 8
-TOGETHER = 8  # leaves of an arrangement that are dismissed together at first
-AT_ONCE = 1024  # boxes that are halved together
+TOGETHER = 8  # leaves of a family that are dismissed together at first
+BOXES_AT_ONCE = 1024  # boxes that are halved together
 
 
-Test = Callable[[Problem, Arrangement, tuple[int, ...], float, Program | None], bool]
+Test = Callable[[Problem, PlacementFamily, tuple[int, ...], float, Program | None], bool]
 
 
-class Found(NamedTuple):
+class Solution(NamedTuple):
     """The best candidate, and good ones of other structures, the best first; the seconds that no
     plan of the space is below; how many placements were evaluated; when (of time.perf_counter) the
     best was proven; and whether the search was ended before its time."""
@@ -55,36 +55,36 @@ class Found(NamedTuple):
     ended: bool = False
 
 
-def search(
+def solve(
     problem: Problem, keep: int, restrict: Restrict | None = None, deadline: float = np.inf
-) -> Found:
+) -> Solution:
     """The best plan, and good ones of other structures, `keep` in all; empty if nothing fits.
-    `restrict` adds what an arrangement's sizes must meet, or refuses it. Ends with what it has at
+    `restrict` adds what a family's sizes must meet, or refuses it. Ends with what it has at
     the `deadline` (of time.perf_counter) or on Ctrl-C."""
     ways = (True, False) if len(problem.cluster.nodes) > 1 else (None,)
     listed = [
         a._replace(within=way)
         for structure in structures(problem.workload.roles)
-        for a in arrangements(structure, problem.cluster)
+        for a in families(structure, problem.cluster)
         for way in ways
     ]
     if restrict is not None:
         listed = [restricted for a in listed if (restricted := restrict(a)) is not None]
-    return best_of_arrangements(problem, listed, keep, deadline=deadline)
+    return best_of_families(problem, listed, keep, deadline=deadline)
 
 
-def best_of_arrangements(
+def best_of_families(
     problem: Problem,
-    listed: Sequence[Arrangement],
+    listed: Sequence[PlacementFamily],
     keep: int,
     programs: Sequence[Program] | None = None,
     deadline: float = np.inf,
-) -> Found:
-    """As `search`, of these arrangements; each with its own program if there are `programs`, and
+) -> Solution:
+    """As `solve`, of these families; each with its own program if there are `programs`, and
     then but for a thousandth the best."""
     if not listed:
-        return Found((), 0.0, 0)
-    run = _Search(problem, listed, programs, deadline)
+        return Solution((), 0.0, 0)
+    run = Solver(problem, listed, programs, deadline)
     ended = False
     try:
         run.branch()  # the best plan
@@ -95,22 +95,22 @@ def best_of_arrangements(
         with contextlib.suppress(_TimeUp, KeyboardInterrupt):
             run.widen(keep)
             run.branch(most=run.evaluated + MORE * keep)
-    return Found(tuple(run.best), bound, run.evaluated, proven, ended)
+    return Solution(tuple(run.best), bound, run.evaluated, proven, ended)
 
 
 class _TimeUp(Exception):
     pass
 
 
-class _Search:
+class Solver:
     """`best` is sorted. `open` boxes are to be halved; `leaves` are boxes whose largest sizes can
-    be had at once; those that have had a quick plan are `parked`. The `guessed` arrangements have
+    be had at once; those that have had a quick plan are `parked`. The `guessed` families have
     had one; of those in `cut` it is known why some sizes have no program that is fast enough."""
 
     def __init__(
         self,
         problem: Problem,
-        listed: Sequence[Arrangement],
+        listed: Sequence[PlacementFamily],
         programs: Sequence[Program] | None,
         deadline: float,
     ) -> None:
@@ -120,22 +120,26 @@ class _Search:
             programs,
             deadline,
         )
-        self.keep, self.slowest, self.near = 1, NEVER / 1e3, NEAR if programs else SAME
+        self.keep, self.slowest, self.near = 1, NEVER / 1e3, CLOSE_ENOUGH if programs else SAME
         self.best: list[Candidate] = []
         self.guessed, self.cut, self.evaluated = Counter[int](), set[int](), 0
         self.together = dict[
             tuple[int, Test], int
-        ]()  # how many leaves of an arrangement may be dismissed at once
+        ]()  # how many leaves of a family may be dismissed at once
         self.in_vain = 0  # quick plans since one was the best, or since a parked leaf was looked at
-        self.bounds, self.space = Bounds(problem, listed, programs), Space(listed)
-        roots = self.space.roots()
+        self.bounds, self.size_limits = Bounds(problem, listed, programs), SizeLimits(listed)
+        roots = self.size_limits.roots()
         self.leaves = self.parked = roots.take(np.zeros(0, dtype=np.int64))
         self.open = self._bounded(roots)
 
     def widen(self, keep: int) -> None:
         """Look for the best plans of other structures too, as far as they are not much slower."""
-        self.keep, self.slowest, self.near = keep, (1 + MUCH_SLOWER) * self.best[0].seconds, NEAR
-        self.open = self._bounded(self.space.roots())
+        self.keep, self.slowest, self.near = (
+            keep,
+            (1 + MUCH_SLOWER) * self.best[0].seconds,
+            CLOSE_ENOUGH,
+        )
+        self.open = self._bounded(self.size_limits.roots())
 
     @property
     def bound(self) -> float:
@@ -165,14 +169,14 @@ class _Search:
             else:
                 self._guess_inside()
                 order = np.argsort(self.open.bound, kind="stable")
-                halves = self._bounded(halved(self.open.take(order[:AT_ONCE])))
-                self.open = joined(self.open.take(order[AT_ONCE:]), halves)
+                halves = self._bounded(halved(self.open.take(order[:BOXES_AT_ONCE])))
+                self.open = joined(self.open.take(order[BOXES_AT_ONCE:]), halves)
 
     def _park(self) -> None:
         """Put the leaf that has the lowest bound aside after a quick plan, unless no program can be
         better there."""
         order = np.lexsort(
-            (self.leaves.number, self.space.pools[self.leaves.number], self.leaves.bound)
+            (self.leaves.number, self.size_limits.pools[self.leaves.number], self.leaves.bound)
         )
         leaf = self.leaves.take(order[:1])
         number = int(leaf.number[0])
@@ -248,7 +252,7 @@ class _Search:
         return bool(self._sharper(leaf, number).bound[0] > leaf.bound[0] * (1 + SAME))
 
     def _guess_inside(self) -> None:
-        """A quick plan of the arrangement that has the lowest box of those without one, inside that
+        """A quick plan of the family that has the lowest box of those without one, inside that
         box; and another one as long as they are better, or as what was simulated shows other sizes
         to be."""
         new = self.open.take(~np.isin(self.open.number, list(self.guessed)))
@@ -267,7 +271,7 @@ class _Search:
     def _steepest(self, box: Boxes) -> Boxes:
         """The leaf that is found by halving a box again and again, always into the half with the
         lower bound; none if both are too slow."""
-        while len(box.bound) and not self.space.possible(box)[0]:
+        while len(box.bound) and not self.size_limits.possible(box)[0]:
             halves = self._sharper(self._tightened(halved(box)))
             halves = halves.take(halves.bound < self._limits(halves.number))
             box = halves.take(halves.bound.argsort(kind="stable")[:1])
@@ -287,8 +291,8 @@ class _Search:
         return self.programs[number] if self.programs else None
 
     def _evaluate(self, leaf: Boxes) -> None:
-        """The placement of a leaf. Where smaller sizes may be better (see `Site.filled`), the rest
-        of the box is looked at too."""
+        """Evaluate the placement of a leaf. Where smaller sizes may be better (see
+        `Placement.filled`), the rest of the box is looked at too."""
         number, bound = int(leaf.number[0]), float(leaf.bound[0])
         sizes = padded(self.listed[number], leaf.high[0].tolist())
         self.evaluated += 1
@@ -313,7 +317,7 @@ class _Search:
             len(self.listed), self.best[-1].seconds if len(self.best) == self.keep else self.slowest
         )
         for candidate in self.best:
-            own = self.space.same[candidate.structure]
+            own = self.size_limits.same[candidate.structure]
             found[own] = np.minimum(found[own], candidate.seconds)
         return np.asarray(found[number] * (1 - self.near))
 
@@ -337,7 +341,7 @@ class _Search:
         placements go to the leaves."""
         boxes = self._sharper(self._tightened(boxes))
         boxes = boxes.take(boxes.bound < self._limits(boxes.number))
-        single = self.space.possible(boxes) & ~self.bounds.may_share_a_node(
+        single = self.size_limits.possible(boxes) & ~self.bounds.may_share_a_node(
             boxes.number, boxes.low, boxes.high
         )
         self.leaves = joined(self.leaves, boxes.take(single))
@@ -345,7 +349,7 @@ class _Search:
 
     def _sharper(self, boxes: Boxes, cut: int | None = None) -> Boxes:
         """With their bounds anew, by the cuts of their programs where that may decide; or those of
-        one arrangement by its last `cut` alone."""
+        one family by its last `cut` alone."""
         if cut is None:
             boxes = boxes._replace(
                 bound=np.maximum(boxes.bound, self.bounds.of(boxes.number, boxes.low, boxes.high))
@@ -367,10 +371,10 @@ class _Search:
                 boxes.number, boxes.low, boxes.high, self._limits(boxes.number)
             )
             low = np.where(boxes.high > 0, np.maximum(boxes.low, least), 0)
-            high = np.minimum(boxes.high, low + self.space.slack(boxes.number, low))
+            high = np.minimum(boxes.high, low + self.size_limits.slack(boxes.number, low))
             boxes = boxes._replace(low=low, high=high)
             boxes = boxes.take(np.flatnonzero((low <= high).all(axis=1)))
-        free = self.space.free[boxes.number] & ~self.bounds.rows.generates[boxes.number]
+        free = self.size_limits.free[boxes.number] & ~self.bounds.rows.generates[boxes.number]
         high = np.where(
             free, np.maximum(boxes.low, self.bounds.snapped(boxes.number, boxes.high)), boxes.high
         )

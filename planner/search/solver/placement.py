@@ -7,29 +7,29 @@ import numpy as np
 
 from planner.predict.cost import Place
 from planner.search.solver.problem import Array, Problem
-from planner.search.solver.rollout_table import EngineTable
-from planner.search.space.placements import Arrangement, Part, sharing_of, spread
+from planner.search.solver.rollout_table import RolloutTable
+from planner.search.space.placements import NodePart, PlacementFamily, pack, sharing_of
 
 
-class Site:
+class Placement:
     """A placement on real nodes, with the layouts of each role on its pool; or an `ideal` one, as
     if every pool filled nodes of its own and hosts had any memory, which no placement of these
     sizes or smaller ones is better than."""
 
     def __init__(
-        self, problem: Problem, arrangement: Arrangement, counts: Sequence[int], ideal: bool = False
+        self, problem: Problem, family: PlacementFamily, counts: Sequence[int], ideal: bool = False
     ) -> None:
-        self.problem, self.structure, self.kinds = problem, arrangement.structure, arrangement.kinds
+        self.problem, self.structure, self.kinds = problem, family.structure, family.kinds
         self.counts, self.ideal = tuple(counts), ideal
-        self.spread: tuple[tuple[Part, ...], ...] = ()
+        self.packing: tuple[tuple[NodePart, ...], ...] = ()
         if ideal:
             parts = [
                 _filled(count, problem.node(kind))
                 for count, kind in zip(counts, self.kinds, strict=True)
             ]
         else:
-            self.spread = spread(counts, problem.cluster, arrangement.kinds)
-            parts = [tuple(count for *_, count in pool) for pool in self.spread]
+            self.packing = pack(counts, problem.cluster, family.kinds)
+            parts = [tuple(count for _, _, count in pool) for pool in self.packing]
         self.places = tuple(
             Place(parts=found, device=problem.device(kind))
             for found, kind in zip(parts, self.kinds, strict=True)
@@ -38,18 +38,18 @@ class Site:
         self.pool_of = {
             role: next(i for i, pool in enumerate(self.structure) if role in pool) for role in roles
         }
-        self.generating = arrangement.generating
+        self.generating = family.generating
         self.layouts = {
             role: problem.layouts_at(role, self.kinds[i], self.places[i])
             for role, i in self.pool_of.items()
         }
         node = problem.node(self.kinds[self.pool_of["actor"]])
         gathers, handed = (
-            problem.gathers(arrangement),
-            problem.hand_over(arrangement, same_node=self.same_node),
+            problem.gathers(family),
+            problem.hand_over(family, same_node=self.same_node),
         )
         self.layouts["actor"] = (
-            self.layouts["actor"].of_shards(arrangement.within, node).with_sync(gathers, handed)
+            self.layouts["actor"].of_shards(family.within, node).with_sync(gathers, handed)
         )
         self.sharing = sharing_of(problem.flow, self.structure)
         self.hosts_bind = (
@@ -61,7 +61,7 @@ class Site:
         """Whether weights are handed over within a node."""
         if self.ideal:
             return self._fits_a_node
-        return len({node for i in self._handing for node, *_ in self.spread[i]}) == 1
+        return len({node for i in self._handing for node, *_ in self.packing[i]}) == 1
 
     @property
     def _handing(self) -> set[int]:
@@ -83,8 +83,8 @@ class Site:
         return [(self.counts[i],) if self.ideal else self.places[i].parts for i in self.generating]
 
     @property
-    def engines(self) -> EngineTable:
-        return self.problem.engines(self.kinds[self.generating[0]])
+    def engines(self) -> RolloutTable:
+        return self.problem.rollout_table(self.kinds[self.generating[0]])
 
     @property
     def shared(self) -> bool:

@@ -24,12 +24,12 @@ from planner.search.solver.best_program import (
     Choices,
     Cut,
     Program,
-    Search,
+    ProgramResult,
     best_program,
     choices_of,
 )
-from planner.search.solver.rollout_table import EngineTable
-from planner.search.space.placements import Arrangement, Sharing, gpus_of_kinds
+from planner.search.solver.rollout_table import RolloutTable
+from planner.search.space.placements import PlacementFamily, Sharing, gpus_of_kinds
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Dataflow, ppo
 from planner.spec.plan import Plan, TrainerRole
@@ -92,7 +92,7 @@ class Problem:
     _cuts: dict[tuple[Sharing, int], list[Cut]] = field(default_factory=dict)
     _handed: dict[object, float] = field(default_factory=dict)
     _layouts: dict[object, Layouts] = field(default_factory=dict)
-    _engines: dict[str, EngineTable] = field(default_factory=dict)
+    _engines: dict[str, RolloutTable] = field(default_factory=dict)
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ class Problem:
         """What was learned about the programs of pools that are shared so, the latest last."""
         return self._cuts.get((sharing, self.max_staleness), ())
 
-    def best_program(self, sharing: Sharing, seconds: Array, limit: float) -> Search:
+    def best_program(self, sharing: Sharing, seconds: Array, limit: float) -> ProgramResult:
         """The best program below `limit` seconds at durations [calls, S + 1]; its cut is
         remembered."""
         found = best_program(self.choices(sharing), seconds, self.objective_of, limit)
@@ -263,22 +263,22 @@ class Problem:
                 return found.program
         return program
 
-    def engines(self, kind: str) -> EngineTable:
+    def rollout_table(self, kind: str) -> RolloutTable:
         """The engines that a rollout may have on GPUs of a kind."""
         if kind not in self._engines:
             gpus, node = self.there[kind], self.node(kind)
-            self._engines[kind] = EngineTable(
+            self._engines[kind] = RolloutTable(
                 self.workload, self.model, self.device(kind), node, gpus, self.statistic
             )
         return self._engines[kind]
 
-    def gathers(self, a: Arrangement) -> float:
+    def gathers(self, a: PlacementFamily) -> float:
         """What a sync counts of gathering the actor's weights: all of it for each of its ways, as
         measured."""
         shared, separate = _ways_of(a)
         return (shared + separate) * self._sync_ratio(a)
 
-    def hand_over(self, a: Arrangement, *, same_node: bool) -> float:
+    def hand_over(self, a: PlacementFamily, *, same_node: bool) -> float:
         """Seconds that the rest of a sync takes at least: handing over the actor's gathered
         weights."""
         actor, (shared, separate) = a.kinds[_home(a)], _ways_of(a)
@@ -302,7 +302,7 @@ class Problem:
             )
         return self._handed[key]
 
-    def _sync_ratio(self, a: Arrangement) -> float:
+    def _sync_ratio(self, a: PlacementFamily) -> float:
         shared, separate = _ways_of(a)
         return self.model.sync_ratio(
             self.device(a.kinds[_home(a)]), shared=shared, separate=separate
@@ -314,12 +314,12 @@ class Problem:
         return device.memory_bytes - pool_peak((), roles, engine, device)
 
 
-def _home(a: Arrangement) -> int:
+def _home(a: PlacementFamily) -> int:
     """The actor's pool."""
     return next(i for i, roles in enumerate(a.structure) if "actor" in roles)
 
 
-def _ways_of(a: Arrangement) -> tuple[bool, bool]:
+def _ways_of(a: PlacementFamily) -> tuple[bool, bool]:
     """Whether weights go to engines on the actor's GPUs, and whether they go to engines
     elsewhere."""
     shared = _home(a) in a.generating

@@ -37,7 +37,7 @@ def level_of(size: Any, device: Device) -> NDArray[np.int64]:
     return np.clip(np.ceil(share * LEVELS), 0, LEVELS).astype(np.int64)
 
 
-class EngineTable:
+class RolloutTable:
     """A row is a tensor-parallel size, a number of engines and their slots; it may use fewer
     engines than there is room for. `seconds` [n, S] of `generate` are floors until the row has been
     simulated. `least` [sizes, levels of memory, numbers of engines, S + 1] are those, and their

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from planner.search.space.placements import Arrangement, Structure, arrangements, structures
+from planner.search.space.placements import PlacementFamily, Structure, families, structures
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 
-Restrict = Callable[[Arrangement], Arrangement | None]
+Restrict = Callable[[PlacementFamily], PlacementFamily | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ def parse_pins(texts: Sequence[str], roles: Sequence[str], cluster: Cluster) -> 
     for count in sorted({1, 2, len(pins)} - {0}):
         for some in combinations(pins, count):
             meet = restriction(some)
-            if not any(meet(a) for s in structures(roles) for a in arrangements(s, cluster)):
+            if not any(meet(a) for s in structures(roles) for a in families(s, cluster)):
                 texts_of = " ".join(f"--pin {pin.text}" for pin in some)
                 together = "cannot be met" if count == 1 else "cannot be met together"
                 raise UserError(
@@ -67,9 +67,9 @@ def _parse(text: str, roles: Sequence[str]) -> Pin:
 
 
 def restriction(pins: Sequence[Pin]) -> Restrict:
-    """What pins make of an arrangement: None where no sizes meet them all."""
+    """What pins make of a family: None where no sizes meet them all."""
 
-    def restrict(a: Arrangement) -> Arrangement | None:
+    def restrict(a: PlacementFamily) -> PlacementFamily | None:
         wanted = {(pin.roles[0], pin.gpus) for pin in pins if pin.gpus is not None}
         if not all(pin.admits(a.structure) for pin in pins) or len(
             {role for role, _ in wanted}
@@ -90,7 +90,7 @@ def restriction(pins: Sequence[Pin]) -> Restrict:
     return restrict
 
 
-def _shares(a: Arrangement, rollout: int) -> Iterator[tuple[tuple[int, ...], int]]:
+def _shares(a: PlacementFamily, rollout: int) -> Iterator[tuple[tuple[int, ...], int]]:
     """What the rollout's pools have together, and what they leave to the others of their kind."""
     yield a.generating, rollout
     kind = a.kinds[a.generating[0]]
@@ -104,7 +104,7 @@ def _shares(a: Arrangement, rollout: int) -> Iterator[tuple[tuple[int, ...], int
             yield a.generating, 0
 
 
-def _possible(a: Arrangement) -> bool:
+def _possible(a: PlacementFamily) -> bool:
     """Whether there are sizes that meet all limits: given ones, and one GPU at least for every
     other pool."""
     least = [a.given.get(i, 1) for i in range(len(a.structure))]

@@ -53,7 +53,7 @@ def _with_rollout(pools: tuple[frozenset[str], ...]) -> Iterator[Structure]:
                 yield (*shared, frozenset({"rollout"})) if own else shared
 
 
-class Arrangement(NamedTuple):
+class PlacementFamily(NamedTuple):
     """A structure with the kind of GPU of each pool, and what its sizes must meet: some pools have
     no more GPUs together than `limits` says, those in `given` have exactly so many, and the
     rollout's together `rollout` if that is not None. The actor's shards lie `within` a node or not
@@ -72,7 +72,7 @@ class Arrangement(NamedTuple):
         return tuple(i for i, roles in enumerate(self.structure) if "rollout" in roles)
 
 
-def arrangements(structure: Structure, cluster: Cluster) -> Iterator[Arrangement]:
+def families(structure: Structure, cluster: Cluster) -> Iterator[PlacementFamily]:
     """A structure on every choice of kinds that the cluster has enough GPUs for, one for each pool.
     A pool is of one kind, and so are all pools of the rollout: its engines are alike."""
     there = gpus_of_kinds(cluster)
@@ -84,15 +84,15 @@ def arrangements(structure: Structure, cluster: Cluster) -> Iterator[Arrangement
             kind for kind, roles in zip(kinds, structure, strict=True) if "rollout" in roles
         }
         if len(generates) == 1 and all(len(pools) <= most for pools, most in limits):
-            yield Arrangement(structure, kinds, tuple(limit for limit in limits if limit[0]))
+            yield PlacementFamily(structure, kinds, tuple(limit for limit in limits if limit[0]))
 
 
-def placements(structure: Structure, cluster: Cluster) -> int:
+def placement_count(structure: Structure, cluster: Cluster) -> int:
     """How many placements a structure has: n pools of one kind have any sizes that add up to no
     more than there is."""
     return sum(
         prod(comb(most, len(pools)) for pools, most in a.limits)
-        for a in arrangements(structure, cluster)
+        for a in families(structure, cluster)
     )
 
 
@@ -116,59 +116,67 @@ def sizes(gpus: int, pools: int) -> NDArray[np.int64]:
     return np.diff(edges, axis=1)
 
 
-Part = tuple[int, int, int]  # of a pool on a node: the node, its first GPU and how many they are
+class NodePart(NamedTuple):
+    """A pool's GPUs on one node: `gpus` of them, from index `first` on."""
 
-
-def spread(
-    counts: Sequence[int], cluster: Cluster, kinds: Sequence[str] = ()
-) -> tuple[tuple[Part, ...], ...]:
-    """What each pool has on which node, in the order of its ranks: the node with most of its GPUs
-    first.
-
-    Packed onto the nodes of its kind (any kind if none are given) canonically: larger pools first,
-    each on the fullest node that holds it whole, else on the emptiest nodes one after the other,
-    and what is left again on the fullest node that holds it. Deterministic."""
-    used = [0] * len(cluster.nodes)
-    placed: dict[int, tuple[Part, ...]] = {}
-    for pool in sorted(range(len(counts)), key=lambda i: (-counts[i], i)):
-        nodes = [
-            n for n, spec in enumerate(cluster.nodes) if not kinds or spec.device == kinds[pool]
-        ]
-        free = sorted(
-            ((cluster.nodes[n].gpus - used[n], n) for n in nodes),
-            key=lambda node: (-node[0], node[1]),
-        )
-        parts: list[Part] = []
-        wanted, at = counts[pool], 0
-        while wanted:
-            most, node = free[at]
-            assert most, "more GPUs asked for than the cluster has"
-            if most >= wanted:
-                node = min((there, n) for there, n in free[at:] if there >= wanted)[1]
-            count = min(wanted, most)
-            parts.append((node, used[node], count))
-            used[node], wanted, at = used[node] + count, wanted - count, at + 1
-        placed[pool] = tuple(sorted(parts, key=lambda part: (-part[2], part[0])))
-    return tuple(placed[pool] for pool in range(len(counts)))
+    node: int
+    first: int
+    gpus: int
 
 
 def pack(
     counts: Sequence[int], cluster: Cluster, kinds: Sequence[str] = ()
-) -> tuple[tuple[Gpu, ...], ...]:
-    """The GPUs of each pool, as they are `spread`."""
-    return tuple(map(gpus_of, spread(counts, cluster, kinds)))
+) -> tuple[tuple[NodePart, ...], ...]:
+    """Pack pools of these sizes onto the nodes of their kinds (any nodes if no kinds are given).
+
+    Larger pools come first. A pool goes to the fullest node that holds it whole; a pool that fits
+    no node takes the emptiest nodes one after the other, and what is left of it goes again to the
+    fullest node that holds that. The result is the same every time. A pool's parts come in the
+    order of its ranks: the node with most of its GPUs first.
+
+    >>> cluster = make_cluster(16)  # two nodes of 8
+    >>> [[part.gpus for part in pool] for pool in pack((4, 12), cluster)]
+    [[4], [8, 4]]
+    """
+    used = [0] * len(cluster.nodes)
+    packed: dict[int, tuple[NodePart, ...]] = {}
+    largest_first = sorted(range(len(counts)), key=lambda pool: (-counts[pool], pool))
+    for pool in largest_first:
+        kind = kinds[pool] if kinds else None
+        parts = _parts_of(counts[pool], _free(cluster, used, kind), used)
+        packed[pool] = tuple(sorted(parts, key=lambda part: (-part.gpus, part.node)))
+    return tuple(packed[pool] for pool in range(len(counts)))
 
 
-def gpus_of(parts: Sequence[Part]) -> tuple[Gpu, ...]:
+def _free(cluster: Cluster, used: Sequence[int], kind: str | None) -> list[tuple[int, int]]:
+    """Free GPUs and number of each node of a kind, the emptiest node first."""
+    free = []
+    for node, spec in enumerate(cluster.nodes):
+        if kind is None or spec.device == kind:
+            free.append((spec.gpus - used[node], node))
+    return sorted(free, key=lambda entry: (-entry[0], entry[1]))
+
+
+def _parts_of(wanted: int, free: Sequence[tuple[int, int]], used: list[int]) -> list[NodePart]:
+    """Take `wanted` GPUs from the `free` ones, and count them as `used`."""
+    parts = []
+    for at, (most, node) in enumerate(free):
+        if not wanted:
+            break
+        assert most, "more GPUs asked for than the cluster has"
+        if most >= wanted:  # the rest fits one node: the fullest that holds it
+            node = min(entry for entry in free[at:] if entry[0] >= wanted)[1]
+        count = min(wanted, most)
+        parts.append(NodePart(node, used[node], count))
+        used[node] += count
+        wanted -= count
+    assert not wanted, "more GPUs asked for than the cluster has"
+    return parts
+
+
+def gpus_of(parts: Sequence[NodePart]) -> tuple[Gpu, ...]:
     """The GPUs of a pool, in the order of its ranks."""
-    return tuple(
-        (node, index) for node, first, count in parts for index in range(first, first + count)
-    )
-
-
-def parts_of(gpus: Sequence[Gpu]) -> tuple[int, ...]:
-    """GPUs per node, in the order of the ranks."""
-    return tuple(Counter(node for node, _ in gpus).values())
+    return tuple((part.node, part.first + i) for part in parts for i in range(part.gpus))
 
 
 def sharing_of(flow: Dataflow, structure: Sequence[frozenset[str]]) -> Sharing:

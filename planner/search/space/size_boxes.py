@@ -1,4 +1,4 @@
-"""Boxes of pool sizes, of many arrangements at once, and what their sizes must meet."""
+"""Boxes of pool sizes, of many families at once, and what their sizes must meet."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,13 +6,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.search.space.placements import Arrangement, Structure
+from planner.search.space.placements import PlacementFamily, Structure
 
 NEVER = 1e18  # seconds of what does not fit
 
 
 class Boxes(NamedTuple):
-    """Boxes of pool sizes: the number of the arrangement [n], sizes from `low` to `high` [n, P] (0
+    """Boxes of pool sizes: the number of the family [n], sizes from `low` to `high` [n, P] (0
     where there is no pool), and the seconds that nothing in them is below [n]."""
 
     number: NDArray[np.int64]
@@ -24,11 +24,11 @@ class Boxes(NamedTuple):
         return Boxes(*(column[which] for column in self))  # type: ignore[arg-type]
 
 
-class Space:
-    """Of each arrangement what its sizes must meet, as arrays; `same` are the arrangements of a
+class SizeLimits:
+    """Of each family what its sizes must meet, as arrays; `same` are the families of a
     structure, `pools` how many pools each has."""
 
-    def __init__(self, listed: Sequence[Arrangement]) -> None:
+    def __init__(self, listed: Sequence[PlacementFamily]) -> None:
         self.pools = np.array([len(a.structure) for a in listed])
         groups, most = max(len(a.limits) for a in listed), int(self.pools.max())
         self.group = np.zeros((len(listed), groups, most), dtype=np.int64)
@@ -48,7 +48,7 @@ class Space:
                 self.free[number, i] = i not in a.given
 
     def roots(self) -> Boxes:
-        """All sizes of each arrangement."""
+        """All sizes of each family."""
         return Boxes(np.arange(len(self.low)), self.low, self.high, np.zeros(len(self.low)))
 
     def slack(self, number: NDArray[np.int64], low: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -64,15 +64,15 @@ class Space:
         return np.asarray((held <= self.most[boxes.number]).all(axis=1), dtype=np.bool_)
 
 
-def padded(arrangement: Arrangement, sizes: Sequence[int]) -> tuple[int, ...]:
+def padded(family: PlacementFamily, sizes: Sequence[int]) -> tuple[int, ...]:
     """Sizes of the pools that there are; where those of the rollout must add up to more, the first
     that may takes it."""
-    found = list(sizes[: len(arrangement.structure)])
-    if arrangement.rollout is not None:
-        missing = arrangement.rollout - sum(found[i] for i in arrangement.generating)
+    found = list(sizes[: len(family.structure)])
+    if family.rollout is not None:
+        missing = family.rollout - sum(found[i] for i in family.generating)
         first = next(
-            (i for i in arrangement.generating if i not in arrangement.given),
-            arrangement.generating[0],
+            (i for i in family.generating if i not in family.given),
+            family.generating[0],
         )
         found[first] += missing
     return tuple(found)
@@ -105,7 +105,7 @@ def without_corner(bound: float, number: int, low: list[int], high: list[int]) -
 def inside(
     boxes: Boxes, number: int, low: NDArray[np.int64], high: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Which boxes are those of an arrangement between these sizes."""
+    """Which boxes are those of a family between these sizes."""
     inside = (boxes.low >= low).all(axis=1) & (boxes.high <= high).all(axis=1)
     return np.asarray((boxes.number == number) & inside)
 
