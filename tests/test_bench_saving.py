@@ -8,8 +8,9 @@ import pytest
 
 from executor import digits
 from executor.running import checkpoint
-from executor.running.execute import Survival, execute, resume
+from executor.running.execute import execute, resume
 from executor.running.loop import Silent
+from executor.running.options import RunOptions
 from planner.commands.local import local_cluster
 from planner.predict.profile import load_profiles
 from planner.predict.schedule import Task
@@ -19,11 +20,14 @@ from planner.spec.timeline import Timeline
 from planner.spec.workload import load_workload
 
 pytestmark = pytest.mark.bench
-STEPS = 30
+STEPS, EVERY = 30, 10
 TRIES = 2  # the fastest counts: what else the machine does only adds
 NOISE = 1.25
-SURVIVAL = Survival(save_every=10, max_restarts=0)
 PROFILE = Path(__file__).parents[1] / "reports" / "demo" / "profile.json"
+
+
+def options(steps: int) -> RunOptions:
+    return RunOptions(steps=steps, save_every=EVERY, max_restarts=0)
 
 
 class UntilTheFirstCall(Silent):
@@ -46,7 +50,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     watches = [UntilTheFirstCall() for _ in range(TRIES)]
     for number, (watch, steps) in enumerate(zip(watches, (1, STEPS), strict=True)):
         run = execute(
-            plan, name=f"r{number}", runs=directory, steps=steps, progress=watch, survival=SURVIVAL
+            plan, name=f"r{number}", runs=directory, options=options(steps), progress=watch
         )
     return run, min(watch.seconds for watch in watches)
 
@@ -76,7 +80,7 @@ def test_saving_hardly_stops_the_trainers(saved: tuple[Path, float]) -> None:
     run, _ = saved
     timeline = Timeline.read(run / "timeline.json")
     held = stops(Plan.read(run / "plan.json"), timeline)
-    assert len(held) == STEPS // SURVIVAL.save_every
+    assert len(held) == STEPS // EVERY
     whole = max(span.end for span in timeline.spans)
     shown = ", ".join(f"{1000 * seconds:.0f}" for seconds in held)
     print(
@@ -94,7 +98,7 @@ def test_a_run_goes_on_as_soon_as_it_could_start(saved: tuple[Path, float]) -> N
     read = time.perf_counter() - began
     watches = [UntilTheFirstCall() for _ in range(TRIES)]
     for watch in watches:
-        resume(found, steps=STEPS - 8, progress=watch, survival=SURVIVAL)
+        resume(found, options=options(STEPS - 8), progress=watch)
     goes_on = min(watch.seconds for watch in watches)
     print(
         f"a start takes {started:.1f} s, reading the checkpoint {read:.2f} s, going on from it "

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from test_fuzz import documents
 from executor.fleet.pools import Fleet
 from executor.running import checkpoint
 from executor.running.checkpoint import Manifest
-from executor.running.execute import Survival, execute, resume
+from executor.running.execute import execute, resume
+from executor.running.options import RunOptions
 from executor.running.run_directory import lock, timeline_of
+from executor.running.stops import in_flight
 from executor.training import shards
 from executor.training.offload import Parking
 from planner.predict.schedule import tasks_of
@@ -32,7 +35,7 @@ from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
 
 STEPS = 4
-SURVIVAL = Survival(save_every=2, keep=2, max_restarts=0)
+OPTIONS = RunOptions(save_every=2, keep=2, max_restarts=0)
 WORKLOAD = make_workload(steps=STEPS)
 
 
@@ -85,7 +88,7 @@ def whole(
     """A run without interruption, with checkpoints at its steps 2 and 4."""
     plan = split(WORKLOAD) if request.param == "split" else one_step_off()
     with runs_on(two_cores):
-        return execute(plan, name="r", runs=tmp_path_factory.mktemp("whole"), survival=SURVIVAL)
+        return execute(plan, name="r", runs=tmp_path_factory.mktemp("whole"), options=OPTIONS)
 
 
 def at_step_2(whole: Path, tmp_path: Path) -> checkpoint.Checkpoint:
@@ -100,7 +103,7 @@ def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Pa
     """In processes that have never seen the run."""
     found = at_step_2(whole, tmp_path)
     assert found.manifest.step == 2 and bool(found.manifest.done) == (found.plan.staleness == 1)
-    run = resume(found, survival=SURVIVAL)
+    run = resume(found, options=OPTIONS)
     assert metrics_of(run) == metrics_of(whole) and len(metrics_of(run)) == STEPS
     spans = Timeline.read(run / "timeline.json").spans
     assert len({(span.call, span.step) for span in spans}) == len(spans) == 9 * STEPS
@@ -119,15 +122,15 @@ def test_a_run_that_was_killed_behind_its_last_step_ends(
 ) -> None:
     run = Path(shutil.copytree(whole, tmp_path / "r"))
     there = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert resume(checkpoint.find(run), survival=SURVIVAL) == run
+    assert resume(checkpoint.find(run), options=OPTIONS) == run
     assert there == {
         path: path.stat().st_mtime_ns for path in run.rglob("*")
     }  # what has ended is left as it is
     with pytest.raises(UserError, match="4 steps are done; choose --steps 4 or more"):
-        resume(checkpoint.find(run), steps=3, survival=SURVIVAL)
+        resume(checkpoint.find(run), options=replace(OPTIONS, steps=3))
     (run / "timeline.json").unlink()
     shutil.rmtree(run / "checkpoints/final/critic")
-    resume(checkpoint.find(run), survival=SURVIVAL)
+    resume(checkpoint.find(run), options=OPTIONS)
     assert metrics_of(run) == metrics_of(whole)
     assert Timeline.read(run / "timeline.json") == Timeline.read(whole / "timeline.json")
     model = "checkpoints/final/critic/model.safetensors"
@@ -141,7 +144,7 @@ def test_another_plan_goes_on_from_resharded_weights(
     filled it so."""
     found = at_step_2(whole, tmp_path)
     shards_of_two = one_step_off(pools={"all": 2}, homes=dict.fromkeys(ROLES, "all"))
-    run = resume(found, plan=shards_of_two, survival=SURVIVAL)
+    run = resume(found, plan=shards_of_two, options=OPTIONS)
     ours, theirs = metrics_of(run), metrics_of(whole)
     assert [line["step"] for line in ours] == [0, 1, 2, 3] and ours[:2] == theirs[:2]
     equal = 2 if found.plan.staleness else 1  # steps with the same versions: split has no staleness
@@ -160,7 +163,7 @@ def test_another_plan_goes_on_from_resharded_weights(
 def two(tmp_path: Path) -> Path:
     """A run with two small checkpoints, as `Saver` writes them."""
     plan, run = one_step_off(), tmp_path / "run"
-    saver = checkpoint.Saver(run / "checkpoints", keep=2)
+    saver = checkpoint.Saver(run / "checkpoints", every=2, keep=2)
     run.mkdir()
     tasks = tasks_of(plan, 9)
     for step in (2, 4, 6):
@@ -170,7 +173,7 @@ def two(tmp_path: Path) -> Path:
             for task in tasks
             if (task.call.name, task.step) == ("sync_weights", step - 1)
         )
-        done = checkpoint.in_flight(tasks, cut)
+        done = in_flight(tasks, cut)
         timeline = timeline_of(plan, 9, [])
         saver.save(
             lambda directory, step=step: snapshot(directory, step),
@@ -311,7 +314,7 @@ from test_checkpoint import one_step_off, snapshot
 from executor.running import checkpoint
 from executor.running.run_directory import timeline_of
 run = Path({run!r})
-saver = checkpoint.Saver(run / "checkpoints", keep=2)
+saver = checkpoint.Saver(run / "checkpoints", every=2, keep=2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 plan = one_step_off()
 saver.save(lambda d: snapshot(d, 8, rows=10_000), step=8, done=(), plan=plan,
@@ -325,7 +328,7 @@ print(saver.error)
 def test_a_run_that_goes_on_is_not_gone_on_with_twice(two: Path) -> None:
     held = lock(two)
     with pytest.raises(UserError, match="the run goes on in another process"):
-        resume(checkpoint.find(two), steps=9)
+        resume(checkpoint.find(two), options=RunOptions(steps=9))
     os.close(held)
     os.close(lock(two))
 

@@ -12,7 +12,8 @@ from executor.data import reward
 from executor.fleet import session
 from executor.fleet.pools import Fleet
 from executor.running import preflight
-from executor.running.execute import execute
+from executor.running.execute import execute, rehearse
+from executor.running.options import RunOptions
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -162,16 +163,25 @@ def test_an_engine_that_cannot_run_here_is_named() -> None:
         preflight.check_engine(wide)
 
 
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"steps": 0}, "--steps 0: must be at least 1"),
+        ({"keep": 10**6}, "--keep 1000000: must be at most 100,000"),
+        ({"save_every": -1}, "--save-every -1: must be at least 0"),
+        ({"deadline_floor": 0.0}, "--deadline-floor 0: choose a number of seconds, at most 1e+06"),
+    ],
+)
+def test_numbers_out_of_range_are_no_options_of_a_run(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError) as error:
+        RunOptions(**values)
+    assert str(error.value) == line
+
+
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/tmp"])
 def test_a_run_has_a_plain_name(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="--name"):
-        execute(
-            split(make_workload()),
-            name=name,
-            runs=tmp_path,
-            rehearse=True,
-            seconds=lambda task: 0.0,
-        )
+        rehearse(split(make_workload()), lambda task: 0.0, name=name, runs=tmp_path)
 
 
 def test_runs_need_a_directory_before_anything_is_started(tmp_path: Path) -> None:

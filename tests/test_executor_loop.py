@@ -17,9 +17,11 @@ from processes import descendants, end, listening, still_there
 from executor.fleet.signals import unrepeated
 from executor.fleet.worker import Record
 from executor.running import checkpoint
-from executor.running.execute import _run, execute
+from executor.running.execute import rehearse
 from executor.running.loop import Silent, loop
+from executor.running.options import RunOptions
 from executor.running.rehearse import Rehearsal
+from executor.running.run import Run
 from executor.running.run_directory import RunDirectory, log
 from executor.running.supervise import Deadlines
 from planner.predict.schedule import Task, tasks_of
@@ -59,7 +61,7 @@ def one_step_off() -> Plan:
     )
 
 
-def rehearse(plan: Plan, steps: int) -> tuple[list[Task], list[Span]]:
+def rehearsed(plan: Plan, steps: int) -> tuple[list[Task], list[Span]]:
     tasks = tasks_of(plan, steps)
     spans: dict[int, Span] = {}
     backend = Rehearsal(plan, seconds)
@@ -77,7 +79,7 @@ def test_precedence_and_the_order_on_each_pool_are_those_of_the_simulation(
     ray_two: None, make
 ) -> None:
     plan = make()
-    tasks, measured = rehearse(plan, 4)
+    tasks, measured = rehearsed(plan, 4)
     simulated = simulate(tasks, seconds)
     for task in tasks:
         for before in task.after:
@@ -96,7 +98,7 @@ def overlap(a: Span, b: Span) -> float:
 
 
 def test_the_two_updates_run_side_by_side(ray_two: None) -> None:
-    _, spans = rehearse(split(make_workload()), 3)
+    _, spans = rehearsed(split(make_workload()), 3)
     of = {(span.call, span.step): span for span in spans}
     assert all(
         overlap(of["update_actor", step], of["update_critic", step]) >= 0.5 for step in range(3)
@@ -104,7 +106,7 @@ def test_the_two_updates_run_side_by_side(ray_two: None) -> None:
 
 
 def test_generation_of_the_next_step_runs_beside_the_updates(ray_two: None) -> None:
-    _, spans = rehearse(one_step_off(), 4)
+    _, spans = rehearsed(one_step_off(), 4)
     of = {(span.call, span.step): span for span in spans}
     assert all(
         overlap(of["generate", step + 1], of["update_actor", step]) > 0 for step in range(1, 3)
@@ -113,20 +115,20 @@ def test_generation_of_the_next_step_runs_beside_the_updates(ray_two: None) -> N
 
 def test_a_rehearsal_writes_a_run_directory(ray_two: None, tmp_path: Path) -> None:
     plan = split(make_workload())
-    path = execute(plan, name="r", runs=tmp_path, steps=3, rehearse=True, seconds=seconds)
+    path = rehearse(plan, seconds, name="r", runs=tmp_path, options=RunOptions(steps=3))
     timeline = Timeline.read(path / "timeline.json")
     assert timeline.source == "measured" and len(timeline.spans) == 27 and timeline.warmup == 1
     assert all(span.seconds >= SECONDS[span.call] for span in timeline.spans)
     assert read_data(path / "plan.json")["name"] == "split"
     assert len((path / "metrics.jsonl").read_text().splitlines()) == 3
     with pytest.raises(UserError, match="--name"):
-        execute(plan, name="r", runs=tmp_path, steps=3, rehearse=True, seconds=seconds)
+        rehearse(plan, seconds, name="r", runs=tmp_path, options=RunOptions(steps=3))
 
 
 def test_sixteen_ranks_rehearse(ray_two: None, tmp_path: Path) -> None:
     roles = {"actor": "a", "rollout": ["a", "b"], "reference": "a", "critic": "b", "reward": "b"}
     plan = make_plan(make_workload(), {"a": 8, "b": 8}, roles, cluster=cpu_cluster(16))
-    path = execute(plan, name="r", runs=tmp_path, steps=2, rehearse=True, seconds=seconds)
+    path = rehearse(plan, seconds, name="r", runs=tmp_path, options=RunOptions(steps=2))
     assert len(Timeline.read(path / "timeline.json").spans) == 18
 
 
@@ -169,7 +171,7 @@ class Interrupted(RunDirectory):
 def test_a_run_directory_never_lacks_its_timeline(tmp_path: Path) -> None:
     plan = colocated(make_workload())
     with pytest.raises(KeyboardInterrupt):
-        _run(plan, 2, Quick(), Interrupted(tmp_path / "r", tensorboard=False), Silent())
+        Run(plan, 2, Quick(), Interrupted(tmp_path / "r", tensorboard=False), Silent()).finish()
     timeline = Timeline.read(tmp_path / "r" / "timeline.json")
     assert timeline.steps == 2 and not timeline.spans
     assert "ended by KeyboardInterrupt" in (tmp_path / "r" / "log.txt").read_text()
@@ -197,7 +199,7 @@ def test_a_disk_too_full_for_metrics_ends_the_run_in_one_line(
     with pytest.raises(
         UserError, match=r"metrics.jsonl: cannot be written \(No space left on device\); make room"
     ):
-        _run(plan, 2, Quick(), Full(tmp_path / "r", tensorboard=False), Silent())
+        Run(plan, 2, Quick(), Full(tmp_path / "r", tensorboard=False), Silent()).finish()
     assert Timeline.read(tmp_path / "r" / "timeline.json").spans
     assert capfd.readouterr().err == ""
     assert not files_of_log()

@@ -21,6 +21,7 @@ from executor.fleet.pools import Fleet
 from executor.running import preflight
 from executor.running.execute import execute
 from executor.running.loop import Silent, loop
+from executor.running.options import RunOptions
 from executor.running.step import Training
 from executor.training.trainer import Minibatch, Trainer
 from planner.predict.schedule import tasks_of
@@ -376,7 +377,8 @@ def test_the_controller_costs_little(ray_two: None, tmp_path: Path) -> None:
         "rollout": {"concurrency": 512}
     }
     plan = split(make_workload(batch=512, minibatch=256, **models), layouts=layouts)
-    measured = Timeline.read(execute(plan, name="r", runs=tmp_path, steps=10) / "timeline.json")
+    run = execute(plan, name="r", runs=tmp_path, options=RunOptions(steps=10))
+    measured = Timeline.read(run / "timeline.json")
     taken = {(span.call, span.step): span.seconds for span in measured.spans}
     spans = simulate(tasks_of(plan, 10), lambda task: taken[task.call.name, task.step])
     again = measured.model_copy(update={"spans": spans})

@@ -17,12 +17,13 @@ import pytest
 from conftest import colocated, make_workload, nearly, split
 from processes import WORKERS, descendants, end, still_there, working
 from safetensors.numpy import load_file
-from test_checkpoint import SURVIVAL, WORKLOAD, metrics_of
+from test_checkpoint import OPTIONS, WORKLOAD, metrics_of
 
 from executor.fleet.pools import Fleet
 from executor.running import checkpoint, step
-from executor.running.execute import Survival, execute, resume
+from executor.running.execute import execute, resume
 from executor.running.loop import Silent
+from executor.running.options import RunOptions
 from executor.running.step import Done, Training
 from planner.predict.forecast import predict
 from planner.predict.schedule import Task
@@ -42,7 +43,7 @@ def whole(ray_two: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         split(WORKLOAD),
         name="r",
         runs=tmp_path_factory.mktemp("whole"),
-        survival=Survival(save_every=0),
+        options=RunOptions(save_every=0),
     )
 
 
@@ -89,8 +90,8 @@ def test_a_killed_engine_is_started_again_with_the_current_weights(
 ) -> None:
     engine = "EngineWorker", signal.SIGKILL
     faults = Faults({("generate", 1): engine, ("sync_weights", 2): engine})
-    nothing = Survival(save_every=0, max_restarts=0)
-    run = execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=nothing)
+    nothing = RunOptions(save_every=0, max_restarts=0)
+    run = execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, options=nothing)
     assert metrics_of(run) == metrics_of(whole)
     assert (run / "log.txt").read_text().count("engine 0 in pool a died; it is started again") == 2
     assert (
@@ -118,8 +119,7 @@ def test_a_killed_rank_and_one_that_hangs_restart_from_the_last_checkpoint(
         name="r",
         runs=tmp_path,
         progress=faults,
-        deadline_floor=6.0,
-        survival=Survival(save_every=2, keep=2, max_restarts=2),
+        options=RunOptions(save_every=2, keep=2, max_restarts=2, deadline_floor=6.0),
     )
     assert close(metrics_of(run), metrics_of(whole))
     hung, killed = faults.notes
@@ -138,7 +138,7 @@ def test_too_many_restarts_end_the_run(ray_two: None, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"update_(actor|critic) of step 0 on pool [ab]: .*died in train"
     ):
-        execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, survival=SURVIVAL)
+        execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, options=OPTIONS)
     assert not faults.left()
 
 
@@ -181,7 +181,7 @@ def test_a_killed_controller_leaves_a_run_that_can_be_resumed(whole: Path, tmp_p
     assert not (tmp_path / "r/timeline.json").exists()
     found = checkpoint.find(tmp_path / "r")
     assert 1 <= found.manifest.step < 4
-    assert metrics_of(resume(found, survival=SURVIVAL)) == metrics_of(whole)
+    assert metrics_of(resume(found, options=OPTIONS)) == metrics_of(whole)
 
 
 class Poisoned(Training):
@@ -206,7 +206,7 @@ def test_steps_without_finite_gradients_are_left_out_counted_and_end_the_run(
     with pytest.raises(
         UserError, match="update_actor of step 6: loss or gradient was not finite in 8 optimizer"
     ):
-        execute(plan, name="r", runs=tmp_path, survival=Survival(save_every=2, keep=1))
+        execute(plan, name="r", runs=tmp_path, options=RunOptions(save_every=2, keep=1))
     lines = metrics_of(tmp_path / "r")
     assert [line["actor/skipped"] for line in lines] == [0, 1, 0, 2, 2, 2]
     assert all(line["actor/grad_norm"] is not None for line in lines[:3])
@@ -241,15 +241,12 @@ def test_a_disk_that_is_full_costs_no_checkpoint(whole: Path, tmp_path: Path) ->
     try:
         full = Filling(disk)
         with pytest.raises(UserError, match="cannot be written"):
-            execute(
-                split(WORKLOAD), name="r", runs=disk, progress=full, survival=Survival(save_every=2)
-            )
+            options = RunOptions(save_every=2)
+            execute(split(WORKLOAD), name="r", runs=disk, progress=full, options=options)
         assert [
             path.name for path in (disk / "r/checkpoints").iterdir() if path.name != "final"
         ] == ["step-000002"]
         full.file.unlink()
-        assert metrics_of(resume(checkpoint.find(disk / "r"), survival=SURVIVAL)) == metrics_of(
-            whole
-        )
+        assert metrics_of(resume(checkpoint.find(disk / "r"), options=OPTIONS)) == metrics_of(whole)
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -8,6 +8,7 @@ import pytest
 
 from executor import digits
 from executor.running.execute import execute
+from executor.running.options import RunOptions
 from executor.training import ppo
 from planner.predict.schedule import load_plan
 from planner.search import find
@@ -35,7 +36,7 @@ def rises(sorting, tmp_path, staleness):
     workload = load_workload(directory / "workload.toml")
     plan = find(workload, local_cluster(2), max_staleness=staleness).best
     assert plan.staleness == staleness
-    run = execute(plan, name="learning", runs=tmp_path, steps=STEPS)
+    run = execute(plan, name="learning", runs=tmp_path, options=RunOptions(steps=STEPS))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(metrics) == STEPS and Timeline.read(run / "timeline.json").steps == STEPS
     scores = [step["score"] for step in metrics]

@@ -21,7 +21,8 @@ from test_checkpoint import metrics_of
 
 from executor.fleet import session
 from executor.running import checkpoint
-from executor.running.execute import Survival, execute
+from executor.running.execute import execute
+from executor.running.options import RunOptions
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
 
@@ -139,7 +140,7 @@ def test_runs_outlive_kills_at_random_times(
 ) -> None:
     workload = make_workload(steps=STEPS, critic=None, reference=None)
     plan, chance = colocated(workload, cores=1 if kills < 100 else 2), random.Random(kills)
-    whole = execute(plan, name="whole", runs=tmp_path, survival=Survival(save_every=0))
+    whole = execute(plan, name="whole", runs=tmp_path, options=RunOptions(save_every=0))
     left = [list(VICTIMS)[number % len(VICTIMS)] for number in range(kills)]
     chance.shuffle(left)
     pids: set[int] = set()

@@ -25,9 +25,10 @@ from executor.fleet.worker import (
     within,
 )
 from executor.running import preflight
-from executor.running.execute import _run, _started
+from executor.running.execute import started
 from executor.running.loop import Silent, loop
 from executor.running.rehearse import Rehearsal
+from executor.running.run import Run
 from executor.running.run_directory import RunDirectory
 from executor.running.step import Training
 from executor.running.supervise import Deadlines, memory_of, one_line
@@ -97,7 +98,8 @@ def test_a_process_that_sleeps_for_ever_ends_the_run_with_its_name(
     handles = [rank.handle for ranks in backend.ranks.values() for rank in ranks]
     try:
         with pytest.raises(UserError) as error:
-            _run(plan, 4, backend, RunDirectory(tmp_path / "r", tensorboard=False), Silent())
+            directory = RunDirectory(tmp_path / "r", tensorboard=False)
+            Run(plan, 4, backend, directory, Silent()).finish()
     finally:
         backend.close()
     line = str(error.value)
@@ -169,7 +171,7 @@ def test_a_start_that_hangs_leaves_a_log(ray_two: None, tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r"^the start: no answer to 'now' for \d+ s from trainer 0 of pool all"
         ):
-            _started(Deadlines(plan=plan), tmp_path / "r", start)
+            started(Deadlines(plan=plan), tmp_path / "r", start)
     finally:
         pools.stop(ranks)
     assert "no answer to 'now'" in (tmp_path / "r" / "log.txt").read_text()
@@ -185,7 +187,7 @@ def test_a_process_that_crashes_leaves_its_last_words(ray_two: None, tmp_path: P
     plan = colocated(WORKLOAD)
     ranks = pools.connect([replace(pools.start(Crashing), name="it")])
     with pytest.raises(UserError, match=r"^the start: it died in crash"):
-        _started(Deadlines(plan=plan), tmp_path / "r", lambda: ask(ranks, "crash"))
+        started(Deadlines(plan=plan), tmp_path / "r", lambda: ask(ranks, "crash"))
     said = (tmp_path / "r" / "log.txt").read_text()
     assert "a fatal error" in said and ":actor_name:" not in said
 
@@ -313,7 +315,8 @@ def test_a_failing_export_is_one_line(failing: Any, tmp_path: Path) -> None:
             UserError,
             match=r"^export of the models: fail failed on trainer 0 .*RuntimeError: no space",
         ):
-            _run(plan, 1, backend, RunDirectory(tmp_path / "r", tensorboard=False), Silent())
+            directory = RunDirectory(tmp_path / "r", tensorboard=False)
+            Run(plan, 1, backend, directory, Silent()).finish()
     finally:
         backend.close()
     assert "RuntimeError: no space" in (tmp_path / "r" / "log.txt").read_text()

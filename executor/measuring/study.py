@@ -24,9 +24,9 @@ from executor.fleet.worker import Worker
 from executor.measuring.groups import TENSOR_PARALLEL
 from executor.rollout.vllm.worker import VllmWorker, made_for
 from executor.running import preflight
-from executor.running.execute import _run
 from executor.running.loop import Silent
 from executor.running.processes import fleet_for
+from executor.running.run import Run
 from executor.running.run_directory import RunDirectory
 from executor.running.step import Training
 from executor.running.supervise import Deadlines, one_line
@@ -39,7 +39,7 @@ from planner.spec.timeline import Timeline, step_seconds
 
 PACKAGES = ("torch", "transformers", "ray", "vllm")
 SAMPLE_SECONDS = 0.05
-FLOOR_SECONDS = 20.0  # of a call's deadline: a study's time is short
+CELL_FLOOR_SECONDS = 20.0  # of a call's deadline: a study's time is short
 # Seconds that a cell takes beside its steps, first step's compiling included: with engines to
 # start, and without.
 BESIDE = {"GPU": (120.0, 20.0), "CPU": (15.0, 5.0)}
@@ -201,13 +201,14 @@ class Bench:
         """The timeline, seconds to start, and memory."""
         began = time.monotonic()
         fleet = self._make_room(job.plan)
-        deadlines = Deadlines(plan=job.plan, floor=FLOOR_SECONDS)
+        deadlines = Deadlines(plan=job.plan, floor=CELL_FLOOR_SECONDS)
         with one_line(job.plan, "the start", tuple(job.plan.pools), "start"):
             backend = _Measured(job.plan, prompts, fleet, deadlines)
         start = time.monotonic() - began
         _on_processes(backend, _forget_peak)
         with MemoryWatch(fleet.devices) as watch:
-            _run(job.plan, job.steps, backend, RunDirectory(scratch, tensorboard=False), Silent())
+            directory = RunDirectory(scratch, tensorboard=False)
+            Run(job.plan, job.steps, backend, directory, Silent()).finish()
         found = _memory(watch.peaks, _on_processes(backend, _peak))
         backend.close()  # the processes stay
         (scratch / "metrics.jsonl").replace(job.directory / "metrics.jsonl")

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
@@ -29,6 +29,7 @@ from executor.data.batch import PromptSource
 from executor.fleet.worker import ask
 from executor.running.processes import Processes
 from executor.running.run_directory import log
+from executor.running.stops import EndedCall, in_flight
 from executor.training.shards import FileEntry, RoleState, Saved, entry_of, merge
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
@@ -45,7 +46,6 @@ MANIFEST, PLAN, TIMELINE, METRICS, IN_FLIGHT = (
     "in_flight.safetensors",
 )
 POLL_SECONDS = 0.05
-Done = tuple[str, int, int | None]  # a call, its step, and the version of the weights that it used
 
 
 def export(processes: Processes, prompts: PromptSource, directory: Path) -> None:
@@ -80,7 +80,7 @@ class Manifest(File):
     SCHEMA: ClassVar[str] = "splitplan/checkpoint/1"
 
     step: NonNegativeInt
-    done: tuple[Done, ...]
+    done: tuple[EndedCall, ...]
     metrics: dict[int, dict[str, float | None]]
     evaluations: dict[int, dict[str, float]]
     skipped: dict[str, int]
@@ -108,24 +108,15 @@ class Snapshot:
     written: Callable[[], list[tuple[dict[str, RoleState], dict[str, FileEntry]]] | None]
 
 
-def in_flight(tasks: Sequence[Task], cut: int) -> tuple[Done, ...]:
-    """The tasks before a cut whose steps have tasks behind it too."""
-    left = {task.step for task in tasks[cut:]}
-    return tuple(
-        (task.call.name, task.step, task.weights_version)
-        for task in tasks[:cut]
-        if task.step in left
-    )
-
-
 class Saver:
     """Writes checkpoints into `directory` in a thread, one at a time, and keeps the last `keep` of
-    them.
+    them. `every` is the number of steps between two of them.
 
     One that cannot be written leaves a line in the log and those before it as they are."""
 
-    def __init__(self, directory: Path, keep: int) -> None:
+    def __init__(self, directory: Path, *, every: int, keep: int) -> None:
         self._directory, self._keep = directory, keep
+        self.every = every
         self._thread: Thread | None = None
         for unfinished in directory.glob(".step-*"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -136,7 +127,7 @@ class Saver:
         snapshot: Callable[[Path], Snapshot],
         *,
         step: int,
-        done: tuple[Done, ...],
+        done: tuple[EndedCall, ...],
         plan: Plan,
         timeline: Timeline,
         metrics: Path,
@@ -188,7 +179,11 @@ class Saver:
 
 
 def _write(
-    directory: Path, step: int, done: tuple[Done, ...], taken: Snapshot, small: dict[str, bytes]
+    directory: Path,
+    step: int,
+    done: tuple[EndedCall, ...],
+    taken: Snapshot,
+    small: dict[str, bytes],
 ) -> None:
     """All files, the manifest last."""
     files: dict[str, FileEntry] = {}

@@ -10,6 +10,18 @@ from types import FrameType
 from executor.fleet.signals import unrepeated
 from planner.predict.schedule import Task
 
+EndedCall = tuple[str, int, int | None]  # a call, its step, and the version of its weights
+
+
+def in_flight(tasks: Sequence[Task], cut: int) -> tuple[EndedCall, ...]:
+    """The tasks before a cut whose steps have tasks behind it too."""
+    left = {task.step for task in tasks[cut:]}
+    return tuple(
+        (task.call.name, task.step, task.weights_version)
+        for task in tasks[:cut]
+        if task.step in left
+    )
+
 
 class Stops:
     """Tells the loop which task must not start yet: the first one behind the next checkpoint, every

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from executor.fleet.worker import OutOfMemory, Overdue, WorkerError
+from executor.running.options import DEADLINE_FLOOR_SECONDS
 from planner.predict.memory import plan_memory, trainer_allowance
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
@@ -13,7 +14,6 @@ from planner.spec.plan import Plan
 from planner.spec.workload import RewardFunction
 
 FACTOR = 10.0  # of what is predicted
-FLOOR_SECONDS = 60.0
 EARLY = 10.0  # of the floor: the first calls load libraries and compile, and so does the start
 EARLY_CALLS = 2  # of each name
 UNPREDICTED_SECONDS = 1800.0
@@ -31,7 +31,7 @@ class Deadlines:
     beginning ten times that."""
 
     plan: Plan
-    floor: float = FLOOR_SECONDS
+    floor: float = DEADLINE_FLOOR_SECONDS
     predicted: Callable[[Task], float] | None = None
 
     def of_call(self, task: Task, early: bool) -> float:

@@ -1,15 +1,17 @@
 """`plan execute` and `plan task`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from planner.commands.inputs import make_console, positive, profiles_of
+from executor.running.options import RunOptions
+from planner.commands.inputs import make_console, profiles_of
 from planner.predict.forecast import task_seconds
+from planner.predict.profile import Profile
 from planner.predict.schedule import load_plan
 from planner.report import trace
 from planner.report.live import LiveProgress
@@ -19,7 +21,6 @@ from planner.spec.timeline import Timeline, step_seconds
 
 # Beside those that fill and drain the pipeline: a rehearsal takes as long as the real run would.
 REHEARSED_STEPS = 3
-MOST_SECONDS = 1e6
 NEEDED = ("ray", "torch", "transformers", "safetensors")
 
 
@@ -54,73 +55,75 @@ def execute(
     profiles: Sequence[Path],
 ) -> None:
     need_extra("plan execute")
-    positive("--steps", steps)
-    positive("--keep", keep)
-    if not 0 < deadline_floor <= MOST_SECONDS:
-        raise UserError(
-            f"--deadline-floor {deadline_floor:g}: choose a number of seconds, at most "
-            f"{MOST_SECONDS:g}"
-        )
-    for option, value in (("--save-every", save_every), ("--max-restarts", max_restarts)):
-        if value < 0:
-            raise UserError(f"{option} {value}: choose 0 (never) or more")
-    survival = {"save_every": save_every, "keep": keep, "max_restarts": max_restarts}
-    options: dict[str, Any] = {
-        "steps": steps,
-        "address": address,
-        "deadline_floor": deadline_floor,
-        "track": tuple(dict.fromkeys(track)),
-    }
+    options = RunOptions(
+        steps=steps,
+        save_every=save_every,
+        keep=keep,
+        max_restarts=max_restarts,
+        deadline_floor=deadline_floor,
+        address=address,
+        track=tuple(dict.fromkeys(track)),
+    )
     if resume is not None:
         if plan is not None or rehearse or name:
             raise UserError(
                 "--resume goes on with a run: leave out PLAN, --name and --rehearse; --plan is "
                 "another plan"
             )
-        run, console, progress = _resume(resume, other_plan, survival, options)
-        return _report(run, run / "plan.json", console, progress)
+        return _resume(resume, other_plan, options)
     if plan is None or other_plan is not None:
         raise UserError(
             "name the PLAN to run; --plan is for going on with a run under another one, with "
             "--resume"
         )
-    checked = load_plan(plan)
-    seconds = None
+    checked, console = load_plan(plan), make_console()
+    name = name or free_name(runs, checked.name)
     if rehearse:
-        steps = steps or REHEARSED_STEPS + checked.staleness
-        seconds = task_seconds(
-            checked, profiles_of(checked, plan, profiles, make_console(stderr=True))
-        )
-    from executor.running.execute import Survival, execute  # ray and torch are slow to load
-
-    console = make_console()
-    with LiveProgress(checked, steps or checked.workload.steps, console) as progress:
-        run = execute(
-            checked,
-            name=name or free_name(runs, checked.name),
-            runs=runs,
-            rehearse=rehearse,
-            seconds=seconds,
-            progress=progress,
-            survival=Survival(**survival),
-            **{**options, "steps": steps},
-        )
+        costs = profiles_of(checked, plan, profiles, make_console(stderr=True))
+        run, progress = _rehearse(checked, name, runs, options, costs, console)
+    else:
+        run, progress = _execute(checked, name, runs, options, console)
     _report(run, plan, console, progress)
 
 
-def _resume(
-    path: Path, other: Path | None, survival: dict[str, int], options: dict[str, Any]
-) -> tuple[Path, Console, LiveProgress]:
+def _execute(
+    plan: Plan, name: str, runs: Path, options: RunOptions, console: Console
+) -> tuple[Path, LiveProgress]:
+    from executor.running.execute import execute  # ray and torch are slow to load
+
+    with LiveProgress(plan, options.steps or plan.workload.steps, console) as progress:
+        run = execute(plan, name=name, runs=runs, options=options, progress=progress)
+    return run, progress
+
+
+def _rehearse(
+    plan: Plan,
+    name: str,
+    runs: Path,
+    options: RunOptions,
+    costs: Sequence[Profile],
+    console: Console,
+) -> tuple[Path, LiveProgress]:
+    from executor.running.execute import rehearse  # ray is slow to load
+
+    steps = options.steps or REHEARSED_STEPS + plan.staleness
+    options, seconds = replace(options, steps=steps), task_seconds(plan, costs)
+    with LiveProgress(plan, steps, console) as progress:
+        run = rehearse(plan, seconds, name=name, runs=runs, options=options, progress=progress)
+    return run, progress
+
+
+def _resume(path: Path, other: Path | None, options: RunOptions) -> None:
     from executor.running import checkpoint  # torch is slow to load
-    from executor.running.execute import Survival, resume
+    from executor.running.execute import resume
 
     found = checkpoint.find(path)
     plan = load_plan(other) if other is not None else found.plan
     console = make_console()
     console.print(f"Going on from {found.directory}.", markup=False, soft_wrap=True)
-    with LiveProgress(plan, options["steps"] or plan.workload.steps, console) as progress:
-        run = resume(found, plan=plan, progress=progress, survival=Survival(**survival), **options)
-    return run, console, progress
+    with LiveProgress(plan, options.steps or plan.workload.steps, console) as progress:
+        run = resume(found, plan=plan, options=options, progress=progress)
+    _report(run, run / "plan.json", console, progress)
 
 
 def _report(run: Path, plan: Path, console: Console, progress: LiveProgress) -> None:

@@ -82,13 +82,13 @@ def plan_of(run: Run, task: Path) -> Plan:
 
 def train(run: Run, out: Path, steps: int) -> None:
     """In a process of its own: do a run and keep what is drawn of it."""
-    from executor.running.execute import Survival, execute
+    from executor.running.execute import execute
+    from executor.running.options import RunOptions
 
-    survival = Survival(save_every=0, max_restarts=0)
+    options = RunOptions(steps=steps, save_every=0, max_restarts=0)
     shutil.rmtree(out / "runs" / str(run), ignore_errors=True)
-    path = execute(
-        plan_of(run, out / "task"), name=str(run), runs=out / "runs", steps=steps, survival=survival
-    )
+    plan = plan_of(run, out / "task")
+    path = execute(plan, name=str(run), runs=out / "runs", options=options)
     write_atomic(out / "done" / f"{run}.json", json.dumps(list(kept(run, path))))
     shutil.rmtree(path)
 

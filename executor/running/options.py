@@ -1,0 +1,49 @@
+"""How a plan is run: what `plan execute` is told beside the plan."""
+
+from dataclasses import dataclass
+
+from planner.spec.errors import UserError
+from planner.spec.files import MOST_STEPS
+
+DEADLINE_FLOOR_SECONDS = 60.0
+MOST_FLOOR_SECONDS = 1e6
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The run ends after `steps` steps (None: the workload's). A checkpoint is saved every
+    `save_every` steps (0: never), and the last `keep` of them stay; after a failure of processes
+    the run starts again by itself from the last one, at most `max_restarts` times.
+
+    A call that takes ten times its predicted seconds, and more than `deadline_floor`, counts as
+    failed. `address` is that of a Ray cluster (None: one is started on this machine's loopback);
+    `track` names trackers in addition to TensorBoard (wandb, mlflow).
+
+    Raises UserError for a number that is out of its range."""
+
+    steps: int | None = None
+    save_every: int = 10
+    keep: int = 2
+    max_restarts: int = 3
+    deadline_floor: float = DEADLINE_FLOOR_SECONDS
+    address: str | None = None
+    track: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            _check_range("--steps", self.steps, 1)
+        _check_range("--keep", self.keep, 1)
+        _check_range("--save-every", self.save_every, 0)
+        _check_range("--max-restarts", self.max_restarts, 0)
+        if not 0 < self.deadline_floor <= MOST_FLOOR_SECONDS:
+            raise UserError(
+                f"--deadline-floor {self.deadline_floor:g}: choose a number of seconds, at most "
+                f"{MOST_FLOOR_SECONDS:g}"
+            )
+
+
+def _check_range(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise UserError(f"{option} {value}: must be at least {least}")
+    if value > MOST_STEPS:
+        raise UserError(f"{option} {value}: must be at most {MOST_STEPS:,}")

@@ -1,0 +1,199 @@
+"""One attempt at a run, once its processes have started: the loop, its checkpoints, the export of
+the models, and what is written of them."""
+
+import contextlib
+import traceback
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from executor.fleet import pools
+from executor.fleet.session import last_words
+from executor.fleet.worker import WorkerError, within
+from executor.running.loop import Backend, Course, Progress, loop
+from executor.running.run_directory import RunDirectory, log, timeline_of
+from executor.running.stops import Stops, in_flight
+from executor.running.supervise import one_line
+from planner.predict.schedule import Task, tasks_of
+from planner.spec.errors import UserError
+from planner.spec.plan import Plan
+from planner.spec.timeline import Span, Timeline
+
+if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
+    from executor.running.checkpoint import Checkpoint, Saver
+
+
+class Run:
+    """The steps of a plan on a backend, from the beginning or from the checkpoint `resumed`.
+    Without a saver there are no checkpoints."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        steps: int,
+        backend: Backend,
+        directory: RunDirectory,
+        progress: Progress,
+        *,
+        saver: "Saver | None" = None,
+        resumed: "Checkpoint | None" = None,
+    ) -> None:
+        self._plan, self._steps, self._backend = plan, steps, backend
+        self._directory, self._saver, self._resumed = directory, saver, resumed
+        self._tasks, self._course, cut = tasks_of(plan, steps), Course(), 0
+        self._past: Sequence[Span] = ()
+        if resumed is not None:
+            self._tasks, self._course.ended, cut = resumed.left(self._tasks)
+            if resumed.is_of(plan):
+                self._past = resumed.spans
+        self._course.since = max((span.end for span in self._past), default=0.0)
+        self._course.began -= self._course.since
+        self._spans: dict[int, Span] = {}
+        self._stops = Stops(self._tasks, saver.every if saver else 0, passed=cut)
+        self._recorded = Recorded(directory, progress, self._past)
+
+    @property
+    def timeline(self) -> Timeline:
+        """What was done so far."""
+        done = [self._spans[index] for index in sorted(self._spans)]
+        return timeline_of(self._plan, self._steps, [*self._past, *done])
+
+    def finish(self) -> None:
+        """Do the steps that are left, save on the way, and export the models.
+
+        However this ends, the timeline is written and the directory is closed. Raises UserError,
+        and KeyboardInterrupt when the run was asked to stop."""
+        try:
+            self._open()
+            log.info(
+                "plan %s, %d steps, %d GPUs", self._plan.name, self._steps, pools.needed(self._plan)
+            )
+            with self._signals():
+                self._loop()
+                self._export()
+                if self._saver is not None:
+                    self._saver.wait()
+                self._directory.write_timeline(self.timeline)
+                log.info("done")
+        except BaseException as error:
+            log_end(error)
+            with contextlib.suppress(UserError):  # on a full disk, which the error is about
+                self._directory.write_timeline(self.timeline)
+            raise
+        finally:
+            self._directory.close()
+
+    def _open(self) -> None:
+        if self._resumed is None:
+            self._directory.open(self._plan)
+            return
+        try:
+            self._resumed.take_up(self._plan)
+        except OSError as error:
+            raise UserError(
+                f"{self._directory.path}: cannot be changed ({error.strerror}); check write "
+                "permission"
+            ) from None
+        metrics, step = self._resumed.metrics, self._resumed.manifest.step
+        self._directory.open(self._plan, metrics=metrics, step=step)
+        log.info("resumed from %s", self._resumed.directory)
+
+    def _signals(self) -> contextlib.AbstractContextManager[None]:
+        """A run that can be saved is saved before a signal ends it."""
+        if self._saver is None:
+            return contextlib.nullcontext()
+        return self._stops.on_signals(self._recorded.on_note)
+
+    def _loop(self) -> None:
+        """All tasks, with a pause at each cut where a checkpoint is taken."""
+        while True:
+            loop(
+                self._tasks,
+                self._backend,
+                self._spans,
+                self._recorded,
+                self._course,
+                until=self._stops,
+            )
+            arrived = self._stops.arrive(self._course.newest)
+            if arrived is None or self._saver is None:
+                return
+            self._save(self._saver, *arrived)
+            if self._stops.asked:
+                self._end(self._saver)
+
+    def _save(self, saver: "Saver", cut: int, step: int) -> None:
+        saver.wait()
+        if saver.error is not None:
+            self._recorded.on_note(f"the checkpoint before could not be written ({saver.error})")
+        with self._as_one_line("a checkpoint", "save"):
+            saver.save(
+                self._backend.snapshot,
+                step=step,
+                done=in_flight(self._tasks, cut),
+                plan=self._plan,
+                timeline=self.timeline,
+                metrics=self._directory.path / "metrics.jsonl",
+            )
+
+    def _end(self, saver: "Saver") -> NoReturn:
+        """Stop, as somebody asked, when the last checkpoint is written."""
+        saver.wait()
+        path = self._directory.path
+        if saver.error is not None:
+            raise UserError(
+                f"interrupted, and the last checkpoint could not be written ({saver.error}); see "
+                f"{path}/log.txt"
+            )
+        self._recorded.on_note(
+            f"saved; go on with: plan execute --resume {path} --steps {self._steps}"
+        )
+        raise KeyboardInterrupt
+
+    def _export(self) -> None:
+        with self._as_one_line("export of the models", "export"):
+            self._backend.export(self._directory.path / "checkpoints" / "final")
+
+    @contextlib.contextmanager
+    def _as_one_line(self, what: str, call: str) -> Iterator[None]:
+        """Give all processes the time that a start may take; a failure becomes a UserError."""
+        limit, everywhere = self._backend.deadlines.of_start, tuple(self._plan.pools)
+        line = one_line(self._plan, what, everywhere, call, f" ({limit:.3g} s allowed)")
+        with line, within(limit):
+            yield
+
+
+class Recorded:
+    """Progress that also writes each step's metrics, with its speed."""
+
+    def __init__(self, directory: RunDirectory, progress: Progress, past: Sequence[Span]) -> None:
+        self._directory, self._progress = directory, progress
+        self._ends = {span.step: span.end for span in past if span.call == "update_actor"}
+
+    def on_start(self, task: Task) -> None:
+        self._progress.on_start(task)
+
+    def on_end(self, span: Span) -> None:
+        if span.call == "update_actor":
+            self._ends[span.step] = span.end
+        self._progress.on_end(span)
+
+    def on_step(self, metrics: dict[str, Any]) -> None:
+        seconds = self._ends[metrics["step"]] - self._ends.pop(metrics["step"] - 1, 0.0)
+        metrics = {**metrics, "seconds": seconds}
+        if "tokens" in metrics:
+            metrics["tokens_per_second"] = metrics["tokens"] / seconds
+        log.info("step %d ended, %.3g s", metrics["step"], seconds)
+        self._directory.write_metrics(metrics)
+        self._progress.on_step(metrics)
+
+    def on_note(self, text: str) -> None:
+        log.info(text)
+        self._progress.on_note(text)
+
+
+def log_end(error: BaseException) -> None:
+    """Write into the run's log what ended it; if a process did, also what the processes said."""
+    log.error("ended by %s: %s", type(error).__name__, error)
+    if isinstance(error.__cause__, WorkerError):
+        log.error("".join(traceback.format_exception(error.__cause__)))
+        log.error("what processes wrote last:\n%s", last_words())
