@@ -98,6 +98,7 @@ def test_unknown_keys_are_named(tmp_path):
     data = plan_json()
     data["roles"]["actor"]["shards"] = 2
     assert_refused(tmp_path, data, "shards: unknown key")
+    assert_refused(tmp_path, plan_json(**{"two\nlines": 1}), "'two\\nlines': unknown key")
 
 
 def test_roles_and_pools_that_do_not_exist(tmp_path):

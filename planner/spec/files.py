@@ -150,7 +150,8 @@ def _keys(path: Sequence[int | str], data: Any, *, missing: bool) -> Iterator[st
                 data = data[part]
             case _ if not (missing and number == len(path) - 1):
                 continue
-        yield str(part)
+        key = str(part)
+        yield key if key.isprintable() else repr(key)
 
 
 def by_key(key: str, tag: str, otherwise: str) -> Discriminator:
