@@ -1,4 +1,5 @@
 # make demo · make test · make check · make bench · make install       (each makes .venv first, if it is missing or stale)
+# make test-fast: what needs no Ray and no patience, in under a minute · make coverage: make test, and what it did not run
 # make test-vllm: tests of vLLM on the CPU, in a .venv-vllm of its own
 #
 # PYTHON      the interpreter that .venv is made from (3.11 or newer)
@@ -14,7 +15,7 @@ VLLM := .venv-vllm/bin/python
 VLLM_INSTALLED := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-vllm check format bench nightly clean
+.PHONY: help install demo test test-fast coverage test-vllm check format bench nightly clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -29,8 +30,17 @@ $(INSTALLED): pyproject.toml constraints.txt planner/__init__.py
 	$(PIP) install --quiet -c constraints.txt -e '.[execute,dev]'
 	@touch $@
 
+# Two processes: tests that start Ray in one, the others in both (tests/conftest.py).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: install
+	$(PYTEST) -m 'not ray and not slow and not gpu and not vllm and not nightly and not bench'
+
+coverage: install
+	$(PYTEST) --cov=planner --cov=executor --cov-branch --cov-report=term:skip-covered
 
 # A build of vLLM for CPUs wants versions of its own, 0.32.0 the torch of constraints.txt. The libraries for pictures and
 # sound that it brings are built for torch with CUDA; beside another one transformers fails to import them.

@@ -4,7 +4,9 @@ it."""
 import contextlib
 import functools
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,30 @@ from processes import abandoned, descendants, still_there
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.plan import Plan
 from planner.spec.workload import Workload
+
+STARTS_RAY = {"ray_two", "two_cores", "on_two_cores", "nodes"}  # fixtures
+# The modules of the second of two groups that take about as long; each group has a Ray of its own.
+SECOND_GROUP = {
+    "test_cluster",
+    "test_faults",
+    "test_learning",
+    "test_network",
+    "test_soak",
+    "test_study",
+}
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start Ray run one after the other in the process of their group: they share a
+    fleet, which takes both cores."""
+    for item in items:
+        if STARTS_RAY & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.ray)
+        if item.get_closest_marker("ray"):
+            second = item.path.stem in SECOND_GROUP
+            item.add_marker(pytest.mark.xdist_group("ray-2" if second else "ray-1"))
+
 
 SHAPE = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64, "vocab": 48}
 
@@ -259,8 +285,24 @@ def model_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nothing_left() -> Iterator[None]:
-    """Of all tests neither a process, and with it its ports, nor the directory of one that has
+def temporary_files() -> Iterator[None]:
+    """Processes that test side by side have directories for temporary files of their own: what one
+    of them leaves is not looked for by another. The path is short, for Ray makes sockets there."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        yield
+        return
+    directory = Path(tempfile.mkdtemp(prefix=f"{worker}-"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(directory))
+        patch.setattr(tempfile, "tempdir", None)
+        yield
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_left(temporary_files: None) -> Iterator[None]:
+    """No test leaves a process, and with it a port, nor the directory of a private Ray that has
     ended."""
     before = abandoned()
     yield

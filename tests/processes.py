@@ -14,6 +14,7 @@ from pathlib import Path
 PROC = Path("/proc")
 WORKERS = ("Trainer", "EngineWorker", "RewardWorker")
 LISTENS = "0A"  # a socket's state
+PATIENCE = 600.0  # seconds: how long anything that must happen may take on a busy machine
 
 
 def descendants(pid: int) -> list[int]:
@@ -35,7 +36,7 @@ def running(pid: int) -> bool:
     return False
 
 
-def still_there(pids: Iterable[int], seconds: float = 20.0) -> list[int]:
+def still_there(pids: Iterable[int], seconds: float = 120.0) -> list[int]:
     """Those of some processes that run after so long; ending takes Ray's a moment."""
     deadline = time.monotonic() + seconds
     while (left := [pid for pid in pids if running(pid)]) and time.monotonic() < deadline:

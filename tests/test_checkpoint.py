@@ -333,6 +333,7 @@ def test_a_run_that_goes_on_is_not_gone_on_with_twice(two: Path) -> None:
     os.close(lock(two))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_checkpoints_before(two: Path) -> None:
     """A limit on the size of files stands in for the disk: writing fails in the middle of a file,
     too."""

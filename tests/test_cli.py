@@ -13,6 +13,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 from conftest import ROLES, colocated, make_plan, make_workload, split
+from processes import PATIENCE
 
 from planner.cli import KINDS, Commands, main
 from planner.predict.schedule import load_plan
@@ -109,7 +110,7 @@ def test_the_process_itself_ends_with_2_and_no_traceback(tmp_path: Path) -> None
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "plan: missing.json: no such file; check the path\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SHAPE
+from processes import PATIENCE
 from test_cli import files, one_line, plan
 
 from planner.commands.local import local_cluster
@@ -314,7 +315,7 @@ def test_a_search_that_is_interrupted_writes_its_best_plan_with_an_honest_gap(tm
         )
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE)
         if process.returncode == 0:
             break
         assert not (tmp_path / "best.json").exists()

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import make_plan, make_workload
-from processes import descendants, end, end_agents, working
+from processes import PATIENCE, descendants, end, end_agents, working
 from test_checkpoint import metrics_of
 
 from executor.fleet import pools
@@ -81,7 +81,7 @@ class Nodes:
         """End all of it; checked by process id."""
         pids = descendants(self.process.pid)
         try:
-            self.process.communicate(timeout=60)
+            self.process.communicate(timeout=PATIENCE)
         finally:
             left = end_agents(pids)
             end([self.process.pid])
@@ -101,7 +101,7 @@ class Nodes:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=PATIENCE,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
@@ -240,7 +240,7 @@ def test_a_token_is_needed(nodes: Nodes, tmp_path: Path) -> None:
     spread(2).write(tmp_path / "plan.json")
     command = ["execute", tmp_path / "plan.json", "--runs", tmp_path]
     process = nodes.plan(*command, RAY_AUTH_TOKEN="another")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2 and "export RAY_AUTH_MODE=token" in errors.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
 
@@ -249,7 +249,7 @@ def test_a_token_is_needed(nodes: Nodes, tmp_path: Path) -> None:
 def test_a_plan_for_more_nodes_than_there_are(nodes: Nodes, tmp_path: Path) -> None:
     spread(4).write(tmp_path / "plan.json")
     process = nodes.plan("execute", tmp_path / "plan.json", "--runs", tmp_path)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2 and len(errors.splitlines()) == 1, errors
     assert "4 CPUs are needed and Ray has 3" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
@@ -262,12 +262,12 @@ def test_a_node_that_disappears_is_replaced(nodes: Nodes, tmp_path: Path) -> Non
     process = nodes.plan(
         "execute", tmp_path / "plan.json", "--name", "r", "--runs", tmp_path, "--save-every", "2"
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "r/checkpoints/step-000002").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     nodes.kill_one_that_trains()
-    out, errors = process.communicate(timeout=200)
+    out, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, errors
     assert "Restart 1 of 3, from step" in out
     assert [line["step"] for line in metrics_of(tmp_path / "r")] == list(range(30))

@@ -200,6 +200,7 @@ def test_more_gpus_than_ray_has(ray_two: None) -> None:
         Fleet(((0, 0), (1, 0)), "CPU")
 
 
+@pytest.mark.ray
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "nowhere", "127.0.0.1:99999999"])
 def test_no_ray_at_the_address(address: str) -> None:
     with pytest.raises(UserError, match="no Ray cluster at"):

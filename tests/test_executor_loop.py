@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import colocated, cpu_cluster, make_plan, make_workload, split
-from processes import descendants, end, listening, still_there
+from processes import PATIENCE, descendants, end, listening, still_there
 
 from executor.fleet.signals import unrepeated
 from executor.fleet.worker import Record
@@ -242,6 +242,7 @@ def test_a_signal_that_comes_twice_is_handled_once(monkeypatch: pytest.MonkeyPat
     assert handled == [signal.SIGTERM] * 2
 
 
+@pytest.mark.ray
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("number", "rehearse"),
@@ -269,7 +270,7 @@ def test_an_interrupt_leaves_no_process(
     process = subprocess.Popen(command, start_new_session=True, cwd=root, text=True, **both)
     children: list[int] = []
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "r" / "log.txt").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)
@@ -280,7 +281,7 @@ def test_an_interrupt_leaves_no_process(
         else:
             os.kill(process.pid, number)
             os.kill(process.pid, number)  # timeout(1) sends it twice
-        said, errors = process.communicate(timeout=60)
+        said, errors = process.communicate(timeout=PATIENCE)
         assert process.returncode == 130 and errors.strip() == "plan: interrupted", errors
         assert len(children) > 5 and not still_there(children)
         assert open_at == {"127.0.0.1"}  # of all of them, Ray's and torch's

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import colocated, make_workload, nearly, split
-from processes import WORKERS, descendants, end, still_there, working
+from processes import PATIENCE, WORKERS, descendants, end, still_there, working
 from safetensors.numpy import load_file
 from test_checkpoint import OPTIONS, WORKLOAD, metrics_of
 
@@ -163,14 +163,14 @@ def test_a_killed_controller_leaves_a_run_that_can_be_resumed(whole: Path, tmp_p
     )
     children: list[int] = []
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while not (tmp_path / "r/checkpoints/step-000001").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         children = descendants(process.pid)
         process.kill()
         process.wait()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while (left := working(children)) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert len(children) > 5 and not left  # Ray's agents notice later

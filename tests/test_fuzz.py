@@ -170,6 +170,7 @@ def assert_orderly(arguments: list[str], directory: Path) -> None:
         assert not Path(name).name.startswith("."), "a temporary file was left"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_wrong_file_never_ends_in_a_traceback(
     count: int, monkeypatch: pytest.MonkeyPatch
@@ -248,6 +249,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", COUNTS)
 def test_a_wrong_command_line_never_ends_in_a_traceback(
     count: int, monkeypatch: pytest.MonkeyPatch

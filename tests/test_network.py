@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from processes import descendants, end, end_agents, still_there, working
+from processes import PATIENCE, descendants, end, end_agents, still_there, working
 from test_checkpoint import metrics_of
 from test_cluster import spread
 
@@ -137,7 +137,9 @@ def hosts(network: Network, environment: dict[str, str]) -> Iterator[list[subpro
             # One after the other: on one machine they share a directory, in which two at once take
             # each other's names.
             joined = network.command(0, sys.executable, "-c", JOINED, str(number))
-            subprocess.run(joined, env=environment, check=True, capture_output=True, timeout=120)
+            subprocess.run(
+                joined, env=environment, check=True, capture_output=True, timeout=PATIENCE
+            )
         yield started
     finally:
         pids = [pid for process in started for pid in (process.pid, *descendants(process.pid))]
@@ -196,7 +198,7 @@ def test_a_host_whose_cable_is_pulled_is_replaced(
         ]
         assert len(training) == 2
         network.pull(training[-1])
-        out, errors = process.communicate(timeout=200)
+        out, errors = process.communicate(timeout=PATIENCE)
     finally:
         end([process.pid])
     assert process.returncode == 0, errors

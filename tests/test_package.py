@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from processes import PATIENCE
 
 import planner
 
@@ -28,7 +29,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
         env=os.environ | {"PYTHONPATH": ""} | env,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, (
         f"{command} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -102,6 +102,7 @@ def brute_force(workload, cluster):
     return best
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpus", "changes"),
     [
@@ -325,6 +326,7 @@ def test_a_pool_is_of_one_kind():
     assert result.best.predicted.gap == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_nodes_of_unequal_size_equal_brute_force(monkeypatch):
     monkeypatch.setattr(layouts, "MICRO_BATCH_TOKENS", (8192,))
     monkeypatch.setattr(layouts, "CONCURRENCY", (32,))

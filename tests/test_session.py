@@ -47,6 +47,7 @@ def test_what_cannot_be_removed_yet_keeps_its_lock_for_the_next_time(tmp_path: P
     assert not directory.exists()
 
 
+@pytest.mark.ray
 def test_a_private_ray_leaves_nothing_that_would_keep_the_process_from_joining_a_cluster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

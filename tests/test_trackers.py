@@ -102,6 +102,7 @@ def test_a_tracker_that_fails_leaves_the_run_as_it_was(tmp_path: Path) -> None:
     assert len(EventAccumulator(str(tmp_path / "r")).Reload().Scalars("reward")) == 2
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path) -> None:
     blocked = (
         "import sys; sys.modules['wandb'] = sys.modules['mlflow'] = None; from planner.cli import "
