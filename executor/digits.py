@@ -62,8 +62,8 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """On held-out prompts: the share of greedy answers that are right, and the share of right and
-    wrong answers that the reward model tells apart."""
+    """What `make` achieved on held-out prompts: the share of greedy answers that are right, and the
+    share of right and wrong answers that the reward model tells apart."""
 
     exact_match: float
     reward_accuracy: float
@@ -152,7 +152,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, lines: list[dict[str, str]]) -> Tensor:
-    """Prompt, right answer and end of sequence: `[N, T]` token ids. All lines are equally long."""
+    """The prompt, the right answer and the end of the sequence as token ids `[N, T]`. All lines are
+    equally long."""
     return torch.tensor(
         tokenizer([f"{line['prompt']} {line['answer']} <eos>" for line in lines])["input_ids"]
     )
@@ -166,8 +167,8 @@ def draw(sequences: Tensor, count: int) -> Tensor:
 
 
 def train_actor(train: Tensor, held_out: Tensor, recipe: Recipe) -> LlamaForCausalLM:
-    """Supervised from random weights until the share of right answers on held-out prompts is
-    reached."""
+    """Train a model from random weights, supervised, until it answers the wanted share of held-out
+    prompts correctly."""
     model = LlamaForCausalLM(_config(recipe))
     optimizer = _optimizer(model, 5e-4)  # slow, so as not to overshoot
     for _ in range(2000):
@@ -178,8 +179,8 @@ def train_actor(train: Tensor, held_out: Tensor, recipe: Recipe) -> LlamaForCaus
 
 
 def exact_match(model: LlamaForCausalLM, sequences: Tensor, recipe: Recipe) -> float:
-    """The share of prompts that greedy decoding answers rightly. One pass over the right answers
-    tells: decoding gives the right answer exactly if the likeliest token after each of its
+    """The share of prompts that greedy decoding answers correctly. One pass over the right answers
+    is enough: decoding gives the right answer exactly if the likeliest token after each of its
     beginnings is the right one."""
     with torch.inference_mode():
         likeliest = _answer_logits(model, sequences, recipe).argmax(-1)
@@ -196,7 +197,7 @@ def _supervised_step(
 
 
 def _answer_logits(model: LlamaForCausalLM, sequences: Tensor, recipe: Recipe) -> Tensor:
-    """`[N, answer_tokens, V]`: what the model expects at each place of the answers."""
+    """The model's logits `[N, answer_tokens, V]` at each place of the answers."""
     return model(sequences[:, :-1], use_cache=False, logits_to_keep=recipe.answer_tokens).logits
 
 
@@ -229,11 +230,14 @@ def _optimizer(model: torch.nn.Module, learning_rate: float = 1e-3) -> torch.opt
 def train_reward_model(
     actor: LlamaForCausalLM, train: Tensor, recipe: Recipe
 ) -> LlamaForSequenceClassification:
-    """1 for a right answer, 0 for a wrong one, by least squares, so that the score at the end of a
-    response is about the chance that it is right. PPO finds what the reward model overlooks, hence
-    three things that let such a small model judge well: it starts from a language model that
-    masters the task, it is asked after each token of an answer whether all is right so far, and of
-    the perturbed answers it learns from those that it likes best."""
+    """Train a model to say 1 for a right answer and 0 for a wrong one, by least squares. Its score
+    at the end of a response is then about the chance that the response is right.
+
+    PPO finds the mistakes of a reward model. Three things let such a small one judge well: it
+    starts from a language model that masters the task; it is asked after each token of an answer
+    whether all is right so far; and of the perturbed answers it learns from those that it likes
+    best.
+    """
     teacher = copy.deepcopy(actor)
     optimizer = _optimizer(teacher)
     for _ in range(recipe.teacher_steps):
@@ -265,7 +269,8 @@ def train_reward_model(
 def _most_liked(
     model: LlamaForSequenceClassification, right: Tensor, count: int, recipe: Recipe
 ) -> tuple[Tensor, Tensor]:
-    """Perturb right answers; the `count` wrong ones with the highest scores, and what they were."""
+    """Perturb right answers. Return the `count` wrong ones with the highest scores, and the right
+    answers that they were made from."""
     perturbed = perturb(right, recipe)
     scores = model(perturbed).logits[:, 0].masked_fill((perturbed == right).all(1), -torch.inf)
     best = scores.topk(count).indices
@@ -275,8 +280,8 @@ def _most_liked(
 def reward_accuracy(
     model: LlamaForSequenceClassification, actor: LlamaForCausalLM, held_out: Tensor, recipe: Recipe
 ) -> float:
-    """Over as many right answers as wrong ones (half perturbed, half sampled): scores on their side
-    of 0.5."""
+    """The share of answers whose score is on their side of 0.5. Half of the answers are right; of
+    the wrong ones half are perturbed and half are sampled."""
     sampled = sample(actor, held_out, recipe)
     wrong = torch.cat([sampled, perturb(held_out, recipe)])
     wrong = wrong[(wrong != held_out.repeat(2, 1)).any(1)]
@@ -306,10 +311,10 @@ def sample(actor: LlamaForCausalLM, sequences: Tensor, recipe: Recipe) -> Tensor
 
 
 def perturb(right: Tensor, recipe: Recipe) -> Tensor:
-    """Right answers `[N, T]` with one mistake each: two digits exchanged, the rest cut off, one
-    digit replaced (by another one of the prompt or by any), or, what is hardest to see and
-    therefore half of all, that and then sorted again. Where digits are equal the answer may still
-    be right."""
+    """Right answers `[N, T]` with one mistake each: two digits exchanged, the rest cut off, or one
+    digit replaced (by another one of the prompt or by any). Half of the answers have a replaced
+    digit and are sorted again, because that is the hardest mistake to see. Where digits are equal
+    the answer may still be right."""
     rows, start = torch.arange(len(right)), right.shape[1] - recipe.answer_tokens
     here = torch.randint(recipe.digits, (len(right),))
     there = (here + torch.randint(1, recipe.digits, (len(right),))) % recipe.digits

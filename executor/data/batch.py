@@ -1,5 +1,5 @@
-"""Prompts in, batches of sequences out, and how a batch is spread over ranks and micro-batches.
-Plain numpy: what is here runs on the controller and travels through Ray's object store."""
+"""Prompts, batches of sequences, and how a batch is spread over ranks and micro-batches. All of it
+is plain numpy: it runs on the controller and travels through Ray's object store."""
 
 import heapq
 import json
@@ -66,7 +66,7 @@ def make_requests(
 
 
 def _keys(count: int, *key: int) -> NDArray[np.int64]:
-    """(..., prompt, sample, purpose) for each of `count` prompts."""
+    """The keys (..., prompt, sample, purpose) of each of `count` prompts."""
     return np.array([(*key, prompt, 0, SAMPLING) for prompt in range(count)], dtype=np.int64)
 
 
@@ -76,8 +76,8 @@ def _split(flat: NDArray[Any], lengths: Ints) -> list[NDArray[Any]]:
 
 
 def pad(flat: NDArray[Any], lengths: Ints, width: int, begin: Ints | int = 0) -> NDArray[Any]:
-    """Rows of different `lengths [n]`, end to end, as `[n, width]` with zeros; row i begins at
-    column `begin[i]`."""
+    """Arrange rows of different `lengths [n]`, which lie end to end, as `[n, width]` with zeros.
+    Row i begins at column `begin[i]`."""
     columns = np.arange(width)
     begin = np.broadcast_to(begin, lengths.shape)[:, None]
     padded = np.zeros((len(lengths), width), dtype=flat.dtype)
@@ -87,8 +87,7 @@ def pad(flat: NDArray[Any], lengths: Ints, width: int, begin: Ints | int = 0) ->
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """The prompts of one batch, with what a reward function and an evaluation want to know of
-    them."""
+    """The prompts of one batch, with the texts that a reward function and an evaluation need."""
 
     requests: Requests
     texts: list[str]
@@ -253,7 +252,7 @@ def _permutation(count: int, *key: int) -> Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """What an engine made of its requests, end to end: `lengths [n]`, `tokens` and `log_probs [sum
+    """An engine's answer to its requests, end to end: `lengths [n]`, `tokens` and `log_probs [sum
     of lengths]`."""
 
     lengths: Ints
@@ -284,11 +283,11 @@ class Sequences:
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """[B, R], true on real response tokens."""
+        """True on real response tokens, `[B, R]`."""
         return np.arange(self.width) < self.response_lengths[:, None]
 
     def ended(self, eos: Sequence[int]) -> NDArray[np.bool_]:
-        """[B]: whether the response ends with one of these tokens; false for truncated and for
+        """Whether the response ends with one of these tokens, `[B]`. False for truncated and for
         empty responses."""
         last = self.tokens[np.arange(len(self.lengths)), self.lengths - 1]
         return (self.response_lengths > 0) & np.isin(last, eos)
@@ -330,10 +329,12 @@ def collate(requests: Requests, shares: Sequence[Rows], made: Sequence[Generated
 
 
 def assign(prompt_lengths: Ints, engines: int, budget: int) -> list[Rows]:
-    """Each request to the engine with the fewest outstanding tokens, in order; rows per engine.
+    """Give each request, in order, to the engine with the fewest outstanding tokens. Return the
+    rows of each engine.
 
     A request counts with its prompt and a `budget` of response tokens, the same for all: nobody may
-    know how long a response will be."""
+    know how long a response will be.
+    """
     outstanding = [0] * engines
     rows: list[list[int]] = [[] for _ in range(engines)]
     for row, length in enumerate(prompt_lengths.tolist()):
@@ -368,7 +369,7 @@ def spread(rows: Rows, lengths: Ints, ranks: int, micro_batch_tokens: int) -> li
 
 
 def _balance(rows: Rows, lengths: Ints, parts: int) -> list[Rows]:
-    """Longest first, each to the part with the fewest tokens."""
+    """Distribute the longest first, each to the part with the fewest tokens."""
     longest_first = rows[np.argsort(-lengths[rows], kind="stable")]
     load = [(0, part) for part in range(parts)]
     found: list[list[int]] = [[] for _ in range(parts)]
@@ -384,7 +385,7 @@ def join(
     outputs: Sequence[list[NDArray[np.float32]]],
     shape: tuple[int, ...],
 ) -> Any:
-    """The ranks' outputs per micro-batch, each `[rows, columns]` or `[rows]`, in one array of
+    """Put the ranks' outputs per micro-batch, each `[rows, columns]` or `[rows]`, into one array of
     `shape`."""
     whole = np.zeros(shape, dtype=np.float32)
     for micro_batches, results in zip(shares, outputs, strict=True):

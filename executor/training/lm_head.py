@@ -1,6 +1,6 @@
-"""Log-probs and entropies of tokens straight from hidden states, some tokens at a time: the logits
-of a whole micro-batch never exist, nor does their fp32 copy. The backward pass computes each
-chunk's logits again, which costs 2·V·H operations a token more, some percent of a step."""
+"""Log-probs and entropies of tokens, computed from hidden states for a few tokens at a time. The
+logits of a whole micro-batch are never held, nor is their fp32 copy. The backward pass computes
+each chunk's logits again, which costs 2·V·H more operations per token, a few percent of a step."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -101,7 +101,7 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def _on(device_of: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, fused into one kernel where that pays."""
+    """The function itself, or fused into one kernel where that pays."""
     if not device_of.is_cuda:
         return function
     if function not in _compiled:

@@ -1,9 +1,9 @@
-"""Where a model's weights come from: a Hugging Face directory, read by slice, or a random draw for
+"""The sources of a model's weights: a Hugging Face directory, read by slice, or a random draw for
 each parameter.
 
-A model is built without weights (on the meta device), sharded, and filled: so a rank holds its
-shards, and beside them one whole parameter while random weights are drawn, or the slices of one
-while it is read.
+A model is built without weights (on the meta device), sharded, and then filled. So a rank holds its
+shards and, while they are filled, one whole parameter (of random weights) or the slices of one (of
+weights that are read).
 """
 
 import hashlib
@@ -34,10 +34,11 @@ class Source(Protocol):
 
 
 class RandomWeights:
-    """Normal weights, norms of one and biases of zero; `zeros` are the modules that start at zero.
+    """Normal weights, norms of one and biases of zero. The modules in `zeros` start at zero.
 
-    A draw is fixed by the seed, `what` the model is and the parameter's name. So it depends neither
-    on shards nor on what is drawn besides; on another kind of device it is another draw."""
+    The seed, the kind of model (`what`) and the parameter's name fix a draw. So it depends neither
+    on shards nor on other draws. On another kind of device it is another draw.
+    """
 
     def __init__(self, seed: int, what: str, deviation: float, zeros: tuple[str, ...] = ()) -> None:
         self._key, self._deviation, self._zeros = f"{seed} {what}", deviation, zeros
@@ -75,7 +76,7 @@ class StoredWeights:
         self._file_of = self._files()
 
     def _files(self) -> dict[str, str]:
-        """Tensor -> name of its file."""
+        """The name of the file of each tensor."""
         if (self.directory / INDEX).is_file():
             found = read_data(self.directory / INDEX).get("weight_map")
             if not isinstance(found, dict) or not all(
@@ -103,7 +104,7 @@ class StoredWeights:
         return self._open[name]
 
     def check(self, names: list[str], shape: torch.Size) -> None:
-        """Whether a parameter is there, in this shape."""
+        """Check that a parameter is there, in this shape."""
         if not self._is_zero(names):
             self._slice(names, shape)
 
@@ -164,11 +165,12 @@ def parameters(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
 
 @torch.no_grad()
 def fill(root: nn.Module, model: nn.Module, source: Source, device: torch.device) -> None:
-    """Give a model on the meta device its weights on `device`: all of them, or where it is sharded
-    this rank's.
+    """Give a model on the meta device its weights on `device`: all of them, or this rank's where
+    the model is sharded.
 
     `root` is the module that was sharded, `model` the part of it whose names the source knows.
-    Buffers, which have their values already, go to the device too."""
+    Buffers, which have their values already, go to the device too.
+    """
     buffers = {name: buffer.cpu() for name, buffer in root.named_buffers()}
     root.to_empty(device=device)
     model.tie_weights()  # of plain parameters new ones were made
@@ -184,8 +186,8 @@ def fill(root: nn.Module, model: nn.Module, source: Source, device: torch.device
 
 
 def first_row(parameter: Tensor) -> int:
-    """Of this rank's shard. fully_shard cuts the first dimension as torch.chunk does: every shard
-    but the last ones has the rows that are left over."""
+    """The first row of this rank's shard. fully_shard cuts the first dimension as torch.chunk does:
+    every shard but the last ones has the rows that are left over."""
     if not isinstance(parameter, DTensor):
         return 0
     mesh, rows, begin = parameter.device_mesh, parameter.shape[0], 0

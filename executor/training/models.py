@@ -1,7 +1,7 @@
-"""The models of the roles: a transformer from a Hugging Face directory or of random weights, and
-what is read off it.
+"""The models of the roles: a transformer from a Hugging Face directory or with random weights, and
+the outputs that a role needs of it.
 
-Weights may compute in bf16, but what is read off (log-probs, values, scores) is fp32.
+A model may compute in bf16, but its outputs (log-probs, values, scores) are fp32.
 """
 
 from pathlib import Path
@@ -34,8 +34,8 @@ TRAINED = ("actor", "critic")
 
 
 class Policy(nn.Module):
-    """Actor and reference: log-probs `[n, W]` of the response tokens at the sampler's temperature;
-    with `entropy` also the entropies there, `[2, n, W]`."""
+    """The actor and the reference: log-probs `[n, W]` of the response tokens at the sampler's
+    temperature; with `entropy` also the entropies there, `[2, n, W]`."""
 
     def __init__(self, model: PreTrainedModel, temperature: float) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Score(nn.Module):
 
 
 def _scalar(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """`[S, H]` -> fp32 `[S]`."""
+    """The output `[S]` of a scalar head, in fp32, for hidden states `[S, H]`."""
     bias = None if head.bias is None else head.bias.float()
     return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
@@ -140,8 +140,8 @@ def empty(role: str, model: Model, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
-    """On the CPU what no file holds, such as the rotary frequencies, as transformers itself does
-    when it loads."""
+    """Compute on the CPU the buffers that no file holds, such as the rotary frequencies.
+    transformers does the same when it loads."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             assert name in module._non_persistent_buffers_set, (
@@ -200,7 +200,7 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def keep_residual_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let a model that computes in `dtype` add up in fp32 what its blocks write: much of the
+    """Let a model that computes in `dtype` add up the outputs of its blocks in fp32. Much of the
     rounding that sets its log-probs apart from an engine's is in that sum."""
     parts = [part for block in blocks(model) for part in block.children()] + list(
         model.base_model.children()
@@ -222,8 +222,8 @@ def _cast_output(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
-    """Fuse what lies between the matrix products. Each block is compiled whole, inside of what FSDP
-    and recomputation wrap, for any number of tokens."""
+    """Fuse the operations between the matrix products. Each block is compiled whole, inside of
+    FSDP's and recomputation's wrappers, for any number of tokens."""
     torch._dynamo.config.recompile_limit = 64  # roles, modes and devices share the code of a block
     for block in blocks(model):
         block.forward = torch.compile(block.forward, dynamic=True)

@@ -1,7 +1,7 @@
-"""What an idle role keeps, between its GPU and pinned memory of the host.
+"""The state of an idle role, moved between its GPU and pinned memory of the host.
 
 Storages are emptied and filled again under the tensors that view them. So parameters, FSDP's views
-of them and the optimizer's states stay the objects that they are.
+of them and the optimizer's states stay the same objects.
 """
 
 import contextlib
@@ -61,8 +61,8 @@ class Parking:
 
 
 def _pinned(size: int) -> Tensor:
-    """So many bytes of the host, page-locked where there is a GPU. Torch's own pinned memory comes
-    in powers of two, which for a model's matrices is up to twice as much."""
+    """A tensor of this many bytes of the host, page-locked where there is a GPU. Torch's own pinned
+    memory comes in powers of two, which for a model's matrices is up to twice as much."""
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)
     buffer = torch.frombuffer(pages, dtype=torch.uint8)
     if torch.cuda.is_available():

@@ -2,8 +2,8 @@
 apart.
 
 On a GPU attention is PyTorch's variable-length kernel. Elsewhere queries, keys and values are
-padded for the length of the attention alone, which is exact, for under a causal mask right padding
-reaches no real token.
+padded for the attention alone. That is exact, because under a causal mask right padding reaches no
+real token.
 """
 
 import inspect
@@ -28,13 +28,14 @@ _GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """n sequences of T tokens in all, of which S belong to responses; W is the longest response's
-    length or 1.
+    """A micro-batch of n sequences with T tokens in all, of which S belong to responses. W is the
+    length of the longest response, or 1.
 
-    `tokens` and `positions` are `[1, T]`, `starts [n + 1]` (int32) is where each sequence begins
-    and the last one ends, `longest` the longest one's tokens. `before [S]` are the places in T of
-    the states before the response tokens `targets [S]`, sequence by sequence; `mask [n, W]` is true
-    where those have their places in response columns."""
+    `tokens` and `positions` are `[1, T]`. `starts [n + 1]` (int32) holds the place where each
+    sequence begins, and at last where the last one ends; `longest` is the number of tokens of the
+    longest sequence. `before [S]` are the places in T of the states before the response tokens
+    `targets [S]`, sequence by sequence. `mask [n, W]` is true where a response has a token.
+    """
 
     tokens: Tensor
     positions: Tensor
@@ -45,15 +46,15 @@ class Packed:
     mask: Tensor
 
     def columns(self, values: Tensor) -> Tensor:
-        """`values [S]` as response columns `[n, W]`, 0 where there is no token."""
+        """Arrange `values [S]` as response columns `[n, W]`, with 0 where there is no token."""
         return torch.zeros(
             self.mask.shape, dtype=values.dtype, device=values.device
         ).masked_scatter(self.mask, values)
 
 
 def pack(sequences: Sequences, rows: Rows, device: torch.device) -> Packed:
-    """Some rows of a batch. No rows become row 0 with an empty response: a forward pass that counts
-    for nothing."""
+    """Pack some rows of a batch. No rows become row 0 with an empty response: a forward pass that
+    counts for nothing."""
     empty = len(rows) == 0
     rows = np.zeros(1, dtype=np.int64) if empty else rows
     prompts = sequences.prompt_lengths[rows][:, None]
@@ -81,8 +82,8 @@ def pack(sequences: Sequences, rows: Rows, device: torch.device) -> Packed:
 
 
 def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
-    """What the last block of a transformers model (prepared by `use_packed_attention`) makes of a
-    micro-batch `[T, H]`: the input of its head."""
+    """The output `[T, H]` of the last block of a transformers model (prepared by
+    `use_packed_attention`) for a micro-batch. It is the input of the model's head."""
     output = model.base_model(
         input_ids=batch.tokens,
         position_ids=batch.positions,
@@ -138,7 +139,8 @@ def packed_attention(
 def _padded_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scaling: float
 ) -> Tensor:
-    """The same on `[T, heads, D]`, through a batch that is padded to its longest sequence."""
+    """The same attention on `[T, heads, D]`, through a batch that is padded to its longest
+    sequence."""
     real = torch.arange(longest, device=q.device) < starts.diff()[:, None]
 
     def padded(x: Tensor) -> Tensor:

@@ -142,8 +142,8 @@ def advantages(
     missing_eos_penalty: float = 0.0,
     whiten_advantages: bool = True,
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """From what the roles said about the global batch to (advantages `[B, R]`, returns `[B, R]`,
-    metrics).
+    """Compute (advantages `[B, R]`, returns `[B, R]`, metrics) from the outputs of all roles for
+    the global batch.
 
     `scores [B]`, `ended [B]` bool, all else `[B, R]`. `log_probs` are the proximal ones, which come
     from the same kernels as the reference's. Without a reference there is no KL penalty; with
@@ -365,7 +365,8 @@ def entropy_loss(
 
 
 def mean_stats(sums: Mapping[str, float | Tensor]) -> dict[str, float]:
-    """Stats summed over the whole minibatch -> means per token, and `tokens` itself."""
+    """Turn stats that were summed over the whole minibatch into means per token, and `tokens`
+    itself."""
     tokens = float(sums["tokens"])
     return {
         name: tokens if name == "tokens" else float(total) / max(tokens, 1.0)
@@ -377,12 +378,12 @@ def mean_stats(sums: Mapping[str, float | Tensor]) -> dict[str, float]:
 
 
 def _zero(x: Tensor, mask: Tensor) -> Tensor:
-    """x in float32 with 0 where masked; the gradient there is 0 too, whatever x holds."""
+    """x in float32 with 0 where masked. The gradient there is 0 too, for any value of x."""
     return torch.where(mask, x.float(), 0.0)
 
 
 def _last(mask: Tensor) -> Tensor:
-    """bool `[B, R]`: the last real token of each row."""
+    """The last real token of each row, as a bool mask `[B, R]`."""
     return mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
 
 

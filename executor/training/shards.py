@@ -1,6 +1,6 @@
-"""What a rank writes of its models and reads back: safetensors of its shards, and what says which
-rows of which tensor lie in which file. Nothing here unpickles; any rank of any layout reads the
-rows that it needs."""
+"""The part of a checkpoint that a rank writes and reads: safetensors of its shards, and a table of
+which rows of which tensor lie in which file. Nothing here unpickles. Any rank of any layout reads
+the rows that it needs."""
 
 import hashlib
 import os
@@ -33,8 +33,8 @@ class Piece(Spec):
 
 
 class Stored(Spec):
-    """A parameter: its full shape and where its rows are. `moments`: those of the optimizer lie
-    beside them."""
+    """A parameter: its full shape and where its rows are. `moments`: the optimizer's moments lie
+    next to them."""
 
     shape: tuple[NonNegativeInt, ...]
     moments: bool
@@ -57,7 +57,7 @@ class RoleState(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint as a trainer needs it."""
+    """A checkpoint, with the parts that a trainer needs."""
 
     directory: Path
     roles: dict[str, RoleState]
@@ -73,8 +73,8 @@ class Copied:
 
 
 def give_moments(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """The state that AdamW makes itself in its first step, from the start: then a warm-up meets all
-    that a step does, and no moment lies between activations."""
+    """Give an optimizer from the start the state that AdamW makes in its first step. So the warm-up
+    already uses the memory of a step, and no moment lies between activations."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             # The fused kernels want the count of steps on the device.
@@ -132,7 +132,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class Writer:
-    """Writes a rank's copies in a thread. `finished` tells what came of it."""
+    """Writes a rank's copies in a thread. `finished` says how that ended."""
 
     def __init__(self, copies: dict[str, Copied], directory: Path) -> None:
         self._roles = {role: copied.state for role, copied in copies.items()}
@@ -171,7 +171,7 @@ def entry_of(path: Path) -> FileEntry:
 
 
 def merge(parts: list[RoleState]) -> RoleState:
-    """A role out of what its ranks have written."""
+    """Put a role together from the parts that its ranks have written."""
     tensors: dict[str, Stored] = {}
     for part in parts:
         for name, stored in part.tensors.items():
