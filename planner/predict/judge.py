@@ -18,6 +18,7 @@ from planner.predict.correction import lengths_of, trainer_of
 from planner.predict.cost import CostModel
 from planner.predict.profile import MEASURED, WORK, Point, Profile
 from planner.spec.cluster import Cluster, Device
+from planner.spec.engines import engine_for
 from planner.spec.lengths import Fixed
 from planner.spec.plan import RolloutRole
 from planner.spec.workload import Model, Ppo, Shape, Workload
@@ -163,7 +164,7 @@ def estimate(
     model = CostModel(_workload(point, shape, *lengths), cluster, profiles, lengths=lengths)
     layout, place = trainer_of(point, device)
     rollout = RolloutRole(
-        engine="transformers" if device.kind == "cpu" else "vllm",
+        engine=engine_for(device.kind),
         pools=("measured",),
         tensor_parallel=point.tensor_parallel,
         replicas=point.engines,

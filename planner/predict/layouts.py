@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from planner.predict.memory import rollout_fraction
 from planner.spec.cluster import Device
+from planner.spec.engines import engine_for
 from planner.spec.plan import Offload, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
@@ -139,7 +140,7 @@ def rollout_layouts(
             fraction = rollout_fraction(workload, tensor_parallel, concurrency, device)
             for offload in (False, True) if shared and not on_cpu else (False,):
                 yield RolloutRole(
-                    engine="transformers" if on_cpu else "vllm",
+                    engine=engine_for(device.kind),
                     pools=pools,
                     tensor_parallel=tensor_parallel,
                     replicas=replicas,

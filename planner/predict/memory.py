@@ -16,6 +16,7 @@ import numpy as np
 
 from planner.predict.profile import Head, head_of
 from planner.spec.cluster import Device
+from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
 from planner.spec.plan import Offload, Plan, RolloutRole, TrainerRole
 from planner.spec.workload import Shape, Workload
@@ -249,12 +250,12 @@ def rollout_fraction(
 
 
 def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> RoleMemory:
-    """Of one engine on one of its GPUs, its process not counted. vLLM reserves all of its fraction
-    from the start, and one that sleeps has its weights again from a sync on; the transformers
-    engine allocates what it needs while it runs."""
+    """One engine on one of its GPUs, its process not counted. An engine that reserves its fraction
+    has it from the start, and its weights even asleep, from a sync on; any other allocates what it
+    needs while it runs."""
     detail = _engine_detail(workload, layout.tensor_parallel, layout.concurrency, device)
     weights = detail["weights"]
-    if layout.engine == "vllm":
+    if ENGINES[layout.engine].reserves:
         reserved = int(layout.memory_fraction * device.memory_bytes) - process_bytes(device)
         detail["reserve"] = max(0, reserved - sum(detail.values()))
         kept = sum(detail.values()) if not layout.offload else ENGINE_ASLEEP_BYTES + weights
@@ -346,7 +347,7 @@ def check_memory(plan: Plan) -> None:
             raise UserError(_too_much(plan, pool, memory))
     layout, device = plan.rollout, plan.device_of(plan.rollout.pools[0])
     needed = rollout_fraction(plan.workload, layout.tensor_parallel, layout.concurrency, device)
-    if layout.engine == "vllm" and layout.memory_fraction < needed:
+    if ENGINES[layout.engine].reserves and layout.memory_fraction < needed:
         raise UserError(
             f"rollout needs a memory_fraction of {needed:.2f} for {layout.concurrency} longest "
             "sequences at "

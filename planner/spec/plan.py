@@ -15,6 +15,7 @@ from pydantic import (
 
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Call, Dataflow, ppo
+from planner.spec.engines import EngineName
 from planner.spec.files import Bytes, Count, File, Seed, Spec, Tokens, by_key
 from planner.spec.workload import Workload
 
@@ -69,7 +70,7 @@ class RolloutRole(Spec):
     each running at most `concurrency` sequences at once in `memory_fraction` of its GPUs' memory;
     with `offload` it sleeps while idle."""
 
-    engine: Literal["vllm", "transformers"]
+    engine: EngineName
     pools: Annotated[tuple[str, ...], Field(min_length=1)]
     tensor_parallel: Count
     replicas: Count

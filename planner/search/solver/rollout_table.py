@@ -13,6 +13,7 @@ from planner.predict.layouts import concurrencies, engine_counts, tensor_paralle
 from planner.predict.memory import RoleMemory, process_bytes, rollout_fraction, rollout_memory
 from planner.search.space.size_boxes import NEVER
 from planner.spec.cluster import Device
+from planner.spec.engines import engine_for
 from planner.spec.plan import RolloutRole
 from planner.spec.workload import Workload
 
@@ -123,7 +124,7 @@ class RolloutTable:
 
     def layout(self, row: int, pools: tuple[str, ...], offload: bool) -> RolloutRole:
         return RolloutRole(
-            engine="transformers" if self._device.kind == "cpu" else "vllm",
+            engine=engine_for(self._device.kind),
             pools=pools,
             tensor_parallel=self.sizes[self.number[row]],
             replicas=int(self.counts[self.at[row]]),
