@@ -168,12 +168,12 @@ def two(tmp_path: Path) -> Path:
     tasks = tasks_of(plan, 9)
     for step in (2, 4, 6):
         (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(step)))
-        cut = next(
+        stop = next(
             task.index + 1
             for task in tasks
             if (task.call.name, task.step) == ("sync_weights", step - 1)
         )
-        done = in_flight(tasks, cut)
+        done = in_flight(tasks, stop)
         timeline = timeline_of(plan, 9, [])
         saver.save(
             lambda directory, step=step: snapshot(directory, step),
@@ -425,10 +425,10 @@ def test_a_plan_for_another_job_is_refused(two: Path) -> None:
 
 def test_another_program_does_every_task_that_is_left_once(two: Path) -> None:
     found = checkpoint.find(two / "checkpoints" / "step-000004")
-    tasks, ended, cut = found.left(tasks_of(one_step_off(), 9))
-    assert ended == set(range(cut)) and cut > 0
+    tasks, ended, stop = found.left(tasks_of(one_step_off(), 9))
+    assert ended == set(range(stop)) and stop > 0
     for plan in (split(WORKLOAD), one_step_off(late_reference=True)):
-        tasks, ended, cut = found.left(tasks_of(plan, 9))
+        tasks, ended, stop = found.left(tasks_of(plan, 9))
         left = [task for task in tasks if task.index not in ended]
         assert {task.step for task in left} == set(range(4, 9)) and len(left) == 9 * 5
         made = [task.weights_version for task in left if task.call.name == "generate"]

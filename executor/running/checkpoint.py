@@ -1,7 +1,7 @@
 """What a run leaves of its models, and checkpoints: from where it can be gone on with, as if
 nothing had happened.
 
-A checkpoint is taken at a cut of the program, right after a `sync_weights`: what was issued before
+A checkpoint is taken at a stop of the program, right after a `sync_weights`: what was issued before
 it has ended and nothing behind it has begun. There the rollout has the actor's weights, and what is
 in flight is the controller's.
 """
@@ -98,7 +98,7 @@ class Manifest(File):
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """The state of a run at a cut. `written` asks the ranks what came of their files, None as long
+    """The state of a run at a stop. `written` asks the ranks what came of their files, None as long
     as they write."""
 
     arrays: dict[str, NDArray[Any]]
@@ -302,14 +302,15 @@ class Checkpoint:
             )
 
     def left(self, tasks: list[Task]) -> tuple[list[Task], set[int], int]:
-        """Of a plan's tasks, with their versions: those, the indices of what must not be done
-        again, and the cut.
+        """Return (tasks, finished, stop): the plan's tasks with their weight versions, the indices
+        of those that must not be done again, and the index of the first task after the stop.
 
-        A program that would have done just what is in flight goes on with it. Any other fills its
-        pipeline anew, as in the beginning: sequences in flight are made again, by the weights that
-        there are. Raises UserError where such sequences have been trained on already."""
+        A program that would have the same calls in flight goes on with them. Any other program
+        fills its pipeline again, as in the beginning: sequences in flight are generated again, by
+        the current weights. Raises UserError where such sequences have been trained on already.
+        """
         manifest = self.manifest
-        cut = next(
+        stop = next(
             (
                 t.index + 1
                 for t in tasks
@@ -317,8 +318,8 @@ class Checkpoint:
             ),
             0,
         )
-        if set(in_flight(tasks, cut)) == set(manifest.done):
-            return tasks, set(range(cut)), cut
+        if set(in_flight(tasks, stop)) == set(manifest.done):
+            return tasks, set(range(stop)), stop
         done = {(call, step) for call, step, _ in manifest.done}
         begun = {step for _, step in done}
         trained = {task.call.name for task in tasks if task.call.kind == "train"}
@@ -334,7 +335,7 @@ class Checkpoint:
             if task.step < manifest.step
             and ((task.call.name, task.step) in done or task.step not in begun)
         }
-        return [_at_least(task, manifest.step) for task in tasks], ended, cut
+        return [_at_least(task, manifest.step) for task in tasks], ended, stop
 
 
 def _at_least(task: Task, version: int) -> Task:

@@ -39,16 +39,16 @@ class Run:
     ) -> None:
         self._plan, self._steps, self._backend = plan, steps, backend
         self._directory, self._saver, self._resumed = directory, saver, resumed
-        self._tasks, self._course, cut = tasks_of(plan, steps), Course(), 0
+        self._tasks, self._course, stop = tasks_of(plan, steps), Course(), 0
         self._past: Sequence[Span] = ()
         if resumed is not None:
-            self._tasks, self._course.ended, cut = resumed.left(self._tasks)
+            self._tasks, self._course.ended, stop = resumed.left(self._tasks)
             if resumed.is_of(plan):
                 self._past = resumed.spans
         self._course.since = max((span.end for span in self._past), default=0.0)
         self._course.began -= self._course.since
         self._spans: dict[int, Span] = {}
-        self._stops = Stops(self._tasks, saver.every if saver else 0, passed=cut)
+        self._stops = Stops(self._tasks, saver.every if saver else 0, passed=stop)
         self._recorded = Recorded(directory, progress, self._past)
 
     @property
@@ -104,7 +104,7 @@ class Run:
         return self._stops.on_signals(self._recorded.on_note)
 
     def _loop(self) -> None:
-        """All tasks, with a pause at each cut where a checkpoint is taken."""
+        """All tasks, with a pause at each stop where a checkpoint is taken."""
         while True:
             loop(
                 self._tasks,
@@ -121,7 +121,7 @@ class Run:
             if self._stops.asked:
                 self._end(self._saver)
 
-    def _save(self, saver: "Saver", cut: int, step: int) -> None:
+    def _save(self, saver: "Saver", stop: int, step: int) -> None:
         saver.wait()
         if saver.error is not None:
             self._recorded.on_note(f"the checkpoint before could not be written ({saver.error})")
@@ -129,7 +129,7 @@ class Run:
             saver.save(
                 self._backend.snapshot,
                 step=step,
-                done=in_flight(self._tasks, cut),
+                done=in_flight(self._tasks, stop),
                 plan=self._plan,
                 timeline=self.timeline,
                 metrics=self._directory.path / "metrics.jsonl",

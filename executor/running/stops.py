@@ -1,4 +1,5 @@
-"""Where a run may stop and be gone on with: right after a `sync_weights`."""
+"""The stops of a run: the places, right after a `sync_weights`, where it may end and go on
+later."""
 
 import contextlib
 import math
@@ -13,42 +14,43 @@ from planner.predict.schedule import Task
 EndedCall = tuple[str, int, int | None]  # a call, its step, and the version of its weights
 
 
-def in_flight(tasks: Sequence[Task], cut: int) -> tuple[EndedCall, ...]:
-    """The tasks before a cut whose steps have tasks behind it too."""
-    left = {task.step for task in tasks[cut:]}
+def in_flight(tasks: Sequence[Task], stop: int) -> tuple[EndedCall, ...]:
+    """The tasks before a stop whose steps have tasks behind it too."""
+    left = {task.step for task in tasks[stop:]}
     return tuple(
         (task.call.name, task.step, task.weights_version)
-        for task in tasks[:cut]
+        for task in tasks[:stop]
         if task.step in left
     )
 
 
 class Stops:
-    """Tells the loop which task must not start yet: the first one behind the next checkpoint, every
-    `every` steps (0: never), or behind the next cut of all once somebody has asked to stop."""
+    """Tells the loop which task must not start yet: the first one behind the next checkpoint, which
+    comes every `every` steps (0: never), or, once somebody has asked to stop, the first one behind
+    the next stop."""
 
     def __init__(self, tasks: Sequence[Task], every: int, passed: int = 0) -> None:
         synced = [task for task in tasks if task.call.name == "sync_weights"]
-        self._cuts = {task.index + 1: task.step for task in synced}
+        self._stops = {task.index + 1: task.step for task in synced}
         self._saves = {
-            cut: step for cut, step in self._cuts.items() if every and (step + 1) % every == 0
+            stop: step for stop, step in self._stops.items() if every and (step + 1) % every == 0
         }
-        self._passed = passed  # a cut; what was issued before it has ended
+        self._passed = passed  # a stop; what was issued before it has ended
         self.asked = False
 
     def __call__(self, newest: int) -> float:
         """The first task not to start, where `newest` is the latest one that did."""
-        cuts = self._cuts if self.asked else self._saves
-        return next((cut for cut in cuts if cut > max(newest, self._passed)), math.inf)
+        stops = self._stops if self.asked else self._saves
+        return next((stop for stop in stops if stop > max(newest, self._passed)), math.inf)
 
     def arrive(self, newest: int) -> tuple[int, int] | None:
-        """At the end of the loop: the cut that held it and the updates of the actor before it; None
-        if nothing did."""
-        cut = self(newest)
-        if cut == math.inf:
+        """The stop that held the loop at its end, and the updates of the actor before it; None if
+        nothing held it."""
+        stop = self(newest)
+        if stop == math.inf:
             return None
-        self._passed = int(cut)
-        return self._passed, self._cuts[self._passed] + 1
+        self._passed = int(stop)
+        return self._passed, self._stops[self._passed] + 1
 
     @contextlib.contextmanager
     def on_signals(self, say: Callable[[str], None]) -> Iterator[None]:
