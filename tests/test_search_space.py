@@ -12,17 +12,18 @@ import planner.predict.layouts as layouts
 from planner.predict.cost import Place
 from planner.predict.cycle import cycles
 from planner.predict.memory import trainer_memory
+from planner.predict.objective import with_mean
 from planner.predict.profile import Point, Profile
 from planner.predict.schedule import staleness, steady_edges, unroll
 from planner.search.solver.best_program import best_program, bound_rates, choices_of, cycles_of
 from planner.search.solver.bounds import Bounds
 from planner.search.solver.branch_and_bound import solve
-from planner.search.solver.evaluate import dismissed, evaluate, surpassed
+from planner.search.solver.evaluate import evaluate, ruled_out_by_ideal, ruled_out_by_roles
 from planner.search.solver.problem import problem_of
-from planner.search.solver.rollout_table import with_mean
 from planner.search.space.enumerate_programs import all_programs
 from planner.search.space.pins import parse_pins, restriction
 from planner.search.space.placements import families, gpus_of, pack, sizes, structures
+from planner.search.space.size_boxes import Boxes
 from planner.spec.cluster import Cluster, Node, make_cluster
 from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
@@ -333,8 +334,8 @@ def test_bounds_are_never_above_what_a_placement_takes():
         sizes_of[0, :pools] = counts
         best = evaluate(problem, listed[number], counts.tolist()).best
         if best is not None:
-            bounds.refresh()
-            assert bounds.of(np.array([number]), sizes_of, sizes_of)[0] <= best.seconds * (1 + 1e-9)
+            box = Boxes(np.array([number]), sizes_of, sizes_of, np.zeros(1))
+            assert bounds.of(box)[0] <= best.seconds * (1 + 1e-9)
             ran += 1
     assert ran > 15
 
@@ -342,7 +343,7 @@ def test_bounds_are_never_above_what_a_placement_takes():
 def test_what_is_dismissed_is_no_better_on_any_smaller_pools():
     workload, cluster = default()
     problem = problem_of(workload, cluster, (), None)
-    rng, tests = np.random.default_rng(1), {dismissed: 0, surpassed: 0}
+    rng, tests = np.random.default_rng(1), {ruled_out_by_roles: 0, ruled_out_by_ideal: 0}
     listed = [a for structure in structures(ROLES) for a in families(structure, cluster)]
     for number in rng.permutation(len(listed))[:12]:
         pools = len(listed[number].structure)
@@ -355,7 +356,8 @@ def test_what_is_dismissed_is_no_better_on_any_smaller_pools():
             continue
         for test in tests:
             for times in (0.5, 0.8, 0.95, 1.0):
-                if test(problem, listed[number], large.tolist(), best.seconds * times):
-                    tests[test] += 1
-                assert not test(problem, listed[number], large.tolist(), best.seconds * 1.000001)
+                verdict = test(problem, listed[number], large.tolist(), best.seconds * times)
+                tests[test] += verdict.ruled_out
+                more = test(problem, listed[number], large.tolist(), best.seconds * 1.000001)
+                assert not more.ruled_out
     assert min(tests.values()) > 3, tests

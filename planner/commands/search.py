@@ -6,13 +6,13 @@ from typing import Any
 
 from planner.commands.inputs import Inputs, check_target, make_console, read_inputs
 from planner.predict.forecast import forecast
+from planner.predict.objective import ObjectiveName
 from planner.report.insight import space_tables
 from planner.report.tables import bottleneck, figures, plans_table, pools_table, seconds
 from planner.search import baseline as find_baseline
 from planner.search import find
 from planner.search.find import tied
 from planner.search.questions.space_size import COUNTED, count
-from planner.search.solver.problem import Objective
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 
@@ -22,7 +22,7 @@ PICTURE_STEPS = 8  # simulated; the picture shows a few of them after the warm-u
 def search(
     *,
     max_staleness: int | None,
-    objective: Objective,
+    objective: ObjectiveName,
     time_limit: float | None,
     scenarios: int,
     keep: int,

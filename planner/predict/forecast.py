@@ -7,6 +7,7 @@ import numpy as np
 from planner.predict.cost import CostModel, Estimate
 from planner.predict.cycle import cycles
 from planner.predict.memory import plan_memory
+from planner.predict.objective import Objective
 from planner.predict.profile import Profile
 from planner.predict.schedule import Task, steady_edges, tasks_of
 from planner.predict.simulate import simulate
@@ -86,8 +87,9 @@ def predict(
     )
     edges = steady_edges(plan.dataflow, plan.program, plan.pools_of)
     periods = cycles(names, edges).periods(drawn)
-    p95 = float(np.percentile(periods, 95))
-    step, mean = float(periods.mean()), dict(zip(names, drawn.mean(axis=1).tolist(), strict=True))
+    step, p95 = (float(Objective(name).of(periods)) for name in ("mean", "p95"))
+    minimised = float(Objective(proof.objective if proof else "mean").of(periods))
+    mean = dict(zip(names, drawn.mean(axis=1).tolist(), strict=True))
     calls = {call.name: call for call in plan.dataflow.calls}
     busy = {
         pool: sum(mean[n] for n in names if pool in plan.pools_of(calls[n])) / step
@@ -102,9 +104,7 @@ def predict(
         step_seconds_p95=p95,
         tokens_per_second=(float(model.tokens.mean()) if model else tokens_per_step(plan)) / step,
         lower_bound_seconds=bound,
-        gap=max(0.0, (p95 if proof and proof.objective == "p95" else step) / bound - 1.0)
-        if bound
-        else 0.0,
+        gap=max(0.0, minimised / bound - 1.0) if bound else 0.0,
         proof=proof or Proof(status="none", scenarios=drawn.shape[1]),
         memory_bytes={pool: memory.peak for pool, memory in plan_memory(plan).items()},
         call_seconds=mean,

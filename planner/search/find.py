@@ -10,13 +10,14 @@ from statistics import median
 
 from planner import __version__
 from planner.predict.cost import SCENARIOS
+from planner.predict.objective import ObjectiveName
 from planner.predict.profile import Profile
 from planner.search.questions.baselines import NAMES, best_of
 from planner.search.questions.why_nothing_fits import nothing_fits
 from planner.search.solver.best_program import SAME
 from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.evaluate import Candidate
-from planner.search.solver.problem import Objective, Problem, problem_of
+from planner.search.solver.problem import Problem, problem_of
 from planner.search.solver.write_plan import assemble, complete, trimmed
 from planner.search.space.pins import parse_pins, restriction
 from planner.search.space.placements import placement_count, structures
@@ -55,12 +56,12 @@ def find(
     max_staleness: int | None = None,
     keep: int = 4,
     pins: Sequence[str] = (),
-    objective: Objective = "mean",
+    objective: ObjectiveName = "mean",
     time_limit: float | None = None,
     scenarios: int = SCENARIOS,
     command: str = "",
 ) -> Result:
-    """The best plan by the objective (see `options.Problem`) over at most so many length
+    """The best plan by the objective (see `Objective`) over at most so many length
     `scenarios`, runners-up and the baselines, which no pin binds. The search ends after
     `time_limit` seconds, or on Ctrl-C, with the best plan so far, which may be a baseline: these
     are found besides, but for what a Ctrl-C leaves out. Raises UserError if nothing fits or none

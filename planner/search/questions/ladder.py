@@ -13,7 +13,7 @@ from planner.predict.cycle import Cycles, cycles
 from planner.predict.schedule import steady_edges
 from planner.search.questions.baselines import best_of
 from planner.search.solver.best_program import SAME
-from planner.search.solver.evaluate import Candidate, evaluate
+from planner.search.solver.evaluate import Candidate, evaluate_structure
 from planner.search.solver.problem import Problem
 from planner.search.solver.write_plan import assemble
 from planner.search.space.placements import Structure, structures
@@ -84,7 +84,7 @@ def ladder(plan: Plan, problem: Problem) -> tuple[Rung, ...]:
             (what, after, candidate)
             for what, after in _decisions(state, target, left)
             for candidate in [
-                evaluate(replace(problem, max_staleness=after.staleness), *after[:2]).best
+                evaluate_structure(replace(problem, max_staleness=after.staleness), *after[:2])
             ]
             if candidate is not None
         ]
@@ -141,7 +141,7 @@ def _rung(what: str, candidate: Candidate, problem: Problem) -> Rung:
 
 
 def _improved(what: str, state: State, problem: Problem) -> list[Rung]:
-    candidate = evaluate(problem, state.structure, state.counts).best
+    candidate = evaluate_structure(problem, state.structure, state.counts)
     return [_rung(what, candidate, problem)] if candidate else []
 
 

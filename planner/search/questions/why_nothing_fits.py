@@ -22,7 +22,7 @@ from planner.predict.memory import (
     trainer_memory,
 )
 from planner.search.questions.variants import resized, with_response
-from planner.search.solver.evaluate import Candidate, evaluate
+from planner.search.solver.evaluate import Candidate, evaluate_structure
 from planner.search.solver.problem import Problem
 from planner.search.solver.write_plan import assemble
 from planner.search.space.placements import PlacementFamily, Structure, sizes, structures
@@ -149,7 +149,7 @@ def fits(problem: Problem) -> Candidate | None:
     memory (all roles on all GPUs, or the rollout apart)."""
     for structure, counts in _placements(problem):
         if len(structure) <= len(problem.cluster.gpus):
-            candidate = evaluate(problem, structure, counts).best
+            candidate = evaluate_structure(problem, structure, counts)
             if candidate is not None:
                 return candidate
     return None

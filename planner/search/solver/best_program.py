@@ -29,9 +29,8 @@ from planner.spec.plan import Issue, Wait
 
 Array = NDArray[np.float64]
 Items = tuple[Issue | Wait, ...]
-Objective = Callable[
-    [Array], Array
-]  # seconds [...] of periods [..., S + 1] in each scenario and at the mean
+# seconds [...] of periods [..., S + 1] in each scenario and at the mean
+OfPeriods = Callable[[Array], Array]
 
 SAME = 1e-9  # relative difference below which two step times are taken as equal
 
@@ -63,7 +62,7 @@ class Cut(NamedTuple):
 
     rates: Array
 
-    def bound(self, seconds: Array, objective: Objective) -> Array:
+    def bound(self, seconds: Array, objective: OfPeriods) -> Array:
         """Seconds [n] that no program is below at durations [n, calls, S + 1]."""
         leaves, rows, calls = self.rates.shape
         periods = (self.rates.reshape(-1, calls) @ seconds).reshape(len(seconds), leaves, rows, -1)
@@ -88,7 +87,7 @@ class ProgramResult(NamedTuple):
 def best_program(
     choices: Choices,
     seconds: Array,
-    objective: Objective,
+    objective: OfPeriods,
     limit: float = np.inf,
     any_below: bool = False,
 ) -> ProgramResult:

@@ -5,31 +5,37 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.search.solver.best_program import SAME, Program
+from planner.predict.objective import with_mean
+from planner.search.solver.best_program import SAME, Program, best_program, choices_of
 from planner.search.solver.layout_combinations import (
-    QUICK_CHOICES,
     LayoutCombinations,
-    RolloutOption,
-    bound_of,
-    fitting_combinations,
-    floor_of,
+    durations_of,
+    hosts_hold,
     kept_layouts,
-    rows_below,
-    seconds_of,
-    worth_trying,
+    lightest,
+    promising,
 )
 from planner.search.solver.placement import Placement
-from planner.search.solver.problem import Array, Problem
-from planner.search.solver.rollout_table import with_mean
-from planner.search.space.placements import PlacementFamily, Structure, families, gpus_of
+from planner.search.solver.problem import Problem
+from planner.search.solver.rollout_options import RolloutOption, any_below, worth_trying
+from planner.search.solver.threshold import Cuts, threshold_for
+from planner.search.space.arrays import Array, Indices
+from planner.search.space.placements import (
+    PlacementFamily,
+    Sharing,
+    Structure,
+    families,
+    gpus_of,
+)
 from planner.spec.plan import Gpu, RolloutRole, TrainerRole
 
-MUCH_LEFT = 0.98  # of a limit: a bound below it leaves much
+MUCH_LEFT = 0.98  # of a threshold: a bound below it leaves much to be gained
 PROGRAMS_AT_ONCE = 64  # combinations of layouts whose programs are bounded together
+QUICK_PROGRAMS = 3  # combinations of layouts that a quick plan finds programs for
 
 
 class Candidate(NamedTuple):
-    """A placement with layouts and program, and its step time in seconds (the objective over the
+    """A placement with layouts and a program, and its step time in seconds (the objective over the
     length scenarios)."""
 
     seconds: float
@@ -41,189 +47,256 @@ class Candidate(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The best candidate of a placement, None if nothing fits or is below the limit. `filled`: no
-    smaller pools could be better (see `Placement.filled`)."""
+    """The best candidate of a placement, None if nothing fits or is below the limit; whether the
+    placement is `filled`, so that no smaller pools could be better; and the cuts of its programs:
+    those that were given and those that were learned."""
 
     best: Candidate | None
     filled: bool
+    cuts: Cuts
+
+
+class Verdict(NamedTuple):
+    """Whether no placement of some sizes or smaller ones is below a limit, and the cuts: those that
+    were given and those that were learned."""
+
+    ruled_out: bool
+    cuts: Cuts
 
 
 def evaluate(
     problem: Problem,
-    family: PlacementFamily | Structure,
-    counts: Sequence[int],
+    family: PlacementFamily,
+    sizes: Sequence[int],
     limit: float = np.inf,
     fixed: Program | None = None,
+    cuts: Cuts = (),
 ) -> Evaluation:
-    """The best layouts and program of one placement (or the best layouts for a `fixed` program). A
-    structure alone is taken on the first kinds that have room."""
-    if not isinstance(family, PlacementFamily):
-        placed = _first_with_room(problem, family, counts)
-        if placed is None:
-            return Evaluation(None, False)
-        family = placed
-    placement = Placement(problem, family, counts)
-    best = _best_at(placement, limit, fixed)  # which tells whether hosts bind
-    return Evaluation(best, placement.filled)
+    """Find the best layouts and program of one placement that take less than `limit` seconds (or
+    the best layouts for a `fixed` program). `cuts` are what is known of its programs."""
+    trial = _Trial(Placement(problem, family, sizes), limit, fixed, cuts)
+    trial.run()
+    filled = trial.placement.is_filled and not trial.hosts_bind
+    return Evaluation(trial.freshest(), filled, trial.threshold.cuts)
 
 
-def dismissed(
-    problem: Problem,
-    family: PlacementFamily,
-    counts: Sequence[int],
-    limit: float,
-    fixed: Program | None = None,
-) -> bool:
-    """Whether a look at each role's layouts alone shows that no placement of these sizes or smaller
-    ones is below `limit` seconds."""
-    placement = Placement(problem, family, counts, ideal=True)
-    return not len(rows_below(placement, floor_of(placement, fixed), limit))
-
-
-def surpassed(
-    problem: Problem,
-    family: PlacementFamily,
-    counts: Sequence[int],
-    limit: float,
-    fixed: Program | None = None,
-) -> bool:
-    """Whether no placement of these sizes or smaller ones is below `limit` seconds, since no ideal
-    one is."""
-    return (
-        _best_at(Placement(problem, family, counts, ideal=True), limit, fixed, first=True) is None
-    )
+def evaluate_structure(
+    problem: Problem, structure: Structure, sizes: Sequence[int]
+) -> Candidate | None:
+    """Find the best layouts and program of a structure with pools of these sizes, on the first
+    kinds of GPU that have room for them; None if nothing fits."""
+    for family in families(structure, problem.cluster):
+        if all(sum(sizes[i] for i in pools) <= most for pools, most in family.limits):
+            return evaluate(problem, family, sizes).best
+    return None
 
 
 def guess(
     problem: Problem,
     family: PlacementFamily,
-    counts: Sequence[int],
+    sizes: Sequence[int],
     limit: float,
-    fixed: Program | None,
-) -> Candidate | None:
-    """A good plan of a placement that is below `limit` seconds, quickly: on all GPUs that a role
-    can use, with the few rollout that seem the fastest."""
-    placement = Placement(problem, family, counts)
+    fixed: Program | None = None,
+    cuts: Cuts = (),
+) -> Evaluation:
+    """Find a good plan of a placement quickly: on all GPUs that a role can use, with the few
+    layouts of the rollout that seem the fastest. Does not say whether the placement is filled."""
+    placement = Placement(problem, family, sizes)
     for role, layouts in placement.layouts.items():
         used = layouts.grid.gpus
         placement.layouts[role] = layouts.take(np.flatnonzero(used == used.max(initial=0)))
-    return _best_at(placement, limit, fixed, quick=True)
+    trial = _Trial(placement, limit, fixed, cuts)
+    trial.run(quick=True)
+    return Evaluation(trial.freshest(), False, trial.threshold.cuts)
 
 
-def _best_at(
-    placement: Placement,
+def ruled_out_by_roles(
+    problem: Problem,
+    family: PlacementFamily,
+    sizes: Sequence[int],
     limit: float,
-    fixed: Program | None,
-    quick: bool = False,
-    first: bool = False,
-) -> Candidate | None:
-    """The best candidate below `limit` seconds, or the `first` one; `quick`: of few."""
-    floor, found = floor_of(placement, fixed), list[Candidate]()  # each better than the one before
-
-    def below() -> float:
-        return _below(limit, found[-1] if found else None)
-
-    for rollout, least in worth_trying(placement, floor, below, quick):
-        loose = bool(bound_of(placement, floor, with_mean(least)[None])[0] < MUCH_LEFT * below())
-        # First what is surely good; then all that may be better, unless that is too much to be
-        # looked at quickly.
-        for rough in (True, False)[not loose : 2 - (loose and quick)]:
-            kept = kept_layouts(placement, rollout, least, floor, below())
-            combinations = fitting_combinations(placement, rollout, kept, floor, below(), rough)
-            if len(combinations) and (
-                better := _best_of(placement, rollout, combinations, floor, below(), fixed, quick)
-            ):
-                found.append(better)
-                if first:
-                    return better
-    return found[-1] if found else None
+    fixed: Program | None = None,
+    cuts: Cuts = (),
+) -> Verdict:
+    """Tell whether a look at the layouts of each role alone shows that no placement of these sizes
+    or smaller ones is below `limit` seconds."""
+    ideal = Placement(problem, family, sizes, ideal=True)
+    threshold = threshold_for(problem, ideal.sharing, limit, fixed, cuts)
+    return Verdict(not any_below(ideal, threshold), cuts)
 
 
-def _best_of(
-    placement: Placement,
-    rollout: RolloutOption,
-    combinations: "LayoutCombinations",
-    floor: Array,
+def ruled_out_by_ideal(
+    problem: Problem,
+    family: PlacementFamily,
+    sizes: Sequence[int],
     limit: float,
-    fixed: Program | None,
-    quick: bool,
-) -> Candidate | None:
-    """The best of some combinations of layouts with its best program, if it is below `limit`
-    seconds; `quick`: of the few with the lowest bounds."""
-    problem, best, chosen = placement.problem, None, 0
-    seconds = with_mean(seconds_of(placement, rollout, combinations).swapaxes(0, 1))
-    bound = problem.objective_of((floor @ seconds).max(axis=1))
-    if fixed:
-        n = int(bound.argmin())
-        return (
-            _candidate(float(bound[n]), placement, rollout, combinations, n, fixed)
-            if bound[n] < limit
-            else None
-        )
-    looks = 0
-    while (least := bound.min()) < _below(limit, best) and not (quick and looks >= QUICK_CHOICES):
-        looks += 1
-        few = len(bound) <= PROGRAMS_AT_ONCE
-        near = (
-            np.arange(len(bound))
-            if few
-            else np.sort(np.argpartition(bound, PROGRAMS_AT_ONCE)[:PROGRAMS_AT_ONCE])
-        )
-        bound[near] = bound_of(placement, floor, seconds[near])
-        n = int(near[bound[near].argmin()])
-        if bound[n] <= least * (1 + SAME):
-            found = problem.best_program(placement.sharing, seconds[n], _below(limit, best))
+    fixed: Program | None = None,
+    cuts: Cuts = (),
+) -> Verdict:
+    """Tell whether no placement of these sizes or smaller ones is below `limit` seconds, since no
+    plan of the ideal one is."""
+    trial = _Trial(Placement(problem, family, sizes, ideal=True), limit, fixed, cuts)
+    trial.run(only_one=True)
+    return Verdict(trial.best is None, trial.threshold.cuts)
+
+
+class _Trial:
+    """The search for the best layouts and program of one placement: the threshold that they have to
+    beat, the best so far with its durations [calls, S + 1], and whether some layouts were left out
+    because hosts have too little memory."""
+
+    def __init__(
+        self, placement: Placement, limit: float, fixed: Program | None, cuts: Cuts
+    ) -> None:
+        self.placement, self.problem, self.fixed = placement, placement.problem, fixed
+        self.threshold = threshold_for(self.problem, placement.sharing, limit, fixed, cuts)
+        self.best: Candidate | None = None
+        self.durations: Array = np.zeros(0)
+        self.hosts_bind = False
+
+    def run(self, quick: bool = False, only_one: bool = False) -> None:
+        """Try all layouts that may lead below the threshold; `quick`: a few of them; `only_one`: up
+        to the first plan."""
+        for option in worth_trying(self.placement, self.threshold, quick):
+            bound = float(self.threshold.bound(with_mean(option.least)[None])[0])
+            much_left = bound < MUCH_LEFT * self.threshold.seconds
+            if much_left:  # first what is surely good, to lower the threshold
+                self._try_lightest(option, quick)
+                if only_one and self.best:
+                    return
+            if not (much_left and quick):  # then all that may be better, unless it is too much
+                self._try_promising(option, quick)
+                if only_one and self.best:
+                    return
+
+    def _try_lightest(self, option: RolloutOption, quick: bool) -> None:
+        kept = kept_layouts(self.placement, option, self.threshold)
+        if all(len(layouts.memory) for layouts in kept.values()):
+            self._try(option, lightest(self.placement, option, kept), quick)
+
+    def _try_promising(self, option: RolloutOption, quick: bool) -> None:
+        kept = kept_layouts(self.placement, option, self.threshold)
+        if all(len(layouts.memory) for layouts in kept.values()):
+            self._try(option, promising(self.placement, option, kept, self.threshold), quick)
+
+    def _try(self, option: RolloutOption, combinations: LayoutCombinations, quick: bool) -> None:
+        """Look for a better plan among some combinations of layouts."""
+        if not self.placement.ideal and len(combinations):
+            held = hosts_hold(self.placement, option, combinations)
+            self.hosts_bind |= len(held) < len(combinations)
+            combinations = combinations.take(held)
+        if not len(combinations):
+            return
+        seconds = durations_of(self.placement, option, combinations)
+        durations = with_mean(seconds.swapaxes(0, 1))
+        if self.fixed:
+            self._try_fixed(option, combinations, durations, self.fixed)
+        else:
+            self._try_programs(option, combinations, durations, quick)
+
+    def _try_fixed(
+        self,
+        option: RolloutOption,
+        combinations: LayoutCombinations,
+        durations: Array,
+        fixed: Program,
+    ) -> None:
+        """The combination with which a given program is the fastest: its rates are exact."""
+        seconds = self.threshold.bound_by_rates(durations)
+        n = int(seconds.argmin())
+        if seconds[n] < self.threshold.seconds:
+            self._improve(float(seconds[n]), option, combinations, n, fixed, durations[n])
+
+    def _try_programs(
+        self,
+        option: RolloutOption,
+        combinations: LayoutCombinations,
+        durations: Array,
+        quick: bool,
+    ) -> None:
+        """Find the best program for the combination with the lowest bound, again and again, until
+        no bound is below the threshold.
+
+        Bounds by rates are cheap and known for all combinations; those by cuts are made for the few
+        with the lowest ones, as they get their turn."""
+        bound = self.threshold.bound_by_rates(durations)
+        looks = 0
+        while bound.min() < self.threshold.seconds and not (quick and looks >= QUICK_PROGRAMS):
+            looks += 1
+            least = bound.min()
+            near = _lowest(bound)
+            bound[near] = self.threshold.bound(durations[near])
+            n = int(near[bound[near].argmin()])
+            if bound[n] > least * (1 + SAME):
+                continue  # the cuts have raised it: another combination may be lower now
+            found = best_program(
+                self.problem.choices(self.placement.sharing),
+                durations[n],
+                self.problem.objective.of_bounds,
+                self.threshold.seconds,
+            )
+            self.threshold.learn(found.cut)
             if found.program:
-                best, chosen = (
-                    _candidate(found.seconds, placement, rollout, combinations, n, found.program),
-                    n,
-                )
+                self._improve(found.seconds, option, combinations, n, found.program, durations[n])
             bound[n] = np.inf
-    if best:
-        fresh = problem.freshest(placement.sharing, seconds[chosen], best.program, best.seconds)
-        best = best._replace(program=fresh)
-    return best
+
+    def _improve(
+        self,
+        seconds: float,
+        option: RolloutOption,
+        combinations: LayoutCombinations,
+        n: int,
+        program: Program,
+        durations: Array,
+    ) -> None:
+        """Take combination `n` as the best so far."""
+        placement = self.placement
+        self.threshold.lower_to(seconds)
+        self.durations = durations
+        self.best = Candidate(
+            seconds,
+            placement.structure,
+            tuple(map(gpus_of, placement.packing)),
+            combinations.trainers(n, placement.pool_of),
+            option.layout,
+            program,
+        )
+
+    def freshest(self) -> Candidate | None:
+        """The best candidate, with the least stale of the programs that are as fast."""
+        if self.best is None or self.fixed:
+            return self.best
+        program = _freshest(
+            self.problem,
+            self.placement.sharing,
+            self.durations,
+            self.best.program,
+            self.best.seconds,
+        )
+        return self.best._replace(program=program)
 
 
-def _first_with_room(
-    problem: Problem, structure: Structure, counts: Sequence[int]
-) -> PlacementFamily | None:
-    found = families(structure, problem.cluster)
-    return next(
-        (
-            a
-            for a in found
-            if all(sum(counts[i] for i in pools) <= most for pools, most in a.limits)
-        ),
-        None,
-    )
+def _lowest(bound: Array) -> Indices:
+    """The indices of the lowest bounds, some of them if there are many, in rising order."""
+    if len(bound) <= PROGRAMS_AT_ONCE:
+        return np.arange(len(bound))
+    return np.sort(np.argpartition(bound, PROGRAMS_AT_ONCE)[:PROGRAMS_AT_ONCE])
 
 
-def _below(limit: float, best: Candidate | None) -> float:
-    """What a step time must be below to count as better."""
-    return min(limit, best.seconds if best else np.inf) * (1 - SAME)
-
-
-def _candidate(
-    seconds: float,
-    placement: Placement,
-    rollout: RolloutOption,
-    combinations: LayoutCombinations,
-    n: int,
-    program: Program,
-) -> Candidate:
-    trainers = {
-        role: combinations.layouts[role].layout(int(rows[n]), f"p{placement.pool_of[role]}")
-        for role, rows in combinations.rows.items()
-    }
-    generating = rollout.layout.model_copy(
-        update={"pools": tuple(f"p{i}" for i in placement.generating)}
-    )
-    return Candidate(
-        seconds,
-        placement.structure,
-        tuple(map(gpus_of, placement.packing)),
-        trainers,
-        generating,
-        program,
-    )
+def _freshest(
+    problem: Problem, sharing: Sharing, durations: Array, program: Program, seconds: float
+) -> Program:
+    """The least stale program that is as fast at durations [calls, S + 1] as this one, which takes
+    `seconds`."""
+    as_fast = seconds * (1 + 2 * SAME)
+    for staleness in range(program.staleness):
+        found = best_program(
+            choices_of(problem.flow, sharing, staleness),
+            durations,
+            problem.objective.of_bounds,
+            as_fast,
+            any_below=True,
+        )
+        if found.program:
+            return found.program
+    return program

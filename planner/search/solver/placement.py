@@ -1,4 +1,4 @@
-"""A placement: which GPUs each pool has, and the layouts of each role on its pool."""
+"""A placement: which GPUs each pool has, and which layouts each role may have on its pool."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -6,62 +6,59 @@ from functools import cached_property
 import numpy as np
 
 from planner.predict.cost import Place
-from planner.search.solver.problem import Array, Problem
+from planner.search.solver.layout_table import LayoutTable
+from planner.search.solver.problem import Problem, sync_path
 from planner.search.solver.rollout_table import RolloutTable
+from planner.search.space.arrays import Array
 from planner.search.space.placements import NodePart, PlacementFamily, pack, sharing_of
 
 
 class Placement:
-    """A placement on real nodes, with the layouts of each role on its pool; or an `ideal` one, as
-    if every pool filled nodes of its own and hosts had any memory, which no placement of these
-    sizes or smaller ones is better than."""
+    """One placement of a family on the cluster's nodes, with the layouts of each role on its pool.
+
+    An `ideal` placement is as if every pool filled nodes of its own and hosts had any memory. No
+    real placement of these sizes or smaller ones is better than it."""
 
     def __init__(
-        self, problem: Problem, family: PlacementFamily, counts: Sequence[int], ideal: bool = False
+        self, problem: Problem, family: PlacementFamily, sizes: Sequence[int], ideal: bool = False
     ) -> None:
-        self.problem, self.structure, self.kinds = problem, family.structure, family.kinds
-        self.counts, self.ideal = tuple(counts), ideal
-        self.packing: tuple[tuple[NodePart, ...], ...] = ()
-        if ideal:
-            parts = [
-                _filled(count, problem.node(kind))
-                for count, kind in zip(counts, self.kinds, strict=True)
-            ]
-        else:
-            self.packing = pack(counts, problem.cluster, family.kinds)
-            parts = [tuple(count for _, _, count in pool) for pool in self.packing]
-        self.places = tuple(
-            Place(parts=found, device=problem.device(kind))
-            for found, kind in zip(parts, self.kinds, strict=True)
-        )
-        roles = [role for role in problem.workload.roles if role != "rollout"]
-        self.pool_of = {
-            role: next(i for i, pool in enumerate(self.structure) if role in pool) for role in roles
-        }
+        self.problem, self.family, self.ideal = problem, family, ideal
+        self.structure, self.kinds, self.sizes = family.structure, family.kinds, tuple(sizes)
         self.generating = family.generating
-        self.layouts = {
-            role: problem.layouts_at(role, self.kinds[i], self.places[i])
-            for role, i in self.pool_of.items()
-        }
-        node = problem.node(self.kinds[self.pool_of["actor"]])
-        gathers, handed = (
-            problem.gathers(family),
-            problem.hand_over(family, same_node=self.same_node),
-        )
-        self.layouts["actor"] = (
-            self.layouts["actor"].of_shards(family.within, node).with_sync(gathers, handed)
-        )
+        self.pool_of = {role: family.pool_of(role) for role in problem.trained_or_inferred}
         self.sharing = sharing_of(problem.flow, self.structure)
-        self.hosts_bind = (
-            False  # whether hosts have too little memory for layouts that may be the best
-        )
+        self.packing: tuple[tuple[NodePart, ...], ...] = ()
+        if not ideal:
+            self.packing = pack(sizes, problem.cluster, self.kinds)
+        self.places = tuple(self._place(i) for i in range(len(self.structure)))
+        self.layouts = {role: self._layouts(role) for role in self.pool_of}
+
+    def _place(self, pool: int) -> Place:
+        kind = self.kinds[pool]
+        if self.ideal:
+            parts = _filled(self.sizes[pool], self.problem.node(kind))
+        else:
+            parts = tuple(part.gpus for part in self.packing[pool])
+        return Place(parts=parts, device=self.problem.device(kind))
+
+    def _layouts(self, role: str) -> LayoutTable:
+        pool = self.pool_of[role]
+        layouts = self.problem.layouts_at(role, self.kinds[pool], self.places[pool])
+        if role != "actor":
+            return layouts
+        path = sync_path(self.family)
+        hand_over = self.problem.hand_over(path, same_node=self.same_node)
+        layouts = layouts.of_shards(self.family.within, self.problem.node(self.kinds[pool]))
+        return layouts.with_sync(self.problem.gathers(path), hand_over)
+
+    # --- where weights are handed over ---
 
     @cached_property
     def same_node(self) -> bool:
-        """Whether weights are handed over within a node."""
+        """Whether the actor's pool and all of the rollout's lie on one node."""
         if self.ideal:
-            return self._fits_a_node
-        return len({node for i in self._handing for node, *_ in self.packing[i]}) == 1
+            return self._could_be_on_one_node
+        return len({part.node for pool in self._handing for part in self.packing[pool]}) == 1
 
     @property
     def _handing(self) -> set[int]:
@@ -69,55 +66,64 @@ class Placement:
         return {self.pool_of["actor"], *self.generating}
 
     @property
-    def _fits_a_node(self) -> bool:
-        """Whether a node has room for these pools, if nothing else is on it."""
-        kinds = {self.kinds[i] for i in self._handing}
-        return len(kinds) == 1 and sum(self.counts[i] for i in self._handing) <= self.problem.node(
-            *kinds
-        )
+    def _could_be_on_one_node(self) -> bool:
+        """Whether an empty node has room for the pools between which weights are handed over."""
+        kinds = {self.kinds[pool] for pool in self._handing}
+        if len(kinds) > 1:
+            return False
+        (kind,) = kinds
+        return sum(self.sizes[pool] for pool in self._handing) <= self.problem.node(kind)
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether no smaller pools could be better, as far as nodes matter: each pool lies on whole
+        nodes of its kind's largest size, with its remainder on one more; and weights are handed
+        over within a node if one has room for that. (Hosts with little memory are the other reason
+        why smaller pools may be better: see `Evaluation.filled`.)"""
+        for kind, place in zip(self.kinds, self.places, strict=True):
+            node = self.problem.node(kind)
+            if any(part != node for part in place.parts[:-1]):
+                return False
+        return self.same_node or not self._could_be_on_one_node
+
+    # --- what a pool holds ---
 
     @property
     def engine_parts(self) -> list[tuple[int, ...]]:
-        """GPUs per node of the generating pools, for whole engines; an ideal pool lies on one node,
-        since the largest need not be the one of which engines leave the fewest GPUs over."""
-        return [(self.counts[i],) if self.ideal else self.places[i].parts for i in self.generating]
+        """GPUs per node of the generating pools, for whole engines. An ideal pool counts as one
+        node: on the largest nodes, engines may leave more GPUs over than on smaller ones."""
+        if self.ideal:
+            return [(self.sizes[pool],) for pool in self.generating]
+        return [self.places[pool].parts for pool in self.generating]
 
     @property
-    def engines(self) -> RolloutTable:
+    def rollout_table(self) -> RolloutTable:
         return self.problem.rollout_table(self.kinds[self.generating[0]])
 
     @property
     def shared(self) -> bool:
         """Whether engines share GPUs with other roles."""
-        return any(self.held(i) for i in self.generating)
-
-    @property
-    def filled(self) -> bool:
-        """Whether no smaller pools could be better: each lies on whole nodes of its kind's largest
-        size, and what is left of it on one; weights are handed over within a node if one has room
-        for that; and hosts do not bind, as far as layouts have been looked at."""
-        nodes = [self.problem.node(kind) for kind in self.kinds]
-        whole = all(
-            part == node
-            for place, node in zip(self.places, nodes, strict=True)
-            for part in place.parts[:-1]
-        )
-        return whole and (self.same_node or not self._fits_a_node) and not self.hosts_bind
+        return any(self.held(pool) for pool in self.generating)
 
     def held(self, pool: int) -> list[str]:
         """The trained and inference roles of a pool."""
-        return [role for role, i in self.pool_of.items() if i == pool]
+        return [role for role, own in self.pool_of.items() if own == pool]
 
     def allowed(self, pool: int) -> int:
-        return self.problem.allowed(
-            bool(self.held(pool)), pool in self.generating, self.kinds[pool]
-        )
+        """Bytes of each GPU of a pool that layouts may take together."""
+        roles = bool(self.held(pool))
+        return self.problem.allowed(roles, pool in self.generating, self.kinds[pool])
 
-    def engine(self, pool: int, engine: Array) -> Array:
-        """Bytes [3] of the engine on a GPU of a pool."""
+    def engine_on(self, pool: int, engine: Array) -> Array:
+        """Bytes [3] of an engine on each GPU of a pool: none if the rollout is not on it."""
         return engine if pool in self.generating else np.zeros(3)
 
 
 def _filled(gpus: int, node: int) -> tuple[int, ...]:
-    """GPUs per node of nodes that are filled one after the other."""
-    return (node,) * (gpus // node) + ((gpus % node,) if gpus % node else ())
+    """GPUs per node of nodes that are filled one after the other.
+
+    >>> _filled(20, 8)
+    (8, 8, 4)
+    """
+    whole, rest = divmod(gpus, node)
+    return (node,) * whole + ((rest,) if rest else ())

@@ -1,48 +1,53 @@
-"""The engines that a rollout may have on the GPUs of a kind, and what generation takes with them as
-far as is known."""
+"""The layouts that a rollout may have on the GPUs of a kind, and what is known of the seconds that
+generation takes with each."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from planner.predict.cost import CostModel
 from planner.predict.generation import Simulation
 from planner.predict.layouts import concurrencies, engine_counts, tensor_parallels
 from planner.predict.memory import RoleMemory, process_bytes, rollout_fraction, rollout_memory
+from planner.predict.objective import with_mean
+from planner.search.space.arrays import Array, Indices, Mask
 from planner.search.space.size_boxes import NEVER
 from planner.spec.cluster import Device
 from planner.spec.engines import engine_for
 from planner.spec.plan import RolloutRole
 from planner.spec.workload import Workload
 
-Array = NDArray[np.float64]
-Rows = NDArray[np.int64]
-
-LEVELS = 32  # of memory, in which layouts are told apart
+LEVELS = 32  # of memory, by which layouts are told apart
 ALONE = LEVELS + 1  # the level of an engine that shares its GPUs with no other role
+ENOUGH = 1.001  # times the least floor: simulating further would not matter
 
 
-def with_mean(seconds: Array) -> Array:
-    """Seconds [..., S + 1]: those [..., S] in each scenario, and their mean. One scenario is its
-    own mean."""
-    if seconds.shape[-1] == 1:
-        return seconds
-    return np.concatenate([seconds, seconds.mean(axis=-1, keepdims=True)], axis=-1)
-
-
-def level_of(size: Any, device: Device) -> NDArray[np.int64]:
-    """Levels of memory that so many bytes need: what fits has no higher a level than the room."""
+def level_of(size: Any, device: Device) -> Indices:
+    """The level of memory of some bytes [...], in 32nds of a GPU's and rounded up. A layout that
+    fits into some room is of no higher level than the room."""
     share = np.asarray(size) / device.memory_bytes
     return np.clip(np.ceil(share * LEVELS), 0, LEVELS).astype(np.int64)
 
 
+class Fitting(NamedTuple):
+    """Engines of one size on some pools: the index of the size in `RolloutTable.sizes`, the index
+    [n] in `counts` of the most engines that fit, and whether each pool has room for one [n]."""
+
+    size: int
+    most: Indices
+    able: Mask
+
+
 class RolloutTable:
-    """A row is a tensor-parallel size, a number of engines and their slots; it may use fewer
-    engines than there is room for. `seconds` [n, S] of `generate` are floors until the row has been
-    simulated. `least` [sizes, levels of memory, numbers of engines, S + 1] are those, and their
-    mean, of all rows that need no more of either."""
+    """All layouts of the rollout on one kind of GPU, a row for each: `sizes[size]` GPUs for an
+    engine (tensor parallel), `counts[count]` engines, and `slots` for sequences in each of them. A
+    row may have fewer engines than there is room for.
+
+    `seconds` [rows, S] of `generate` are floors, until simulation replaces them: whoever needs to
+    know more of a row calls `advance`. `least` [sizes, levels of memory, counts, S + 1] has the
+    least of these, and of their means, among all rows that need no more memory and no more
+    engines."""
 
     def __init__(
         self,
@@ -53,183 +58,181 @@ class RolloutTable:
         gpus: int,
         statistic: Callable[[Array], Array],
     ) -> None:
-        self._workload, self._model, self._device, self._statistic = (
-            workload,
-            model,
-            device,
-            statistic,
-        )
+        self._workload, self._model, self._device = workload, model, device
+        self._statistic = statistic
+        self._memory: dict[tuple[int, int, bool], RoleMemory] = {}
         self.sizes = [size for size in tensor_parallels(workload, device) if size <= node]
         self.counts = np.array(engine_counts(gpus, workload.batch))
-        self._memory: dict[tuple[int, int, bool], RoleMemory] = {}
-        columns, most = list[tuple[int, int, int, int]](), list[int]()
-        for number, size in enumerate(self.sizes):
-            for at in range(int(np.searchsorted(self.counts, gpus // size, "right"))):
-                for slots in concurrencies(workload, size, int(self.counts[at]), device):
-                    columns.append(
-                        (
-                            number,
-                            at,
-                            slots,
-                            round(100 * rollout_fraction(workload, size, slots, device)),
-                        )
-                    )
-                most += [len(columns) - 1] if columns and columns[-1][:2] == (number, at) else []
-        self.number, self.at, self.slots, self.percent = (
-            np.array(columns).reshape(-1, 4).T.astype(np.int64)
-        )
-        self.most = np.isin(
-            np.arange(len(columns)), most
-        )  # all that engines may have which share GPUs with no role
-        self.queued = self.slots * self.counts[self.at] < workload.batch  # slow to simulate
+        self._list_rows(gpus)
+        self.queued = self.slots * self.counts[self.count] < workload.batch  # slow to simulate
         needed = self.percent / 100 * device.memory_bytes - process_bytes(device)
         self.level = level_of(needed * (device.kind == "cuda"), device)
-        self._row = {
-            key: row
-            for row, key in enumerate(zip(*map(np.ndarray.tolist, self._keys()), strict=True))
-        }
-        self.seconds = self._simulated = np.full((len(columns), model.scenarios), NEVER)
-        for number, size in enumerate(self.sizes):
-            rows = np.flatnonzero(self.number == number)
-            self._simulated[rows] = model.floors(
-                size, self.slots[rows], self.counts[self.at[rows]], device
+        rows = len(self.size)
+        self._simulated = np.full((rows, model.scenarios), NEVER)  # without call overheads
+        self._done = np.zeros(rows, dtype=bool)
+        for size, gpus_of_engine in enumerate(self.sizes):
+            own = np.flatnonzero(self.size == size)
+            self._simulated[own] = model.floors(
+                gpus_of_engine, self.slots[own], self.counts[self.count[own]], device
             )
         self.seconds = self._simulated.copy()
-        self._known = 0
-        self._refilled(np.arange(len(columns)))
+        self._refill(np.arange(rows))
 
-    def _keys(self) -> tuple[Rows, Rows, Rows]:
-        return np.array(self.sizes)[self.number], self.slots, self.counts[self.at]
+    def _list_rows(self, gpus: int) -> None:
+        """List the rows: `size`, `count`, `slots`, and the share of a GPU's memory that an engine
+        takes, in `percent`. `most_slots` tells the rows with the most slots of their size and
+        count: engines that share GPUs with no other role gain nothing from fewer."""
+        workload, device = self._workload, self._device
+        rows = list[tuple[int, int, int, int]]()
+        most_slots = list[bool]()
+        for size, gpus_of_engine in enumerate(self.sizes):
+            fit = int(np.searchsorted(self.counts, gpus // gpus_of_engine, "right"))
+            for count in range(fit):
+                listed = concurrencies(workload, gpus_of_engine, int(self.counts[count]), device)
+                for slots in listed:
+                    fraction = rollout_fraction(workload, gpus_of_engine, slots, device)
+                    rows.append((size, count, slots, round(100 * fraction)))
+                    most_slots.append(slots == listed[-1])
+        columns = np.array(rows).reshape(-1, 4).T.astype(np.int64)
+        self.size, self.count, self.slots, self.percent = columns
+        self.most_slots = np.array(most_slots, dtype=bool)
 
     # --- what fits ---
 
-    def rows_on(self, parts: Sequence[Sequence[int]], shared: bool) -> Rows:
-        """The rows that pools with such GPUs per node have room for, each of them for one engine at
-        least."""
-        found = []
-        for number, size in enumerate(self.sizes):
-            engines = [sum(part // size for part in pool) for pool in parts]
+    def rows_on(self, parts: Sequence[Sequence[int]], shared: bool) -> Indices:
+        """The rows that pools with these GPUs per node have room for, if each pool has room for one
+        engine at least; `shared` with other roles or not."""
+        found = [np.zeros(0, np.int64)]
+        for size, gpus_of_engine in enumerate(self.sizes):
+            engines = [sum(part // gpus_of_engine for part in pool) for pool in parts]
             if all(engines):
-                fits = (self.number == number) & (self.counts[self.at] <= sum(engines))
-                found.append(np.flatnonzero(fits if shared else fits & self.most))
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+                fits = (self.size == size) & (self.counts[self.count] <= sum(engines))
+                found.append(np.flatnonzero(fits if shared else fits & self.most_slots))
+        return np.concatenate(found)
 
-    def _fitting(self, pools: Rows) -> Iterator[tuple[int, Rows, NDArray[np.bool_]]]:
-        """Of each size the index of the most engines that fit pools of these sizes [n, P] (-1: not
-        the rollout's), and whether each of them has one."""
-        for number, size in enumerate(self.sizes):
-            each = np.where(pools >= 0, pools // size, 0)
-            able = np.asarray(((each > 0) | (pools < 0)).all(axis=1), dtype=np.bool_)
-            yield number, np.searchsorted(self.counts, each.sum(axis=1), "right") - 1, able
+    def _fitting(self, pools: Indices) -> Iterator[Fitting]:
+        """What fits pools of these sizes [n, P] (-1: not a pool of the rollout), for each size of
+        an engine."""
+        for size, gpus_of_engine in enumerate(self.sizes):
+            engines = np.where(pools >= 0, pools // gpus_of_engine, 0)
+            able = np.asarray(((engines > 0) | (pools < 0)).all(axis=1), dtype=np.bool_)
+            most = np.searchsorted(self.counts, engines.sum(axis=1), "right") - 1
+            yield Fitting(size, most, able)
 
     def layout(self, row: int, pools: tuple[str, ...], offload: bool) -> RolloutRole:
         return RolloutRole(
             engine=engine_for(self._device.kind),
             pools=pools,
-            tensor_parallel=self.sizes[self.number[row]],
-            replicas=int(self.counts[self.at[row]]),
+            tensor_parallel=self.sizes[self.size[row]],
+            replicas=int(self.counts[self.count[row]]),
             memory_fraction=int(self.percent[row]) / 100,
             concurrency=int(self.slots[row]),
             offload=offload,
         )
 
     def memory(self, row: int, offload: bool) -> RoleMemory:
-        """Of an engine on each of its GPUs."""
-        key = int(self.number[row]), int(self.slots[row]), offload
+        """What an engine needs on each of its GPUs."""
+        key = int(self.size[row]), int(self.slots[row]), offload
         if key not in self._memory:
-            self._memory[key] = rollout_memory(
-                self._workload, self.layout(row, ("p",), offload), self._device
-            )
+            layout = self.layout(row, ("p",), offload)
+            self._memory[key] = rollout_memory(self._workload, layout, self._device)
         return self._memory[key]
 
     def offloads(self, shared: bool) -> tuple[bool, ...]:
-        """Whether engines may sleep: only where that makes room for others."""
+        """Whether engines may sleep: only where that makes room for other roles."""
         return (False, True) if shared and self._device.kind == "cuda" else (False,)
 
     def moves(self, row: int, offload: bool) -> float:
         """Seconds of waking the engines and putting them to sleep."""
-        return self._model.engine_moves(self.sizes[self.number[row]], offload, self._device)
+        return self._model.engine_moves(self.sizes[self.size[row]], offload, self._device)
 
-    # --- what it takes ---
+    # --- what generation takes ---
 
-    def simulation(self, row: int) -> Simulation:
-        """Of a row, as far as it has been run."""
-        size, slots, engines = (int(column[row]) for column in self._keys())
-        return self._model.generation(size, slots, ((self._device, engines),))
+    def done(self, row: int) -> bool:
+        """Whether a row's seconds are those of the simulation, in every scenario."""
+        return bool(self._done[row])
 
     def advance(self, row: int) -> None:
-        """Simulate one more scenario of a row, or all if it has no queue."""
-        self.simulation(row).advance()
-        self.refresh()
+        """Simulate one more scenario of a row, or all of them if it has no queue."""
+        simulation = self._simulation(row)
+        if not simulation.done:
+            simulation.advance()
+        if self._take_up(row, simulation):
+            self._refill(np.array([row]))
 
-    def refresh(self) -> bool:
-        """Take up what has been simulated meanwhile; whether that is anything new."""
-        runs = self._model.generations
-        known = sum(run.known for run in runs.values())
-        if known == self._known:
-            return False
-        changed = []
-        for (size, slots, engines), run in runs.items():
-            row = (
-                self._row.get((size, slots, engines[0][1]))
-                if engines[0][0] == self._device
-                else None
-            )
-            if row is not None and len(engines) == 1 and (run.seconds > self._simulated[row]).any():
-                self._simulated[row] = np.maximum(self._simulated[row], run.seconds)
-                changed.append(row)
-        self._known = known
-        if changed:
-            self._refilled(np.array(changed))
-        return bool(changed)
+    def _simulation(self, row: int) -> Simulation:
+        """The simulation of a row, as far as it has been run."""
+        engines = int(self.counts[self.count[row]])
+        return self._model.generation(
+            self.sizes[self.size[row]], int(self.slots[row]), ((self._device, engines),)
+        )
 
-    def _refilled(self, rows: Rows) -> None:
-        """Make the tables anew after the seconds of some rows have changed."""
-        for number in set(self.number[rows].tolist()):
-            own = rows[self.number[rows] == number]
+    def _take_up(self, row: int, simulation: Simulation) -> bool:
+        """Take up what has been simulated; whether a scenario takes longer than was known."""
+        longer = bool((simulation.seconds > self._simulated[row]).any())
+        self._simulated[row] = np.maximum(self._simulated[row], simulation.seconds)
+        self._done[row] = simulation.done
+        return longer
+
+    def _refill(self, changed: Indices) -> None:
+        """Fill `seconds` and `least` after the simulated seconds of some rows have changed."""
+        for size in set(self.size[changed].tolist()):
+            own = changed[self.size[changed] == size]
             self.seconds[own] = self._model.generate_least(
                 self._simulated[own],
-                self.sizes[number],
+                self.sizes[size],
                 self.slots[own],
-                self.counts[self.at[own]],
+                self.counts[self.count[own]],
                 self._device,
             )
         seconds = with_mean(self.seconds)
-        self.least = np.full(
-            (len(self.sizes), ALONE + 1, len(self.counts), seconds.shape[-1]), NEVER
-        )
-        np.minimum.at(self.least, (self.number, self.level, self.at), seconds)
+        shape = len(self.sizes), ALONE + 1, len(self.counts), seconds.shape[-1]
+        self.least = np.full(shape, NEVER)
+        np.minimum.at(self.least, (self.size, self.level, self.count), seconds)
         np.minimum.accumulate(self.least, axis=1, out=self.least)
+        most = self.most_slots
         self.least[:, ALONE] = NEVER
-        self.least[self.number[self.most], ALONE, self.at[self.most]] = seconds[self.most]
+        self.least[self.size[most], ALONE, self.count[most]] = seconds[most]
         np.minimum.accumulate(self.least, axis=2, out=self.least)
 
-    def least_on(self, pools: Rows, room: Rows) -> Array:
-        """Seconds [n, S + 1] with the engines that fit pools of these sizes [n, P] (-1: not the
-        rollout's), each of which needs one, in a level of memory [n]."""
+    def least_on(self, pools: Indices, room: Indices) -> Array:
+        """The least seconds [n, S + 1] of generation on pools of these sizes [n, P] (-1: not a pool
+        of the rollout), in a level of memory [n]. NEVER where a pool has no room for an engine."""
         found = np.full((len(pools), self.least.shape[-1]), NEVER)
-        for number, count, able in self._fitting(pools):
-            found = np.minimum(
-                found, np.where(able[:, None], self.least[number, room, count], NEVER)
-            )
+        for size, most, able in self._fitting(pools):
+            seconds = np.where(able[:, None], self.least[size, room, most], NEVER)
+            found = np.minimum(found, seconds)
         return found
 
-    def sharpen(self, pools: Rows, room: Rows, times: float, queues: bool) -> bool:
-        """Simulate, of what fits pools of these sizes [1, P], all that might be fastest (with
-        `queues` or without), until nothing is below so many `times` the least floor or something is
-        known to be; whether that told more."""
-        fits = self.most if room[0] == ALONE else self.level <= room[0]
-        rows = np.concatenate([
-            np.flatnonzero((self.number == number) & (self.at <= count[0]) & fits)
-            for number, count, able in self._fitting(pools) if able[0]
-        ] or [np.zeros(0, np.int64)])  # fmt: skip
+    def sharpen(self, pools: Indices, room: Indices, times: float, queues: bool) -> bool:
+        """Simulate rows that fit pools of these sizes [1, P] and might be the fastest, in the order
+        of their floors; rows with a queue only if `queues`. It ends when no other row can be below
+        `times` the least floor, or some row is known to be. Return whether that told more."""
+        rows = self._rows_in(pools, room)
         floors, queued = self._statistic(self._simulated[rows]), self.queued[rows]
-        enough = 1.001 * times * float(floors.min(initial=NEVER))
+        enough = ENOUGH * times * float(floors.min(initial=NEVER))
+        changed = []
         for at in np.lexsort((floors, queued)).tolist():
-            if floors[at] < enough and (queues or not queued[at]):
-                run = self.simulation(int(rows[at]))
-                while not run.done and float(self._statistic(run.seconds)) < enough:
-                    run.advance()
-                if float(self._statistic(run.seconds)) < enough:
-                    break
-        return self.refresh()
+            if floors[at] >= enough or (queued[at] and not queues):
+                continue
+            row = int(rows[at])
+            simulation = self._simulation(row)
+            while not simulation.done and self._statistic(simulation.seconds) < enough:
+                simulation.advance()
+            if self._take_up(row, simulation):
+                changed.append(row)
+            if self._statistic(simulation.seconds) < enough:
+                break
+        if changed:
+            self._refill(np.array(changed))
+        return bool(changed)
+
+    def _rows_in(self, pools: Indices, room: Indices) -> Indices:
+        """The rows that fit pools of these sizes [1, P] in a level of memory [1]."""
+        in_memory = self.most_slots if room[0] == ALONE else self.level <= room[0]
+        found = [np.zeros(0, np.int64)]
+        for size, most, able in self._fitting(pools):
+            if able[0]:
+                fits = (self.size == size) & (self.count <= most[0]) & in_memory
+                found.append(np.flatnonzero(fits))
+        return np.concatenate(found)

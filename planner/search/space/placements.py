@@ -54,10 +54,13 @@ def _with_rollout(pools: tuple[frozenset[str], ...]) -> Iterator[Structure]:
 
 
 class PlacementFamily(NamedTuple):
-    """A structure with the kind of GPU of each pool, and what its sizes must meet: some pools have
-    no more GPUs together than `limits` says, those in `given` have exactly so many, and the
-    rollout's together `rollout` if that is not None. The actor's shards lie `within` a node or not
-    (None: either), which a weight sync and an update ask for opposite reasons."""
+    """All placements of a structure whose pools have given `kinds` of GPU and whose sizes meet some
+    limits.
+
+    `limits`: some pools (their indices) have together no more GPUs than a number. `given`: pools
+    that have exactly a number of GPUs. `rollout`: the number of GPUs that the rollout's pools have
+    together, if it is not None. `within`: whether the actor's shards lie within a node (None:
+    either way); a weight sync is quick if they do, an update often if they do not."""
 
     structure: Structure
     kinds: tuple[str, ...]
@@ -70,6 +73,10 @@ class PlacementFamily(NamedTuple):
     def generating(self) -> tuple[int, ...]:
         """The pools of the rollout."""
         return tuple(i for i, roles in enumerate(self.structure) if "rollout" in roles)
+
+    def pool_of(self, role: str) -> int:
+        """The first pool of a role; the only one of a role that trains or infers."""
+        return next(i for i, roles in enumerate(self.structure) if role in roles)
 
 
 def families(structure: Structure, cluster: Cluster) -> Iterator[PlacementFamily]:

@@ -1,80 +1,98 @@
-"""Boxes of pool sizes, of many families at once, and what their sizes must meet."""
+"""Boxes of pool sizes, of many families of placements at once, and the limits of these sizes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from planner.search.space.placements import PlacementFamily, Structure
+from planner.search.space.arrays import Array, Families, Indices, Mask, Sizes
+from planner.search.space.placements import PlacementFamily
 
 NEVER = 1e18  # seconds of what does not fit
+BOXES_AT_ONCE = 1024  # boxes that are bounded together
+UNLIMITED = np.iinfo(np.int32).max
 
 
 class Boxes(NamedTuple):
-    """Boxes of pool sizes: the number of the family [n], sizes from `low` to `high` [n, P] (0
-    where there is no pool), and the seconds that nothing in them is below [n]."""
+    """n boxes of pool sizes: the `number` of the family, sizes from `low` to `high` (0 where the
+    family has no such pool), and the `bound`: seconds that nothing in the box is below.
 
-    number: NDArray[np.int64]
-    low: NDArray[np.int64]
-    high: NDArray[np.int64]
-    bound: NDArray[np.float64]
+    A family of two pools on four GPUs has one box at first, with sizes from (1, 1) to (3, 3)."""
 
-    def take(self, which: NDArray[np.int64] | NDArray[np.bool_]) -> "Boxes":
-        return Boxes(*(column[which] for column in self))  # type: ignore[arg-type]
+    number: Families
+    low: Sizes
+    high: Sizes
+    bound: Array
+
+    def take(self, which: Indices | Mask) -> "Boxes":
+        return Boxes(self.number[which], self.low[which], self.high[which], self.bound[which])
+
+    def sorted(self) -> "Boxes":
+        """The boxes in the order of their bounds."""
+        return self.take(np.argsort(self.bound, kind="stable"))
+
+    def split(self, count: int) -> tuple["Boxes", "Boxes"]:
+        """The first few boxes, and the others."""
+        rows = np.arange(len(self.number))
+        return self.take(rows[:count]), self.take(rows[count:])
+
+    @property
+    def lowest(self) -> float:
+        """The lowest bound; NEVER if there is no box."""
+        return float(self.bound.min(initial=NEVER))
 
 
 class SizeLimits:
-    """Of each family what its sizes must meet, as arrays; `same` are the families of a
-    structure, `pools` how many pools each has."""
+    """What the sizes of each family must meet, as arrays over the families: some of a family's
+    `limits` (a group of pools has at most some GPUs), and the smallest and the largest size of each
+    pool. A pool is `free` if its size is not given. `pools` is how many pools a family has."""
 
-    def __init__(self, listed: Sequence[PlacementFamily]) -> None:
-        self.pools = np.array([len(a.structure) for a in listed])
-        groups, most = max(len(a.limits) for a in listed), int(self.pools.max())
-        self.group = np.zeros((len(listed), groups, most), dtype=np.int64)
-        self.most = np.full((len(listed), groups), np.iinfo(np.int32).max)
-        self.low, self.high = np.zeros((2, len(listed), most), dtype=np.int64)
-        self.free = np.zeros((len(listed), most), dtype=bool)
-        self.same: dict[Structure, list[int]] = {}
-        for number, a in enumerate(listed):
-            self.same.setdefault(a.structure, []).append(number)
-            for i, (pools, limit) in enumerate(a.limits):
-                self.group[number, i, list(pools)], self.most[number, i] = 1, limit
-            for i in range(len(a.structure)):
-                self.low[number, i] = a.given.get(i, 1)
-                self.high[number, i] = a.given.get(
-                    i, min(limit for pools, limit in a.limits if i in pools)
-                )
-                self.free[number, i] = i not in a.given
+    def __init__(self, families: Sequence[PlacementFamily]) -> None:
+        self.pools = np.array([len(family.structure) for family in families])
+        count, most = len(families), int(self.pools.max())
+        groups = max(len(family.limits) for family in families)
+        self._in_group = np.zeros((count, groups, most), dtype=np.int64)
+        self._most = np.full((count, groups), UNLIMITED)
+        self._low = np.zeros((count, most), dtype=np.int64)
+        self._high = np.zeros((count, most), dtype=np.int64)
+        self.free = np.zeros((count, most), dtype=bool)
+        for number, family in enumerate(families):
+            for group, (pools, limit) in enumerate(family.limits):
+                self._in_group[number, group, list(pools)] = 1
+                self._most[number, group] = limit
+            for pool in range(len(family.structure)):
+                largest = min(limit for pools, limit in family.limits if pool in pools)
+                self._low[number, pool] = family.given.get(pool, 1)
+                self._high[number, pool] = family.given.get(pool, largest)
+                self.free[number, pool] = pool not in family.given
 
     def roots(self) -> Boxes:
-        """All sizes of each family."""
-        return Boxes(np.arange(len(self.low)), self.low, self.high, np.zeros(len(self.low)))
+        """One box with all sizes for each family."""
+        count = len(self.pools)
+        return Boxes(np.arange(count), self._low, self._high, np.zeros(count))
 
-    def slack(self, number: NDArray[np.int64], low: NDArray[np.int64]) -> NDArray[np.int64]:
+    def slack(self, number: Families, low: Sizes) -> Sizes:
         """By how much each pool [n, P] may exceed `low` if the others do not; negative where `low`
-        is too much."""
-        group = self.group[number]
-        left = self.most[number] - (group * low[:, None, :]).sum(axis=2)
-        return np.asarray(np.where(group > 0, left[:, :, None], np.iinfo(np.int32).max).min(axis=1))
+        is too much already."""
+        in_group = self._in_group[number]
+        left = self._most[number] - (in_group * low[:, None, :]).sum(axis=2)
+        of_pools = np.where(in_group > 0, left[:, :, None], UNLIMITED)
+        return np.asarray(of_pools.min(axis=1))
 
-    def possible(self, boxes: Boxes) -> NDArray[np.bool_]:
-        """Whether the largest sizes of each box can be had at once."""
-        held = (self.group[boxes.number] * boxes.high[:, None, :]).sum(axis=2)
-        return np.asarray((held <= self.most[boxes.number]).all(axis=1), dtype=np.bool_)
+    def possible(self, boxes: Boxes) -> Mask:
+        """Whether the largest sizes of each box [n] can be had at once."""
+        held = (self._in_group[boxes.number] * boxes.high[:, None, :]).sum(axis=2)
+        return np.asarray((held <= self._most[boxes.number]).all(axis=1), dtype=np.bool_)
 
 
-def padded(family: PlacementFamily, sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes of the pools that there are; where those of the rollout must add up to more, the first
-    that may takes it."""
-    found = list(sizes[: len(family.structure)])
+def sizes_of(family: PlacementFamily, sizes: Sizes) -> tuple[int, ...]:
+    """The sizes of a family's pools, from a row of sizes [P]. Where those of the rollout must add
+    up to more, its first pool whose size is not given takes the rest."""
+    found = list(sizes[: len(family.structure)].tolist())
     if family.rollout is not None:
-        missing = family.rollout - sum(found[i] for i in family.generating)
-        first = next(
-            (i for i in family.generating if i not in family.given),
-            family.generating[0],
-        )
-        found[first] += missing
+        missing = family.rollout - sum(found[pool] for pool in family.generating)
+        free = [pool for pool in family.generating if pool not in family.given]
+        found[(free or family.generating)[0]] += missing
     return tuple(found)
 
 
@@ -84,34 +102,43 @@ def halved(boxes: Boxes) -> Boxes:
     side, at = ratio.argmax(axis=1), np.arange(len(boxes.number))
     middle = (boxes.low[at, side] + boxes.high[at, side]) // 2
     lower, upper = boxes.high.copy(), boxes.low.copy()
-    lower[at, side], upper[at, side] = middle, middle + 1
+    lower[at, side] = middle
+    upper[at, side] = middle + 1
     return joined(boxes._replace(high=lower), boxes._replace(low=upper))
 
 
-def without_corner(bound: float, number: int, low: list[int], high: list[int]) -> Boxes:
-    """A box without its largest sizes, as disjoint boxes."""
-    boxes = []
-    for i in range(len(low)):
-        if low[i] < high[i]:
-            boxes.append(([*high[:i], *low[i:]], [*high[:i], high[i] - 1, *high[i + 1 :]]))
+def without_corner(box: Boxes) -> Boxes:
+    """One box without its largest sizes, as disjoint boxes.
+
+    From (1, 1) to (3, 3) without (3, 3) these are (1, 1) to (2, 3), and (3, 1) to (3, 2)."""
+    low, high = box.low[0].tolist(), box.high[0].tolist()
+    lows, highs = [], []
+    for pool in range(len(low)):
+        if low[pool] < high[pool]:
+            lows.append([*high[:pool], *low[pool:]])
+            highs.append([*high[:pool], high[pool] - 1, *high[pool + 1 :]])
     return Boxes(
-        np.full(len(boxes), number),
-        np.array([below for below, _ in boxes]),
-        np.array([above for _, above in boxes]),
-        np.full(len(boxes), bound),
+        np.repeat(box.number, len(lows)),
+        np.array(lows),
+        np.array(highs),
+        np.repeat(box.bound, len(lows)),
     )
 
 
-def inside(
-    boxes: Boxes, number: int, low: NDArray[np.int64], high: NDArray[np.int64]
-) -> NDArray[np.bool_]:
-    """Which boxes are those of a family between these sizes."""
-    inside = (boxes.low >= low).all(axis=1) & (boxes.high <= high).all(axis=1)
-    return np.asarray((boxes.number == number) & inside)
+def inside(boxes: Boxes, hull: Boxes) -> Mask:
+    """Which boxes lie inside one box of the same family."""
+    within = (boxes.low >= hull.low[0]).all(axis=1) & (boxes.high <= hull.high[0]).all(axis=1)
+    return np.asarray((boxes.number == hull.number[0]) & within)
 
 
-def lowest(boxes: Boxes) -> float:
-    return float(boxes.bound.min(initial=NEVER))
+def hull_of(boxes: Boxes) -> Boxes:
+    """The smallest box around some boxes of one family."""
+    return Boxes(
+        boxes.number[:1],
+        boxes.low.min(axis=0, keepdims=True),
+        boxes.high.max(axis=0, keepdims=True),
+        boxes.bound.min(keepdims=True),
+    )
 
 
 def joined(some: Boxes, more: Boxes) -> Boxes:

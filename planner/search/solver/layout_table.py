@@ -1,0 +1,241 @@
+"""The layouts of trained and inference roles on pools, with their memory and seconds, as columns.
+
+One layout dominates another if it needs no more of any kind of memory and its calls take no longer
+in any scenario. A step time only grows with each duration, so dominated layouts are left out.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from planner.predict.cost import CostModel, Place
+from planner.predict.layouts import Grid, rank_counts, trainer_grid
+from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, trainer_bytes
+from planner.predict.roofline import Split, gather_seconds, nodes_spanned
+from planner.search.space.arrays import Array, Indices
+from planner.spec.cluster import Device
+from planner.spec.dataflow import Dataflow
+from planner.spec.plan import TrainerRole
+
+
+class LayoutTable(NamedTuple):
+    """Layouts of one trained or inference role as columns of n rows.
+
+    `memory` [n, 3] has the resident bytes, the surplus while the role runs, and the pinned bytes of
+    the host. `seconds` [calls of the role, n, S] has their durations, `means` [calls, n] the means
+    of these. For the actor the last call is the weight sync: its row holds the moves of what is
+    offloaded only, and `gathered` [n] the seconds of gathering its weights once, by the roofline
+    (see `with_sync`)."""
+
+    grid: Grid
+    memory: Array
+    seconds: Array
+    means: Array
+    gathered: Array
+
+    def take(self, rows: Indices | slice) -> "LayoutTable":
+        return LayoutTable(
+            self.grid.take(rows),
+            self.memory[rows],
+            self.seconds[:, rows],
+            self.means[:, rows],
+            self.gathered[rows],
+        )
+
+    def layout(self, row: int, pool: str) -> TrainerRole:
+        """The layout of a row, on a pool of that name."""
+        return self.grid.layout(row, pool)
+
+    def with_sync(self, times: float, seconds: float = 0.0) -> "LayoutTable":
+        """The actor's layouts with the rest of the weight sync in its row: `times` gathering, and
+        `seconds` of handing the weights over."""
+        longer = np.zeros((len(self.seconds), len(self.gathered)))
+        longer[-1] = times * self.gathered + seconds
+        return self._replace(seconds=self.seconds + longer[..., None], means=self.means + longer)
+
+    def of_shards(self, within: bool | None, node: int) -> "LayoutTable":
+        """The layouts whose shards lie within a node of `node` GPUs, or those whose shards do not;
+        all of them if `within` is None."""
+        if within is None:
+            return self
+        return self.take(np.flatnonzero((self.grid.shard <= node) == within))
+
+
+@dataclass(kw_only=True)
+class LayoutTables:
+    """The layout tables of all roles on all kinds of GPU, each made once and kept in `memo`."""
+
+    model: CostModel
+    flow: Dataflow
+    gpus: dict[str, int]  # of each kind
+    largest_node: dict[str, int]  # its GPUs, of each kind
+    memo: dict[object, LayoutTable]
+
+    def ranks(self, kind: str) -> tuple[int, ...]:
+        """The numbers of GPUs of a kind on which a trained or inference role may compute."""
+        return rank_counts(self.gpus[kind], self.model.workload.minibatch, self.largest_node[kind])
+
+    def calls_of(self, role: str) -> tuple[str, ...]:
+        """The calls that a trained or inference role runs, the weight sync last."""
+        own = tuple(call.name for call in self.flow.calls if call.roles == (role,))
+        syncs = (call for call in self.flow.calls if call.kind == "transfer")
+        return (*own, *(call.name for call in syncs if call.roles[0] == role))
+
+    def on_full_nodes(self, role: str, kind: str) -> LayoutTable:
+        """The layouts of a role on all GPUs of a kind and on any fewer, in the order of their
+        ranks, as if every pool filled its nodes. No other packing has faster links, since a group
+        of s ranks lies on at least s / node nodes."""
+        key = role, kind
+        if key not in self.memo:
+            self.memo[key] = _undominated(self._fitting(role, kind))
+        return self.memo[key]
+
+    def at(self, role: str, kind: str, place: Place) -> LayoutTable:
+        """The layouts of a role on a pool on real nodes, on all of its GPUs and on any fewer."""
+        alike = _ranks_as_on_full_nodes(place.parts, self.largest_node[kind])
+        full = self.on_full_nodes(role, kind)
+        known = full.take(slice(0, int(np.searchsorted(full.grid.gpus, place.gpus, "right"))))
+        if alike >= place.gpus or not (known.grid.gpus > alike).any():
+            return known
+        key = role, kind, place.parts
+        if key not in self.memo:
+            self.memo[key] = self._on_parts(role, kind, place, alike)
+        return self.memo[key]
+
+    def _fitting(self, role: str, kind: str) -> LayoutTable:
+        """As `on_full_nodes`, with those that others dominate there: a layout that is worse on full
+        nodes may be the better one on others."""
+        key = role, kind, ()
+        if key not in self.memo:
+            device, node = self.model.cluster.devices[kind], self.largest_node[kind]
+            grid = trainer_grid(self.model.workload, role, self.ranks(kind), node, device)
+            shard_nodes = np.where(grid.shard > 1, -(-grid.shard // node), 1)
+            replicas_on_a_node = np.maximum(node // grid.shard, 1)
+            replica_nodes = np.where(grid.gpus <= node, 1, -(-grid.replicas // replicas_on_a_node))
+            self.memo[key] = self._made(role, grid, shard_nodes, replica_nodes, device)
+        return self.memo[key]
+
+    def _on_parts(self, role: str, kind: str, place: Place, alike: int) -> LayoutTable:
+        """The layouts on a pool of which only the first `alike` ranks lie as on full nodes."""
+        fitting = self._fitting(role, kind)
+        gpus = fitting.grid.gpus
+        first, last = np.searchsorted(gpus, (alike, place.gpus), "right").tolist()
+        near, far = fitting.take(slice(0, first)), fitting.take(slice(first, last))
+        splits = zip(far.grid.shard.tolist(), far.grid.replicas.tolist(), strict=True)
+        spanned = np.array([nodes_spanned(place.parts, *split) for split in splits])
+        shard_nodes, replica_nodes = spanned.reshape(-1, 2).T
+        far = self._made(role, far.grid, shard_nodes, replica_nodes, place.device)
+        both = LayoutTable(
+            fitting.grid.take(slice(0, last)),
+            np.concatenate([near.memory, far.memory]),
+            np.concatenate([near.seconds, far.seconds], axis=1),
+            np.concatenate([near.means, far.means], axis=1),
+            np.concatenate([near.gathered, far.gathered]),
+        )
+        return _undominated(both)
+
+    def _made(
+        self, role: str, grid: Grid, shard_nodes: Indices, replica_nodes: Indices, device: Device
+    ) -> LayoutTable:
+        """The layouts of a grid with their memory and seconds, without those that do not fit a GPU
+        alone. Shards and replicas span `shard_nodes` and `replica_nodes` [n]."""
+        workload = self.model.workload
+        all_offloaded, some_offloaded = grid.offload == 2, grid.offload > 0
+        idle, detail, host = trainer_bytes(
+            workload, role, grid, all_offloaded, some_offloaded, device
+        )
+        running = sum(detail.values())
+        memory = np.stack([idle, running - idle, host], axis=1).astype(np.float64)
+        fits = np.flatnonzero(running <= device.memory_bytes - pool_peak((), True, False, device))
+        grid, memory = grid.take(fits), memory[fits]
+        split = Split(*grid[:4], shard_nodes[fits], replica_nodes[fits])
+        seconds = self._seconds(role, grid, split, device)
+        gathered = np.zeros(len(fits))
+        if any(self.flow[call].kind == "transfer" for call in self.calls_of(role)):
+            gathered = gather_seconds(workload.actor.shape, split, device, self.model.cluster)
+        return LayoutTable(grid, memory, seconds, seconds.mean(axis=2), gathered)
+
+    def _seconds(self, role: str, grid: Grid, split: Split, device: Device) -> Array:
+        """Durations [calls of the role, n, S]."""
+        distinct, which = _distinct(split)
+        shape = self.model.workload.model_of(role).shape
+        rows = []
+        for name in self.calls_of(role):
+            kind = self.flow[name].kind
+            moved = moved_bytes(
+                shape,
+                role,
+                grid.shard,
+                grid.offload == 2,
+                grid.offload > 0,
+                device,
+                train=kind == "train",
+            )
+            seconds = self.model.move_seconds(role, split, moved, device)[:, None]
+            if kind != "transfer":
+                alone = self.model.trainer_seconds(kind, role, distinct, device)
+                seconds = alone[which] + seconds
+            rows.append(np.broadcast_to(seconds, (len(grid.shard), self.model.scenarios)))
+        return np.stack(rows)
+
+
+def _ranks_as_on_full_nodes(parts: tuple[int, ...], node: int) -> int:
+    """How many ranks of a pool with these GPUs per node lie as if the nodes were filled.
+
+    >>> _ranks_as_on_full_nodes((8, 4, 4), 8)  # the third part begins where the second could go on
+    12
+    """
+    ranks = 0
+    for part in parts:
+        ranks += part
+        if part < node:
+            break
+    return ranks
+
+
+def _distinct(split: Split) -> tuple[Split, Indices]:
+    """The splits without repetition, since layouts that only differ in their offload have the same;
+    and which of them each row has."""
+    columns = np.column_stack([np.asarray(column, dtype=np.int64) for column in split])
+    order = np.lexsort(columns.T)
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (columns[order][1:] != columns[order][:-1]).any(axis=1)
+    which = np.empty(len(order), dtype=np.int64)
+    which[order] = np.cumsum(new) - 1
+    first = order[new]
+    return Split(*(np.asarray(column)[first] for column in split)), which
+
+
+def _undominated(table: LayoutTable) -> LayoutTable:
+    """The layouts that no other one with the same shards, replicas and offload dominates; the first
+    of equal ones."""
+    grid, count = table.grid, len(table.memory)
+    if not count:
+        return table
+    key = np.column_stack([grid.shard, grid.replicas, grid.offload])
+    order = np.lexsort((np.arange(count), *key.T))  # rows of a group lie together
+    same = (key[order][1:] == key[order][:-1]).all(axis=1)
+    group = np.concatenate([[0], np.cumsum(~same)])
+    kept = np.ones(count, dtype=bool)
+    costs = np.concatenate([table.memory, *table.seconds], axis=1)[order]
+    largest = int(np.bincount(group).max())
+    for step in range(1, largest):  # compare each row with the one `step` places further on
+        first = np.flatnonzero(group[step:] == group[:-step])
+        second = first + step
+        worse = (costs[first] <= costs[second]).all(axis=1)
+        kept[second[worse]] = False
+        better = (costs[second] <= costs[first]).all(axis=1) & ~worse
+        kept[first[better]] = False
+    return table.take(np.sort(order[kept]))
+
+
+def together(memory: Array, more: Array) -> Array:
+    """The memory [n, 3] of roles that share a pool, as in `LayoutTable.memory`: residents and host
+    copies add up, and of the surpluses the largest counts, since one role runs at a time."""
+    return np.where([True, False, True], memory + more, np.maximum(memory, more))
+
+
+def columns_of(memory: RoleMemory) -> Array:
+    """The bytes [3] of one layout, as in `LayoutTable.memory`."""
+    return np.array([memory.idle, memory.running - memory.idle, memory.host], dtype=np.float64)
