@@ -286,8 +286,8 @@ def share_of(image: np.ndarray, color: str) -> float:
 
 def test_every_call_has_a_colour_of_its_own() -> None:
     names = {*ppo(make_workload()).names, "evaluate"}
-    assert names <= gantt.COLORS.keys()
-    assert len({gantt.COLORS[name] for name in names}) == len(names)
+    assert names <= gantt.CALL_COLORS.keys()
+    assert len({gantt.CALL_COLORS[name] for name in names}) == len(names)
 
 
 def test_the_picture_shows_bars_in_proportion_to_their_time() -> None:
@@ -295,7 +295,7 @@ def test_the_picture_shows_bars_in_proportion_to_their_time() -> None:
     timeline = timeline_of(plan)
     image = pixels(gantt.render([timeline], plan))
     update_actor, update_critic = (
-        share_of(image, gantt.COLORS[call]) for call in ("update_actor", "update_critic")
+        share_of(image, gantt.CALL_COLORS[call]) for call in ("update_actor", "update_critic")
     )
     heights = {
         lane.name: lane.height
@@ -303,7 +303,7 @@ def test_the_picture_shows_bars_in_proportion_to_their_time() -> None:
     }
     wanted = SECONDS["update_actor"] * heights["t"] / (SECONDS["update_critic"] * heights["c"])
     assert update_actor / update_critic == pytest.approx(wanted, rel=0.2)
-    assert share_of(image, gantt.COLORS["generate"]) > update_actor
+    assert share_of(image, gantt.CALL_COLORS["generate"]) > update_actor
     assert share_of(image, gantt.EMPTY) > 0.1
     assert heights["g"] > heights["t"] > heights["c"] > heights[gantt.HOST]
 
@@ -316,7 +316,7 @@ def test_two_timelines_share_a_time_axis() -> None:
     )
     alone, both = (pixels(gantt.render(shown, plan)) for shown in ([fast], [fast, slow]))
     assert both.shape[0] > 1.5 * alone.shape[0] and both.shape[1] == alone.shape[1]
-    color, half = gantt.COLORS["update_actor"], both.shape[0] // 2
+    color, half = gantt.CALL_COLORS["update_actor"], both.shape[0] // 2
     assert share_of(both[half:], color) == pytest.approx(2 * share_of(both[:half], color), rel=0.2)
 
 

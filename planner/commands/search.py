@@ -149,7 +149,7 @@ def space(*, max_staleness: int | None, **options: Any) -> None:
         f"[bold]{inputs.workload.name}[/bold] on {len(inputs.cluster.gpus)} GPUs "
         f"({inputs.cluster.name})"
     )
-    for table in space_tables(found.placements, found.layouts, found.programs):
+    for table in space_tables(found):
         console.print(table)
         console.print()
     console.print(

@@ -18,7 +18,7 @@ from planner.predict.schedule import check, load_plan
 from planner.report import study_page
 from planner.report.judged import with_notes
 from planner.report.study import Row, read_result, rows_of, same_plan, sha256_of
-from planner.report.tables import seconds
+from planner.report.tables import pools_text, seconds
 from planner.search import Result, find
 from planner.search import baseline as find_baseline
 from planner.spec.errors import UserError
@@ -206,7 +206,7 @@ def _plans_table(asked: Asked) -> Table:
         table.add_column(title, justify="right" if title in ("predicted s", "stale") else "left")
     for row in rows_of(asked.study, asked.directory):
         same = f" (= {row.same_as})" if row.same_as else ""
-        pools = study_page.pools_text(row.plan)
+        pools = pools_text(row.plan, "; ")
         table.add_row(
             row.cell.name + same, seconds(row.predicted_seconds), str(row.plan.staleness), pools
         )
@@ -310,7 +310,10 @@ def _draw(study: Study, rows: Sequence[Row], directory: Path) -> None:
         return
     from planner.report import gantt, steps  # matplotlib is slow to load
 
-    bars = [(row.cell.name, row.predicted_seconds, figures.step_seconds) for row, figures in done]
+    bars = [
+        steps.StepBar(row.cell.name, row.predicted_seconds, figures.step_seconds)
+        for row, figures in done
+    ]
     steps.draw(bars, study.name, directory / study_page.PICTURE)
     for row, figures in done:
         gantt.draw(

@@ -14,16 +14,15 @@ from planner.commands.inputs import (
 )
 from planner.predict.profile import load_profiles
 from planner.predict.schedule import load_plan
-from planner.report.insight import pareto_table, structure_text, what_if_table
-from planner.report.tables import seconds
-from planner.search.questions.pareto import Point, pareto_points
+from planner.report.insight import pareto_table, what_if_table
+from planner.report.tables import pools_text, seconds
+from planner.search.questions.pareto import ParetoPoint, pareto_points
 from planner.search.questions.variants import resized
-from planner.search.questions.what_if import conditions
+from planner.search.questions.what_if import Refused, Replanned, conditions
 from planner.search.questions.what_if import what_if as plan_under
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
-from planner.spec.plan import Plan
 
 MODELS = ("1.5b", "7b", "70b")  # shipped workloads whose models are tried
 MOST_GPUS = 4096
@@ -35,7 +34,7 @@ def what_if(plan: Path, gpus: str | None, profiles: Sequence[Path]) -> None:
     found = profiles_of(checked, plan, profiles, errors)
     shape = checked.workload.actor.shape
     others = [other for other in map(read_workload, MODELS) if other.actor.shape != shape]
-    rows: list[tuple[str, Plan | str, float, float, float | None]] = []
+    rows: list[Replanned | Refused] = []
     asked = list(conditions(checked, counts_of(gpus) if gpus else (), others))
     with errors.status("planning") as status:
         for number, condition in enumerate(asked, 1):
@@ -43,8 +42,8 @@ def what_if(plan: Path, gpus: str | None, profiles: Sequence[Path]) -> None:
             try:
                 rows.append(plan_under(checked, condition, found))
             except UserError as error:
-                rows.append((condition.what, str(error), 0.0, 0.0, None))
-    console.print(f"[bold]{plan.stem}[/bold]: {structure_text(checked)}", soft_wrap=True)
+                rows.append(Refused(condition.what, str(error)))
+    console.print(f"[bold]{plan.stem}[/bold]: {pools_text(checked)}", soft_wrap=True)
     console.print(what_if_table(rows))
     console.print(
         "\nEach row is planned anew. “As in the plan”: how much longer a step takes with the roles "
@@ -83,14 +82,10 @@ def pareto(
         errors.print(reason, style="yellow", markup=False, soft_wrap=True)
     from planner.report.pareto import draw  # matplotlib is slow to load
 
-    draw(
-        [(p.gpus, p.max_staleness, p.seconds, p.dollars) for p in points],
-        _title(asked.name, clusters[-1]),
-        out,
-    )
+    draw(points, _title(asked.name, clusters[-1]), out)
     if table is not None:
         write_atomic(table, _csv(points))
-    console.print(pareto_table(points, any(point.dollars for point in points)))
+    console.print(pareto_table(points))
     fastest = min(points, key=lambda point: point.seconds)
     console.print(f"\nFastest: {seconds(fastest.seconds)} s per step on {fastest.gpus} GPUs.")
     console.print(f"Wrote {out}{f' and {table}' if table else ''}.", markup=False, soft_wrap=True)
@@ -123,7 +118,7 @@ def _title(workload: str, cluster: Cluster) -> str:
     return f"{workload} on {', '.join(cluster.devices)}: the best plans"
 
 
-def _csv(points: Sequence[Point]) -> str:
+def _csv(points: Sequence[ParetoPoint]) -> str:
     """Units: seconds, US dollars, tokens."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -148,7 +143,7 @@ def _csv(points: Sequence[Point]) -> str:
                 p.plan.staleness,
                 *figures,
                 int(p.best),
-                structure_text(p.plan),
+                pools_text(p.plan),
             ]
         )
     return text.getvalue()

@@ -15,7 +15,7 @@ from planner.spec.timeline import Timeline, mean_call_seconds, step_seconds
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SecondsCompared:
     """Seconds of one call (mean over the steps that count) or of one step. `error` is predicted
     over measured, less 1."""
 
@@ -35,9 +35,9 @@ class Comparison:
     re-simulated step time is that of the same program with the measured durations; what the
     measured step takes beyond it is the controller's."""
 
-    calls: tuple[Row, ...]
-    steps: tuple[Row, ...]
-    step: Row
+    calls: tuple[SecondsCompared, ...]
+    steps: tuple[SecondsCompared, ...]
+    step: SecondsCompared
     resimulated_step_seconds: float
     predicted_busy: dict[str, float]
     measured_busy: dict[str, float]
@@ -57,16 +57,20 @@ def compare(plan: Plan, predicted: Timeline, measured: Timeline) -> Comparison:
     times_predicted, times_measured = steps_of(predicted), steps_of(measured)
     return Comparison(
         calls=tuple(
-            Row(name=call, pools=pools[call], predicted=seconds, measured=calls_measured[call])
+            SecondsCompared(
+                name=call, pools=pools[call], predicted=seconds, measured=calls_measured[call]
+            )
             for call, seconds in calls_predicted.items()
             if call in calls_measured
         ),
         steps=tuple(
-            Row(name=str(step), predicted=times_predicted[step], measured=seconds)
+            SecondsCompared(name=str(step), predicted=times_predicted[step], measured=seconds)
             for step, seconds in times_measured.items()
             if measured.counts(step) and step in times_predicted
         ),
-        step=Row(name="step", predicted=step_seconds(predicted), measured=step_seconds(measured)),
+        step=SecondsCompared(
+            name="step", predicted=step_seconds(predicted), measured=step_seconds(measured)
+        ),
         resimulated_step_seconds=step_seconds(resimulate(plan, measured)),
         predicted_busy=pool_busy(predicted),
         measured_busy=pool_busy(measured),

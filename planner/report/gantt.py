@@ -1,7 +1,5 @@
-"""Timelines as a picture: a lane per pool, a colour per call, idle time left empty. Only this
-and pareto.py use matplotlib."""
+"""Timelines as a picture: a lane per pool, a colour per call, idle time left empty."""
 
-import io
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,44 +14,53 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.textpath import TextPath
 
 from planner.report.compare import occupancy
-from planner.report.tables import seconds
-from planner.spec.errors import UserError
+from planner.report.picture import (
+    AXIS_INK,
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILION,
+    YELLOW,
+    format_of,
+    hide_frame,
+    rendered,
+)
+from planner.report.tables import HOST, seconds
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.timeline import Span, Timeline, step_seconds
+from planner.spec.wording import plural
 
 Color = tuple[float, float, float]
 
-# Okabe and Ito's palette, which people with colour blindness can tell apart
-# (https://jfly.uni-koeln.de/color/), and three dark or grey tones for what takes little time.
-COLORS = {
-    "generate": "#0072B2",
-    "score": "#F0E442",
-    "ref_logprobs": "#CC79A7",
-    "old_logprobs": "#56B4E9",
-    "values": "#009E73",
+# What takes little time is dark or grey.
+CALL_COLORS = {
+    "generate": BLUE,
+    "score": YELLOW,
+    "ref_logprobs": PINK,
+    "old_logprobs": SKY,
+    "values": GREEN,
     "advantages": "#7A2A52",
-    "update_critic": "#E69F00",
-    "update_actor": "#D55E00",
+    "update_critic": ORANGE,
+    "update_actor": VERMILION,
     "sync_weights": "#1A1A1A",
-    "evaluate": "#9A9A9A",
+    "evaluate": GREY,
 }
-OTHER = "#9A9A9A"
 EMPTY = "#F1F1F1"
-HOST = "host"
 
 WIDTH = 13.0  # inches
-LANE = (
-    0.85  # inches of the largest pool's lane; a smaller pool has a lower one, the host the lowest
-)
-SMALLEST, HOST_SHARE = 0.55, 0.32
+LANE = 0.85  # inches of the largest pool's lane
+SMALLEST_LANE, HOST_LANE = 0.55, 0.32  # shares of it: a smaller pool has a lower lane
 FONT = 8.5
-DPI = 130  # of the file
 PIXELS_PER_POINT = 100 / 72  # while the picture is laid out
 
 
 @dataclass(frozen=True, kw_only=True)
-class Window:
+class DrawnWindow:
     """Seconds of a timeline that are drawn, and the steps that end in it."""
 
     begin: float
@@ -63,6 +70,8 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Lane:
+    """A pool's strip of the picture; bottom and height are inches."""
+
     name: str
     label: str
     bottom: float
@@ -73,16 +82,6 @@ def draw(timelines: Sequence[Timeline], plan: Plan, path: Path, *, steps: int = 
     """Draw `steps` steady-state steps of one timeline, or of two above each other on one time axis,
     to a PNG, SVG or PDF file (by its suffix). Raises UserError if it cannot be written."""
     write_atomic(path, render(timelines, plan, format_of(path), steps=steps))
-
-
-def format_of(path: Path) -> str:
-    """The picture format that a file name asks for. Raises UserError."""
-    suffix = path.suffix.removeprefix(".").lower()
-    if suffix not in ("png", "svg", "pdf"):
-        raise UserError(
-            f"{path}: a picture is a .png, .svg or .pdf file; choose one of these names"
-        )
-    return suffix
 
 
 def render(
@@ -111,8 +110,10 @@ def render(
     shown = dict.fromkeys(
         s.call for t, w in zip(timelines, windows, strict=True) for s in _visible(t, w)
     )
-    order = [*COLORS, *(call for call in shown if call not in COLORS)]
-    handles = [Patch(color=COLORS.get(call, OTHER), label=call) for call in order if call in shown]
+    order = [*CALL_COLORS, *(call for call in shown if call not in CALL_COLORS)]
+    handles = [
+        Patch(color=CALL_COLORS.get(call, GREY), label=call) for call in order if call in shown
+    ]
     handles.append(Patch(facecolor=EMPTY, edgecolor="#BBBBBB", label="idle"))
     figure.legend(
         handles=handles,
@@ -125,24 +126,22 @@ def render(
         handletextpad=0.4,
         borderaxespad=0.3,
     )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=file_format, dpi=DPI)
-    return buffer.getvalue()
+    return rendered(figure, file_format)
 
 
-def window_of(timeline: Timeline, steps: int) -> Window:
+def window_of(timeline: Timeline, steps: int) -> DrawnWindow:
     """From the end of the last warm-up step over `steps` steps that count; the whole timeline if
     none do."""
     ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
     first = timeline.warmup - 1
     last = min(first + steps, max(filter(timeline.counts, ends), default=-1))
     if first not in ends or last <= first:
-        return Window(begin=0.0, end=timeline.makespan or 1.0, ends=ends)
+        return DrawnWindow(begin=0.0, end=timeline.makespan or 1.0, ends=ends)
     shown = {step: end for step, end in ends.items() if first <= step <= last}
-    return Window(begin=ends[first], end=ends[last], ends=shown)
+    return DrawnWindow(begin=ends[first], end=ends[last], ends=shown)
 
 
-def busy_in(timeline: Timeline, window: Window) -> dict[str, float]:
+def busy_in(timeline: Timeline, window: DrawnWindow) -> dict[str, float]:
     """Share of the window in which each pool runs a call: what the picture shows."""
     busy = {pool: 0.0 for span in timeline.spans for pool in span.pools}
     for span in _visible(timeline, window):
@@ -151,7 +150,7 @@ def busy_in(timeline: Timeline, window: Window) -> dict[str, float]:
     return {pool: seconds / (window.end - window.begin) for pool, seconds in busy.items()}
 
 
-def lanes_of(timeline: Timeline, plan: Plan, window: Window) -> list[Lane]:
+def lanes_of(timeline: Timeline, plan: Plan, window: DrawnWindow) -> list[Lane]:
     """The lanes from top to bottom: the pools in the plan's order, then the host if it does
     something."""
     busy = busy_in(timeline, window)
@@ -160,12 +159,12 @@ def lanes_of(timeline: Timeline, plan: Plan, window: Window) -> list[Lane]:
         (
             name,
             _lane_label(plan, name, busy.get(name, 0.0)),
-            max(SMALLEST, (len(pool.gpus) / largest) ** 0.5),
+            max(SMALLEST_LANE, (len(pool.gpus) / largest) ** 0.5),
         )
         for name, pool in plan.pools.items()
     ]
     if any(not span.pools for span in timeline.spans):
-        wanted.append((HOST, HOST, HOST_SHARE))
+        wanted.append((HOST, HOST, HOST_LANE))
     lanes, bottom = [], 0.0
     for name, label, share in reversed(wanted):
         height = share * LANE
@@ -208,7 +207,7 @@ def _title(plan: Plan) -> str:
 def _unit(plan: Plan, count: int) -> str:
     """What stands for a GPU here, in the singular or plural."""
     on_cores = all(device.kind == "cpu" for device in plan.cluster.devices.values())
-    return ("core" if on_cores else "GPU") + "s" * (count != 1)
+    return plural("core" if on_cores else "GPU", count)
 
 
 def _lane_label(plan: Plan, pool: str, busy: float) -> str:
@@ -218,12 +217,12 @@ def _lane_label(plan: Plan, pool: str, busy: float) -> str:
     return "\n".join([*head, f"{gpus} {_unit(plan, gpus)} · {busy:.0%} busy"])
 
 
-def _visible(timeline: Timeline, window: Window) -> list[Span]:
+def _visible(timeline: Timeline, window: DrawnWindow) -> list[Span]:
     return [span for span in timeline.spans if span.end > window.begin and span.start < window.end]
 
 
 def _draw_panel(
-    axis: Axes, timeline: Timeline, plan: Plan, window: Window, lanes: list[Lane]
+    axis: Axes, timeline: Timeline, plan: Plan, window: DrawnWindow, lanes: list[Lane]
 ) -> None:
     period, busy = step_seconds(timeline), busy_in(timeline, window)
     word = "predicted" if timeline.source == "simulated" else "measured"
@@ -248,15 +247,14 @@ def _draw_panel(
         [lane.bottom + lane.height / 2 for lane in lanes], [lane.label for lane in lanes]
     )
     axis.tick_params(axis="y", length=0, labelsize=FONT)
-    axis.tick_params(axis="x", labelsize=FONT, color="#888888")
-    for side in ("top", "left", "right"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color("#888888")
+    axis.tick_params(axis="x", labelsize=FONT, color=AXIS_INK)
+    hide_frame(axis, "top", "left", "right")
+    axis.spines["bottom"].set_color(AXIS_INK)
 
 
 def _draw_bar(axis: Axes, span: Span, lane: Lane, low: float, high: float) -> None:
     """One span in one lane; steps alternate between the call's colour and a lighter shade of it."""
-    color = to_rgb(COLORS.get(span.call, OTHER))
+    color = to_rgb(CALL_COLORS.get(span.call, GREY))
     if span.step % 2:
         color = _lighter(color, 0.28)
     pixels = axis.transData.transform([(low, lane.bottom), (high, lane.bottom + lane.height)])
@@ -294,15 +292,13 @@ def _draw_bar(axis: Axes, span: Span, lane: Lane, low: float, high: float) -> No
             break
 
 
-def _draw_step_ends(axis: Axes, window: Window) -> None:
+def _draw_step_ends(axis: Axes, window: DrawnWindow) -> None:
     """A dotted line where each step's `update_actor` ends, labelled above the lanes where there is
     room."""
     taken = -1e9
     for step, end in sorted(window.ends.items()):
         x = end - window.begin
-        axis.axvline(
-            x, color="#333333", linewidth=0.8, linestyle=(0, (2, 2)), zorder=4, clip_on=False
-        )
+        axis.axvline(x, color=INK, linewidth=0.8, linestyle=(0, (2, 2)), zorder=4, clip_on=False)
         label = f"end of step {step}"
         half = _text_size(label)[0] / 2
         at = axis.transData.transform((x, 0))[0]
@@ -320,7 +316,7 @@ def _draw_step_ends(axis: Axes, window: Window) -> None:
                 ha=side,
                 va="bottom",
                 fontsize=FONT - 1,
-                color="#333333",
+                color=INK,
                 annotation_clip=False,
             )
             taken = begin + 2 * half

@@ -1,85 +1,88 @@
 """Step time against GPUs and against dollars, as a picture."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from planner.report.gantt import format_of
-from planner.spec.files import write_atomic
+from planner.report.picture import (
+    AXIS_INK,
+    BLUE,
+    CHART_FONT,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    VERMILION,
+    hide_frame,
+    new_chart,
+    save,
+)
+from planner.search.questions.pareto import ParetoPoint
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")  # Okabe and Ito's, as in gantt.py
+LINE_COLORS = (BLUE, VERMILION, GREEN, PINK, ORANGE)
 MARKERS = ("o", "s", "^", "D", "v")
-FONT = 9
-DPI = 130
-
-Dot = tuple[
-    int, int, float, float
-]  # GPUs, staleness allowed, seconds per step, dollars per step (0: unknown)
 
 
-def draw(dots: Sequence[Dot], title: str, path: Path) -> None:
+def draw(points: Sequence[ParetoPoint], title: str, path: Path) -> None:
     """Draw a line per staleness to a PNG, SVG or PDF file (by its suffix). Raises UserError if it
     cannot be written."""
-    panels = 2 if all(dollars > 0 for *_, dollars in dots) else 1
-    figure = Figure(figsize=(5.6 * panels + 0.4, 4.4), facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title, x=0.012, ha="left", fontweight="bold", fontsize=FONT + 2)
+    panels = 2 if all(point.dollars > 0 for point in points) else 1
+    figure = new_chart(5.6 * panels + 0.4, 4.4, title)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    _against_gpus(axes[0], dots)
+    _against_gpus(axes[0], points)
     if panels == 2:
-        _against_dollars(axes[1], dots)
+        _against_dollars(axes[1], points)
     for axis in axes:
-        _dress(axis, [seconds for _, _, seconds, _ in dots] + _ideal(dots))
-    axes[0].legend(frameon=False, fontsize=FONT, loc="upper right")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=format_of(path), dpi=DPI)
-    write_atomic(path, buffer.getvalue())
+        _dress(axis, [point.seconds for point in points] + _ideal(points))
+    axes[0].legend(frameon=False, fontsize=CHART_FONT, loc="upper right")
+    save(figure, path)
 
 
-def _lines(dots: Sequence[Dot]) -> list[tuple[int, list[Dot]]]:
-    """The dots of each staleness by GPUs."""
-    return [
-        (k, sorted(dot for dot in dots if dot[1] == k)) for k in sorted({dot[1] for dot in dots})
-    ]
+def _lines(points: Sequence[ParetoPoint]) -> list[tuple[int, list[ParetoPoint]]]:
+    """The points of each staleness, by GPUs."""
+    found = []
+    for staleness in sorted({point.max_staleness for point in points}):
+        own = [point for point in points if point.max_staleness == staleness]
+        found.append((staleness, sorted(own, key=lambda point: point.gpus)))
+    return found
 
 
-def _ideal(dots: Sequence[Dot]) -> list[float]:
+def _counts(points: Sequence[ParetoPoint]) -> list[int]:
+    """Every number of GPUs once, in rising order."""
+    return sorted({point.gpus for point in points})
+
+
+def _ideal(points: Sequence[ParetoPoint]) -> list[float]:
     """Seconds on each number of GPUs if those of the best plan on the fewest shrank in
     proportion."""
-    first = min(dots, key=lambda dot: (dot[0], dot[2]))
-    return [first[2] * first[0] / count for count in sorted({dot[0] for dot in dots})]
+    first = min(points, key=lambda point: (point.gpus, point.seconds))
+    return [first.seconds * first.gpus / count for count in _counts(points)]
 
 
 def _style(number: int) -> dict[str, Any]:
     return {
-        "color": COLORS[number % len(COLORS)],
+        "color": LINE_COLORS[number % len(LINE_COLORS)],
         "marker": MARKERS[number % len(MARKERS)],
         "markersize": 5.5 - 0.5 * min(number, 3),
         "linewidth": 1.5,
+        "zorder": 3,
     }
 
 
-def _against_gpus(axis: Axes, dots: Sequence[Dot]) -> None:
-    for number, (k, line) in enumerate(_lines(dots)):
-        label = "on-policy" if k == 0 else f"staleness up to {k}"
-        axis.plot(
-            [dot[0] for dot in line],
-            [dot[2] for dot in line],
-            label=label,
-            zorder=3,
-            **_style(number),
-        )
-    counts = sorted({dot[0] for dot in dots})
+def _against_gpus(axis: Axes, points: Sequence[ParetoPoint]) -> None:
+    for number, (staleness, line) in enumerate(_lines(points)):
+        gpus, seconds = [point.gpus for point in line], [point.seconds for point in line]
+        label = "on-policy" if staleness == 0 else f"staleness up to {staleness}"
+        axis.plot(gpus, seconds, label=label, **_style(number))
+    counts = _counts(points)
     axis.plot(
         counts,
-        _ideal(dots),
-        color="#9A9A9A",
+        _ideal(points),
+        color=GREY,
         linestyle=(0, (3, 3)),
         linewidth=1,
         label="twice the GPUs, half the time",
@@ -88,41 +91,42 @@ def _against_gpus(axis: Axes, dots: Sequence[Dot]) -> None:
     axis.xaxis.set_major_locator(FixedLocator(counts))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("GPUs", fontsize=FONT)
-    axis.set_ylabel("seconds per step", fontsize=FONT)
+    axis.set_xlabel("GPUs", fontsize=CHART_FONT)
+    axis.set_ylabel("seconds per step", fontsize=CHART_FONT)
 
 
-def _against_dollars(axis: Axes, dots: Sequence[Dot]) -> None:
-    lines = _lines(dots)
+def _against_dollars(axis: Axes, points: Sequence[ParetoPoint]) -> None:
+    lines = _lines(points)
     for number, (_, line) in enumerate(lines):
-        axis.plot([dot[3] for dot in line], [dot[2] for dot in line], zorder=3, **_style(number))
-    for gpus, _, seconds, dollars in lines[-1][
-        1
-    ]:  # below and left of the best line nothing else is drawn
+        dollars, seconds = [point.dollars for point in line], [point.seconds for point in line]
+        axis.plot(dollars, seconds, **_style(number))
+    best_line = lines[-1][1]  # below and left of it nothing else is drawn
+    for point in best_line:
         axis.annotate(
-            f"{gpus} GPUs",
-            (dollars, seconds),
+            f"{point.gpus} GPUs",
+            (point.dollars, point.seconds),
             xytext=(-7, -3),
             textcoords="offset points",
             ha="right",
             va="top",
-            fontsize=FONT - 1,
-            color="#333333",
+            fontsize=CHART_FONT - 1,
+            color=INK,
         )
-    low, high = min(dot[3] for dot in dots), max(dot[3] for dot in dots)
-    axis.set_xlim(low - 0.25 * (high - low or high), high + 0.06 * (high - low or high))
-    axis.set_xlabel("US dollars per step, idle GPUs paid", fontsize=FONT)
+    low, high = min(point.dollars for point in points), max(point.dollars for point in points)
+    width = high - low or high
+    axis.set_xlim(low - 0.25 * width, high + 0.06 * width)
+    axis.set_xlabel("US dollars per step, idle GPUs paid", fontsize=CHART_FONT)
 
 
 def _dress(axis: Axes, seconds: Sequence[float]) -> None:
+    """The scale of seconds, and the frame."""
     axis.set_yscale("log")
     axis.set_ylim(min(seconds) / 1.25, max(seconds) * 1.25)
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
     axis.grid(color="#E6E6E6", linewidth=0.7)
-    axis.tick_params(labelsize=FONT - 1, color="#888888")
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    axis.tick_params(labelsize=CHART_FONT - 1, color=AXIS_INK)
+    hide_frame(axis, "top", "right")
     for side in ("left", "bottom"):
-        axis.spines[side].set_color("#888888")
+        axis.spines[side].set_color(AXIS_INK)

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from planner.report.study import REFERENCES, UPDATES, Figures, Row, Summary, summary_of
-from planner.report.tables import seconds
-from planner.spec.plan import Plan
+from planner.report.tables import pools_text, seconds
 from planner.spec.study import Study
 
 PICTURE = "steps.png"
@@ -189,7 +188,7 @@ def _main_table(rows: Sequence[Row]) -> str:
         name, figures = row.cell.name, row.figures
         line = [
             f"`{name}`" + (f" (= `{row.same_as}`)" if row.same_as else ""),
-            pools_text(row.plan),
+            pools_text(row.plan, "; "),
         ]
         line += [str(row.plan.staleness), seconds(row.predicted_seconds)]
         if figures is None:
@@ -211,17 +210,6 @@ def _main_table(rows: Sequence[Row]) -> str:
         ]
         lines.append(line)
     return f"{_table(titles, lines)}\n\n{PLANS}"
-
-
-def pools_text(plan: Plan) -> str:
-    """Each pool's GPUs and roles."""
-    texts = []
-    for name, pool in plan.pools.items():
-        roles = [role for role, layout in plan.roles.items() if name in layout.pools]
-        texts.append(
-            f"{len(pool.gpus)}: {'all roles' if len(roles) == len(plan.roles) else ' '.join(roles)}"
-        )
-    return "; ".join(texts)
 
 
 def _ratio(speed_up: tuple[float, float] | None) -> str:

@@ -6,10 +6,16 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from planner.report.compare import Comparison, Row, critical_seconds, occupancy
+from planner.report.compare import Comparison, SecondsCompared, critical_seconds, occupancy
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
 
 SOURCES = ("measured", "interpolated", "extrapolated", "roofline")
+HOST = "host"  # stands where a call has no pool
+
+
+def plain_table() -> Table:
+    """A table with one line, under its titles."""
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
 
 
 def plans_table(
@@ -18,7 +24,7 @@ def plans_table(
     """The winner, the baselines and the runners-up: what each one is predicted to do, and the
     speed-up over the two reference baselines. A baseline that does not fit has its reason in place
     of the figures."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("plan", no_wrap=True)
     for title in ("step s", "p95 s", "tokens/s", "busy", "vs split", "vs colocated", "stale"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -51,20 +57,18 @@ def _plan_cells(name: str, plan: Plan, references: Mapping[str, Plan | str | Non
         f"{occupancy(plan, expected.busy):.0%}",
         *(speed_up(plan, reference) for reference in references.values()),
         str(plan.staleness),
-        " | ".join(
-            [*(_pool_text(plan, pool) for pool in plan.pools), *([f"{idle}: idle"] if idle else [])]
-        ),
+        pools_text(plan) + (f" | {idle}: idle" if idle else ""),
     ]
 
 
-def _pool_text(plan: Plan, pool: str) -> str:
-    """A pool's GPUs and roles, with spaces where a table may fold it."""
-    roles = [role for role, layout in plan.roles.items() if pool in layout.pools]
-    everything = len(roles) == len(plan.roles) > 1
-    return (
-        f"{len(plan.pools[pool].gpus)}: "
-        f"{'all roles' if everything else ' '.join(roles) or 'nothing'}"
-    )
+def pools_text(plan: Plan, separator: str = " | ") -> str:
+    """Each pool's GPUs and roles, with spaces where a table may fold it."""
+    texts = []
+    for name, pool in plan.pools.items():
+        roles = [role for role, layout in plan.roles.items() if name in layout.pools]
+        told = "all roles" if len(roles) == len(plan.roles) else " ".join(roles) or "nothing"
+        texts.append(f"{len(pool.gpus)}: {told}")
+    return separator.join(texts)
 
 
 def speed_up(plan: Plan, reference: Plan | str | None) -> str:
@@ -77,7 +81,7 @@ def speed_up(plan: Plan, reference: Plan | str | None) -> str:
 def pools_table(plan: Plan) -> Table:
     """Per pool its GPUs, busy share and the memory of its fullest GPU; below it the layout of each
     of its roles."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("pool and roles", no_wrap=True)
     for title in ("GPUs", "busy", "memory GB"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -188,7 +192,7 @@ def figures(plan: Plan) -> list[str]:
 
 def calls_table(plan: Plan, call_seconds: Mapping[str, float]) -> Table:
     """Mean seconds of each call, and the pools that it occupies."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("call", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
     table.add_column("pools")
@@ -196,7 +200,7 @@ def calls_table(plan: Plan, call_seconds: Mapping[str, float]) -> Table:
         table.add_row(
             call,
             seconds(value),
-            ", ".join(map(escape, plan.pools_of(plan.dataflow[call]))) or "host",
+            ", ".join(map(escape, plan.pools_of(plan.dataflow[call]))) or HOST,
         )
     return table
 
@@ -204,12 +208,12 @@ def calls_table(plan: Plan, call_seconds: Mapping[str, float]) -> Table:
 def comparison_tables(comparison: Comparison) -> list[Table]:
     """Predicted beside measured: per call, per pool and per step."""
     calls = _errors_table(
-        "call", "on", comparison.calls, lambda row: ", ".join(map(escape, row.pools)) or "host"
+        "call", "on", comparison.calls, lambda row: ", ".join(map(escape, row.pools)) or HOST
     )
     steps = _errors_table("step", "", comparison.steps, None)
     steps.add_section()
     steps.add_row("mean", *_error_cells(comparison.step), style="bold")
-    pools = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    pools = plain_table()
     pools.add_column("pool", no_wrap=True)
     pools.add_column("predicted busy", justify="right")
     pools.add_column("measured busy", justify="right")
@@ -234,9 +238,12 @@ def verdict(comparison: Comparison) -> list[str]:
 
 
 def _errors_table(
-    title: str, where: str, rows: Sequence[Row], place: Callable[[Row], str] | None
+    title: str,
+    where: str,
+    rows: Sequence[SecondsCompared],
+    place: Callable[[SecondsCompared], str] | None,
 ) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column(title, no_wrap=True)
     for column in ("predicted s", "measured s", "error"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -247,14 +254,14 @@ def _errors_table(
     return table
 
 
-def _error_cells(row: Row) -> tuple[str, str, str]:
+def _error_cells(row: SecondsCompared) -> tuple[str, str, str]:
     return seconds(row.predicted), seconds(row.measured), f"{row.error:+.1%}"
 
 
 def memory_table(rows: Mapping[str, tuple[int, int]]) -> Table:
     """Per pool the bytes that its fullest GPU holds at its peak, and those that it may: `{pool:
     (peak, allowed)}`."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table = plain_table()
     table.add_column("pool", no_wrap=True)
     for title in ("peak GB", "allowed GB", "free"):
         table.add_column(title, justify="right")

@@ -8,10 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from planner.report.tables import HOST
 from planner.spec.files import write_atomic
 from planner.spec.timeline import Span, Timeline
-
-HOST = "host"
 
 
 def write(timeline: Timeline, path: Path) -> None:

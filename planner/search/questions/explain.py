@@ -10,16 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.cost import CostModel
+from planner.predict.cycle import Cycles
 from planner.predict.profile import Profile
 from planner.predict.schedule import unroll
 from planner.search.questions.ladder import Rung, cycles_of, ladder, seconds_of, step_of, waits_of
 from planner.search.solver.problem import problem_of, scenarios_of
 from planner.spec.plan import Issue, Plan, Wait
 
-SETTLED, STEPS = (
-    8,
-    16,
-)  # the steps in which idle time is counted: the schedule repeats itself by then
+# Idle time is counted from step SETTLED on, when the schedule repeats itself, and before STEPS.
+SETTLED, STEPS = 8, 16
 
 
 class Effect(NamedTuple):
@@ -35,6 +34,13 @@ class Effect(NamedTuple):
     share: float
     slower: float
     faster: float
+
+
+class WaitPrice(NamedTuple):
+    """A wait in words, and the seconds per step that it alone costs."""
+
+    what: str
+    seconds: float
 
 
 class Bubble(NamedTuple):
@@ -58,11 +64,11 @@ class Critical(NamedTuple):
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
     """`ladder` starts at a baseline (`ladder[0].what`) and ends at the plan; `waits` are that
-    baseline's waits with the seconds per step that each of them alone costs."""
+    baseline's waits."""
 
     step_seconds: float
     ladder: tuple[Rung, ...]
-    waits: tuple[tuple[str, float], ...]
+    waits: tuple[WaitPrice, ...]
     critical: tuple[Critical, ...]
     effects: tuple[Effect, ...]
     bubbles: tuple[Bubble, ...]
@@ -78,7 +84,7 @@ def explain(plan: Plan, profiles: Sequence[Profile] = ()) -> Explanation:
         step_seconds=rungs[-1].seconds,
         ladder=rungs,
         waits=tuple(
-            (what, start.seconds - step_of(without, model))
+            WaitPrice(what, start.seconds - step_of(without, model))
             for what, without in waits_of(start.plan)
         ),
         critical=_critical(plan, seconds),
@@ -104,7 +110,7 @@ def _critical(plan: Plan, seconds: NDArray[np.float64]) -> tuple[Critical, ...]:
 
 
 def effects(plan: Plan, model: CostModel, change: float = 0.1) -> tuple[Effect, ...]:
-    """Of each call of the steady state.
+    """The effect of each call of the steady state, where `change` makes it slower or faster.
 
     A period is the largest of (sum over a cycle's calls of their seconds) / (its steps), so its
     derivative by a call's seconds is 1 / steps where the call is on the cycle that binds, and 0
@@ -114,24 +120,29 @@ def effects(plan: Plan, model: CostModel, change: float = 0.1) -> tuple[Effect, 
     shares = rates[(rates @ seconds).argmax(axis=0)].mean(axis=0)
     listed = []
     for row, name in enumerate(found.calls):
-        changed = []
-        for factor in (1 + change, 1 - change):
-            other = seconds.copy()
-            other[row] *= factor
-            changed.append(float(found.periods(other).mean()))
+        slower = _step_if(found, seconds, row, 1 + change)
+        faster = _step_if(found, seconds, row, 1 - change)
         drawn, source = seconds[row], model.call(plan.dataflow[name], plan).source
         listed.append(
             Effect(
-                name,
-                float(drawn.mean()),
-                float(drawn.min()),
-                float(drawn.max()),
-                source,
-                float(shares[row]),
-                *changed,
+                call=name,
+                seconds=float(drawn.mean()),
+                shortest=float(drawn.min()),
+                longest=float(drawn.max()),
+                source=source,
+                share=float(shares[row]),
+                slower=slower,
+                faster=faster,
             )
         )
     return tuple(listed)
+
+
+def _step_if(found: Cycles, seconds: NDArray[np.float64], row: int, factor: float) -> float:
+    """The mean step if the call in this row took `factor` times its seconds."""
+    changed = seconds.copy()
+    changed[row] *= factor
+    return float(found.periods(changed).mean())
 
 
 def bubbles(plan: Plan, seconds: NDArray[np.float64]) -> tuple[Bubble, ...]:

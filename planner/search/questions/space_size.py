@@ -1,64 +1,93 @@
 """How large the space of a search is."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from planner.predict.cost import Place
 from planner.predict.layouts import trainer_grid
-from planner.search.solver.problem import problem_of
+from planner.search.solver.problem import Problem, problem_of
 from planner.search.space.enumerate_programs import all_programs
-from planner.search.space.placements import placement_count, sharing_of, structures
+from planner.search.space.placements import Structure, placement_count, sharing_of, structures
 from planner.spec.cluster import Cluster
 from planner.spec.workload import Workload
 
-COUNTED = (
-    1  # the greatest staleness whose programs are listed to be counted: there are ever more of them
-)
+COUNTED = 1  # the greatest staleness whose programs are counted: their number grows fast
+
+
+class PlacementCount(NamedTuple):
+    """The structures with a number of pools, and their placements."""
+
+    pools: int
+    structures: int
+    placements: int
+
+
+class LayoutCount(NamedTuple):
+    """The layouts of a role on all GPUs, and those that fit alone and that no other dominates."""
+
+    role: str
+    listed: int
+    worth_trying: int
+
+
+class ProgramCount(NamedTuple):
+    """The programs of a staleness over all structures, and the most of one structure."""
+
+    staleness: int
+    programs: int
+    most: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
-    """`placements`: pools, structures, placements. `layouts`: role, listed on all GPUs, and those
-    that fit alone and that no other dominates. `programs`: staleness, all, and the most of one
-    structure; more is `uncounted` or not."""
+class SpaceSize:
+    """The size of a space. Programs of more staleness are `uncounted` or there are none."""
 
-    placements: tuple[tuple[int, int, int], ...]
-    layouts: tuple[tuple[str, int, int], ...]
-    programs: tuple[tuple[int, int, int], ...]
+    placements: tuple[PlacementCount, ...]
+    layouts: tuple[LayoutCount, ...]
+    programs: tuple[ProgramCount, ...]
     uncounted: bool
 
 
-def count(workload: Workload, cluster: Cluster, max_staleness: int | None = None) -> Space:
+def count(workload: Workload, cluster: Cluster, max_staleness: int | None = None) -> SpaceSize:
     """Count the space of `find` with these inputs. Layouts are those on GPUs of the first node's
     kind."""
     problem = problem_of(workload, cluster, (), max_staleness)
-    listed, gpus = structures(workload.roles), len(cluster.gpus)
-    ways = {s: placement_count(s, cluster) for s in listed}
-    possible = [s for s in listed if ways[s]]
-    kind = cluster.nodes[0].device
-    place = Place(parts=(gpus,), device=cluster.devices[kind])
-    layouts = []
-    for role in workload.roles:
-        if role == "rollout":
-            table = problem.rollout_table(kind)
-            engines = len(table.slots) * len(table.offloads(shared=True))
-            layouts.append((role, engines, engines))
-        else:
-            every = trainer_grid(
-                workload, role, problem.ranks(kind), problem.node(kind), place.device
-            )
-            layouts.append((role, len(every.shard), len(problem.layouts(role, kind).memory)))
-    programs = []
-    for k in range(min(problem.max_staleness, COUNTED) + 1):
-        counts = [
-            len(all_programs(problem.flow, sharing_of(problem.flow, s), k).items) for s in possible
-        ]
-        programs.append((k, sum(counts), max(counts)))
-    return Space(
-        placements=tuple(
-            (n, sum(len(s) == n for s in possible), sum(ways[s] for s in possible if len(s) == n))
-            for n in sorted({len(s) for s in possible})
+    counts = {each: placement_count(each, cluster) for each in structures(workload.roles)}
+    ways = {structure: count for structure, count in counts.items() if count}
+    return SpaceSize(
+        placements=_placements(ways),
+        layouts=tuple(_layouts(problem, role) for role in workload.roles),
+        programs=tuple(
+            _programs(problem, list(ways), staleness)
+            for staleness in range(min(problem.max_staleness, COUNTED) + 1)
         ),
-        layouts=tuple(layouts),
-        programs=tuple(programs),
         uncounted=problem.max_staleness > COUNTED,
     )
+
+
+def _placements(ways: Mapping[Structure, int]) -> tuple[PlacementCount, ...]:
+    """`ways` counts the placements of each structure."""
+    found = []
+    for pools in sorted({len(structure) for structure in ways}):
+        own = [count for structure, count in ways.items() if len(structure) == pools]
+        found.append(PlacementCount(pools, len(own), sum(own)))
+    return tuple(found)
+
+
+def _layouts(problem: Problem, role: str) -> LayoutCount:
+    kind = problem.cluster.nodes[0].device
+    if role == "rollout":
+        table = problem.rollout_table(kind)
+        engines = len(table.slots) * len(table.offloads(shared=True))
+        return LayoutCount(role, engines, engines)
+    device = problem.cluster.devices[kind]
+    ranks, node = problem.ranks(kind), problem.node(kind)
+    listed = trainer_grid(problem.workload, role, ranks, node, device)
+    return LayoutCount(role, len(listed.shard), len(problem.layouts(role, kind).memory))
+
+
+def _programs(problem: Problem, listed: Sequence[Structure], staleness: int) -> ProgramCount:
+    flow, counts = problem.flow, []
+    for structure in listed:
+        counts.append(len(all_programs(flow, sharing_of(flow, structure), staleness).items))
+    return ProgramCount(staleness, sum(counts), max(counts))

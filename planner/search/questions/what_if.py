@@ -21,6 +21,7 @@ from planner.search.space.placements import PlacementFamily
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
+from planner.spec.wording import counted
 from planner.spec.workload import Workload
 
 LONGER, TAIL, SLOWER = 2.0, 1.5, 0.25
@@ -34,7 +35,7 @@ class Condition(NamedTuple):
     cluster: Cluster
 
 
-class Outcome(NamedTuple):
+class Replanned(NamedTuple):
     """The best plan under a condition, its step time in seconds and tokens per second; and the step
     time of the best plan with the roles on pools as in the plan that was given, with new sizes,
     layouts and program (None where nothing fits so)."""
@@ -47,8 +48,15 @@ class Outcome(NamedTuple):
 
     @property
     def flips(self) -> bool:
-        """Whether another structure is faster."""
-        return self.kept is None or self.kept > self.seconds * (1 + 1e-9)
+        """Whether the decision flips: another structure is faster, or the plan's fits no more."""
+        return self.kept is None or self.kept > self.seconds * (1 + SAME)
+
+
+class Refused(NamedTuple):
+    """A condition under which nothing fits, and why."""
+
+    what: str
+    reason: str
 
 
 def conditions(plan: Plan, gpus: Sequence[int], others: Sequence[Workload]) -> Iterator[Condition]:
@@ -57,7 +65,7 @@ def conditions(plan: Plan, gpus: Sequence[int], others: Sequence[Workload]) -> I
     workload, cluster = plan.workload, plan.cluster
     yield Condition("as it is", workload, cluster)
     for count in gpus or _usual_gpus(cluster):
-        yield Condition(f"{count} GPU{'s' * (count != 1)}", workload, resized(cluster, count))
+        yield Condition(counted(count, "GPU"), workload, resized(cluster, count))
     yield Condition(f"responses {LONGER:g}× as long", with_response(workload, LONGER), cluster)
     if (tail := with_tail(workload, TAIL)) is not None:
         yield Condition(f"a longer tail (sigma × {TAIL:g})", tail, cluster)
@@ -78,9 +86,9 @@ def _usual_gpus(cluster: Cluster) -> list[int]:
     return sorted(count for count in counts if count > 0 and count != there)
 
 
-def what_if(plan: Plan, condition: Condition, profiles: Sequence[Profile] = ()) -> Outcome:
-    """Plan anew under a condition; profiles that say nothing about it are left out. UserError if
-    nothing fits."""
+def what_if(plan: Plan, condition: Condition, profiles: Sequence[Profile] = ()) -> Replanned:
+    """Plan again under a condition; profiles that say nothing about it are left out. Raises
+    UserError if nothing fits."""
     fitting = [profile for profile in profiles if _fits(profile, condition)]
     problem = problem_of(
         condition.workload, condition.cluster, fitting, None, scenarios=scenarios_of(plan)
@@ -99,12 +107,12 @@ def what_if(plan: Plan, condition: Condition, profiles: Sequence[Profile] = ()) 
         best = kept[0]  # as good as any other
     tokens = float(problem.model.tokens.mean())
     name = "best" if condition.what == "as it is" else condition.what
-    return Outcome(
-        condition.what,
-        assemble(best, name, problem),
-        best.seconds,
-        tokens / best.seconds,
-        kept[0].seconds if kept else None,
+    return Replanned(
+        what=condition.what,
+        plan=assemble(best, name, problem),
+        seconds=best.seconds,
+        tokens_per_second=tokens / best.seconds,
+        kept=kept[0].seconds if kept else None,
     )
 
 
