@@ -1,5 +1,6 @@
 # make demo · make test · make check · make bench · make install       (each makes .venv first, if it is missing or stale)
 # make test-fast: what needs no Ray and no patience, in under a minute · make coverage: make test, and what it did not run
+# make docs: the documentation as a site of its own, in site/
 # make test-vllm: tests of vLLM on the CPU, in a .venv-vllm of its own
 #
 # PYTHON      the interpreter that .venv is made from (3.11 or newer)
@@ -15,7 +16,7 @@ VLLM := .venv-vllm/bin/python
 VLLM_INSTALLED := .venv-vllm/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast coverage test-vllm check format bench nightly clean
+.PHONY: help install demo test test-fast coverage test-vllm check format docs bench nightly clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -27,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt planner/__init__.py
 	@echo "installing into .venv: torch, ray and the rest take a few minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install --quiet -c constraints.txt $(TORCH_ARGS) torch
-	$(PIP) install --quiet -c constraints.txt -e '.[execute,dev]'
+	$(PIP) install --quiet -c constraints.txt -e '.[execute,dev,docs]'
 	@touch $@
 
 # Two processes: tests that start Ray in one, the others in both (tests/conftest.py).
@@ -65,6 +66,11 @@ format: install
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Strict: a warning, such as a link that leads nowhere, is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "site/index.html is the first page; the search box needs a server: python3 -m http.server -d site"
+
 bench: install
 	$(BIN)/python -m pytest tests -m bench -s
 
@@ -82,4 +88,4 @@ demo: install
 	$(BIN)/plan compare demo/local.json runs/demo
 
 clean:
-	rm -rf .venv .venv-vllm demo runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm site demo runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
