@@ -1,5 +1,6 @@
 """The example of docs/search.md: the numbers on the page are those that the code computes."""
 
+import runpy
 from functools import cache
 from pathlib import Path
 
@@ -77,6 +78,20 @@ def test_the_cycles_of_the_table():
     ratios = sorted((found.counts @ seconds / found.distance).tolist(), reverse=True)
     assert ratios[:3] == pytest.approx([3.581, 3.405, 2.210], abs=6e-4)
     assert found.critical(seconds) == ("generate", "old_logprobs", "update_actor", "sync_weights")
+
+
+def test_the_bounds_by_hand():
+    """The pictures compute them from the table of the page."""
+    by_hand = runpy.run_path(str(DOCS / "figures" / "search.py"))
+    for row in ("ACTOR", "CRITIC", "GENERATE", "GATHER"):
+        assert " | ".join(f"{seconds:.3f}" for seconds in by_hand[row][1:]) in PAGE
+    left = {}
+    for structure in by_hand["STRUCTURES"]:
+        bound = by_hand["bound_of"](structure, by_hand["largest"](structure))
+        sizes = by_hand["needs"](structure)
+        if bound < by_hand["KNOWN"] and sum(sizes) <= by_hand["GPUS"]:
+            left[structure] = sizes
+    assert left == {by_hand["WINNER"]: [3, 1]}
 
 
 def test_the_size_of_the_space():
