@@ -15,7 +15,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from executor.data.batch import minibatches, spread
 from executor.training import models
 from planner.predict.memory import activation_bytes, trainer_memory
-from planner.predict.profile import Point, Profile
+from planner.predict.points import TrainerPoint
+from planner.predict.profile import Profile
 from planner.spec.cluster import load_device
 from planner.spec.files import profiles_dir
 from planner.spec.plan import TrainerRole
@@ -118,14 +119,16 @@ def test_updates_on_h200s_took_what_is_predicted(name: str, gpus: int) -> None:
     workload = load_workload(profiles_dir() / "workloads" / f"h200-{name.partition('-')[0]}.toml")
     profile = Profile.read(profiles_dir() / "h200" / f"{name}.json")
     points = [
-        p for p in (*profile.points, *profile.held_out) if p.call == "train" and p.gpus == gpus
+        p
+        for p in (*profile.points, *profile.held_out)
+        if isinstance(p, TrainerPoint) and p.call == "train" and p.gpus == gpus
     ]
     assert len(points) >= 8
     for point in points:
         assert predicted(workload, point) == pytest.approx(point.allocated_bytes, rel=0.06)
 
 
-def predicted(workload: Workload, point: Point) -> int:
+def predicted(workload: Workload, point: TrainerPoint) -> int:
     """With the tokens of the largest micro-batch that the update had."""
     lengths = np.array(point.response_lengths) + point.prompt_tokens // point.sequences
     assert point.minibatch and point.micro_batch_tokens

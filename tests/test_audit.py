@@ -7,7 +7,8 @@ from conftest import make_workload
 
 from planner.predict.cost import CostModel
 from planner.predict.judge import estimate
-from planner.predict.profile import Point, Profile
+from planner.predict.points import point_of
+from planner.predict.profile import Profile
 from planner.search import find
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.errors import UserError
@@ -88,7 +89,7 @@ def profile_of(workload, cluster, seed):
     }
 
     def measured(call, role="actor", **fields):
-        point = Point(call=call, role=role, seconds=1.0, **fields)
+        point = point_of(call=call, role=role, seconds=1.0, **fields)
         seconds = estimate(point, shape, cluster.devices["g"], cluster) * 4 ** rng.uniform(-1, 1)
         return point.model_copy(update={"seconds": seconds})
 

@@ -14,7 +14,8 @@ from processes import PATIENCE
 from test_cli import files, one_line, plan
 
 from planner.commands.local import local_cluster
-from planner.predict.profile import Point, Profile
+from planner.predict.points import HostPoint, TrainerPoint
+from planner.predict.profile import Profile
 from planner.predict.schedule import load_plan
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
@@ -226,8 +227,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_work(
 def test_the_profile_of_a_plan_is_found_again_or_missed_aloud(
     tmp_path: Path, workload: Path
 ) -> None:
-    point = Point(call="host", role="advantages", sequences=8, seconds=60.0)
-    train = Point(
+    point = HostPoint(call="host", role="advantages", sequences=8, seconds=60.0)
+    train = TrainerPoint(
         call="train",
         role="actor",
         sequences=8,

@@ -8,9 +8,9 @@ from planner.predict import roofline
 from planner.predict.cost import CostModel, Place, place_of
 from planner.predict.roofline import (
     forward_flops,
-    link_of,
     matrix_parameters,
     nodes_spanned,
+    ring_of,
     shares,
 )
 from planner.spec.cluster import load_device, make_cluster
@@ -148,11 +148,11 @@ def test_across_nodes_the_network_carries_the_shards() -> None:
     assert nodes_spanned((2, 2), 2, 2) == (1, 2)
     assert nodes_spanned((8, 4), 6, 2) == (2, 2)
     assert nodes_spanned((8, 4), 4, 2) == (1, 1)  # the third group of 4 is not used
-    inside, across = link_of(4, 1, ROUND, CLUSTER), link_of(4, 2, ROUND, CLUSTER)
+    inside, across = ring_of(4, 1, ROUND, CLUSTER), ring_of(4, 2, ROUND, CLUSTER)
     assert inside.bandwidth == 10.0
     assert across.bandwidth == 2.0 * 4 / 2 * 0.5  # two network ports on each node
     assert (
-        link_of(64, 2, ROUND, CLUSTER).bandwidth == 10.0
+        ring_of(64, 2, ROUND, CLUSTER).bandwidth == 10.0
     )  # many ports are no faster than the links
     assert inside.seconds(100) == 7.5
     model = CostModel(SMALL, CLUSTER)

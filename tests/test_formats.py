@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from planner.predict.profile import Point, Profile
+from planner.predict.points import (
+    HostPoint,
+    MovePoint,
+    RolloutPoint,
+    TrainerPoint,
+    TransferPoint,
+)
+from planner.predict.profile import Profile
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.files import Spec
 from planner.spec.lengths import Empirical, Fixed, Lognormal
@@ -31,7 +38,7 @@ CHAPTERS: dict[str, tuple[type[Spec], ...]] = {
     "Cluster": (Cluster, Node, Device),
     "Plan": (Plan, Pool, TrainerRole, RolloutRole, Issue, Wait, Predicted, Proof, Provenance),
     "Timeline": (Timeline,),
-    "Profile": (Profile, Point),
+    "Profile": (Profile, TrainerPoint, RolloutPoint, TransferPoint, MovePoint, HostPoint),
     "Study": (Study, Cell),
     "Cell": (CellResult, GpuMemory),
 }

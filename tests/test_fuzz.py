@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from planner.cli import main
 from planner.predict.forecast import forecast, predict
-from planner.predict.profile import Point, Profile
+from planner.predict.points import HostPoint, RolloutPoint, TrainerPoint
+from planner.predict.profile import Profile
 from planner.spec.cluster import make_cluster
 from planner.spec.files import File
 from planner.spec.study import Cell, Study
@@ -25,7 +26,7 @@ from planner.spec.study import Cell, Study
 WORKLOAD = make_workload()
 PLAN = split(WORKLOAD).model_copy(update={"predicted": predict(split(WORKLOAD))})
 POINTS = (
-    Point(
+    TrainerPoint(
         call="train",
         role="actor",
         sequences=8,
@@ -35,7 +36,7 @@ POINTS = (
         micro_batch_tokens=64,
         minibatch=4,
     ),
-    Point(
+    RolloutPoint(
         call="generate",
         role="rollout",
         sequences=2,
@@ -43,7 +44,7 @@ POINTS = (
         response_lengths=(4, 5),
         seconds=1.0,
     ),
-    Point(call="host", role="advantages", sequences=8, seconds=0.1),
+    HostPoint(call="host", role="advantages", sequences=8, seconds=0.1),
 )
 FILES: dict[str, File] = {
     "plan": PLAN,

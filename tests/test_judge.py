@@ -10,38 +10,28 @@ from test_profile import CLUSTER, SHAPE, VARIED, point, profile, smaller
 
 from planner.cli import main
 from planner.predict.judge import Judged, errors_of, estimate, judge
-from planner.predict.profile import Point, Profile
+from planner.predict.points import HostPoint, Point
+from planner.predict.profile import Profile
 from planner.spec.files import profiles_dir
 from planner.spec.lengths import sample
 
 DEVICE = CLUSTER.devices["h200"]
 LENGTHS = tuple(sample(VARIED.response, 64, 0, 0, 1).tolist())
 LIKE: dict[str, Any] = {"response_tokens": sum(LENGTHS), "response_lengths": LENGTHS}
-ENGINES: dict[str, Any] = {
-    "tensor_parallel": 2,
-    "engines": 2,
-    "shard": 1,
-    "micro_batch_tokens": None,
-}
-NOTHING: dict[str, Any] = {
-    "sequences": 0,
-    "prompt_tokens": 0,
-    "response_tokens": 0,
-    "micro_batch_tokens": None,
-}
+ENGINES: dict[str, Any] = {"tensor_parallel": 2, "engines": 2}
 EVERY_CALL = [
     point("infer", **LIKE),
     point("infer", "critic", shard=2, **LIKE),
     point("train", recompute=True, minibatch=32, epochs=2, **LIKE),
     point("generate", "rollout", concurrency=16, **ENGINES, **LIKE),
-    point("transfer", engines=4, shared=True, **NOTHING),
-    point("transfer", gpus=3, shard=3, engines=1, **NOTHING),
-    point("transfer", gpus=2, shard=2, engines=3, partly=True, **NOTHING),
-    point("wake", offload="all", **NOTHING),
-    point("wake", "critic", offload="optimizer", **NOTHING),
-    point("offload", "reference", offload="all", **NOTHING),
-    point("wake", "rollout", **{**NOTHING, **ENGINES, "engines": 1, "gpus": 2}),
-    Point(
+    point("transfer", engines=4, shared=True),
+    point("transfer", gpus=3, shard=3, engines=1),
+    point("transfer", gpus=2, shard=2, engines=3, partly=True),
+    point("wake", offload="all"),
+    point("wake", "critic", offload="optimizer"),
+    point("offload", "reference", offload="all"),
+    point("wake", "rollout", shard=1, tensor_parallel=2, gpus=2),
+    HostPoint(
         call="host",
         role="advantages",
         sequences=64,
@@ -68,7 +58,7 @@ def sizes(call: str, role: str = "actor", **changes: Any) -> list[Point]:
     ]
 
 
-@pytest.mark.parametrize("measured", EVERY_CALL, ids=lambda p: f"{p.call}-{p.role}-{p.gpus}")
+@pytest.mark.parametrize("measured", EVERY_CALL, ids=lambda p: f"{p.call}-{p.role}")
 def test_a_point_that_is_known_is_estimated_as_it_was_measured(measured: Point) -> None:
     assert estimate(measured, SHAPE, DEVICE, CLUSTER, [profile(measured)]) == pytest.approx(
         measured.seconds, rel=1e-9
@@ -125,7 +115,7 @@ def test_the_worst_error_keeps_its_sign() -> None:
 
 
 def test_without_a_like_point_only_the_roofline_is_judged() -> None:
-    moves = [point("wake", shard=shard, offload="all", **NOTHING) for shard in (2, 4)]
+    moves = [point("wake", shard=shard, offload="all") for shard in (2, 4)]
     for points, informed in ((moves[:1], 0), (moves, 2)):
         (errors,) = errors_of(judge([profile(*points)], CLUSTER))
         assert (errors.points, errors.informed, errors.interpolation is None) == (

@@ -7,12 +7,13 @@ import pytest
 from conftest import cpu_cluster, make_workload
 
 from executor.fleet.pools import Fleet
-from executor.measuring.groups import Batch, Group, fitting, groups_here, groups_of
+from executor.measuring.groups import BatchSize, Group, fitting, groups_here, groups_of
 from executor.measuring.profile import Sample, measure, profile, summed_up
 from planner.predict.cost import CostModel
 from planner.predict.layouts import trainer_layouts
 from planner.predict.memory import host_bytes
-from planner.predict.profile import Point, check_profiles, load_profiles
+from planner.predict.points import TrainerPoint
+from planner.predict.profile import check_profiles, load_profiles
 from planner.predict.roofline import Place
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
@@ -73,10 +74,10 @@ def test_batches_of_several_sizes_run_on_the_same_processes(two_cores: Fleet) ->
     (whole,) = groups_of(workload, cluster)
     plan = whole.plans[0]
     batches = (
-        Batch(sequences=4, repeats=2),
-        Batch(sequences=8, repeats=2),
-        Batch(sequences=8, repeats=1, micro_batch_tokens=13),
-        Batch(sequences=12, repeats=1, stretch=1.5, held_out=True),
+        BatchSize(sequences=4, repeats=2),
+        BatchSize(sequences=8, repeats=2),
+        BatchSize(sequences=8, repeats=1, micro_batch_tokens=13),
+        BatchSize(sequences=12, repeats=1, stretch=1.5, held_out=True),
     )
     said: list[str] = []
     points, held_out = measure(
@@ -200,7 +201,7 @@ def test_what_the_host_does_not_hold_is_not_measured(monkeypatch: pytest.MonkeyP
 def test_a_point_is_the_median_and_of_an_even_number_the_lower_one(
     taken: list[float], seconds: float
 ) -> None:
-    key = Point(call="infer", role="actor", sequences=4, seconds=1.0)
+    key = TrainerPoint(call="infer", role="actor", sequences=4, seconds=1.0)
     samples = [
         Sample(
             key=key, seconds=t, tokens={"response_tokens": int(100 * t)}, memory={"used": number}

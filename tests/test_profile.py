@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,8 @@ import pytest
 
 from planner.commands.inputs import read_inputs
 from planner.predict.cost import CostModel, Place
-from planner.predict.profile import Point, Profile, check_profiles, load_profiles, warnings_of
+from planner.predict.points import HostPoint, Point, point_of
+from planner.predict.profile import Profile, check_profiles, load_profiles, warnings_of
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed, Lognormal, sample
@@ -38,22 +40,21 @@ def layout(**changes: Any) -> TrainerRole:
     )
 
 
+BATCH = {"sequences": 64, "prompt_tokens": 6400, "response_tokens": 12800}
+KEYS: dict[str, dict[str, Any]] = {
+    "infer": {"shard": 4, "micro_batch_tokens": 4096, **BATCH},
+    "train": {"shard": 4, "micro_batch_tokens": 4096, "minibatch": 16, **BATCH},
+    "generate": BATCH,
+    "transfer": {"shard": 4},
+    "wake": {"shard": 4},
+    "offload": {"shard": 4},
+}
+
+
 def point(call: str, role: str = "actor", **changes: Any) -> Point:
-    """Of the whole batch of WORKLOAD on 4 GPUs."""
-    base: dict[str, Any] = {
-        "call": call,
-        "role": role,
-        "gpus": 4,
-        "shard": 4,
-        "micro_batch_tokens": 4096,
-        "sequences": 64,
-        "prompt_tokens": 6400,
-        "response_tokens": 12800,
-        "seconds": 1.25,
-    }
-    if call == "train":
-        base["minibatch"] = 16
-    return Point(**{**base, **changes})
+    """A call over the whole batch of WORKLOAD on 4 GPUs."""
+    base = {"call": call, "role": role, "gpus": 4, "seconds": 1.25, **KEYS[call]}
+    return point_of(**{**base, **changes})
 
 
 def profile(*points: Point, **changes: Any) -> Profile:
@@ -83,14 +84,7 @@ def test_exact_matches_of_generate_sync_and_host() -> None:
     measured = model(
         point("generate", "rollout", tensor_parallel=2, engines=2, concurrency=16, seconds=3.5),
         point("transfer", tensor_parallel=2, engines=2, shared=True, seconds=0.25),
-        Point(
-            call="host",
-            role="advantages",
-            sequences=64,
-            prompt_tokens=6400,
-            response_tokens=12800,
-            seconds=0.5,
-        ),
+        HostPoint(call="host", role="advantages", **BATCH, seconds=0.5),
     )
     assert measured.generate(rollout, [PLACE]).seconds == pytest.approx([3.5], rel=1e-12)
     synced = measured.sync(layout(), PLACE, rollout, [PLACE], same_node=True, shared=True)
@@ -280,6 +274,57 @@ def test_a_bad_point_is_refused_by_file_and_key(tmp_path: Path, text: str, probl
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("call", "key", "value"),
+    [
+        ("infer", "engines", 2),
+        ("wake", "sequences", 8),
+        ("host", "gpus", 2),
+        ("train", "shared", 1),
+    ],
+)
+def test_a_key_of_another_kind_has_its_default_or_is_refused(
+    tmp_path: Path, call: str, key: str, value: int
+) -> None:
+    path = tmp_path / "profile.json"
+    some = HostPoint(call="host", role="score", **BATCH, seconds=1.0)
+    profile(some if call == "host" else point(call)).write(path)
+    text = path.read_text()
+    assert load_profiles([path])[0].to_json() == text
+    known = re.search(rf'"{key}": (0|1|false),', text)
+    assert known
+    path.write_text(text.replace(known[0], f'"{key}": {value},'))
+    with pytest.raises(UserError) as error:
+        load_profiles([path])
+    problem = f"{key} says nothing about a point of {call}; remove it"
+    assert str(error.value) == f"{path}: points.0: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (("infer", "dream"), "points.0: 'call' is 'dream'; choose one of 'infer', 'train', "),
+        (('"call"', '"kind"'), "points.0: 'call' is missing; add it"),
+    ],
+)
+def test_a_point_of_no_kind_is_refused(
+    tmp_path: Path, change: tuple[str, str], problem: str
+) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text(profile(point("infer")).to_json().replace(*change))
+    with pytest.raises(UserError) as error:
+        load_profiles([path])
+    assert str(error.value).startswith(f"{path}: {problem}")
+
+
+def test_the_schema_of_a_profile_has_the_keys_of_the_file() -> None:
+    written = json.loads(profile(point("wake", offload="all"), point("infer")).to_json())
+    schemas = Profile.json_schema()["$defs"]
+    for kind, keys in zip(("MovePoint", "TrainerPoint"), written["points"], strict=True):
+        assert keys.keys() | {"partly"} == schemas[kind]["properties"].keys()
+    assert schemas["MovePoint"]["properties"]["sequences"] == {"const": 0}
+
+
 def smaller(call: str, **changes: Any) -> Point:
     """Half the batch."""
     return point(
@@ -332,7 +377,7 @@ def test_more_gpus_that_take_longer_are_said() -> None:
             point("infer", gpus=4, seconds=1.5),
             point("infer", gpus=8, shard=8, seconds=2.0),
         ],  # sharded more
-        [smaller("wake", seconds=2.0), point("wake", seconds=1.5)],  # moves depend on no tokens
+        [point("wake", seconds=2.0), point("wake", seconds=1.5)],  # moves depend on no tokens
     ],
 )
 def test_no_warning_where_nothing_contradicts(points: list[Point]) -> None:

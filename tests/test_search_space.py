@@ -13,7 +13,8 @@ from planner.predict.cost import Place
 from planner.predict.cycle import cycles
 from planner.predict.memory import trainer_memory
 from planner.predict.objective import with_mean
-from planner.predict.profile import Point, Profile
+from planner.predict.points import point_of
+from planner.predict.profile import Profile
 from planner.predict.schedule import staleness, steady_edges, unroll
 from planner.search.solver.best_program import best_program, bound_rates, choices_of, cycles_of
 from planner.search.solver.bounds import Bounds
@@ -278,17 +279,15 @@ def some_profile(workload):
             "role": role,
             "gpus": gpus,
             "shard": shard,
-            "offload": offload,
             "seconds": float(rng.uniform(1, 9)),
         }
         batch = {"sequences": workload.batch, "prompt_tokens": 10**5, "response_tokens": 10**5}
-        calls = ("wake", "offload") if offload == "all" else ("infer", "train")
-        of_calls = (
-            {}
-            if offload == "all"
-            else {"micro_batch_tokens": tokens, "minibatch": workload.minibatch, **batch}
-        )
-        points += [Point(call=call, **where, **of_calls) for call in calls]
+        if offload == "all":
+            calls, keys = ("wake", "offload"), {"offload": "all"}
+        else:
+            calls, keys = ("infer", "train"), {"micro_batch_tokens": tokens, **batch}
+            keys["minibatch"] = workload.minibatch
+        points += [point_of(call=call, **where, **keys) for call in calls]
     return Profile(device="h200", model=workload.actor.shape, points=tuple(points))
 
 

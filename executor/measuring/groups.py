@@ -19,18 +19,18 @@ from planner.spec.plan import Issue, Plan, Pool, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
 # Seconds beside the calls themselves, as they were on hosts of 1 to 4 H200 and on a laptop's cores.
-START = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all processes
-ENGINES = {"cuda": 60.0, "cpu": 1.0}  # to start some side by side
-TENSOR_PARALLEL = 15.0  # beyond that, if an engine has several GPUs
-PINNING = 0.5e-9  # per byte of the host that is taken for what is offloaded
-TRAINERS = {"cuda": 12.0, "cpu": 2.0}  # to load models and take over the weights
-COMPILING = {"cuda": 20.0, "cpu": 0.0}  # in the first step of all
+SESSION_START_SECONDS = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all processes
+ENGINE_START_SECONDS = {"cuda": 60.0, "cpu": 1.0}  # to start some side by side
+PEERS_START_SECONDS = 15.0  # beyond that, if an engine has several GPUs
+PINNING_SECONDS_PER_BYTE = 0.5e-9  # per byte of the host that is taken for what is offloaded
+TRAINER_START_SECONDS = {"cuda": 12.0, "cpu": 2.0}  # to load models and take over the weights
+COMPILING_SECONDS = {"cuda": 20.0, "cpu": 0.0}  # in the first step of all
 # Of these two repeats are enough, and what is not the whole batch is the first to be left out.
-LONG_STEP = 15.0
+LONG_STEP_SECONDS = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class BatchSize:
     """What a step has instead of the workload's batch: so many `sequences`, with responses
     `stretch` times as long, in micro-batches of at most so many tokens (None: as the plan says). An
     `extra` one is the first to be left out."""
@@ -59,15 +59,15 @@ class Group:
 
     name: str
     plans: tuple[Plan, ...]
-    batches: tuple[Batch, ...]
+    batches: tuple[BatchSize, ...]
     start_seconds: float = 0.0
     step_seconds: tuple[float, ...] = ()
 
     @property
-    def steps(self) -> tuple[tuple[Batch, bool], ...]:
+    def steps(self) -> tuple[tuple[BatchSize, bool], ...]:
         """The batch of each step, and whether it counts: a warm-up does not, before the first batch
         and before those whose micro-batches are so small that other code is compiled for them."""
-        found: list[tuple[Batch, bool]] = []
+        found: list[tuple[BatchSize, bool]] = []
         for number, batch in enumerate(self.batches):
             found += [(batch, False)] * (number == 0 or batch.micro_batch_tokens is not None)
             found += [(batch, True)] * batch.repeats
@@ -78,14 +78,14 @@ class Group:
         each = dict(zip(self.batches, self.step_seconds, strict=True))
         return self.start_seconds + sum(each[batch] for batch, _ in self.steps)
 
-    def only(self, batches: Sequence[Batch]) -> "Group":
+    def only(self, batches: Sequence[BatchSize]) -> "Group":
         kept = [number for number, batch in enumerate(self.batches) if batch in batches]
         each = tuple(self.step_seconds[number] for number in kept)
         return replace(
             self, batches=tuple(self.batches[number] for number in kept), step_seconds=each
         )
 
-    def label(self, batch: Batch) -> str:
+    def label(self, batch: BatchSize) -> str:
         return f"{self.name}: {batch.name}"
 
 
@@ -158,7 +158,7 @@ def _on_cores(workload: Workload, cluster: Cluster) -> Iterator[Group]:
     """For each number of cores all roles on one pool, as often as there is room, and the tutorial's
     two pools with a rollout over both, whose updates and weights go from one pool to the other."""
     count = len(cluster.gpus)
-    batches = (Batch(sequences=workload.batch, repeats=6),)  # cores are noisier than GPUs
+    batches = (BatchSize(sequences=workload.batch, repeats=6),)  # cores are noisier than GPUs
     for size in (2**power for power in range(count.bit_length())):
         places = (range(first, first + size) for first in range(0, count - size + 1, size))
         yield from _group(
@@ -197,7 +197,7 @@ def _on_gpus(workload: Workload, cluster: Cluster) -> Iterator[Group]:
     yield from _group(large, _shared(workload, cluster, most, count // 2, count, asleep=count == 2))
 
 
-def _group(batches: Sequence[Batch], *plans: Plan | None) -> Iterator[Group]:
+def _group(batches: Sequence[BatchSize], *plans: Plan | None) -> Iterator[Group]:
     """The group of these plans, which are alike, if they fit the memory."""
     there = tuple(plan for plan in plans if plan is not None)
     if there:
@@ -209,17 +209,17 @@ def _group(batches: Sequence[Batch], *plans: Plan | None) -> Iterator[Group]:
         yield Group(name=copies + there[0].name, plans=there, batches=tuple(batches))
 
 
-def _batches(workload: Workload) -> tuple[Batch, ...]:
+def _batches(workload: Workload) -> tuple[BatchSize, ...]:
     """A quarter, half and all of the workload's batch, in whole minibatches; half of it in small
     micro-batches; and the held-out one. Only all of it where prompts come from a file."""
     sizes = sorted({_share(workload, 0.25), _share(workload, 0.5), workload.batch})
     if workload.data is not None:
-        return (Batch(sequences=workload.batch, repeats=3),)
-    plain = [Batch(sequences=n, repeats=3, extra=2 * n < workload.batch) for n in sizes]
+        return (BatchSize(sequences=workload.batch, repeats=3),)
+    plain = [BatchSize(sequences=n, repeats=3, extra=2 * n < workload.batch) for n in sizes]
     tokens = max(MICRO_BATCH_TOKENS[0], workload.longest)
-    narrow = Batch(sequences=sizes[-2:][0], repeats=3, micro_batch_tokens=tokens, extra=True)
+    narrow = BatchSize(sequences=sizes[-2:][0], repeats=3, micro_batch_tokens=tokens, extra=True)
     stretch = 0.5 if isinstance(workload.response, Fixed) else 1.5
-    unseen = Batch(sequences=_share(workload, 0.75), repeats=2, stretch=stretch, held_out=True)
+    unseen = BatchSize(sequences=_share(workload, 0.75), repeats=2, stretch=stretch, held_out=True)
     return (*plain, narrow, unseen)
 
 
@@ -391,13 +391,16 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
     found = []
     for number, group in enumerate(groups):
         engines = {(gpus, made_for(plan)) for plan in group.plans for _, gpus in plan.engine_gpus()}
-        start = TRAINERS[kind]
+        start = TRAINER_START_SECONDS[kind]
         if not engines <= running:
-            start += ENGINES[kind] + TENSOR_PARALLEL * any(
+            start += ENGINE_START_SECONDS[kind] + PEERS_START_SECONDS * any(
                 plan.rollout.tensor_parallel > 1 for plan in group.plans
             )
-        start += PINNING * sum(sum(host_bytes(plan).values()) for plan in group.plans)
-        start += COMPILING[kind] / (1 if number == 0 else 3) + (START[kind] if number == 0 else 0.0)
+        pinned = sum(sum(host_bytes(plan).values()) for plan in group.plans)
+        start += PINNING_SECONDS_PER_BYTE * pinned
+        start += COMPILING_SECONDS[kind] / (1 if number == 0 else 3)
+        if number == 0:
+            start += SESSION_START_SECONDS[kind]
         running = engines  # an engine of another kind on the same GPUs ends
         steps, batches = [], []
         for batch in group.batches:
@@ -407,7 +410,7 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
             model, plan = models[batch.sequences], group.plans[0]
             seconds = sum(float(model.call(call, plan).seconds[0]) for call in plan.dataflow.calls)
             steps.append(max(1.0, batch.stretch) * seconds)
-            if steps[-1] > LONG_STEP:
+            if steps[-1] > LONG_STEP_SECONDS:
                 less = batch.sequences < workload.batch and not batch.held_out
                 batch = replace(batch, repeats=min(2, batch.repeats), extra=batch.extra or less)
             batches.append(batch)

@@ -21,21 +21,32 @@ from executor.data.batch import Ints, Prompts, PromptSource, Sequences, Syntheti
 from executor.fleet import pools
 from executor.fleet.session import ray_session
 from executor.fleet.worker import WorkerError, ask
-from executor.measuring.groups import Batch, Group, fitting, groups_here
+from executor.measuring.groups import BatchSize, Group, fitting, groups_here
 from executor.running import preflight
 from executor.running.loop import Silent, loop
 from executor.running.processes import fleet_for
 from executor.running.step import Done, Training
 from executor.running.supervise import Deadlines
-from planner.predict.profile import Point, Profile
+from planner.predict.likeness import MoveCall
+from planner.predict.points import (
+    Batched,
+    HostPoint,
+    MovePoint,
+    Point,
+    RolloutPoint,
+    TrainerPoint,
+    TransferPoint,
+)
+from planner.predict.profile import Profile
 from planner.predict.schedule import Task, tasks_of
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Span
-from planner.spec.workload import Workload
+from planner.spec.workload import TRAINED, Shape, Workload
 
 PACKAGES = ("torch", "transformers", "ray", "vllm")
+OPEN = 1.0  # the seconds of a point that has not been summed up
 Say = Callable[[str], None]
 
 
@@ -179,7 +190,7 @@ def _resumed(out: Path, empty: Profile) -> Profile:
     return there
 
 
-def _missing(group: Group, there: Profile) -> list[Batch]:
+def _missing(group: Group, there: Profile) -> list[BatchSize]:
     return [batch for batch in group.batches if group.label(batch) not in there.measured]
 
 
@@ -213,7 +224,7 @@ class Sized:
     it comes, so that its repeats can be compared; those of step 0 of a run, or for a held-out batch
     those of step 1."""
 
-    def __init__(self, workload: Workload, batches: Sequence[Batch]) -> None:
+    def __init__(self, workload: Workload, batches: Sequence[BatchSize]) -> None:
         self._workload, self._batches = workload, batches
 
     def step(self, step: int) -> Prompts:
@@ -234,12 +245,12 @@ class Sized:
         """There is none."""
 
 
-class Measured(Training):
+class MeasuredTraining(Training):
     """Runs each step with its own batch, and keeps every step's sequences for their lengths and
     every call's peak of memory."""
 
     def __init__(
-        self, plan: Plan, batches: Sequence[Batch], fleet: pools.Fleet, deadlines: Deadlines
+        self, plan: Plan, batches: Sequence[BatchSize], fleet: pools.Fleet, deadlines: Deadlines
     ) -> None:
         synthetic = plan.workload.data is None
         prompts: PromptSource = (
@@ -271,7 +282,7 @@ class Measured(Training):
 class Telling(Silent):
     """Tells the seconds of every step's calls."""
 
-    def __init__(self, batches: Sequence[Batch], say: Say) -> None:
+    def __init__(self, batches: Sequence[BatchSize], say: Say) -> None:
         self._batches, self._say = batches, say
         self._seconds: dict[int, list[str]] = defaultdict(list)
 
@@ -303,14 +314,15 @@ def _measure(group: Group, fleet: pools.Fleet, say: Say) -> tuple[list[Point], l
     def deadlines(plan: Plan) -> Deadlines:
         return Deadlines(plan=plan, predicted=lambda _: longest)
 
+    def backend_of(plan: Plan) -> MeasuredTraining:
+        return MeasuredTraining(plan, batches, fleet, deadlines(plan))
+
     with ThreadPoolExecutor(max_workers=len(group.plans)) as threads:
-        backends = list(
-            threads.map(lambda plan: Measured(plan, batches, fleet, deadlines(plan)), group.plans)
-        )
+        backends = list(threads.map(backend_of, group.plans))
         say("processes are ready")
         watchers = [Telling(batches, say), *(Silent() for _ in backends[1:])]
         ran = list(threads.map(_run, backends, watchers))
-        list(threads.map(Measured.close, backends))
+        list(threads.map(MeasuredTraining.close, backends))
     found: dict[bool, dict[Point, list[Sample]]] = {
         True: defaultdict(list),
         False: defaultdict(list),
@@ -319,15 +331,15 @@ def _measure(group: Group, fleet: pools.Fleet, say: Say) -> tuple[list[Point], l
         for index, span in spans.items():
             batch, counts = steps[span.step]
             for sample in _samples(backend, index, span) if counts else ():
-                depends = sample.key.sequences > 0  # on the batch
-                found[batch.held_out and depends][sample.key].append(sample)
+                depends_on_batch = isinstance(sample.key, Batched)
+                found[batch.held_out and depends_on_batch][sample.key].append(sample)
     return tuple(
         [summed_up(key, samples) for key, samples in found[held_out].items()]
         for held_out in (False, True)
     )
 
 
-def _run(backend: Measured, watcher: Silent) -> dict[int, Span]:
+def _run(backend: MeasuredTraining, watcher: Silent) -> dict[int, Span]:
     spans: dict[int, Span] = {}
     loop(tasks_of(backend.plan, len(backend.batches)), backend, spans, watcher)
     return spans
@@ -346,90 +358,111 @@ class Sample:
     memory: dict[str, int]
 
 
-def _samples(backend: Measured, index: int, span: Span) -> Iterator[Sample]:
+def _samples(backend: MeasuredTraining, index: int, span: Span) -> Iterator[Sample]:
     """The call itself, and its moves between host and GPU.
 
     Seconds run from when the call could start, not from when its processes did: the way through the
     controller is part of what a call costs."""
     plan, batch = backend.plan, backend.batches[span.step]
     key, tokens = _key(plan, span, backend.made[span.step], batch)
-    moved = {part: span.parts.get(part, 0.0) for part in ("wake", "offload")}
+    moves: tuple[MoveCall, ...] = ("wake", "offload")
+    moved = {call: span.parts.get(call, 0.0) for call in moves}
     seconds = span.end - span.ready - sum(moved.values())
     yield Sample(key=key, seconds=seconds, tokens=tokens, memory=backend.memory[index])
-    mover = _mover(plan, span)
-    for part, taken in moved.items():
-        if mover is not None and taken > 0:
-            like = {"call": part, "model": key.model, "seconds": 1.0}
-            yield Sample(
-                key=Point.model_validate(like | mover), seconds=taken, tokens={}, memory={}
-            )
+    for call, taken in moved.items():
+        move = _move(call, plan, span, key.model) if taken > 0 else None
+        if move is not None:
+            yield Sample(key=move, seconds=taken, tokens={}, memory={})
 
 
-def _key(plan: Plan, span: Span, made: Sequences, batch: Batch) -> tuple[Point, dict[str, Any]]:
-    """The point that a span belongs to, and the tokens that the span had."""
+def _key(plan: Plan, span: Span, made: Sequences, batch: BatchSize) -> tuple[Point, dict[str, Any]]:
+    """The point that a span belongs to, and the tokens that the span had. Its seconds are left
+    open."""
     workload, call = plan.workload, plan.dataflow[span.call]
-    shape = None if call.kind == "host" else workload.model_of(span.role).shape
-    key: dict[str, Any] = {
-        "call": call.kind,
-        "role": span.role,
-        "model": None if shape == workload.actor.shape else shape,
-        "seconds": 1.0,
-    }
-    tokens: dict[str, Any] = {}
-    if call.kind != "transfer":
-        key["sequences"] = len(made.lengths)
-        tokens = {
-            "prompt_tokens": int(made.prompt_lengths.sum()),
-            "response_tokens": int(made.response_lengths.sum()),
-        }
-        if len(set(made.response_lengths.tolist())) > 1 and made.response_lengths.min() > 0:
-            tokens["response_lengths"] = tuple(made.response_lengths.tolist())
+    sequences, tokens = len(made.lengths), _tokens(made)
     if call.kind == "host":
-        key["role"] = span.call
-    elif call.kind in ("generate", "transfer"):
-        rollout = plan.rollout
-        key |= {
-            "tensor_parallel": rollout.tensor_parallel,
-            "engines": rollout.replicas,
-            "gpus": plan.gpus_of(span.pools),
-        }
-        if call.kind == "generate":
-            key["concurrency"] = rollout.concurrency
-    if call.kind in ("infer", "train", "transfer"):
-        layout = plan.trainers[call.roles[0]]
-        key |= {"gpus": layout.gpus, "shard": layout.shard}
-        if call.kind == "transfer":
-            key["shared"] = plan.rollout.pools == layout.pools
-            key["partly"] = not key["shared"] and layout.pools[0] in plan.rollout.pools
-        else:
-            key["micro_batch_tokens"] = batch.micro_batch_tokens or layout.micro_batch_tokens
-        if call.kind == "train":
-            key |= {
-                "recompute": layout.recompute,
-                "minibatch": workload.minibatch,
-                "epochs": workload.ppo.epochs,
-            }
-    return Point.model_validate(key), tokens
-
-
-def _mover(plan: Plan, span: Span) -> dict[str, Any] | None:
-    """Whose memory a call moves, as far as it is all of one role's: an update's, with its
-    optimizer, a forward pass's of a role that does not train, an engine's."""
-    call, rollout = plan.dataflow[span.call], plan.rollout
+        host = HostPoint(call="host", role=span.call, sequences=sequences, seconds=OPEN)
+        return host, tokens
+    shape, rollout = workload.model_of(span.role).shape, plan.rollout
+    model = None if shape == workload.actor.shape else shape
     if call.kind == "generate":
-        return {
-            "role": "rollout",
-            "tensor_parallel": rollout.tensor_parallel,
-            "gpus": rollout.tensor_parallel,
-        }
-    if call.kind == "train" or (call.kind == "infer" and span.role in ("reference", "reward")):
-        layout = plan.trainers[span.role]
-        return {
-            "role": span.role,
-            "gpus": layout.gpus,
-            "shard": layout.shard,
-            "offload": layout.offload,
-        }
+        generated = RolloutPoint(
+            call="generate",
+            role=span.role,
+            gpus=plan.gpus_of(span.pools),
+            tensor_parallel=rollout.tensor_parallel,
+            engines=rollout.replicas,
+            concurrency=rollout.concurrency,
+            sequences=sequences,
+            model=model,
+            seconds=OPEN,
+        )
+        return generated, tokens
+    layout = plan.trainers[call.roles[0]]
+    if call.kind == "transfer":
+        shared = rollout.pools == layout.pools
+        moved = TransferPoint(
+            call="transfer",
+            role=span.role,
+            gpus=layout.gpus,
+            shard=layout.shard,
+            tensor_parallel=rollout.tensor_parallel,
+            engines=rollout.replicas,
+            shared=shared,
+            partly=not shared and layout.pools[0] in rollout.pools,
+            model=model,
+            seconds=OPEN,
+        )
+        return moved, {}
+    train = call.kind == "train"
+    trained = TrainerPoint(
+        call="train" if train else "infer",
+        role=span.role,
+        gpus=layout.gpus,
+        shard=layout.shard,
+        micro_batch_tokens=batch.micro_batch_tokens or layout.micro_batch_tokens,
+        recompute=train and layout.recompute,
+        sequences=sequences,
+        minibatch=workload.minibatch if train else None,
+        epochs=workload.ppo.epochs if train else 1,
+        model=model,
+        seconds=OPEN,
+    )
+    return trained, tokens
+
+
+def _tokens(made: Sequences) -> dict[str, Any]:
+    """Totals over a step's sequences, and each response where they differ."""
+    responses = made.response_lengths
+    tokens: dict[str, Any] = {
+        "prompt_tokens": int(made.prompt_lengths.sum()),
+        "response_tokens": int(responses.sum()),
+    }
+    if len(set(responses.tolist())) > 1 and responses.min() > 0:
+        tokens["response_lengths"] = tuple(responses.tolist())
+    return tokens
+
+
+def _move(call: MoveCall, plan: Plan, span: Span, model: Shape | None) -> MovePoint | None:
+    """What a call moves, as far as it is all of one role's: an update's memory, with its optimizer,
+    a forward pass's of a role that does not train, an engine's."""
+    caller, role = plan.dataflow[span.call], span.role
+    if caller.kind == "generate":
+        size = plan.rollout.tensor_parallel
+        return MovePoint(
+            call=call, role="rollout", gpus=size, tensor_parallel=size, model=model, seconds=OPEN
+        )
+    if caller.kind == "train" or (caller.kind == "infer" and role not in TRAINED):
+        layout = plan.trainers[role]
+        return MovePoint(
+            call=call,
+            role=role,
+            gpus=layout.gpus,
+            shard=layout.shard,
+            offload=layout.offload,
+            model=model,
+            seconds=OPEN,
+        )
     return None
 
 
@@ -452,4 +485,4 @@ def summed_up(key: Point, samples: Sequence[Sample]) -> Point:
         "reserved_bytes": most["reserved"],
         "allocated_bytes": most["allocated"],
     }
-    return Point.model_validate({**key.model_dump(), **tokens, **figures})
+    return type(key).model_validate({**key.model_dump(), **tokens, **figures})

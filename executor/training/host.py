@@ -25,6 +25,7 @@ from executor.training import loading, models, shards
 from executor.training.offload import Parking
 from planner.predict.memory import trainer_allowance
 from planner.spec.plan import Plan, TrainerRole
+from planner.spec.workload import TRAINED
 
 SIOCGIFADDR = 0x8915  # Linux: the address of a network interface
 
@@ -130,7 +131,7 @@ class Host(Worker):
     def _host(
         self, role: str, layout: TrainerRole, mesh: DeviceMesh, saved: shards.Saved | None
     ) -> Hosted:
-        trained = role in models.TRAINED
+        trained = role in TRAINED
         workload = self.plan.workload
         dtype = torch.float32 if self.on_cpu or trained else torch.bfloat16
         model = models.empty(role, workload.models[role], dtype)

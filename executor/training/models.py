@@ -30,7 +30,6 @@ CLASSES: dict[str, Any] = {
     "critic": AutoModelForTokenClassification,  # one label per token: the value
     "reward": AutoModelForSequenceClassification,
 }
-TRAINED = ("actor", "critic")
 
 
 class Policy(nn.Module):

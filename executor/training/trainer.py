@@ -25,6 +25,7 @@ from executor.training.packing import Packed, pack
 from executor.training.weights import Described
 from planner.spec.errors import UserError
 from planner.spec.plan import TrainerRole
+from planner.spec.workload import TRAINED
 
 COLUMNS = dict[str, NDArray[np.float32]]  # further columns [B, R] of a batch, by datum
 
@@ -72,7 +73,7 @@ class Trainer(Host):
     def _full_micro_batch(self, role: str, layout: TrainerRole) -> Packed:
         """As many of the longest sequences as a micro-batch may have."""
         workload = self.plan.workload
-        share = (workload.minibatch if role in models.TRAINED else workload.batch) // layout.gpus
+        share = (workload.minibatch if role in TRAINED else workload.batch) // layout.gpus
         count = max(1, min(layout.micro_batch_tokens // workload.longest, share))
         sequences = Sequences(
             tokens=np.zeros((count, workload.longest), dtype=np.int32),

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from planner.commands.inputs import check_target, make_console, read_cluster
 from planner.predict.judge import judge as judged_points
+from planner.predict.points import OnGpus
 from planner.predict.profile import Profile, load_profiles, warnings_of
 from planner.report.judged import page, tables, with_notes
 from planner.spec.cluster import Cluster, make_cluster
@@ -54,7 +55,12 @@ def _cluster_of(profiles: Sequence[Profile]) -> Cluster:
         )
     if devices == {"cpu"}:
         return _given("local", profiles)
-    points = [point for profile in profiles for point in (*profile.points, *profile.held_out)]
+    points = [
+        point
+        for profile in profiles
+        for point in (*profile.points, *profile.held_out)
+        if isinstance(point, OnGpus)
+    ]
     gpus = max((point.gpus for point in points), default=1)
     nodes = max((point.nodes for point in points), default=1)
     return make_cluster(gpus, devices.pop(), -(-gpus // nodes))

@@ -22,15 +22,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from planner.predict.columns import Integers, Seconds
 from planner.predict.memory import compute_bytes, kv_bytes_per_token
 from planner.predict.roofline import LINK_LATENCY_SECONDS
 from planner.spec.cluster import Device
 from planner.spec.workload import Shape
-
-Tokens = NDArray[np.int64]
-Seconds = NDArray[np.float64]
 
 FOLLOWED_ENGINES = (
     64  # of equal ones with a queue: more are taken to do as these with their share of the requests
@@ -91,7 +88,7 @@ def engine_speed(shape: Shape, tensor_parallel: int, device: Device) -> Speed:
 
 
 def generation_seconds(
-    prompts: Tokens, responses: Tokens, engines: Sequence[Speed], concurrency: int, limit: int
+    prompts: Integers, responses: Integers, engines: Sequence[Speed], concurrency: int, limit: int
 ) -> Seconds:
     """Seconds [S] until the last engine is done, for `prompts` and `responses` [S, B] in tokens.
     `concurrency` is each engine's number of slots, `limit` the longest response allowed."""
@@ -101,7 +98,7 @@ def generation_seconds(
     return np.array([_queued(p, r, engines, concurrency, limit) for p, r in rows])
 
 
-class Batch:
+class BatchLengths:
     """The lengths of a batch in tokens, `prompts` and `responses` [S, B], with what floors ask of
     them often."""
 
@@ -111,23 +108,21 @@ class Batch:
     LEVELS = (0.25, 0.5, 0.75, 0.9)  # of responses that are shorter: there a wave is cut into parts
     DEEPEST = 32  # waves of a queue: with more, the shared work is what counts
 
-    def __init__(self, prompts: Tokens, responses: Tokens) -> None:
+    def __init__(self, prompts: Integers, responses: Integers) -> None:
         self.prompts, self.responses = prompts, responses
         self.contexts = (
             prompts * responses + responses * (responses - 1) // 2
         )  # over all steps of a sequence
         self.even = bool((prompts == prompts[0, 0]).all())
         self.longest = np.argsort(-responses, axis=1, kind="stable")[:, : self.FOLLOWED]
-        self._first: dict[tuple[int, int], Tokens] = {}
+        self._first: dict[tuple[int, int], Integers] = {}
         self._sums = [
             values.sum(axis=1) for values in (responses, self.contexts, prompts, prompts**2)
         ]
         self._rising = np.sort(responses, axis=1)
         self._levels = self._rising[0, [int(share * responses.shape[1]) for share in self.LEVELS]]
 
-    def floors(
-        self, speed: Speed, engines: NDArray[np.int64], concurrency: NDArray[np.int64]
-    ) -> Seconds:
+    def floors(self, speed: Speed, engines: Integers, concurrency: Integers) -> Seconds:
         """Seconds [n, S] that generation on so many engines with so many slots each [n] is not
         below: what all engines take on average; or the steps that pass at least, full ones as long
         as there is a queue. As jobs taken in their order start no later if some of them get
@@ -160,7 +155,7 @@ class Batch:
         lone = speed.matrices(1) + speed.attention * prompt
         return np.asarray(np.maximum(average, emptied * (full - lone) + last * lone))
 
-    def _longest_at_first(self, engines: int, slots: int) -> Tokens:
+    def _longest_at_first(self, engines: int, slots: int) -> Integers:
         """The longest of the responses [S] that each engine starts with, summed over the
         engines."""
         if not self.even:
@@ -174,7 +169,7 @@ class Batch:
             self._first[key] = first.reshape(len(first), rows, engines).max(axis=1).sum(axis=1)
         return self._first[key]
 
-    def _least_steps(self, slots: NDArray[np.int64]) -> tuple[Tokens, Tokens]:
+    def _least_steps(self, slots: Integers) -> tuple[Integers, Integers]:
         """Steps [n, S] that pass at least until the queue for so many slots [n] is empty, and until
         the last response ends.
 
@@ -229,13 +224,13 @@ class Batch:
         ]
 
 
-class Simulation:
+class GenerationRun:
     """Generation on some engines, simulated scenario by scenario as far as it is asked for:
     `seconds` [S] are floors but for the first `known` scenarios."""
 
     def __init__(
         self,
-        batch: Batch,
+        batch: BatchLengths,
         engines: Sequence[Speed],
         concurrency: int,
         limit: int,
@@ -280,7 +275,9 @@ class Simulation:
             self.known += 1
 
 
-def deal(prompts: Tokens, engines: int, concurrency: int, limit: int) -> tuple[Tokens, Tokens]:
+def deal(
+    prompts: Integers, engines: int, concurrency: int, limit: int
+) -> tuple[Integers, Integers]:
     """Engine and place within it of each of the first requests [B], as long as there is a free
     slot."""
     prompts = prompts[: engines * concurrency]
@@ -297,7 +294,7 @@ def deal(prompts: Tokens, engines: int, concurrency: int, limit: int) -> tuple[T
 
 
 def _one_wave(
-    prompts: Tokens, responses: Tokens, engines: Sequence[Speed], concurrency: int, limit: int
+    prompts: Integers, responses: Integers, engines: Sequence[Speed], concurrency: int, limit: int
 ) -> Seconds:
     """Every sequence starts at once. With an engine's sequences in the order of their lengths, the
     number of active ones is constant between two lengths; a sequence's contexts add up to p r + r
@@ -331,7 +328,7 @@ def _alike(engines: Sequence[Speed]) -> bool:
     return all(speed is engines[0] for speed in engines) or len(set(engines)) == 1
 
 
-def _even_wave(prompt: int, responses: Tokens, speed: Speed, engines: int) -> Seconds:
+def _even_wave(prompt: int, responses: Integers, speed: Speed, engines: int) -> Seconds:
     """Every sequence starts at once, equal prompts are dealt to equal engines in turn."""
     scenarios, batch = responses.shape
     width = -(-batch // engines)
@@ -354,7 +351,7 @@ def _even_wave(prompt: int, responses: Tokens, speed: Speed, engines: int) -> Se
 
 
 def _queued(
-    prompt_tokens: Tokens, responses: list[int], engines: Sequence[Speed], slots: int, limit: int
+    prompt_tokens: Integers, responses: list[int], engines: Sequence[Speed], slots: int, limit: int
 ) -> float:
     """One scenario with a queue, event by event: always the engine whose next sequence ends first,
     the first engine on a tie, frees its slots and takes as many requests. While there is a queue
@@ -407,7 +404,7 @@ def _queued(
     return max(ends)
 
 
-def _drain(ends: Tokens, tokens: Tokens, now: int, context: int, speed: Speed) -> float:
+def _drain(ends: Integers, tokens: Integers, now: int, context: int, speed: Speed) -> float:
     """Seconds from step `now` until the last of some sequences is done: the steps [n] at which they
     end, rising, and the tokens [n] that they then have; now they have `context` together."""
     steps, active = np.diff(ends, prepend=now), np.arange(len(ends), 0, -1)

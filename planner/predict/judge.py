@@ -12,18 +12,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from planner.predict.correction import lengths_of, trainer_of
+from planner.predict.columns import Grid, Integers
 from planner.predict.cost import CostModel
-from planner.predict.profile import MEASURED, WORK, Point, Profile
+from planner.predict.memory import moved_bytes
+from planner.predict.points import (
+    HostPoint,
+    MovePoint,
+    Point,
+    RolloutPoint,
+    TrainerPoint,
+    TransferPoint,
+)
+from planner.predict.profile import FIGURES, WORK, Profile
+from planner.predict.roofline import sharding_of
 from planner.spec.cluster import Cluster, Device
 from planner.spec.engines import engine_for
 from planner.spec.lengths import Fixed
 from planner.spec.plan import RolloutRole
 from planner.spec.workload import Model, Ppo, Shape, Workload
 
-THIRDS = 3
+PARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +81,7 @@ def judge(profiles: Sequence[Profile], cluster: Cluster) -> list[Judged]:
     """All points of the profiles, which are used together, in their order: first held out by
     thirds, then unseen."""
     third = _thirds(profiles)
-    known = [[_without(profile, turn, third) for profile in profiles] for turn in range(THIRDS)]
+    known = [[_without(profile, turn, third) for profile in profiles] for turn in range(PARTS)]
     found = [
         _judged(profile, point, known[third[_cell(profile, point)]], cluster, unseen=False)
         for profile in profiles
@@ -126,14 +135,14 @@ def _thirds(profiles: Sequence[Profile]) -> dict[str, int]:
         for point in profile.points:
             cell = _cell(profile, point)
             if cell not in found:
-                found[cell] = counts.get(point.call, 0) % THIRDS
+                found[cell] = counts.get(point.call, 0) % PARTS
                 counts[point.call] = counts.get(point.call, 0) + 1
     return found
 
 
 def _cell(profile: Profile, point: Point) -> str:
     """All that is held out together: the layout and the number of sequences, whosever call."""
-    alike = point.model_dump_json(exclude=MEASURED | (WORK - {"sequences"}) | {"role", "model"})
+    alike = point.model_dump_json(exclude=FIGURES | (WORK - {"sequences"}) | {"role", "model"})
     role = point.role if point.call == "host" else point.role == "rollout"
     return f"{profile.device} {profile.shape_of(point)} {role} {alike}"
 
@@ -160,50 +169,84 @@ def estimate(
     point: Point, shape: Shape, device: Device, cluster: Cluster, profiles: Sequence[Profile] = ()
 ) -> float:
     """Seconds that the cost model expects of a point's call, in its layout and with its lengths."""
-    lengths = lengths_of(point) if point.sequences else (np.ones((1, 1), dtype=np.int64),) * 2
-    model = CostModel(_workload(point, shape, *lengths), cluster, profiles, lengths=lengths)
-    layout, place = trainer_of(point, device)
-    rollout = RolloutRole(
+    match point:
+        case TransferPoint() | MovePoint():
+            one = np.ones((1, 1), dtype=np.int64)  # neither depends on the batch
+            model = CostModel(_workload(shape, one, one), cluster, profiles)
+        case TrainerPoint():
+            prompts, responses = point.lengths()
+            minibatch = point.minibatch or point.sequences
+            workload = _workload(shape, prompts, responses, minibatch, point.epochs)
+            model = CostModel(workload, cluster, profiles, lengths=(prompts, responses))
+        case RolloutPoint() | HostPoint():
+            prompts, responses = point.lengths()
+            workload = _workload(shape, prompts, responses)
+            model = CostModel(workload, cluster, profiles, lengths=(prompts, responses))
+    match point:
+        case HostPoint():
+            found = model.host(point.role)
+        case RolloutPoint():
+            slots = point.concurrency or point.sequences
+            layout = _engines(device, point.tensor_parallel, point.engines, slots)
+            found = model.generate(layout, [point.place(device)])
+        case TrainerPoint():
+            call = model.train if point.call == "train" else model.infer
+            found = call(point.role, point.trainer(), point.place(device))
+        case TransferPoint():
+            place = point.place(device)
+            found = model.sync(
+                point.layout(),
+                place,
+                _engines(device, point.tensor_parallel, point.engines, 1),
+                [place, place] if point.partly else [place],
+                same_node=point.nodes == 1,
+                shared=point.meets_shared,
+            )
+        case MovePoint():
+            return _move_seconds(point, shape, device, model)
+    return float(found.seconds[0])
+
+
+def _move_seconds(point: MovePoint, shape: Shape, device: Device, model: CostModel) -> float:
+    if point.role == "rollout":
+        moves = model.rollouts.moves(point.tensor_parallel, device)
+    else:
+        grid = Grid.of(point.layout(offload=point.offload))
+        moved = moved_bytes(shape, point.role, grid, device, train=True)
+        sharding = sharding_of(grid, point.place(device))
+        moves = model.trainers.moves(point.role, sharding, moved, device)
+    return (moves.wake if point.call == "wake" else moves.offload).item()
+
+
+def _engines(device: Device, tensor_parallel: int, engines: int, slots: int) -> RolloutRole:
+    return RolloutRole(
         engine=engine_for(device.kind),
         pools=("measured",),
-        tensor_parallel=point.tensor_parallel,
-        replicas=point.engines,
+        tensor_parallel=tensor_parallel,
+        replicas=engines,
         memory_fraction=1.0,
-        concurrency=point.concurrency or max(1, point.sequences),
-        offload=point.call in ("wake", "offload"),
+        concurrency=slots,
     )
-    if point.call == "host":
-        return float(model.host(point.role).seconds[0])
-    if point.call == "transfer":
-        places, shared = [place] * (1 + point.partly), point.shared or point.partly
-        return float(
-            model.sync(
-                layout, place, rollout, places, same_node=point.nodes == 1, shared=shared
-            ).seconds[0]
-        )
-    if point.role == "rollout":
-        found = model.generate(rollout, [place])
-    elif point.call == "train" or (point.call != "infer" and point.role in ("actor", "critic")):
-        found = model.train(point.role, layout, place)
-    else:
-        found = model.infer(point.role, layout, place)
-    return float((found.parts[point.call] if rollout.offload else found.seconds)[0])
 
 
 def _workload(
-    point: Point, shape: Shape, prompts: NDArray[np.int64], responses: NDArray[np.int64]
+    shape: Shape,
+    prompts: Integers,
+    responses: Integers,
+    minibatch: int | None = None,
+    epochs: int = 1,
 ) -> Workload:
-    """One that has the point's batch and longest lengths; a move is the same with any batch."""
-    model, batch = Model(shape=shape, random_weights=True), max(1, point.sequences)
+    """A workload that has a point's batch and longest lengths."""
+    model, batch = Model(shape=shape, random_weights=True), prompts.shape[1]
     return Workload(
         name="measured",
         batch=batch,
-        minibatch=point.minibatch or batch,
+        minibatch=minibatch or batch,
         prompt=Fixed(tokens=max(1, int(prompts.max()))),
         response=Fixed(tokens=max(1, int(responses.max()))),
         actor=model,
         critic=model,
         reference=model,
         reward=model,
-        ppo=Ppo(epochs=point.epochs),
+        ppo=Ppo(epochs=epochs),
     )

@@ -3,27 +3,24 @@ a profile measures them."""
 
 from collections.abc import Iterator
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from planner.predict.columns import Grid
 from planner.predict.memory import rollout_fraction
 from planner.spec.cluster import Device
 from planner.spec.engines import engine_for
-from planner.spec.plan import Offload, RolloutRole, TrainerRole
-from planner.spec.workload import Workload
+from planner.spec.plan import RolloutRole, TrainerRole
+from planner.spec.workload import TRAINED, Workload
 
 # 18k rather than 16k: a rank's share is often about a power of two, and half of such shares would
 # need one micro-batch more.
 MICRO_BATCH_TOKENS = (4096, 8192, 18432, 32768)
 CONCURRENCY = (64, 128, 256, 512)
 TENSOR_PARALLEL = (1, 2, 4, 8)
-OFFLOADS: tuple[Offload, ...] = ("none", "optimizer", "all")
 LARGE_BATCH = 1024  # sequences
-EVERY_COUNT = (
-    64  # up to so many ranks any number is considered, above only those that gain something
-)
+# Up to this many ranks any number is considered, above only those that gain something.
+EVERY_COUNT = 64
 
 
 @cache
@@ -57,33 +54,6 @@ def shards(ranks: int, node: int) -> tuple[int, ...]:
     return tuple(sorted({*within, *nodes, ranks}))
 
 
-class Grid(NamedTuple):
-    """Layouts of a trained or inference role as columns [n]; `offload` indexes OFFLOADS."""
-
-    shard: NDArray[np.int64]
-    replicas: NDArray[np.int64]
-    micro_batch_tokens: NDArray[np.int64]
-    recompute: NDArray[np.bool_]
-    offload: NDArray[np.int64]
-
-    @property
-    def gpus(self) -> NDArray[np.int64]:
-        return self.shard * self.replicas
-
-    def take(self, rows: NDArray[np.int64] | slice) -> "Grid":
-        return Grid(*(column[rows] for column in self))  # type: ignore[arg-type]
-
-    def layout(self, row: int, pool: str) -> TrainerRole:
-        return TrainerRole(
-            pools=(pool,),
-            shard=int(self.shard[row]),
-            replicas=int(self.replicas[row]),
-            micro_batch_tokens=int(self.micro_batch_tokens[row]),
-            recompute=bool(self.recompute[row]),
-            offload=OFFLOADS[self.offload[row]],
-        )
-
-
 def trainer_grid(
     workload: Workload, role: str, ranks: tuple[int, ...], node: int, device: Device
 ) -> Grid:
@@ -92,7 +62,7 @@ def trainer_grid(
 
     A micro-batch holds at least one longest sequence. On a CPU nothing is saved by sharding less,
     recomputing or offloading: its memory is the host's."""
-    trained, on_cpu = role in ("actor", "critic"), device.kind == "cpu"
+    trained, on_cpu = role in TRAINED, device.kind == "cpu"
     largest = (workload.minibatch if trained else workload.batch) * workload.longest
     tokens = sorted(
         {min(max(size, workload.longest), largest) for size in MICRO_BATCH_TOKENS}, reverse=True

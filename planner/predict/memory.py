@@ -10,36 +10,31 @@ offloaded. A frozen model (reference, reward) keeps its compute copy only, 2N/s.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from planner.predict.profile import Head, head_of
+from planner.predict.columns import Booleans, Grid, Integers
 from planner.spec.cluster import Device
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
-from planner.spec.plan import Offload, Plan, RolloutRole, TrainerRole
-from planner.spec.workload import Shape, Workload
+from planner.spec.plan import Plan, RolloutRole, TrainerRole
+from planner.spec.workload import TRAINED, Head, Shape, Workload, head_of
 
-Count = Any  # an int, or an array of them
-TRAINED = ("actor", "critic")
-LOGIT_CHUNK_TOKENS = (
-    4096  # log-probs are taken so many tokens at a time: the full logits never exist
-)
-COMMUNICATION_BYTES = (
-    1_000_000_000  # per process on a GPU: NCCL's buffers, a packed buffer for weights
-)
-SYNC_BYTES = (
-    2**30
-)  # of the actor's window through which weights reach the engines; a larger weight fills one alone
-# Of a vLLM engine besides weights and KV cache: CUDA graphs, sampling, activations.
+# Log-probabilities are taken of this many tokens at a time: the full logits never exist.
+LOGIT_CHUNK_TOKENS = 4096
+# NCCL's buffers and a packed buffer for weights, in each process on a GPU.
+COMMUNICATION_BYTES = 1_000_000_000
+# The actor's window through which weights reach the engines; a larger weight fills one alone.
+SYNC_BYTES = 2**30
+# What a vLLM engine takes besides weights and KV cache: CUDA graphs, sampling, activations.
 ENGINE_WORKSPACE_BYTES = 4_000_000_000
-ENGINE_ASLEEP_BYTES = (
-    1_500_000_000  # what stays of it on the GPU while it sleeps, besides its weights
-)
-# One in so many bytes of a role that runs is what its allocator holds unused between its tensors.
+# What stays of an engine on the GPU while it sleeps, besides its weights.
+ENGINE_ASLEEP_BYTES = 1_500_000_000
+# One in this many bytes of a role that runs is held unused by its allocator, between its tensors.
 SPARE = 32
-SAMPLE_BYTES_PER_TOKEN = 48  # a batch on the host: token ids, masks and about eight fp32 columns
+# A batch on the host has token ids, masks and about eight fp32 columns.
+SAMPLE_BYTES_PER_TOKEN = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,100 +91,98 @@ def activation_bytes(shape: Shape, device: Device) -> tuple[int, int]:
 def trainer_memory(
     workload: Workload, role: str, layout: TrainerRole, device: Device
 ) -> RoleMemory:
-    """Of an actor, critic, reference or reward model on one GPU of its pool, the process not
-    counted."""
-    weights, optimizer = layout.offload == "all", layout.offload != "none"
-    idle, detail, offloaded = trainer_bytes(workload, role, layout, weights, optimizer, device)
-    sizes = {kind: int(size) for kind, size in detail.items()}
+    """The memory of an actor, critic, reference or reward model on one GPU of its pool, without
+    that of the process."""
+    found = trainer_bytes(workload, role, Grid.of(layout), device)
     return RoleMemory(
-        idle=int(idle), running=sum(sizes.values()), host=int(offloaded), detail=sizes
+        idle=found.idle.item(),
+        running=found.running.item(),
+        host=found.host.item(),
+        detail={kind: size.item() for kind, size in found.detail.items()},
     )
 
 
-def trainer_bytes(
-    workload: Workload,
-    role: str,
-    layout: Any,
-    weights_away: Count,
-    optimizer_away: Count,
-    device: Device,
-) -> tuple[Count, dict[str, Count], Count]:
-    """Bytes that a role keeps while it idles, those of each kind while it runs, and those that it
-    offloads. `layout` is a TrainerRole, or has columns [n] of its fields for many layouts at once;
-    so have the two that say what is offloaded."""
+class TrainerBytes(NamedTuple):
+    """Bytes per GPU [n] of a role in many layouts: what it keeps while it idles, what it has in use
+    while it runs, by kind, and what it offloads to the host."""
+
+    idle: Integers
+    detail: dict[str, Integers]
+    host: Integers
+
+    @property
+    def running(self) -> Integers:
+        return np.asarray(np.sum(list(self.detail.values()), axis=0))
+
+
+def trainer_bytes(workload: Workload, role: str, grid: Grid, device: Device) -> TrainerBytes:
+    """The memory of a trained or inference role in each layout of a grid, as in the sizes above."""
     shape, head, size = workload.models[role].shape, head_of(role), compute_bytes(device)
-    trained = role in TRAINED
+    trained, on_gpu = role in TRAINED, device.kind == "cuda"
     parameters = shape.parameters(head)
-    weights = (4 if trained else size) * parameters // layout.shard
-    moments = (8 if trained else 0) * parameters // layout.shard
-    gradients = (4 if trained else 0) * parameters // layout.shard
-    kept = gradients * (1 - optimizer_away) if device.kind == "cuda" else 0
-    offloaded = weights * weights_away + moments * optimizer_away
-    tokens = _micro_batch_tokens(workload, layout, trained)
-    activations = _activation_bytes(shape, layout.recompute, device, trained) * tokens
+    weights = (4 if trained else size) * parameters // grid.shard
+    moments = (8 if trained else 0) * parameters // grid.shard
+    gradients = (4 if trained else 0) * parameters // grid.shard
+    tokens = _micro_batch_tokens(workload, grid, trained)
+    activations = _activation_bytes(shape, grid.recompute, device, trained) * tokens
+    needs_gathering = (grid.shard > 1) | (size < 4)
+    window = 0
+    if role == "actor" and size == 2:
+        window = max(SYNC_BYTES, 2 * shape.embedding_parameters)
+    logits = np.zeros_like(tokens)
+    if head == "lm":
+        logits = _logits(shape, tokens, size, trained, activations)
     detail = {
         "weights": weights,
         "optimizer": moments,
         "gradients": gradients,
-        "gathered": _gathered_bytes(shape, head, size, trained) * ((layout.shard > 1) | (size < 4)),
+        "gathered": _gathered_bytes(shape, head, size, trained) * needs_gathering,
         "activations": activations,
-        "weight window": max(SYNC_BYTES, 2 * shape.embedding_parameters)
-        if role == "actor" and size == 2
-        else 0,
-        "logits": _logits(shape, tokens, size, trained, activations) if head == "lm" else 0,
+        "weight window": np.full_like(grid.shard, window),
+        "logits": logits,
     }
-    if device.kind == "cuda":
-        detail["spare"] = sum(detail.values()) // SPARE
-    return weights + moments + kept - offloaded + detail["weight window"], detail, offloaded
+    if on_gpu:
+        detail["spare"] = np.sum(list(detail.values()), axis=0) // SPARE
+    kept = gradients * (1 - grid.optimizer_offloaded) if on_gpu else 0
+    host = weights * grid.weights_offloaded + moments * grid.optimizer_offloaded
+    return TrainerBytes(weights + moments + kept - host + window, detail, host)
 
 
-def offloaded_bytes(
-    shape: Shape, role: str, shard: int, offload: Offload, device: Device, *, train: bool
-) -> int:
-    """Bytes per GPU that a call moves to the device before it starts, and back after it: an update
-    needs the optimizer and the weights, an inference the weights only."""
-    return int(
-        moved_bytes(shape, role, shard, offload == "all", offload != "none", device, train=train)
-    )
-
-
-def moved_bytes(
-    shape: Shape,
-    role: str,
-    shard: Count,
-    weights_away: Count,
-    optimizer_away: Count,
-    device: Device,
-    *,
-    train: bool,
-) -> Count:
-    """As `offloaded_bytes`, of one layout or of many."""
+def moved_bytes(shape: Shape, role: str, grid: Grid, device: Device, *, train: bool) -> Integers:
+    """Bytes per GPU [n] that a call moves to the device before it starts, and back after it: an
+    update (`train`) needs the optimizer and the weights, an inference the weights only."""
     parameters, trained = shape.parameters(head_of(role)), role in TRAINED
-    weights = (4 if trained else compute_bytes(device)) * parameters // shard
-    moments = 8 * parameters // shard if trained and train else 0
-    return weights * weights_away + moments * optimizer_away
+    weights = (4 if trained else compute_bytes(device)) * parameters // grid.shard
+    moments = 8 * parameters // grid.shard if trained and train else 0
+    return np.asarray(weights * grid.weights_offloaded + moments * grid.optimizer_offloaded)
 
 
-def _micro_batch_tokens(workload: Workload, layout: Any, trained: bool) -> Count:
-    """A sequence is never cut, and a rank has no more than its share of a minibatch."""
-    share = -(-(workload.minibatch if trained else workload.batch) // layout.gpus)
-    return np.minimum(
-        np.maximum(layout.micro_batch_tokens, workload.longest), share * workload.longest
-    )
+def _micro_batch_tokens(workload: Workload, grid: Grid, trained: bool) -> Integers:
+    """Tokens of the largest micro-batch: a sequence is never cut, and a rank has no more than its
+    share of a minibatch."""
+    minibatch = workload.minibatch if trained else workload.batch
+    share = -(-minibatch // grid.gpus)
+    bound = np.maximum(grid.micro_batch_tokens, workload.longest)
+    return np.minimum(bound, share * workload.longest)
 
 
-def _activation_bytes(shape: Shape, recompute: Count, device: Device, trained: bool) -> Count:
-    """Of a token. A forward pass alone is widest in an MLP, beside the residual stream and the
-    norm's output. An update holds one block's and what the others have kept."""
+def _activation_bytes(
+    shape: Shape, recompute: Booleans, device: Device, trained: bool
+) -> Integers | int:
+    """Bytes of one token's activations. A forward pass alone is widest in an MLP, with the residual
+    stream and the norm's output. An update holds one block's activations and what the others have
+    kept."""
     full, kept = activation_bytes(shape, device)
     if not trained:
         return kept + compute_bytes(device) * (shape.hidden + 3 * shape.intermediate)
     return np.where(recompute, full + kept * shape.layers, full * shape.layers)
 
 
-def _logits(shape: Shape, tokens: Count, size: int, trained: bool, activations: Count) -> Count:
-    """Logits of a chunk. An update holds those of the next one and a gradient beside them, and all
-    activations; a forward pass alone has let its blocks' activations go by then. On a GPU fp32
+def _logits(
+    shape: Shape, tokens: Integers, size: int, trained: bool, activations: Integers
+) -> Integers:
+    """Bytes of a chunk's logits. An update holds those of the next chunk and a gradient too, and
+    all activations; a forward pass alone has let its blocks' activations go by then. On a GPU fp32
     copies are fused away."""
     chunk = np.minimum(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab * size
     return 3 * chunk if trained else np.maximum(chunk - activations, 0)

@@ -4,85 +4,19 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby, permutations
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, Self
+from typing import ClassVar
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field
 
+from planner.predict.points import Batched, HostPoint, OnGpus, Point, RolloutPoint, TrainerPoint
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
-from planner.spec.files import Bytes, Count, File, Spec, Tokens
-from planner.spec.plan import Offload
-from planner.spec.workload import Epochs, Shape, Workload
+from planner.spec.files import File
+from planner.spec.workload import Shape, Workload
 
-Head = Literal["lm", "scalar"]
-# Of a key that came later: files without it keep their sha256.
-_LEFT_OUT_IF_FALSE = Field(exclude_if=lambda value: not value)
-
-
-def head_of(role: str) -> Head:
-    """A critic and a reward model have a scalar head instead of the vocabulary's."""
-    return "scalar" if role in ("critic", "reward") else "lm"
-
-
-class Point(Spec):
-    """One call, measured alone: the median `seconds` of `repeats`, their spread (half the
-    interquartile range), and the layout and the tokens that it was measured with.
-
-    `prompt_tokens` and `response_tokens` are totals over the call's `sequences`; `response_lengths`
-    gives each sequence's response in the order of the batch where they differ. `seconds` of a
-    `wake` and of an `offload` belong to these moves alone; those of the other calls are without
-    them. Of a `transfer`, `gpus` and `shard` are the actor's, `engines` and `tensor_parallel` the
-    rollout's. A `host` call has its name as role. `peak_bytes` is what the fullest GPU had in use,
-    `reserved_bytes` what the allocator of the process that ran the call held of it,
-    `allocated_bytes` its tensors; 0 where that is not known."""
-
-    call: Literal["generate", "infer", "train", "transfer", "wake", "offload", "host"]
-    role: str
-    gpus: Count = 1
-    nodes: Count = 1
-    shard: Count = 1
-    micro_batch_tokens: Tokens | None = None
-    recompute: bool = False
-    offload: Offload = "none"  # what a wake or an offload moves
-    tensor_parallel: Count = 1
-    engines: Count = 1
-    concurrency: Count | None = None
-    shared: bool = False  # of a transfer: all engines are on the actor's GPUs
-    partly: Annotated[bool, _LEFT_OUT_IF_FALSE] = (
-        False  # of a transfer: some are, and some are elsewhere
-    )
-    sequences: Annotated[int, Field(ge=0, le=2**20)] = 0
-    minibatch: Count | None = None
-    epochs: Epochs = 1
-    prompt_tokens: Bytes = 0
-    response_tokens: Bytes = 0
-    response_lengths: tuple[Tokens, ...] = ()
-    seconds: PositiveFloat
-    spread: NonNegativeFloat = 0.0
-    repeats: PositiveInt = 1
-    peak_bytes: Bytes = 0
-    reserved_bytes: Bytes = 0
-    allocated_bytes: Bytes = 0
-    model: Shape | None = None  # where it is not the profile's
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.call in ("generate", "infer", "train", "host") and not self.sequences:
-            raise ValueError(f"a point of {self.call} needs the number of its sequences")
-        if self.minibatch and self.sequences % self.minibatch:
-            raise ValueError(
-                f"sequences = {self.sequences} is no multiple of minibatch = {self.minibatch}"
-            )
-        if self.nodes > self.gpus:
-            raise ValueError(f"nodes = {self.nodes} is more than gpus = {self.gpus}")
-        if self.gpus % self.shard:
-            raise ValueError(f"shard = {self.shard} does not divide gpus = {self.gpus}")
-        lengths = self.response_lengths
-        if lengths and (len(lengths) != self.sequences or sum(lengths) != self.response_tokens):
-            raise ValueError(
-                "response_lengths must be one per sequence and add up to response_tokens"
-            )
-        return self
+# Keys of a point that say what was measured, and how much work that was.
+FIGURES = {"seconds", "spread", "repeats", "peak_bytes", "reserved_bytes", "allocated_bytes"}
+WORK = {"sequences", "prompt_tokens", "response_tokens", "response_lengths"}
 
 
 class Profile(File):
@@ -131,9 +65,8 @@ def check_profiles(profiles: Sequence[Profile], workload: Workload, cluster: Clu
                 f"{name} is for another device: the cluster has {has}; measure there with `plan "
                 "profile`"
             )
-        if not any(
-            profile.shape_of(point) in shapes for point in profile.points if point.call != "host"
-        ):
+        on_gpus = [point for point in profile.points if isinstance(point, OnGpus)]
+        if not any(profile.shape_of(point) in shapes for point in on_gpus):
             raise UserError(
                 f"{name} is for another model: no role of workload {workload.name!r} has that "
                 "shape; leave it out or "
@@ -143,88 +76,88 @@ def check_profiles(profiles: Sequence[Profile], workload: Workload, cluster: Clu
 
 # --- measurements that are not monotone ---
 
-MEASURED = {"seconds", "spread", "repeats", "peak_bytes", "reserved_bytes", "allocated_bytes"}
-WORK = {"sequences", "prompt_tokens", "response_tokens", "response_lengths"}
-GPUS = {"gpus", "nodes", "engines"}
+BatchPoint = TrainerPoint | RolloutPoint | HostPoint
 
 
 def warnings_of(profile: Profile) -> list[str]:
     """One line for each layout whose points are not monotone by more than their spreads: more work
     in less time, or the same work on more GPUs in more. They are used as they are."""
-    runs = [
-        point for point in profile.points if point.call in ("generate", "infer", "train", "host")
-    ]
-    more = [
-        f"{_named(less)} on {_gpus(less)}: {_tokens(less)} took {less.seconds:.3g} s, but "
-        f"{_tokens(most)} took "
-        f"{most.seconds:.3g} s; more work in less time is used as measured"
-        for less, most in _turned(runs, WORK, _work, rising=True)
-    ]
-    wider = [
-        f"{_named(less)} over {_tokens(less)}: {_gpus(less)} took {less.seconds:.3g} s, but "
-        f"{_gpus(most)} took "
-        f"{most.seconds:.3g} s; more GPUs taking longer is used as measured"
-        for less, most in _turned(
-            runs, GPUS, lambda point: (point.gpus, point.engines), rising=False
+    points = [point for point in profile.points if isinstance(point, Batched)]
+    more_work = _turned(points, WORK, _work, rising=True)
+    more_gpus = _turned(points, {"gpus", "nodes", "engines"}, _machines, rising=False)
+    found = []
+    for less, most in more_work:
+        found.append(
+            f"{_named(less)} on {_gpus(less)}: {_tokens(less)} took {less.seconds:.3g} s, but "
+            f"{_tokens(most)} took {most.seconds:.3g} s; more work in less time is used as measured"
         )
-    ]
-    return more + wider
+    for less, most in more_gpus:
+        found.append(
+            f"{_named(less)} over {_tokens(less)}: {_gpus(less)} took {less.seconds:.3g} s, but "
+            f"{_gpus(most)} took {most.seconds:.3g} s; more GPUs taking longer is used as measured"
+        )
+    return found
 
 
 def _turned(
-    points: Sequence[Point],
+    points: Sequence[BatchPoint],
     varied: set[str],
-    size: Callable[[Point], tuple[int, ...]],
+    size: Callable[[BatchPoint], tuple[int, ...]],
     rising: bool,
-) -> list[tuple[Point, Point]]:
-    """Of the points that differ in the `varied` fields only, the smaller and the larger one whose
-    seconds contradict `rising` most, where any do by more than both spreads."""
+) -> list[tuple[BatchPoint, BatchPoint]]:
+    """Pairs of a smaller and a larger point that differ in the `varied` fields only and whose
+    seconds contradict `rising` by more than both spreads; for each set of such points the pair that
+    does so most."""
 
-    def rest(point: Point) -> str:
-        return point.model_dump_json(exclude=varied | MEASURED)
+    def rest(point: BatchPoint) -> str:
+        return point.model_dump_json(exclude=varied | FIGURES)
 
-    def excess(pair: tuple[Point, Point]) -> float:
+    def excess(pair: tuple[BatchPoint, BatchPoint]) -> float:
         quick, slow = pair[::-1] if rising else pair
         return (slow.seconds - slow.spread) - (quick.seconds + quick.spread)
 
+    def is_smaller(less: BatchPoint, most: BatchPoint) -> bool:
+        """Whether no part is larger; two samples of one batch are never quite the same."""
+        parts = zip(size(less), size(most), strict=True)
+        return all(a <= b for a, b in parts) and sum(size(less)) < 0.95 * sum(size(most))
+
     found = []
     for _, alike in groupby(sorted(points, key=rest), key=rest):
-        pairs = [
-            (less, most)
-            for less, most in permutations(alike, 2)
-            if all(a <= b for a, b in zip(size(less), size(most), strict=True))
-            and sum(size(less))
-            < 0.95 * sum(size(most))  # two samples of one batch are never quite the same
-        ]
+        pairs = [pair for pair in permutations(alike, 2) if is_smaller(*pair)]
         worst = max(pairs, key=excess, default=None)
         if worst is not None and excess(worst) > 0:
             found.append(worst)
     return found
 
 
-def _work(point: Point) -> tuple[int, ...]:
-    """No other point has less to do that is nowhere above this. Generation takes as long as its
+def _work(point: BatchPoint) -> tuple[int, ...]:
+    """Work that is no larger in any of these takes no longer. Generation takes as long as its
     longest response."""
-    longest = max(
-        point.response_lengths, default=-(-point.response_tokens // max(1, point.sequences))
-    )
-    return point.sequences, point.prompt_tokens, point.response_tokens, longest
+    tokens = point.prompt_tokens, point.response_tokens
+    return point.sequences, *tokens, point.longest_response
 
 
-def _named(point: Point) -> str:
-    split = (
-        f"tensor parallel {point.tensor_parallel}"
-        if point.call == "generate"
-        else f"shard {point.shard}"
-    )
-    return f"{point.call} of {point.role}" + ("" if point.call == "host" else f", {split},")
+def _machines(point: BatchPoint) -> tuple[int, int]:
+    """GPUs and engines; the controller's host counts as one."""
+    gpus = point.gpus if isinstance(point, OnGpus) else 1
+    return gpus, point.engines if isinstance(point, RolloutPoint) else 1
 
 
-def _gpus(point: Point) -> str:
-    return f"{point.gpus} GPU" + "s" * (point.gpus != 1)
+def _named(point: BatchPoint) -> str:
+    call = f"{point.call} of {point.role}"
+    match point:
+        case RolloutPoint():
+            return f"{call}, tensor parallel {point.tensor_parallel},"
+        case TrainerPoint():
+            return f"{call}, shard {point.shard},"
+        case HostPoint():
+            return call
 
 
-def _tokens(point: Point) -> str:
-    return (
-        f"{point.prompt_tokens + point.response_tokens:,} tokens of {point.sequences:,} sequences"
-    )
+def _gpus(point: BatchPoint) -> str:
+    gpus, _ = _machines(point)
+    return f"{gpus} GPU" + "s" * (gpus != 1)
+
+
+def _tokens(point: BatchPoint) -> str:
+    return f"{point.tokens:,} tokens of {point.sequences:,} sequences"

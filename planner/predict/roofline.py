@@ -23,14 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.predict.columns import Booleans, Grid, Integers, Seconds
 from planner.predict.memory import SYNC_BYTES, compute_bytes
-from planner.predict.profile import Head
 from planner.spec.cluster import Cluster, Device
-from planner.spec.plan import TrainerRole
-from planner.spec.workload import Shape
-
-Seconds = NDArray[np.float64]
-Count = Any  # an int, or an array of them
+from planner.spec.workload import Head, Shape
 
 LINK_LATENCY_SECONDS = 8e-6  # of one collective inside a node
 # What FSDP2 reads and writes of a parameter for each micro-batch, in bytes: a pass copies it into
@@ -39,6 +35,8 @@ LINK_LATENCY_SECONDS = 8e-6  # of one collective inside a node
 GATHER_BYTES, UPDATE_BYTES = 8, 38
 # AdamW reads weight, gradient and both moments and writes three of them; the clip reads once more.
 OPTIMIZER_BYTES = 32
+HOST_SECONDS = 5e-3  # of a call on the controller
+HOST_SECONDS_PER_TOKEN = 5e-8  # collecting, GAE and handing out again; profiles replace both
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,33 +51,47 @@ class Place:
         return sum(self.parts)
 
 
-class Split(NamedTuple):
-    """How a model is spread over ranks, one way or many (arrays [n]): shards, their replicas,
-    tokens per micro-batch, recomputation, and the nodes that a shard group and a replica group lie
-    on."""
+class Sharding(NamedTuple):
+    """How a model is spread over ranks in many layouts [n]: shards, their replicas, tokens per
+    micro-batch, recomputation, and the nodes that a shard group and a replica group lie on."""
 
-    shard: Count
-    replicas: Count
-    micro_batch_tokens: Count
-    recompute: Any
-    shard_nodes: Count
-    replica_nodes: Count
+    shard: Integers
+    replicas: Integers
+    micro_batch_tokens: Integers
+    recompute: Booleans
+    shard_nodes: Integers
+    replica_nodes: Integers
+
+    @classmethod
+    def of(cls, grid: Grid, shard_nodes: Integers, replica_nodes: Integers) -> "Sharding":
+        shard, replicas, micro_batch_tokens, recompute, _ = grid
+        return cls(shard, replicas, micro_batch_tokens, recompute, shard_nodes, replica_nodes)
+
+    @property
+    def gpus(self) -> Integers:
+        return self.shard * self.replicas
+
+    def take(self, rows: Integers) -> "Sharding":
+        return Sharding(*(column[rows] for column in self))  # type: ignore[arg-type]
 
 
-def split_of(layout: TrainerRole, place: Place) -> Split:
-    nodes = nodes_spanned(place.parts, layout.shard, layout.replicas)
-    return Split(layout.shard, layout.replicas, layout.micro_batch_tokens, layout.recompute, *nodes)
+def sharding_of(grid: Grid, place: Place) -> Sharding:
+    """Layouts on the first GPUs of one place."""
+    pairs = zip(grid.shard.tolist(), grid.replicas.tolist(), strict=True)
+    spanned = np.array([nodes_spanned(place.parts, *pair) for pair in pairs])
+    shard_nodes, replica_nodes = spanned.reshape(-1, 2).T
+    return Sharding.of(grid, shard_nodes, replica_nodes)
 
 
-class Link(NamedTuple):
+class Ring(NamedTuple):
     """What groups of `ranks` reach together: bytes/s per GPU, and seconds of latency of one
-    collective."""
+    collective. Arrays [n], or without axes for one group."""
 
-    ranks: Count
-    bandwidth: Any
-    latency: Any
+    ranks: Integers
+    bandwidth: Seconds
+    latency: Seconds
 
-    def seconds(self, count: Any) -> Any:
+    def seconds(self, count: float | Seconds) -> Seconds:
         """All-gather or reduce-scatter of `count` bytes in total; an all-reduce is both."""
         return count * (self.ranks - 1) / self.ranks / self.bandwidth
 
@@ -149,55 +161,57 @@ def forward_flops(shape: Shape, head: Head, work: Work) -> Seconds:
     )
 
 
-# --- links ---
+# --- rings ---
 
 
 @cache
 def nodes_spanned(parts: tuple[int, ...], shard: int, replicas: int) -> tuple[int, int]:
     """Nodes that the most scattered shard group (neighbouring ranks) and replica group (every
-    shard-th) lie on."""
-    node = np.repeat(np.arange(len(parts)), parts)[: shard * replicas].reshape(
-        replicas, shard
-    )  # rising along both
-    across = (np.count_nonzero(np.diff(node, axis=axis), axis=axis).max() for axis in (1, 0))
-    shard_nodes, replica_nodes = (int(changes) + 1 for changes in across)
-    return shard_nodes, replica_nodes
+    shard-th) lie on.
+
+    >>> nodes_spanned((4, 4), shard=4, replicas=2)
+    (1, 2)
+    """
+    node_of_rank = np.repeat(np.arange(len(parts)), parts)[: shard * replicas]
+    nodes = node_of_rank.reshape(replicas, shard)  # rising along both
+    across_shards = np.count_nonzero(np.diff(nodes, axis=1), axis=1).max()
+    across_replicas = np.count_nonzero(np.diff(nodes, axis=0), axis=0).max()
+    return int(across_shards) + 1, int(across_replicas) + 1
 
 
-def link_of(ranks: Count, nodes: Count, device: Device, cluster: Cluster) -> Link:
-    """Within a node its links; across nodes the ring leaves each node through as many network ports
-    as it has ranks there (one per GPU), unless the links are slower. No hop between nodes is
-    quicker than one within."""
+def ring_of(ranks: int | Integers, nodes: int | Integers, device: Device, cluster: Cluster) -> Ring:
+    """The ring of a group that lies on some nodes. Within a node it has the node's links; across
+    nodes it leaves each node through as many network ports as it has ranks there (one per GPU),
+    unless the links are slower. No hop between nodes is quicker than one within."""
     ranks, nodes = np.asarray(ranks), np.asarray(nodes)
     ports = cluster.network_bandwidth * ranks / nodes
     bandwidth = np.where(nodes > 1, np.minimum(device.link_bandwidth, ports), device.link_bandwidth)
     hops = cluster.network_latency_seconds * np.ceil(np.log2(nodes))
     latency = np.maximum(hops, LINK_LATENCY_SECONDS)
-    return Link(ranks, bandwidth * device.efficiency_link, latency)
+    return Ring(ranks, bandwidth * device.efficiency_link, latency)
 
 
-def _links(split: Split, device: Device, cluster: Cluster) -> tuple[Link, Link]:
-    """Of a shard group and of a replica group."""
-    return (
-        link_of(split.shard, split.shard_nodes, device, cluster),
-        link_of(split.replicas, split.replica_nodes, device, cluster),
-    )
+def _shard_ring(sharding: Sharding, device: Device, cluster: Cluster) -> Ring:
+    return ring_of(sharding.shard, sharding.shard_nodes, device, cluster)
+
+
+def _replica_ring(sharding: Sharding, device: Device, cluster: Cluster) -> Ring:
+    return ring_of(sharding.replicas, sharding.replica_nodes, device, cluster)
 
 
 # --- calls ---
 
 
 def infer_cost(
-    shape: Shape, head: Head, split: Split, device: Device, cluster: Cluster, work: Work
+    shape: Shape, head: Head, sharding: Sharding, device: Device, cluster: Cluster, work: Work
 ) -> Cost:
-    """A forward pass over the batch (as one minibatch)."""
-    arithmetic, launches, micro_batches = _pass(shape, head, split, device, work)
-    copies = micro_batches * GATHER_BYTES * shape.parameters(head) / _memory_rate(device)
+    """A forward pass over the batch (as one minibatch). `work` has one row for each layout."""
+    parameters = shape.parameters(head)
+    arithmetic, launches, micro_batches = _pass(shape, head, sharding, device, work)
+    copies = micro_batches * GATHER_BYTES * parameters / _memory_rate(device)
     compute = np.maximum(arithmetic, launches) + copies
-    shard, _ = _links(split, device, cluster)
-    gathered = shard.seconds(compute_bytes(device) * shape.parameters(head)) + _latency(
-        shape, shard
-    )
+    shard = _shard_ring(sharding, device, cluster)
+    gathered = shard.seconds(compute_bytes(device) * parameters) + _latency(shape, shard)
     exposed = np.maximum(micro_batches * _each(gathered) - compute, 0.0)
     return Cost(
         compute=compute.sum(axis=-1) + device.overhead_seconds, transfer=exposed.sum(axis=-1)
@@ -207,25 +221,25 @@ def infer_cost(
 def train_cost(
     shape: Shape,
     head: Head,
-    split: Split,
+    sharding: Sharding,
     device: Device,
     cluster: Cluster,
     work: Work,
     epochs: int,
 ) -> Cost:
     """An optimizer step per minibatch: its micro-batches, the all-reduce of gradients between
-    replicas, AdamW."""
+    replicas, AdamW. `work` has one row for each layout."""
     parameters = shape.parameters(head)
-    arithmetic, launches, micro_batches = _pass(shape, head, split, device, work)
+    arithmetic, launches, micro_batches = _pass(shape, head, sharding, device, work)
     copies = micro_batches * UPDATE_BYTES * parameters / _memory_rate(device)
-    compute = _each(np.where(split.recompute, 4, 3)) * np.maximum(arithmetic, launches) + copies
-    shard, replica = _links(split, device, cluster)
+    passes = np.where(sharding.recompute, 4, 3)
+    compute = _each(passes) * np.maximum(arithmetic, launches) + copies
+    optimizer = OPTIMIZER_BYTES * parameters / sharding.shard / _memory_rate(device)
+    shard = _shard_ring(sharding, device, cluster)
     moved = shard.seconds((2 * compute_bytes(device) + 4) * parameters) + 3 * _latency(shape, shard)
-    exposed = np.maximum(micro_batches * _each(moved) - compute, 0.0)
-    exposed += _each(
-        2 * replica.seconds(4 * parameters / split.shard) + 2 * _latency(shape, replica)
-    )
-    optimizer = OPTIMIZER_BYTES * parameters / split.shard / _memory_rate(device)
+    replica = _replica_ring(sharding, device, cluster)
+    reduced = 2 * replica.seconds(4 * parameters / sharding.shard) + 2 * _latency(shape, replica)
+    exposed = np.maximum(micro_batches * _each(moved) - compute, 0.0) + _each(reduced)
     return Cost(
         compute=epochs * (compute + _each(optimizer)).sum(axis=-1) + device.overhead_seconds,
         transfer=epochs * exposed.sum(axis=-1),
@@ -233,18 +247,14 @@ def train_cost(
 
 
 def _pass(
-    shape: Shape, head: Head, split: Split, device: Device, work: Work
-) -> tuple[Seconds, Seconds, NDArray[np.float64]]:
-    """Of one forward pass over each minibatch [S, M]: seconds of its arithmetic, seconds of its
-    launches, and its micro-batches."""
-    micro_batches = np.ceil(work.tokens / _each(split.micro_batch_tokens))
+    shape: Shape, head: Head, sharding: Sharding, device: Device, work: Work
+) -> tuple[Seconds, Seconds, Seconds]:
+    """One forward pass over each minibatch [n, S, M]: seconds of its arithmetic, seconds of its
+    launches, and its number of micro-batches."""
+    micro_batches = np.ceil(work.tokens / _each(sharding.micro_batch_tokens))
     arithmetic = forward_flops(shape, head, work) / (device.flops * device.efficiency_compute)
-    launches = (
-        shape.layers
-        * device.launch_seconds
-        * _each(1 + (np.asarray(split.shard) > 1))
-        * micro_batches
-    )
+    kernels_and_collectives = _each(1 + (sharding.shard > 1))
+    launches = shape.layers * device.launch_seconds * kernels_and_collectives * micro_batches
     return arithmetic, launches, micro_batches
 
 
@@ -252,26 +262,23 @@ def _memory_rate(device: Device) -> float:
     return device.memory_bandwidth * device.efficiency_memory
 
 
-def _each(values: Any) -> Any:
-    """A figure of every split beside [S, M] of each."""
-    return np.asarray(values)[..., None, None]
+def _each(column: NDArray[Any]) -> NDArray[Any]:
+    """A figure of every layout [n], to be used with its minibatches [n, S, M]."""
+    return column[..., None, None]
 
 
-def _latency(shape: Shape, link: Link) -> Any:
-    """Of one collective per layer."""
-    return np.where(np.asarray(link.ranks) > 1, shape.layers * link.latency, 0.0)
+def _latency(shape: Shape, ring: Ring) -> Seconds:
+    """Seconds of latency of one collective per layer."""
+    return np.where(ring.ranks > 1, shape.layers * ring.latency, 0.0)
 
 
-def gather_seconds(shape: Shape, split: Split, device: Device, cluster: Cluster) -> Any:
-    """Of gathering a model over its shard groups, layer by layer; launching takes as long as in a
-    pass."""
-    shard, _ = _links(split, device, cluster)
-    launches = np.where(np.asarray(shard.ranks) > 1, shape.layers * device.launch_seconds, 0.0)
-    return (
-        shard.seconds(compute_bytes(device) * shape.parameters())
-        + _latency(shape, shard)
-        + launches
-    )
+def gather_seconds(shape: Shape, sharding: Sharding, device: Device, cluster: Cluster) -> Seconds:
+    """Seconds [n] of gathering a model over its shard groups, layer by layer; launching takes as
+    long as in a pass."""
+    shard = _shard_ring(sharding, device, cluster)
+    launches = np.where(shard.ranks > 1, shape.layers * device.launch_seconds, 0.0)
+    moved = shard.seconds(compute_bytes(device) * shape.parameters())
+    return np.asarray(moved + _latency(shape, shard) + launches)
 
 
 def hand_over_seconds(
@@ -284,26 +291,27 @@ def hand_over_seconds(
     shared: bool,
     separate: bool,
 ) -> float:
-    """Of handing gathered weights to the engines, but for a call of each way: on GPUs that both
-    share a window at a time, at least as many as their bytes need, which is filled and read in
-    turns between a call to begin and one to end; broadcast to GPUs that they do not share, which
-    counts as one launch a layer."""
+    """Seconds of handing gathered weights to the engines, without a call for each way.
+
+    On GPUs that actor and engines share, a window is filled and read in turns, at least as many
+    times as the bytes need, between a call to begin and one to end. To other GPUs the weights are
+    broadcast, which counts as one launch a layer."""
     count = compute_bytes(device) * shape.parameters()
     seconds = 0.0
     if shared:
         copies = 2 * count / tensor_parallel / _memory_rate(device)
-        seconds += copies + (1 + 2 * math.ceil(count / SYNC_BYTES)) * device.overhead_seconds
+        calls = 1 + 2 * math.ceil(count / SYNC_BYTES)
+        seconds += copies + calls * device.overhead_seconds
     if separate:
-        across = link_of(2, 1 if same_node else 2, device, cluster)
-        seconds += float(count / across.bandwidth) + shape.layers * float(
-            across.latency + device.launch_seconds
-        )
+        across = ring_of(2, 1 if same_node else 2, device, cluster)
+        launches = float(across.latency + device.launch_seconds)
+        seconds += float(count / across.bandwidth) + shape.layers * launches
     return seconds
 
 
 def sync_cost(
     shape: Shape,
-    split: Split,
+    sharding: Sharding,
     device: Device,
     cluster: Cluster,
     tensor_parallel: int,
@@ -311,11 +319,11 @@ def sync_cost(
     same_node: bool,
     shared: bool,
     separate: bool,
-) -> float:
-    """Seconds of moving the actor's weights to the engines: by either way they are gathered over
-    the shard group (what lies in two windows twice in truth), then handed over, one way after the
-    other."""
-    gathered = float(gather_seconds(shape, split, device, cluster))
+) -> Seconds:
+    """Seconds [n] of moving the actor's weights to the engines. For either way they are gathered
+    over the shard group (what lies in two windows twice in truth), then handed over, one way after
+    the other."""
+    gathered = gather_seconds(shape, sharding, device, cluster)
     handed = hand_over_seconds(
         shape,
         device,
@@ -325,4 +333,10 @@ def sync_cost(
         shared=shared,
         separate=separate,
     )
-    return (shared + separate) * (gathered + device.overhead_seconds) + handed
+    ways = int(shared) + int(separate)
+    return np.asarray(ways * (gathered + device.overhead_seconds) + handed)
+
+
+def host_seconds(tokens: Integers) -> Seconds:
+    """Seconds [S] of a call on the controller over a batch's tokens [S]."""
+    return np.asarray(HOST_SECONDS + HOST_SECONDS_PER_TOKEN * tokens, dtype=np.float64)

@@ -7,7 +7,8 @@ from rich.table import Table
 
 from planner.predict.judge import Errors, Judged, errors_of
 from planner.predict.layouts import MICRO_BATCH_TOKENS, TENSOR_PARALLEL
-from planner.predict.profile import Point, Profile
+from planner.predict.points import MovePoint, OnGpus, RolloutPoint, TrainerPoint
+from planner.predict.profile import Profile
 from planner.spec.cluster import Device
 
 KEPT = "\n## Notes\n"  # from here on a page is written by hand
@@ -88,34 +89,36 @@ def not_measured(profile: Profile, device: Device) -> list[str]:
         f"any {call} call" for call in calls if not any(point.call == call for point in points)
     ]
     if device.kind != "cpu":
-        trainers = [point for point in points if point.call in ("infer", "train")]
-        heads, actor = profile.model.heads, [point for point in points if point.call == "generate"]
-        splits = [size for size in TENSOR_PARALLEL if heads % size == 0]
-        found += _missing(
-            "micro-batches of",
-            " tokens",
-            MICRO_BATCH_TOKENS,
-            (p.micro_batch_tokens for p in trainers),
-        )
-        found += _missing("shard", "", (1, 2, 4, 8), (point.shard for point in trainers))
-        found += _missing("tensor-parallel", "", splits, (point.tensor_parallel for point in actor))
-        found += (
-            [] if any(point.recompute for point in trainers) else ["updates with recomputation"]
-        )
-        moved = {
-            point.offload for point in points if point.call == "wake" and point.role != "rollout"
-        }
-        found += [f"offloading of {what}" for key, what in _OFFLOADS.items() if key not in moved]
-        found += [] if any(_sleeps(point) for point in points) else ["engines that sleep"]
-    found += [] if any(point.nodes > 1 for point in points) else ["more than one node"]
+        found += _layouts_not_measured(profile)
+    if not any(isinstance(point, OnGpus) and point.nodes > 1 for point in points):
+        found.append("more than one node")
     return [*found, "what calls cost each other that run beside each other on one host"]
 
 
 _OFFLOADS = {"optimizer": "the optimizer alone", "all": "weights and optimizer"}
 
 
-def _sleeps(point: Point) -> bool:
-    return point.call == "wake" and point.role == "rollout"
+def _layouts_not_measured(profile: Profile) -> list[str]:
+    """Layouts on GPUs that no point has."""
+    trainers = [point for point in profile.points if isinstance(point, TrainerPoint)]
+    rollouts = [point for point in profile.points if isinstance(point, RolloutPoint)]
+    woken = [
+        point for point in profile.points if isinstance(point, MovePoint) and point.call == "wake"
+    ]
+    micro_batches = [point.micro_batch_tokens for point in trainers]
+    splits = [size for size in TENSOR_PARALLEL if profile.model.heads % size == 0]
+    found = [
+        *_missing("micro-batches of", " tokens", MICRO_BATCH_TOKENS, micro_batches),
+        *_missing("shard", "", (1, 2, 4, 8), [point.shard for point in trainers]),
+        *_missing("tensor-parallel", "", splits, [point.tensor_parallel for point in rollouts]),
+    ]
+    if not any(point.recompute for point in trainers):
+        found.append("updates with recomputation")
+    offloaded = {point.offload for point in woken if point.role != "rollout"}
+    found += [f"offloading of {what}" for key, what in _OFFLOADS.items() if key not in offloaded]
+    if not any(point.role == "rollout" for point in woken):
+        found.append("engines that sleep")
+    return found
 
 
 def _missing(

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.predict.cost import CostModel
-from planner.predict.profile import head_of
 from planner.predict.roofline import matrix_parameters
 from planner.report.compare import compare
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.study import Cell, CellResult, Study
 from planner.spec.timeline import Span, Timeline, step_seconds
+from planner.spec.workload import head_of
 
 REFERENCES = ("split", "colocated")
 UPDATES = ("update_actor", "update_critic")

@@ -128,6 +128,8 @@ def _what(problem: ErrorDetails) -> str:
             return "unknown key; remove it or check its spelling"
         case "missing":
             return "is missing; add it"
+        case "union_tag_not_found":
+            return f"{problem['ctx']['discriminator']} is missing; add it"
         case "union_tag_invalid":
             told = problem["ctx"]
             return (

@@ -14,6 +14,8 @@ MODEL_ROLES = ("actor", "critic", "reference", "reward")
 MOST_PARAMETERS = 10**15
 Epochs = Annotated[int, Field(gt=0, le=1000)]
 ROLES = ("actor", "rollout", "critic", "reference", "reward")
+TRAINED = ("actor", "critic")  # the others of MODEL_ROLES only infer
+Head = Literal["lm", "scalar"]
 
 
 class Shape(Spec):
@@ -61,7 +63,7 @@ class Shape(Spec):
     def embedding_parameters(self) -> int:
         return self.vocab * self.hidden
 
-    def parameters(self, head: Literal["lm", "scalar"] = "lm") -> int:
+    def parameters(self, head: Head = "lm") -> int:
         """All parameters; a critic or a reward model has a scalar head instead of the
         vocabulary's."""
         output = (
@@ -74,6 +76,12 @@ class Shape(Spec):
         return (
             self.layers * self.block_parameters + self.embedding_parameters + self.hidden + output
         )
+
+
+def head_of(role: str) -> Head:
+    """The head of a role's model: a critic and a reward model have a scalar one instead of the
+    vocabulary's."""
+    return "scalar" if role in ("critic", "reward") else "lm"
 
 
 class Model(Spec):

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from planner.predict.columns import Grid
 from planner.predict.cost import CostModel, Place
-from planner.predict.layouts import Grid, rank_counts, trainer_grid
+from planner.predict.layouts import rank_counts, trainer_grid
 from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, trainer_bytes
-from planner.predict.roofline import Split, gather_seconds, nodes_spanned
+from planner.predict.roofline import Sharding, gather_seconds, sharding_of
 from planner.search.space.arrays import Array, Indices
 from planner.spec.cluster import Device
 from planner.spec.dataflow import Dataflow
@@ -113,7 +114,8 @@ class LayoutTables:
             shard_nodes = np.where(grid.shard > 1, -(-grid.shard // node), 1)
             replicas_on_a_node = np.maximum(node // grid.shard, 1)
             replica_nodes = np.where(grid.gpus <= node, 1, -(-grid.replicas // replicas_on_a_node))
-            self.memo[key] = self._made(role, grid, shard_nodes, replica_nodes, device)
+            sharding = Sharding.of(grid, shard_nodes, replica_nodes)
+            self.memo[key] = self._made(role, grid, sharding, device)
         return self.memo[key]
 
     def _on_parts(self, role: str, kind: str, place: Place, alike: int) -> LayoutTable:
@@ -122,10 +124,7 @@ class LayoutTables:
         gpus = fitting.grid.gpus
         first, last = np.searchsorted(gpus, (alike, place.gpus), "right").tolist()
         near, far = fitting.take(slice(0, first)), fitting.take(slice(first, last))
-        splits = zip(far.grid.shard.tolist(), far.grid.replicas.tolist(), strict=True)
-        spanned = np.array([nodes_spanned(place.parts, *split) for split in splits])
-        shard_nodes, replica_nodes = spanned.reshape(-1, 2).T
-        far = self._made(role, far.grid, shard_nodes, replica_nodes, place.device)
+        far = self._made(role, far.grid, sharding_of(far.grid, place), place.device)
         both = LayoutTable(
             fitting.grid.take(slice(0, last)),
             np.concatenate([near.memory, far.memory]),
@@ -135,47 +134,35 @@ class LayoutTables:
         )
         return _undominated(both)
 
-    def _made(
-        self, role: str, grid: Grid, shard_nodes: Indices, replica_nodes: Indices, device: Device
-    ) -> LayoutTable:
+    def _made(self, role: str, grid: Grid, sharding: Sharding, device: Device) -> LayoutTable:
         """The layouts of a grid with their memory and seconds, without those that do not fit a GPU
-        alone. Shards and replicas span `shard_nodes` and `replica_nodes` [n]."""
+        alone."""
         workload = self.model.workload
-        all_offloaded, some_offloaded = grid.offload == 2, grid.offload > 0
-        idle, detail, host = trainer_bytes(
-            workload, role, grid, all_offloaded, some_offloaded, device
-        )
-        running = sum(detail.values())
-        memory = np.stack([idle, running - idle, host], axis=1).astype(np.float64)
-        fits = np.flatnonzero(running <= device.memory_bytes - pool_peak((), True, False, device))
-        grid, memory = grid.take(fits), memory[fits]
-        split = Split(*grid[:4], shard_nodes[fits], replica_nodes[fits])
-        seconds = self._seconds(role, grid, split, device)
+        found = trainer_bytes(workload, role, grid, device)
+        surplus = found.running - found.idle
+        memory = np.stack([found.idle, surplus, found.host], axis=1).astype(np.float64)
+        room = device.memory_bytes - pool_peak((), True, False, device)
+        fits = np.flatnonzero(found.running <= room)
+        grid, memory, sharding = grid.take(fits), memory[fits], sharding.take(fits)
+        seconds = self._seconds(role, grid, sharding, device)
         gathered = np.zeros(len(fits))
         if any(self.flow[call].kind == "transfer" for call in self.calls_of(role)):
-            gathered = gather_seconds(workload.actor.shape, split, device, self.model.cluster)
+            gathered = gather_seconds(workload.actor.shape, sharding, device, self.model.cluster)
         return LayoutTable(grid, memory, seconds, seconds.mean(axis=2), gathered)
 
-    def _seconds(self, role: str, grid: Grid, split: Split, device: Device) -> Array:
+    def _seconds(self, role: str, grid: Grid, sharding: Sharding, device: Device) -> Array:
         """Durations [calls of the role, n, S]."""
-        distinct, which = _distinct(split)
+        trainers = self.model.trainers
+        distinct, which = _distinct(sharding)
         shape = self.model.workload.model_of(role).shape
         rows = []
         for name in self.calls_of(role):
             kind = self.flow[name].kind
-            moved = moved_bytes(
-                shape,
-                role,
-                grid.shard,
-                grid.offload == 2,
-                grid.offload > 0,
-                device,
-                train=kind == "train",
-            )
-            seconds = self.model.move_seconds(role, split, moved, device)[:, None]
-            if kind != "transfer":
-                alone = self.model.trainer_seconds(kind, role, distinct, device)
-                seconds = alone[which] + seconds
+            moved = moved_bytes(shape, role, grid, device, train=kind == "train")
+            seconds = trainers.moves(role, sharding, moved, device).both[:, None]
+            if kind == "infer" or kind == "train":
+                alone = trainers.calls(kind, role, distinct, device)
+                seconds = alone.seconds[which] + seconds
             rows.append(np.broadcast_to(seconds, (len(grid.shard), self.model.scenarios)))
         return np.stack(rows)
 
@@ -194,17 +181,17 @@ def _ranks_as_on_full_nodes(parts: tuple[int, ...], node: int) -> int:
     return ranks
 
 
-def _distinct(split: Split) -> tuple[Split, Indices]:
-    """The splits without repetition, since layouts that only differ in their offload have the same;
-    and which of them each row has."""
-    columns = np.column_stack([np.asarray(column, dtype=np.int64) for column in split])
+def _distinct(sharding: Sharding) -> tuple[Sharding, Indices]:
+    """The shardings without repetition, since layouts that only differ in their offload have the
+    same; and which of them each row has."""
+    columns = np.column_stack([np.asarray(column, dtype=np.int64) for column in sharding])
     order = np.lexsort(columns.T)
     new = np.ones(len(order), dtype=bool)
     new[1:] = (columns[order][1:] != columns[order][:-1]).any(axis=1)
     which = np.empty(len(order), dtype=np.int64)
     which[order] = np.cumsum(new) - 1
     first = order[new]
-    return Split(*(np.asarray(column)[first] for column in split)), which
+    return sharding.take(first), which
 
 
 def _undominated(table: LayoutTable) -> LayoutTable:

@@ -204,7 +204,7 @@ class Problem:
 
     def _sync_ratio(self, path: SyncPath) -> float:
         device = self.device(path.actor)
-        return self.model.sync_ratio(device, shared=path.shared, separate=path.separate)
+        return self.model.syncs.ratio(device, shared=path.shared, separate=path.separate)
 
 
 def problem_of(

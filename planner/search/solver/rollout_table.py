@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from planner.predict.cost import CostModel
-from planner.predict.generation import Simulation
+from planner.predict.generation import GenerationRun
 from planner.predict.layouts import concurrencies, engine_counts, tensor_parallels
 from planner.predict.memory import RoleMemory, process_bytes, rollout_fraction, rollout_memory
 from planner.predict.objective import with_mean
@@ -72,7 +72,7 @@ class RolloutTable:
         self._done = np.zeros(rows, dtype=bool)
         for size, gpus_of_engine in enumerate(self.sizes):
             own = np.flatnonzero(self.size == size)
-            self._simulated[own] = model.floors(
+            self._simulated[own] = model.rollouts.floors(
                 gpus_of_engine, self.slots[own], self.counts[self.count[own]], device
             )
         self.seconds = self._simulated.copy()
@@ -144,7 +144,10 @@ class RolloutTable:
 
     def moves(self, row: int, offload: bool) -> float:
         """Seconds of waking the engines and putting them to sleep."""
-        return self._model.engine_moves(self.sizes[self.size[row]], offload, self._device)
+        if not offload:
+            return 0.0
+        moves = self._model.rollouts.moves(self.sizes[self.size[row]], self._device)
+        return float(moves.both.item())
 
     # --- what generation takes ---
 
@@ -160,14 +163,14 @@ class RolloutTable:
         if self._take_up(row, simulation):
             self._refill(np.array([row]))
 
-    def _simulation(self, row: int) -> Simulation:
+    def _simulation(self, row: int) -> GenerationRun:
         """The simulation of a row, as far as it has been run."""
         engines = int(self.counts[self.count[row]])
-        return self._model.generation(
+        return self._model.rollouts.run(
             self.sizes[self.size[row]], int(self.slots[row]), ((self._device, engines),)
         )
 
-    def _take_up(self, row: int, simulation: Simulation) -> bool:
+    def _take_up(self, row: int, simulation: GenerationRun) -> bool:
         """Take up what has been simulated; whether a scenario takes longer than was known."""
         longer = bool((simulation.seconds > self._simulated[row]).any())
         self._simulated[row] = np.maximum(self._simulated[row], simulation.seconds)
@@ -178,13 +181,14 @@ class RolloutTable:
         """Fill `seconds` and `least` after the simulated seconds of some rows have changed."""
         for size in set(self.size[changed].tolist()):
             own = changed[self.size[changed] == size]
-            self.seconds[own] = self._model.generate_least(
+            estimates = self._model.rollouts.calls(
                 self._simulated[own],
                 self.sizes[size],
                 self.slots[own],
                 self.counts[self.count[own]],
                 self._device,
             )
+            self.seconds[own] = estimates.seconds
         seconds = with_mean(self.seconds)
         shape = len(self.sizes), ALONE + 1, len(self.counts), seconds.shape[-1]
         self.least = np.full(shape, NEVER)
