@@ -19,7 +19,7 @@ from planner.predict.schedule import staleness, steady_edges, unroll
 from planner.search.solver.best_program import best_program, bound_rates, choices_of, cycles_of
 from planner.search.solver.bounds import Bounds
 from planner.search.solver.branch_and_bound import solve
-from planner.search.solver.evaluate import evaluate, ruled_out_by_ideal, ruled_out_by_roles
+from planner.search.solver.evaluate import Trial, evaluate, ruled_out_by_ideal, ruled_out_by_roles
 from planner.search.solver.problem import problem_of
 from planner.search.space.enumerate_programs import all_programs
 from planner.search.space.pins import parse_pins, restriction
@@ -210,7 +210,7 @@ def best_of_all_placements(problem, restrict):
         for a in filter(None, map(restrict, families(structure, problem.cluster))):
             for counts in product(range(1, len(problem.cluster.gpus) + 1), repeat=len(structure)):
                 if all(sum(counts[i] for i in pools) <= most for pools, most in a.limits):
-                    found = evaluate(problem, a, counts, best).best
+                    found = evaluate(Trial(problem, a, counts, best)).best
                     best = found.seconds if found else best
     return best
 
@@ -331,7 +331,7 @@ def test_bounds_are_never_above_what_a_placement_takes():
         counts = rng.multinomial(16 - pools, np.ones(pools) / pools) + 1
         sizes_of = np.zeros((1, max(len(a.structure) for a in listed)), dtype=np.int64)
         sizes_of[0, :pools] = counts
-        best = evaluate(problem, listed[number], counts.tolist()).best
+        best = evaluate(Trial(problem, listed[number], counts.tolist())).best
         if best is not None:
             box = Boxes(np.array([number]), sizes_of, sizes_of, np.zeros(1))
             assert bounds.of(box)[0] <= best.seconds * (1 + 1e-9)
@@ -350,13 +350,13 @@ def test_what_is_dismissed_is_no_better_on_any_smaller_pools():
             rng.multinomial(20 - pools, np.ones(pools) / pools) + 1
         )  # more than there are, as a box may be
         small = np.maximum(1, large - rng.integers(0, 4, pools) - 2)
-        best = evaluate(problem, listed[number], small.tolist()).best
+        best = evaluate(Trial(problem, listed[number], small.tolist())).best
         if best is None or sum(small) > 16:
             continue
         for test in tests:
             for times in (0.5, 0.8, 0.95, 1.0):
-                verdict = test(problem, listed[number], large.tolist(), best.seconds * times)
-                tests[test] += verdict.ruled_out
-                more = test(problem, listed[number], large.tolist(), best.seconds * 1.000001)
-                assert not more.ruled_out
+                trial = Trial(problem, listed[number], large.tolist(), best.seconds * times)
+                tests[test] += test(trial).ruled_out
+                slower = trial._replace(limit=best.seconds * 1.000001)
+                assert not test(slower).ruled_out
     assert min(tests.values()) > 3, tests

@@ -13,6 +13,7 @@ from planner.search.solver.best_program import SAME, Program
 from planner.search.solver.bounds import Bounds
 from planner.search.solver.evaluate import (
     Candidate,
+    Trial,
     Verdict,
     evaluate,
     guess,
@@ -45,7 +46,7 @@ TRIES = 3  # quick plans of a family in vain before no more are made
 PATIENCE = 8
 LEAVES_TOGETHER = 8  # leaves of a family that are ruled out together at first
 
-Test = Callable[[Problem, PlacementFamily, Sequence[int], float, Program | None, Cuts], Verdict]
+Test = Callable[[Trial], Verdict]
 
 
 class Solution(NamedTuple):
@@ -238,8 +239,8 @@ class Solver:
     def _simulate(self, leaf: Boxes, queues: bool) -> bool:
         """Simulate generation on a leaf where that may rule it out. Return whether it told more."""
         number = int(leaf.number[0])
-        limit = self.incumbents.limit(number)
-        return self.bounds.sharpen(leaf, limit, self._known_cuts(number), queues)
+        cuts = self._known_cuts(self.families[number])
+        return self.bounds.sharpen(leaf, self.incumbents.limit(number), cuts, queues)
 
     def _cut(self, leaf: Boxes) -> bool:
         """Look for a program at the least durations of a leaf, and bound all boxes of its family by
@@ -247,8 +248,9 @@ class Solver:
         if self.programs or not self.incumbents.best:
             return False
         number = int(leaf.number[0])
+        family = self.families[number]
         cut = self.bounds.cut(leaf, self.incumbents.limit(number))
-        self._learn(number, with_cut(self._known_cuts(number), cut))
+        self._learn(family, with_cut(self._known_cuts(family), cut))
         self.cut_families.add(number)
         self.frontier.replace(lambda boxes: self._bounded_by(boxes, number, (cut,)))
         raised = self._bounded_by(leaf, number, (cut,))
@@ -285,56 +287,46 @@ class Solver:
 
     def _holds(self, test: Test, box: Boxes) -> bool:
         """Whether a test rules out the largest sizes of a box."""
-        number = int(box.number[0])
-        family = self.families[number]
-        verdict = test(
-            self.problem,
-            family,
-            sizes_of(family, box.high[0]),
-            self.incumbents.limit(number),
-            self._program(number),
-            self._known_cuts(number),
-        )
-        self._learn(number, verdict.cuts)
+        trial = self._trial(box)
+        verdict = test(trial)
+        self._learn(trial.family, verdict.cuts)
         return verdict.ruled_out
 
     def _evaluate(self, leaf: Boxes) -> None:
         """Find the best plan of a leaf. Where smaller sizes may be better (`Evaluation.filled`),
         open the rest of the box too."""
-        number = int(leaf.number[0])
-        family = self.families[number]
         self.evaluated += 1
-        found = evaluate(
-            self.problem,
-            family,
-            sizes_of(family, leaf.high[0]),
-            self.incumbents.limit(number),
-            self._program(number),
-            self._known_cuts(number),
-        )
-        self._learn(number, found.cuts)
+        trial = self._trial(leaf)
+        found = evaluate(trial)
+        self._learn(trial.family, found.cuts)
         self.incumbents.insert(found.best)
         is_below = bool(self._is_below(leaf)[0])
         if is_below and not found.filled and (leaf.low < leaf.high).any():
             self._open(without_corner(leaf))
+
+    def _trial(self, box: Boxes) -> Trial:
+        """The largest sizes of one box, as a placement that has to beat the incumbents."""
+        number = int(box.number[0])
+        family = self.families[number]
+        return Trial(
+            self.problem,
+            family,
+            sizes_of(family, box.high[0]),
+            self.incumbents.limit(number),
+            self.programs[number] if self.programs else None,
+            self._known_cuts(family),
+        )
 
     # --- quick plans ---
 
     def _guess(self, leaf: Boxes) -> bool:
         """Find a quick plan of a leaf. Return whether it is the best now."""
         number = int(leaf.number[0])
-        family = self.families[number]
         self.evaluated += 1
         self.guessed[number] += 1
-        found = guess(
-            self.problem,
-            family,
-            sizes_of(family, leaf.high[0]),
-            self.incumbents.limit(number),
-            self._program(number),
-            self._known_cuts(number),
-        )
-        self._learn(number, found.cuts)
+        trial = self._trial(leaf)
+        found = guess(trial)
+        self._learn(trial.family, found.cuts)
         is_best = self.incumbents.insert(found.best)
         if is_best:
             self.in_vain = self.guessed[number] = 0
@@ -366,17 +358,15 @@ class Solver:
             box, _ = halves.take(self._is_below(halves)).sorted().split(1)
         return box
 
-    def _program(self, number: int) -> Program | None:
-        return self.programs[number] if self.programs else None
-
     # --- cuts ---
 
-    def _known_cuts(self, number: int) -> Cuts:
+    def _known_cuts(self, family: PlacementFamily) -> Cuts:
         """The cuts of the programs of a family's structure."""
-        return self.cuts.get(self.families[number].structure, ())
+        return self.cuts.get(family.structure, ())
 
-    def _learn(self, number: int, cuts: Cuts) -> None:
-        self.cuts[self.families[number].structure] = cuts
+    def _learn(self, family: PlacementFamily, cuts: Cuts) -> None:
+        """Take over the cuts that were learned about a family's structure."""
+        self.cuts[family.structure] = cuts
 
     # --- boxes ---
 
@@ -400,7 +390,8 @@ class Solver:
         boxes = boxes._replace(bound=bound)
         below = self._is_below(boxes)
         for number in self.cut_families.intersection(boxes.number[below].tolist()):
-            boxes = self._bounded_by(boxes, number, self._known_cuts(number), below)
+            cuts = self._known_cuts(self.families[number])
+            boxes = self._bounded_by(boxes, number, cuts, below)
         return boxes
 
     def _bounded_by(

@@ -46,10 +46,23 @@ class Candidate(NamedTuple):
     program: Program
 
 
+class Trial(NamedTuple):
+    """A placement to look at: the sizes of a family's pools. Only plans below `limit` seconds are
+    of interest, with any program, or with a `fixed` one. `cuts` are what is known of the programs
+    so far."""
+
+    problem: Problem
+    family: PlacementFamily
+    sizes: Sequence[int]
+    limit: float = np.inf
+    fixed: Program | None = None
+    cuts: Cuts = ()
+
+
 class Evaluation(NamedTuple):
     """The best candidate of a placement, None if nothing fits or is below the limit; whether the
     placement is `filled`, so that no smaller pools could be better; and the cuts of its programs:
-    those that were given and those that were learned."""
+    those of the trial and those that were learned."""
 
     best: Candidate | None
     filled: bool
@@ -57,27 +70,20 @@ class Evaluation(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether no placement of some sizes or smaller ones is below a limit, and the cuts: those that
-    were given and those that were learned."""
+    """Whether no placement of a trial's sizes or smaller ones is below its limit, and the cuts:
+    those of the trial and those that were learned."""
 
     ruled_out: bool
     cuts: Cuts
 
 
-def evaluate(
-    problem: Problem,
-    family: PlacementFamily,
-    sizes: Sequence[int],
-    limit: float = np.inf,
-    fixed: Program | None = None,
-    cuts: Cuts = (),
-) -> Evaluation:
-    """Find the best layouts and program of one placement that take less than `limit` seconds (or
-    the best layouts for a `fixed` program). `cuts` are what is known of its programs."""
-    trial = _Trial(Placement(problem, family, sizes), limit, fixed, cuts)
-    trial.run()
-    filled = trial.placement.is_filled and not trial.hosts_bind
-    return Evaluation(trial.freshest(), filled, trial.threshold.cuts)
+def evaluate(trial: Trial) -> Evaluation:
+    """Find the best layouts and program of a placement (or the best layouts for a fixed
+    program)."""
+    evaluator = _Evaluator(trial, Placement(trial.problem, trial.family, trial.sizes))
+    evaluator.run()
+    filled = evaluator.placement.is_filled and not evaluator.hosts_bind
+    return Evaluation(evaluator.freshest(), filled, evaluator.threshold.cuts)
 
 
 def evaluate_structure(
@@ -86,70 +92,50 @@ def evaluate_structure(
     """Find the best layouts and program of a structure with pools of these sizes, on the first
     kinds of GPU that have room for them; None if nothing fits."""
     for family in families(structure, problem.cluster):
-        if all(sum(sizes[i] for i in pools) <= most for pools, most in family.limits):
-            return evaluate(problem, family, sizes).best
+        if all(sum(sizes[pool] for pool in pools) <= most for pools, most in family.limits):
+            return evaluate(Trial(problem, family, sizes)).best
     return None
 
 
-def guess(
-    problem: Problem,
-    family: PlacementFamily,
-    sizes: Sequence[int],
-    limit: float,
-    fixed: Program | None = None,
-    cuts: Cuts = (),
-) -> Evaluation:
+def guess(trial: Trial) -> Evaluation:
     """Find a good plan of a placement quickly: on all GPUs that a role can use, with the few
-    layouts of the rollout that seem the fastest. Does not say whether the placement is filled."""
-    placement = Placement(problem, family, sizes)
+    layouts of the rollout that seem the fastest. Does not tell whether the placement is filled."""
+    placement = Placement(trial.problem, trial.family, trial.sizes)
     for role, layouts in placement.layouts.items():
         used = layouts.grid.gpus
         placement.layouts[role] = layouts.take(np.flatnonzero(used == used.max(initial=0)))
-    trial = _Trial(placement, limit, fixed, cuts)
-    trial.run(quick=True)
-    return Evaluation(trial.freshest(), False, trial.threshold.cuts)
+    evaluator = _Evaluator(trial, placement)
+    evaluator.run(quick=True)
+    return Evaluation(evaluator.freshest(), False, evaluator.threshold.cuts)
 
 
-def ruled_out_by_roles(
-    problem: Problem,
-    family: PlacementFamily,
-    sizes: Sequence[int],
-    limit: float,
-    fixed: Program | None = None,
-    cuts: Cuts = (),
-) -> Verdict:
-    """Tell whether a look at the layouts of each role alone shows that no placement of these sizes
-    or smaller ones is below `limit` seconds."""
-    ideal = Placement(problem, family, sizes, ideal=True)
-    threshold = threshold_for(problem, ideal.sharing, limit, fixed, cuts)
-    return Verdict(not any_below(ideal, threshold), cuts)
+def ruled_out_by_roles(trial: Trial) -> Verdict:
+    """Tell whether a look at the layouts of each role alone rules a placement out, and with it all
+    smaller ones."""
+    ideal = Placement(trial.problem, trial.family, trial.sizes, ideal=True)
+    threshold = threshold_for(trial.problem, ideal.sharing, trial.limit, trial.fixed, trial.cuts)
+    return Verdict(not any_below(ideal, threshold), trial.cuts)
 
 
-def ruled_out_by_ideal(
-    problem: Problem,
-    family: PlacementFamily,
-    sizes: Sequence[int],
-    limit: float,
-    fixed: Program | None = None,
-    cuts: Cuts = (),
-) -> Verdict:
-    """Tell whether no placement of these sizes or smaller ones is below `limit` seconds, since no
-    plan of the ideal one is."""
-    trial = _Trial(Placement(problem, family, sizes, ideal=True), limit, fixed, cuts)
-    trial.run(only_one=True)
-    return Verdict(trial.best is None, trial.threshold.cuts)
+def ruled_out_by_ideal(trial: Trial) -> Verdict:
+    """Tell whether the ideal placement of these sizes has no plan below the limit, which rules out
+    all real ones of these sizes or smaller ones."""
+    ideal = Placement(trial.problem, trial.family, trial.sizes, ideal=True)
+    evaluator = _Evaluator(trial, ideal)
+    evaluator.run(only_one=True)
+    return Verdict(evaluator.best is None, evaluator.threshold.cuts)
 
 
-class _Trial:
+class _Evaluator:
     """The search for the best layouts and program of one placement: the threshold that they have to
     beat, the best so far with its durations [calls, S + 1], and whether some layouts were left out
     because hosts have too little memory."""
 
-    def __init__(
-        self, placement: Placement, limit: float, fixed: Program | None, cuts: Cuts
-    ) -> None:
-        self.placement, self.problem, self.fixed = placement, placement.problem, fixed
-        self.threshold = threshold_for(self.problem, placement.sharing, limit, fixed, cuts)
+    def __init__(self, trial: Trial, placement: Placement) -> None:
+        self.placement, self.problem, self.fixed = placement, trial.problem, trial.fixed
+        self.threshold = threshold_for(
+            trial.problem, placement.sharing, trial.limit, trial.fixed, trial.cuts
+        )
         self.best: Candidate | None = None
         self.durations: Array = np.zeros(0)
         self.hosts_bind = False
