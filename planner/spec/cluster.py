@@ -1,4 +1,4 @@
-"""What there is: nodes, their GPUs and the links between them."""
+"""The hardware: nodes, their GPUs and the links between them."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -16,10 +16,10 @@ Seconds = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class Device(Spec):
-    """One kind of GPU (or, for kind `cpu`, one core that stands in for one). Rates are the vendor's
-    dense peaks or measured ones: FLOP/s in bf16, bytes/s of memory, bytes/s per GPU over the node's
-    links (each way), bytes/s per GPU between device and host. `efficiency_*` are the fractions of
-    the peak that the roofline model assumes."""
+    """One kind of GPU. With kind `cpu` it is one core that stands in for a GPU. Rates are the
+    vendor's dense peaks or measured ones: FLOP/s in bf16, bytes/s of memory, bytes/s per GPU over
+    the node's links (each way), bytes/s per GPU between device and host. `efficiency_*` are the
+    fractions of the peak that the roofline model assumes."""
 
     kind: Literal["cuda", "cpu"] = "cuda"
     memory_bytes: Annotated[Bytes, Field(gt=0)]

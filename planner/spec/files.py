@@ -1,5 +1,5 @@
-"""Reading and writing the files that outlive a run: strict on the way in, whole or not at all on
-the way out."""
+"""Reading and writing the files that outlive a run. What is read is checked strictly; a file is
+written whole or not at all."""
 
 import contextlib
 import json
@@ -105,7 +105,7 @@ class File(Spec):
 
 
 def first_problem(error: ValidationError, data: Any) -> str:
-    """The problem of a pydantic error with `data` that says most, in one line: `key.path:
+    """The most telling problem of a pydantic error with `data`, in one line: `key.path:
     message`."""
     problems = error.errors(include_url=False)
     telling = {
@@ -119,7 +119,7 @@ def first_problem(error: ValidationError, data: Any) -> str:
 
 
 def _what(problem: ErrorDetails) -> str:
-    """What is wrong, and what to do."""
+    """The problem in words, and what to do."""
     given, said = problem["input"], problem["msg"]
     match problem["type"]:
         case "value_error":
@@ -157,7 +157,7 @@ def _keys(path: Sequence[int | str], data: Any, *, missing: bool) -> Iterator[st
 
 
 def by_key(key: str, tag: str, otherwise: str) -> Discriminator:
-    """Chooses the member of a union with this tag where the mapping (or the member itself) has this
+    """Choose the member of a union with this tag where the mapping (or the member itself) has this
     key."""
 
     def choose(value: Any) -> str:
@@ -169,7 +169,7 @@ def by_key(key: str, tag: str, otherwise: str) -> Discriminator:
 
 
 def names_a_file(name: str) -> bool:
-    """Whether it is a path, and not what is shipped under a name such as h200-1.5b."""
+    """Whether a name is a path, and not the name of something shipped, such as h200-1.5b."""
     return "/" in name or Path(name).suffix in (".toml", ".json")
 
 
@@ -198,7 +198,7 @@ def _json(text: str) -> Any:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of which no key silently replaces another; TOML forbids that by itself."""
+    """Build an object and refuse keys that stand twice. TOML forbids them by itself."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -211,7 +211,7 @@ def _not_a_number(name: str) -> NoReturn:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write the file whole or not at all: a temporary file beside it, then one rename. Raises
+    """Write the file whole or not at all: a temporary file next to it, then one rename. Raises
     UserError."""
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -241,7 +241,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 
 def profiles_dir() -> Path:
-    """Where the shipped devices, workloads and profiles lie: inside the wheel, or beside the
+    """The folder of the shipped devices, workloads and profiles: inside the wheel, or next to the
     package in a checkout."""
     package = Path(__file__).resolve().parents[1]
     shipped = package / "profiles"

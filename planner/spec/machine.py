@@ -1,4 +1,5 @@
-"""What this machine has, or of it the container or the job (by the limits of cgroup v2)."""
+"""The cores and the memory of this machine, or of the container or job (by the limits of cgroup
+v2)."""
 
 import os
 import re
@@ -30,7 +31,7 @@ def memory_bytes() -> int:
 
 
 def _limits(file: str) -> list[str]:
-    """What this process's control group says in such a file, and each group around it."""
+    """The values of such a file for this process's control group, and for each group around it."""
     found = re.search(r"^0::(/.*)$", _read("proc/self/cgroup"), re.MULTILINE)
     group = Path(found[1] if found else "/")
     return [_read(f"sys/fs/cgroup/{path}/{file}").strip() for path in (group, *group.parents)]

@@ -1,5 +1,5 @@
-"""A study: plans that are predicted first, then run for real, cell by cell; and what one cell left
-behind."""
+"""A study: plans that are predicted first and then run for real, cell by cell; and the result of
+one cell."""
 
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -34,10 +34,10 @@ class Cell(Spec):
 
 
 class Study(File):
-    """Plans of one workload on one cluster. `steps` are measured in each cell, after `warmup` ones
-    or as many as its pipeline takes to fill and one more, and before those in which it drains.
-    `matrix_flops` is the measured rate of a bf16 matrix product on one GPU, FLOP/s, of which the
-    updates' share is stated."""
+    """Plans of one workload on one cluster. In each cell `steps` steps are measured. Before them
+    come `warmup` steps, or as many as the pipeline takes to fill and one more; after them those in
+    which it drains. `matrix_flops` is the measured rate of a bf16 matrix product on one GPU in
+    FLOP/s; the report states the updates' share of it."""
 
     SCHEMA: ClassVar[str] = "splitplan/study/1"
 
@@ -62,7 +62,7 @@ class Study(File):
         return self
 
     def warmup_of(self, staleness: int) -> int:
-        """First steps of a plan, which do not count."""
+        """The number of first steps of a plan that do not count."""
         return max(self.warmup, staleness + 1)
 
 
@@ -85,9 +85,9 @@ def load_study(path: Path) -> Study:
 
 
 class GpuMemory(Spec):
-    """Peak bytes of one GPU over the steps of a cell: `used` of all processes, as the driver
-    counts, and in each process what torch's tensors took (`allocated`) and what its allocator held
-    for them (`reserved`); and the allocator's `retries`: how often it had to give back what it held
+    """Peak bytes of one GPU over the steps of a cell: `used` by all processes, as the driver
+    counts; in each process the bytes of torch's tensors (`allocated`) and those that its allocator
+    held for them (`reserved`); and the allocator's `retries`: how often it had to give back memory
     before it got more, which takes time."""
 
     gpu: Gpu
@@ -98,9 +98,9 @@ class GpuMemory(Spec):
 
 
 class CellResult(File):
-    """How a cell ended. `host` tells machines apart, and boots of one: ratios hold between cells of
-    one host only. `start_seconds` until the first step could begin, `engines_started` of them
-    anew."""
+    """The end of a cell. `host` tells machines apart, and boots of one machine: ratios hold only
+    between cells of one host. `start_seconds`: time until the first step could begin.
+    `engines_started`: engines that were started for this cell."""
 
     SCHEMA: ClassVar[str] = "splitplan/cell/1"
 
