@@ -1,5 +1,6 @@
 """What the search is made of: structures, sizes, packing, programs, layouts, bounds."""
 
+import doctest
 from itertools import product
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import planner.predict.layouts as layouts
+from planner.predict import objective
 from planner.predict.cost import Place
 from planner.predict.cycle import cycles
 from planner.predict.memory import trainer_memory
@@ -16,11 +18,13 @@ from planner.predict.objective import with_mean
 from planner.predict.points import point_of
 from planner.predict.profile import Profile
 from planner.predict.schedule import staleness, steady_edges, unroll
+from planner.search.solver import layout_table, placement
 from planner.search.solver.best_program import best_program, bound_rates, choices_of, cycles_of
 from planner.search.solver.bounds import Bounds
 from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.evaluate import Trial, evaluate, ruled_out_by_ideal, ruled_out_by_roles
 from planner.search.solver.problem import problem_of
+from planner.search.space import placements
 from planner.search.space.enumerate_programs import all_programs
 from planner.search.space.pins import parse_pins, restriction
 from planner.search.space.placements import families, gpus_of, pack, sizes, structures
@@ -31,6 +35,12 @@ from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Issue
 from planner.spec.workload import load_workload
+
+
+@pytest.mark.parametrize("module", [objective, placements, placement, layout_table])
+def test_examples_in_docstrings_are_right(module):
+    found = doctest.testmod(module)
+    assert found.attempted and not found.failed
 
 
 def test_structures_are_all_partitions_with_the_rollout_on_any_union():

@@ -10,51 +10,30 @@ for the largest sizes of a box holds for all of it.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from planner.predict.objective import with_mean
-from planner.search.solver.best_program import (
-    Cut,
-    Program,
-    best_program,
-    bound_rates,
-    cycles_of,
-    rates,
-)
+from planner.search.solver.best_program import Cut, Program, best_program
+from planner.search.solver.family_table import family_table
 from planner.search.solver.pool_tables import PoolTables, pool_keys
-from planner.search.solver.problem import Problem, sync_path
+from planner.search.solver.problem import Problem
 from planner.search.solver.role_tables import CallSets
 from planner.search.solver.rollout_table import ALONE
 from planner.search.solver.threshold import Cuts
-from planner.search.space.arrays import Array, Families, Kinds, Levels, Mask, Pools, Sizes
-from planner.search.space.placements import PlacementFamily, Structure, sharing_of
+from planner.search.space.arrays import Array, Families, Levels, Mask, Sizes
+from planner.search.space.placements import PlacementFamily, sharing_of
 from planner.search.space.size_boxes import BOXES_AT_ONCE, NEVER, Boxes
 
 SLACKS = (1.01, 1.03, 1.1, 1.25, 1.5)  # times its floor, which generation may turn out to take
 
 
-class FamilyTable(NamedTuple):
-    """What the bounds of n families need, padded to P pools and R rows of rates: the number of each
-    pool in the pool tables [n, P]; the pool of each call set's role [n, C]; whether a pool
-    `generates` and whether it has the actor (`acts`) [n, P]; the number of the kind that generates
-    [n], and the GPUs of its largest node [n] (0 if the actor is on another kind); the seconds of
-    handing weights over within a node and between nodes [n, 2]; and the rates [n, R, C]."""
-
-    pools: Pools
-    home: Pools
-    generates: Mask
-    acts: Mask
-    kind: Kinds
-    node: Sizes
-    hand_over: Array
-    rates: Array
-
-
 class Bounds:
     """Bounds on the placements of some families, all of them on the same cluster. Families are
-    numbered by their place in the list. If there are `programs`, each family has only its own."""
+    numbered by their place in the list. If there are `programs`, each family has only its own.
+
+    Bounds rise whenever a simulation replaces a floor in one of the rollout tables, whether it was
+    run by `sharpen` or by the evaluation of a placement."""
 
     def __init__(
         self,
@@ -72,63 +51,7 @@ class Bounds:
             for column, calls in enumerate(self.call_sets.listed)
             if problem.calls[problem.sync] in calls
         ]
-        self.table = self._family_table(programs)
-
-    # --- what the bounds of a family need ---
-
-    def _family_table(self, programs: Sequence[Program] | None) -> FamilyTable:
-        most = max(len(family.structure) for family in self.families)
-        described: dict[tuple[Structure, tuple[str, ...]], list[object]] = {}
-        pools, rows = [], []
-        for family in self.families:
-            key = family.structure, family.kinds
-            if key not in described:
-                described[key] = self._described(family, most)
-            numbers = self.pools.numbers(pool_keys(self.problem, family))
-            pools.append(numbers + [0] * (most - len(numbers)))
-            rows.append(described[key])
-        columns = [np.array(column) for column in zip(*rows, strict=True)]
-        all_rates = self.call_sets.rates(self._rates(programs))
-        return FamilyTable._make([np.array(pools), *columns, all_rates])
-
-    def _described(self, family: PlacementFamily, most: int) -> list[object]:
-        """A row of the table, from `home` to `hand_over`, with room for `most` pools."""
-        problem = self.problem
-        path = sync_path(family)
-        actor = family.pool_of("actor")
-        return [
-            [self._home(family, calls) for calls in self.call_sets.listed],
-            [i in family.generating for i in range(most)],
-            [i == actor for i in range(most)],
-            list(problem.gpus).index(path.rollout),
-            problem.node(path.rollout) if path.rollout == path.actor else 0,
-            [problem.hand_over(path, same_node=same_node) for same_node in (True, False)],
-        ]
-
-    def _home(self, family: PlacementFamily, calls: tuple[str, ...]) -> int:
-        """The pool of the role that runs some calls; any pool for calls on the host."""
-        roles = self.problem.flow[calls[0]].roles
-        return family.pool_of(roles[0]) if roles else 0
-
-    def _rates(self, programs: Sequence[Program] | None) -> Array:
-        """Rates [families, rows, calls] that no program of a family is below, or those of its only
-        one; padded with rows of zeros, which bound nothing."""
-        problem, flow = self.problem, self.problem.flow
-        of_structure: dict[Structure, Array] = {}
-        listed = []
-        for number, family in enumerate(self.families):
-            sharing = sharing_of(flow, family.structure)
-            if programs is not None:
-                listed.append(rates(cycles_of(flow, sharing, programs[number].items)))
-                continue
-            if family.structure not in of_structure:
-                found = bound_rates(flow, sharing, problem.max_staleness)
-                of_structure[family.structure] = found
-            listed.append(of_structure[family.structure])
-        padded = np.zeros((len(listed), max(map(len, listed)), len(problem.calls)))
-        for number, found in enumerate(listed):
-            padded[number, : len(found)] = found
-        return padded
+        self.table = family_table(problem, families, programs, self.call_sets, self.pools)
 
     # --- bounds ---
 

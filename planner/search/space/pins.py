@@ -35,7 +35,8 @@ def parse_pins(texts: Sequence[str], roles: Sequence[str], cluster: Cluster) -> 
     for count in sorted({1, 2, len(pins)} - {0}):
         for some in combinations(pins, count):
             meet = restriction(some)
-            if not any(meet(a) for s in structures(roles) for a in families(s, cluster)):
+            every = (family for s in structures(roles) for family in families(s, cluster))
+            if not any(meet(family) for family in every):
                 texts_of = " ".join(f"--pin {pin.text}" for pin in some)
                 together = "cannot be met" if count == 1 else "cannot be met together"
                 raise UserError(
@@ -67,48 +68,66 @@ def _parse(text: str, roles: Sequence[str]) -> Pin:
 
 
 def restriction(pins: Sequence[Pin]) -> Restrict:
-    """What pins make of a family: None where no sizes meet them all."""
+    """The function that makes a family of placements meet all pins: it returns the family with
+    tighter limits, or None where no sizes meet them."""
 
-    def restrict(a: PlacementFamily) -> PlacementFamily | None:
-        wanted = {(pin.roles[0], pin.gpus) for pin in pins if pin.gpus is not None}
-        if not all(pin.admits(a.structure) for pin in pins) or len(
-            {role for role, _ in wanted}
-        ) < len(wanted):
+    def restrict(family: PlacementFamily) -> PlacementFamily | None:
+        if not all(pin.admits(family.structure) for pin in pins):
             return None
         given: dict[int, int] = {}
         rollout: int | None = None
-        for role, count in wanted:
-            pools = [i for i, roles in enumerate(a.structure) if role in roles]
-            if len(pools) > 1:
-                rollout = count
-            elif given.setdefault(pools[0], count) != count:
+        for role, gpus in _gpus_of_roles(pins):
+            pools = [i for i, roles in enumerate(family.structure) if role in roles]
+            if len(pools) > 1:  # only the rollout has several pools
+                if rollout not in (None, gpus):
+                    return None
+                rollout = gpus
+            elif given.setdefault(pools[0], gpus) != gpus:
                 return None
-        limits = a.limits if rollout is None else (*a.limits, *_shares(a, rollout))
-        pinned = a._replace(limits=limits, given=given, rollout=rollout)
+        limits = family.limits
+        if rollout is not None:
+            limits = (*limits, *_limits_of_rollout(family, rollout))
+        pinned = family._replace(limits=limits, given=given, rollout=rollout)
         return pinned if _possible(pinned) else None
 
     return restrict
 
 
-def _shares(a: PlacementFamily, rollout: int) -> Iterator[tuple[tuple[int, ...], int]]:
-    """What the rollout's pools have together, and what they leave to the others of their kind."""
-    yield a.generating, rollout
-    kind = a.kinds[a.generating[0]]
+def _gpus_of_roles(pins: Sequence[Pin]) -> Iterator[tuple[str, int]]:
+    """Roles with the GPUs that pins give them."""
+    for pin in pins:
+        if pin.gpus is not None:
+            yield pin.roles[0], pin.gpus
+
+
+def _limits_of_rollout(
+    family: PlacementFamily, rollout: int
+) -> Iterator[tuple[tuple[int, ...], int]]:
+    """The limits of pools if those of the rollout have `rollout` GPUs together: these pools, and
+    the others of their kind, which have the rest."""
+    yield family.generating, rollout
+    kind = family.kinds[family.generating[0]]
     others = tuple(
-        i for i in range(len(a.structure)) if a.kinds[i] == kind and i not in a.generating
+        pool
+        for pool, own in enumerate(family.kinds)
+        if own == kind and pool not in family.generating
     )
-    for pools, most in a.limits:
+    for pools, most in family.limits:
         if set(others) & set(pools):
             yield others, most - rollout
-        elif set(a.generating) & set(pools) and most < rollout:
-            yield a.generating, 0
+        elif set(family.generating) & set(pools) and most < rollout:
+            yield family.generating, 0  # more than there are: no sizes meet this
 
 
-def _possible(a: PlacementFamily) -> bool:
-    """Whether there are sizes that meet all limits: given ones, and one GPU at least for every
-    other pool."""
-    least = [a.given.get(i, 1) for i in range(len(a.structure))]
-    within = all(sum(least[i] for i in pools) <= most for pools, most in a.limits)
-    free = any(i not in a.given for i in a.generating)
-    exact = a.rollout is None or free or sum(least[i] for i in a.generating) == a.rollout
-    return min(least) > 0 and within and exact
+def _possible(family: PlacementFamily) -> bool:
+    """Whether some sizes meet all limits: the given ones, and one GPU at least for every other
+    pool."""
+    least = [family.given.get(pool, 1) for pool in range(len(family.structure))]
+    if min(least) < 1:
+        return False
+    for pools, most in family.limits:
+        if sum(least[pool] for pool in pools) > most:
+            return False
+    if family.rollout is None or any(pool not in family.given for pool in family.generating):
+        return True
+    return sum(least[pool] for pool in family.generating) == family.rollout

@@ -8,8 +8,8 @@ from math import comb, prod
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from planner.search.space.arrays import Sizes
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import Gpu
@@ -22,17 +22,19 @@ def structures(roles: Sequence[str]) -> tuple[Structure, ...]:
     """Every set partition of the trained and inference roles into pools, with the rollout on any
     non-empty union of those pools and at most one pool of its own. Fewest pools first, in a fixed
     order."""
-    placed = [role for role in roles if role != "rollout"]
-    found = [structure for pools in _partitions(placed) for structure in _with_rollout(pools)]
-    return tuple(
-        sorted(
-            found,
-            key=lambda s: (len(s), sum("rollout" in pool for pool in s), [sorted(p) for p in s]),
-        )
-    )
+    others = [role for role in roles if role != "rollout"]
+    found = [structure for pools in _partitions(others) for structure in _with_rollout(pools)]
+    return tuple(sorted(found, key=_order))
 
 
-def _partitions(roles: Sequence[str]) -> Iterator[tuple[frozenset[str], ...]]:
+def _order(structure: Structure) -> tuple[int, int, list[list[str]]]:
+    """Fewer pools first, then fewer pools of the rollout, then by name."""
+    of_rollout = sum("rollout" in pool for pool in structure)
+    return len(structure), of_rollout, [sorted(pool) for pool in structure]
+
+
+def _partitions(roles: Sequence[str]) -> Iterator[Structure]:
+    """Every set partition: the first role alone or in any pool of a partition of the others."""
     if not roles:
         yield ()
         return
@@ -43,14 +45,14 @@ def _partitions(roles: Sequence[str]) -> Iterator[tuple[frozenset[str], ...]]:
             yield (*pools[:i], pool | {first}, *pools[i + 1 :])
 
 
-def _with_rollout(pools: tuple[frozenset[str], ...]) -> Iterator[Structure]:
-    for own in (False, True):
+def _with_rollout(pools: Structure) -> Iterator[Structure]:
+    """The pools with the rollout on any of them: on one at least, or also on a pool of its own."""
+    rollout = frozenset({"rollout"})
+    for own in ((), (rollout,)):
         for count in range(0 if own else 1, len(pools) + 1):
             for chosen in combinations(range(len(pools)), count):
-                shared = tuple(
-                    pool | {"rollout"} if i in chosen else pool for i, pool in enumerate(pools)
-                )
-                yield (*shared, frozenset({"rollout"})) if own else shared
+                shared = [pool | rollout if i in chosen else pool for i, pool in enumerate(pools)]
+                yield (*shared, *own)
 
 
 class PlacementFamily(NamedTuple):
@@ -80,47 +82,51 @@ class PlacementFamily(NamedTuple):
 
 
 def families(structure: Structure, cluster: Cluster) -> Iterator[PlacementFamily]:
-    """A structure on every choice of kinds that the cluster has enough GPUs for, one for each pool.
-    A pool is of one kind, and so are all pools of the rollout: its engines are alike."""
-    there = gpus_of_kinds(cluster)
-    for kinds in product(there, repeat=len(structure)):
-        limits = tuple(
-            (tuple(i for i, own in enumerate(kinds) if own == kind), there[kind]) for kind in there
-        )
-        generates = {
-            kind for kind, roles in zip(kinds, structure, strict=True) if "rollout" in roles
-        }
-        if len(generates) == 1 and all(len(pools) <= most for pools, most in limits):
-            yield PlacementFamily(structure, kinds, tuple(limit for limit in limits if limit[0]))
+    """The families of a structure: one for each choice of a kind of GPU for each pool that the
+    cluster has enough GPUs for. All pools of the rollout are of one kind, since its engines are
+    alike."""
+    gpus = gpus_of_kinds(cluster)
+    for kinds in product(gpus, repeat=len(structure)):
+        limits = []
+        for kind in gpus:
+            pools = tuple(pool for pool, own in enumerate(kinds) if own == kind)
+            if pools:
+                limits.append((pools, gpus[kind]))
+        family = PlacementFamily(structure, kinds, tuple(limits))
+        of_rollout = {kinds[pool] for pool in family.generating}
+        if len(of_rollout) == 1 and all(len(pools) <= most for pools, most in limits):
+            yield family
 
 
 def placement_count(structure: Structure, cluster: Cluster) -> int:
     """How many placements a structure has: n pools of one kind have any sizes that add up to no
     more than there is."""
-    return sum(
-        prod(comb(most, len(pools)) for pools, most in a.limits)
-        for a in families(structure, cluster)
-    )
+    count = 0
+    for family in families(structure, cluster):
+        count += prod(comb(most, len(pools)) for pools, most in family.limits)
+    return count
 
 
 def gpus_of_kinds(cluster: Cluster) -> dict[str, int]:
     """How many GPUs of each kind there are, in the order of the nodes."""
-    there: Counter[str] = Counter()
+    gpus: Counter[str] = Counter()
     for node in cluster.nodes:
-        there[node.device] += node.gpus
-    return dict(there)
+        gpus[node.device] += node.gpus
+    return dict(gpus)
 
 
-def sizes(gpus: int, pools: int) -> NDArray[np.int64]:
-    """All ways [n, pools] to give every pool at least one GPU and use each GPU of the cluster."""
+def sizes(gpus: int, pools: int) -> Sizes:
+    """All ways [n, pools] to give every pool at least one GPU and use each of `gpus` GPUs.
+
+    >>> sizes(4, 2).tolist()
+    [[1, 3], [2, 2], [3, 1]]
+    """
     if gpus < pools:
         return np.empty((0, pools), dtype=np.int64)
-    chosen = list(combinations(range(1, gpus), pools - 1))
-    cuts = np.array(chosen, dtype=np.int64).reshape(len(chosen), pools - 1)
-    edges = np.concatenate(
-        [np.zeros((len(cuts), 1), np.int64), cuts, np.full((len(cuts), 1), gpus)], axis=1
-    )
-    return np.diff(edges, axis=1)
+    # The GPUs in a row are divided at pools - 1 places between them.
+    divided = np.array(list(combinations(range(1, gpus), pools - 1)), dtype=np.int64)
+    divided = divided.reshape(-1, pools - 1) if pools > 1 else np.empty((1, 0), dtype=np.int64)
+    return np.diff(divided, axis=1, prepend=0, append=gpus)
 
 
 class NodePart(NamedTuple):
@@ -141,6 +147,7 @@ def pack(
     fullest node that holds that. The result is the same every time. A pool's parts come in the
     order of its ranks: the node with most of its GPUs first.
 
+    >>> from planner.spec.cluster import make_cluster
     >>> cluster = make_cluster(16)  # two nodes of 8
     >>> [[part.gpus for part in pool] for pool in pack((4, 12), cluster)]
     [[4], [8, 4]]
