@@ -11,7 +11,6 @@ from planner.predict.cost import CostModel
 from planner.predict.layouts import MICRO_BATCH_TOKENS, rollout_layouts, trainer_layouts
 from planner.predict.memory import check_memory, host_bytes
 from planner.spec.cluster import Cluster, Device
-from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed
 from planner.spec.machine import memory_bytes
@@ -304,7 +303,7 @@ def _plan(
                     for pool, home in homes.items()
                 },
                 roles={**trainers, "rollout": rollout},
-                program=tuple(Issue(call=call.name) for call in ppo(workload).calls),
+                program=tuple(Issue(call=call.name) for call in workload.dataflow.calls),
                 staleness=0,
             )
             if _fits(plan):

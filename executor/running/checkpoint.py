@@ -314,7 +314,7 @@ class Checkpoint:
             (
                 t.index + 1
                 for t in tasks
-                if (t.call.name, t.step) == ("sync_weights", manifest.step - 1)
+                if (t.call.kind, t.step) == ("transfer", manifest.step - 1)
             ),
             0,
         )

@@ -49,7 +49,7 @@ class Run:
         self._course.began -= self._course.since
         self._spans: dict[int, Span] = {}
         self._stops = Stops(self._tasks, saver.every if saver else 0, passed=stop)
-        self._recorded = Recorded(directory, progress, self._past)
+        self._recorded = Recorded(directory, progress, plan.dataflow.ends_step.name, self._past)
 
     @property
     def timeline(self) -> Timeline:
@@ -165,15 +165,17 @@ class Run:
 class Recorded:
     """Progress that also writes each step's metrics, with its speed."""
 
-    def __init__(self, directory: RunDirectory, progress: Progress, past: Sequence[Span]) -> None:
-        self._directory, self._progress = directory, progress
-        self._ends = {span.step: span.end for span in past if span.call == "update_actor"}
+    def __init__(
+        self, directory: RunDirectory, progress: Progress, ends_step: str, past: Sequence[Span]
+    ) -> None:
+        self._directory, self._progress, self._ends_step = directory, progress, ends_step
+        self._ends = {span.step: span.end for span in past if span.call == ends_step}
 
     def on_start(self, task: Task) -> None:
         self._progress.on_start(task)
 
     def on_end(self, span: Span) -> None:
-        if span.call == "update_actor":
+        if span.call == self._ends_step:
             self._ends[span.step] = span.end
         self._progress.on_end(span)
 

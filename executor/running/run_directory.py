@@ -144,4 +144,11 @@ def timeline_of(plan: Plan, steps: int, spans: Iterable[Span]) -> Timeline:
     found = tuple(spans)
     first = min((span.step for span in found), default=0)
     warmup = min(first + plan.staleness + 1, max(0, steps - 1))
-    return Timeline(source="measured", plan=plan.name, steps=steps, warmup=warmup, spans=found)
+    return Timeline(
+        source="measured",
+        plan=plan.name,
+        steps=steps,
+        warmup=warmup,
+        step_ends_with=plan.dataflow.ends_step.name,
+        spans=found,
+    )

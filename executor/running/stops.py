@@ -30,7 +30,7 @@ class Stops:
     the next stop."""
 
     def __init__(self, tasks: Sequence[Task], every: int, passed: int = 0) -> None:
-        synced = [task for task in tasks if task.call.name == "sync_weights"]
+        synced = [task for task in tasks if task.call.kind == "transfer"]
         self._stops = {task.index + 1: task.step for task in synced}
         self._saves = {
             stop: step for stop, step in self._stops.items() if every and (step + 1) % every == 0

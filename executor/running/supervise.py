@@ -38,7 +38,7 @@ class Deadlines:
         """Of a task; `early` are the first ones of a call."""
         floor = self.floor * (EARLY if early else 1.0)
         reward = self.plan.workload.reward
-        if task.call.name == "score" and isinstance(reward, RewardFunction):
+        if task.call.scores and isinstance(reward, RewardFunction):
             tries = (
                 2 + self.plan.workload.batch // ONE_IN
             )  # of which each has its own limit, which comes first
@@ -119,18 +119,19 @@ def memory_of(plan: Plan, pools: Sequence[str], error: OutOfMemory) -> str:
 def remedy(plan: Plan, call: str, pools: Sequence[str]) -> str:
     """What to change in the plan, most promising first; `call` may be the start."""
     names = [name for name, layout in plan.roles.items() if set(layout.pools) & set(pools)]
-    roles = next((known.roles for known in plan.dataflow.calls if known.name == call), ())
+    known = next((known for known in plan.dataflow.calls if known.name == call), None)
+    roles, kind = (known.roles, known.kind) if known else ((), "start")
     use = []
     if "rollout" in names and ("rollout" in roles or not roles):
         use.append(f"lower roles.rollout.memory_fraction (now {plan.rollout.memory_fraction:g})")
         use.append(f"lower roles.rollout.concurrency (now {plan.rollout.concurrency})")
     for role in roles:
-        if role not in plan.trainers or call == "sync_weights":
+        if role not in plan.trainers or kind == "transfer":
             continue
         layout = plan.trainers[role]
         if layout.micro_batch_tokens > plan.workload.longest:
             use.append(f"lower roles.{role}.micro_batch_tokens (now {layout.micro_batch_tokens})")
-        if call.startswith("update") and not layout.recompute:
+        if kind == "train" and not layout.recompute:
             use.append(f"set roles.{role}.recompute to true")
         if layout.shard < plan.gpus_of(layout.pools):
             use.append(f"raise roles.{role}.shard (now {layout.shard})")

@@ -164,12 +164,13 @@ class CostModel:
 
     def _host(self, name: str) -> Estimate:
         batch, reward = self.workload.batch, self.workload.reward
+        scoring = [call.name for call in self.workload.dataflow.calls if call.scores]
         seconds = host_seconds(self.tokens)
         sizes = np.full((1, self.scenarios), np.log(batch))
         ratios = self._corrections.ratios(like_host(name, sequences=batch), sizes)
         if ratios.sources[0] == "roofline":
             ratios = ratios._replace(sources=np.array(["host"]))
-            if name == "score" and isinstance(reward, RewardFunction):
+            if name in scoring and isinstance(reward, RewardFunction):
                 seconds = seconds + reward.seconds_per_sequence * batch
         cost = Cost(compute=seconds[None], transfer=np.zeros((1, self.scenarios)))
         return Estimates.corrected(cost, ratios).only()

@@ -43,7 +43,14 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
     spans = simulate(tasks, task_seconds(plan, profiles))
     detailed = tuple(_with_parts(span, estimates[span.call]) for span in spans)
     warmup = min(plan.staleness + 1, max(0, steps - 1))
-    return Timeline(source="simulated", plan=plan.name, steps=steps, warmup=warmup, spans=detailed)
+    return Timeline(
+        source="simulated",
+        plan=plan.name,
+        steps=steps,
+        warmup=warmup,
+        step_ends_with=plan.dataflow.ends_step.name,
+        spans=detailed,
+    )
 
 
 def forecast_of(plan: Plan, measured: Timeline, profiles: Sequence[Profile] = ()) -> Timeline:

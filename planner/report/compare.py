@@ -31,7 +31,7 @@ class SecondsCompared:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """`steps` has a row per step that counts, from the end of one `update_actor` to the next. The
+    """`steps` has a row per step that counts, from the end of one step to the next. The
     re-simulated step time is that of the same program with the measured durations; what the
     measured step takes beyond it is the controller's."""
 
@@ -126,9 +126,9 @@ def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
 
 
 def steps_of(timeline: Timeline) -> dict[int, float]:
-    """Seconds of each step, from the end of the `update_actor` before (the run's start for step 0)
-    to that of its own."""
-    ends = sorted((span.step, span.end) for span in timeline.spans if span.call == "update_actor")
+    """Seconds of each step, from the end of the step before (the run's start for step 0) to its
+    own."""
+    ends = sorted(timeline.ends.items())
     before = [0.0, *(end for _, end in ends)]
     return {step: end - start for (step, end), start in zip(ends, before, strict=False)}
 

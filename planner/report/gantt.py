@@ -132,7 +132,7 @@ def render(
 def window_of(timeline: Timeline, steps: int) -> DrawnWindow:
     """From the end of the last warm-up step over `steps` steps that count; the whole timeline if
     none do."""
-    ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
+    ends = timeline.ends
     first = timeline.warmup - 1
     last = min(first + steps, max(filter(timeline.counts, ends), default=-1))
     if first not in ends or last <= first:

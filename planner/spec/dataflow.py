@@ -1,11 +1,19 @@
-"""The calls of one training step and the data between them; weights are data like any other."""
+"""The calls of one training step and the data between them; weights are data like any other.
 
-from dataclasses import dataclass
-from typing import Literal
+What else there is to know of a call follows from what it reads and writes, so it is not said twice:
+which call installs weights (`Dataflow.installs`), which update ends a step (`ends_step`), how many
+updates the weights have that a call uses (`schedule`), how far a call may lag behind the others
+(`enumerate_programs`).
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
 
 import networkx as nx
 
-from planner.spec.workload import RewardFunction, Workload
+if TYPE_CHECKING:  # a workload has a dataflow
+    from planner.spec.workload import Workload
 
 Kind = Literal["generate", "infer", "train", "transfer", "host"]
 
@@ -23,8 +31,10 @@ class Read:
 @dataclass(frozen=True, kw_only=True)
 class Call:
     """One operation of a step on the pools of its roles; a host call has no roles. With `every` = n
-    it runs on the steps n-1, 2n-1, ... only. A `monitor` call watches the training: no other call
-    reads what it writes, and it does not count in the steady state that a search optimises."""
+    it runs on the steps n-1, 2n-1, ... only. A call that `scores` rates sequences; as a host call
+    it runs the workload's reward function, and takes its time. A `monitor` watches the training: no
+    other call reads what it writes, and it does not count in the steady state that a search
+    optimises."""
 
     name: str
     roles: tuple[str, ...]
@@ -32,6 +42,7 @@ class Call:
     reads: tuple[Read, ...]
     writes: tuple[str, ...]
     every: int = 1
+    scores: bool = False
     monitor: bool = False
 
     def runs_at(self, step: int) -> bool:
@@ -40,6 +51,12 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Dataflow:
+    """The calls of a step, in an order in which they could run one after the other.
+
+    One call that is no monitor generates. It reads the latest weights, which a transfer installs
+    from those of the update that ends the step. All other calls but monitors lie on a way from
+    generation to that transfer, or lead there by the weights of the next step."""
+
     calls: tuple[Call, ...]
 
     def __hash__(self) -> int:
@@ -50,7 +67,7 @@ class Dataflow:
     def __getitem__(self, name: str) -> Call:
         return next(call for call in self.calls if call.name == name)
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(call.name for call in self.calls)
 
@@ -58,16 +75,37 @@ class Dataflow:
         """The call that writes a datum; None for what comes from outside (prompts)."""
         return next((call for call in self.calls if data in call.writes), None)
 
-    @property
+    @cached_property
     def steady(self) -> "Dataflow":
-        """Without the monitors: the calls of every step."""
+        """The calls of every step: all but the monitors."""
         return Dataflow(calls=tuple(call for call in self.calls if not call.monitor))
 
-    @property
+    @cached_property
     def state(self) -> frozenset[str]:
-        """Data that a later step overwrites (weights); all else is made anew each step."""
+        """Data that a later step overwrites (weights); all else is made again each step."""
         reads = [read for call in self.calls for read in call.reads]
         return frozenset(read.data for read in reads if read.lag or read.latest)
+
+    @cached_property
+    def generates(self) -> Call:
+        """The call that makes the sequences to train on."""
+        return next(call for call in self.steady.calls if call.kind == "generate")
+
+    @cached_property
+    def installs(self) -> Call:
+        """The transfer that gives generation its weights: it writes what is read at its latest."""
+        read = next(read for read in self.generates.reads if read.latest)
+        return self._writer_of(read)
+
+    @cached_property
+    def ends_step(self) -> Call:
+        """The update whose weights are installed. A step ends when it does."""
+        return self._writer_of(self.installs.reads[0])
+
+    def _writer_of(self, read: Read) -> Call:
+        writer = self.writer(read.data)
+        assert writer is not None, f"no call writes {read.data}"
+        return writer
 
     def graph(self) -> nx.MultiDiGraph:
         """Calls as nodes; an edge per datum from its writer to each reader, with `data`, `lag` and
@@ -83,122 +121,116 @@ class Dataflow:
         return graph
 
 
-def ppo(workload: Workload) -> Dataflow:
-    """One PPO step for the roles that the workload has."""
+def ppo(workload: "Workload") -> Dataflow:
+    """One PPO step: the calls below without those `left_out`, whose data nobody reads then."""
+    model_scores = "reward" in workload.roles  # otherwise a function on the host does
+    recompute = workload.proximal == "recompute"
+    evaluate_every = workload.data.evaluate_every if workload.data else 0
+    left_out = {
+        "ref_logprobs": workload.reference is None,
+        "old_logprobs": not recompute,
+        "values": workload.critic is None,
+        "update_critic": workload.critic is None,
+        "evaluate": not evaluate_every,
+    }
     sequences = Read(data="sequences")
-    calls = [
+    actor_weights = Read(data="actor_weights", lag=1)
+    critic_weights = Read(data="critic_weights", lag=1)
+    calls = (
         Call(
             name="generate",
             roles=("rollout",),
             kind="generate",
             reads=(Read(data="prompts"), Read(data="rollout_weights", latest=True)),
             writes=("sequences", "log_probs"),
-        )
-    ]
-    on_host = isinstance(workload.reward, RewardFunction)
-    calls.append(
+        ),
         Call(
             name="score",
-            roles=() if on_host else ("reward",),
-            kind="host" if on_host else "infer",
+            roles=("reward",) if model_scores else (),
+            kind="infer" if model_scores else "host",
             reads=(sequences,),
             writes=("rewards",),
-        )
-    )
-    inputs = [Read(data="rewards"), Read(data="log_probs")]
-    if workload.reference:
-        calls.append(
-            Call(
-                name="ref_logprobs",
-                roles=("reference",),
-                kind="infer",
-                reads=(sequences,),
-                writes=("ref_log_probs",),
-            )
-        )
-        inputs.append(Read(data="ref_log_probs"))
-    reads: tuple[Read, ...]
-    if workload.proximal == "recompute":
-        reads = (sequences, Read(data="actor_weights", lag=1))
-        calls.append(
-            Call(
-                name="old_logprobs",
-                roles=("actor",),
-                kind="infer",
-                reads=reads,
-                writes=("proximal_log_probs",),
-            )
-        )
-        inputs.append(Read(data="proximal_log_probs"))
-    if workload.critic:
-        reads = (sequences, Read(data="critic_weights", lag=1))
-        calls.append(
-            Call(name="values", roles=("critic",), kind="infer", reads=reads, writes=("values",))
-        )
-        inputs.append(Read(data="values"))
-    calls.append(
+            scores=True,
+        ),
+        Call(
+            name="ref_logprobs",
+            roles=("reference",),
+            kind="infer",
+            reads=(sequences,),
+            writes=("ref_log_probs",),
+        ),
+        Call(
+            name="old_logprobs",
+            roles=("actor",),
+            kind="infer",
+            reads=(sequences, actor_weights),
+            writes=("proximal_log_probs",),
+        ),
+        Call(
+            name="values",
+            roles=("critic",),
+            kind="infer",
+            reads=(sequences, critic_weights),
+            writes=("values",),
+        ),
         Call(
             name="advantages",
             roles=(),
             kind="host",
-            reads=tuple(inputs),
+            reads=(
+                Read(data="rewards"),
+                Read(data="log_probs"),
+                Read(data="ref_log_probs"),
+                Read(data="proximal_log_probs"),
+                Read(data="values"),
+            ),
             writes=("advantages", "returns"),
-        )
-    )
-    if workload.critic:
-        reads = (
-            sequences,
-            Read(data="values"),
-            Read(data="returns"),
-            Read(data="critic_weights", lag=1),
-        )
-        calls.append(
-            Call(
-                name="update_critic",
-                roles=("critic",),
-                kind="train",
-                reads=reads,
-                writes=("critic_weights",),
-            )
-        )
-    proximal = "proximal_log_probs" if workload.proximal == "recompute" else "log_probs"
-    reads = (
-        sequences,
-        Read(data="advantages"),
-        Read(data=proximal),
-        Read(data="actor_weights", lag=1),
-    )
-    calls.append(
+        ),
+        Call(
+            name="update_critic",
+            roles=("critic",),
+            kind="train",
+            reads=(sequences, Read(data="values"), Read(data="returns"), critic_weights),
+            writes=("critic_weights",),
+        ),
         Call(
             name="update_actor",
             roles=("actor",),
             kind="train",
-            reads=reads,
+            reads=(
+                sequences,
+                Read(data="advantages"),
+                Read(data="proximal_log_probs" if recompute else "log_probs"),
+                actor_weights,
+            ),
             writes=("actor_weights",),
-        )
-    )
-    calls.append(
+        ),
         Call(
             name="sync_weights",
             roles=("actor", "rollout"),
             kind="transfer",
             reads=(Read(data="actor_weights"),),
             writes=("rollout_weights",),
-        )
+        ),
+        Call(
+            name="evaluate",  # what the last weights make of held-out prompts
+            roles=("rollout",),
+            kind="generate",
+            reads=(Read(data="rollout_weights"),),
+            writes=("metrics",),
+            every=max(1, evaluate_every),
+            monitor=True,
+        ),
     )
-    if workload.data and workload.data.evaluate_every:
-        calls.append(_evaluate(workload.data.evaluate_every))
-    return Dataflow(calls=tuple(calls))
+    return _without(calls, {name for name, leave in left_out.items() if leave})
 
 
-def _evaluate(every: int) -> Call:
-    """What the last weights make of held-out prompts, every so many steps."""
-    return Call(
-        name="evaluate",
-        roles=("rollout",),
-        kind="generate",
-        reads=(Read(data="rollout_weights"),),
-        writes=("metrics",),
-        every=every,
-        monitor=True,
-    )
+def _without(calls: tuple[Call, ...], names: set[str]) -> Dataflow:
+    """The other calls, which do not read what only those of these names write."""
+    missing = {data for call in calls if call.name in names for data in call.writes}
+    kept = []
+    for call in calls:
+        if call.name not in names:
+            reads = tuple(read for read in call.reads if read.data not in missing)
+            kept.append(replace(call, reads=reads))
+    return Dataflow(calls=tuple(kept))

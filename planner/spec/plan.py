@@ -14,7 +14,7 @@ from pydantic import (
 )
 
 from planner.spec.cluster import Cluster, Device
-from planner.spec.dataflow import Call, Dataflow, ppo
+from planner.spec.dataflow import Call, Dataflow
 from planner.spec.engines import EngineName
 from planner.spec.files import Bytes, Count, File, Seed, Spec, Tokens, by_key
 from planner.spec.workload import Workload
@@ -185,7 +185,7 @@ class Plan(File):
 
     @property
     def dataflow(self) -> Dataflow:
-        return ppo(self.workload)
+        return self.workload.dataflow
 
     @property
     def rollout(self) -> RolloutRole:

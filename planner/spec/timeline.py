@@ -35,10 +35,13 @@ class Span:
         return self.end - self.start
 
 
+STEP_ENDS_WITH = "update_actor"  # where a file does not say otherwise
+
+
 class Timeline(File):
-    """Spans in order of their issue. In the step time the first `warmup` steps do not count, in
-    which a pipeline fills, nor the last `drain`: in a study those in which it generates nothing
-    more; in a run none, which are few of many."""
+    """Spans in order of their issue. A step ends when its call `step_ends_with` does. In the step
+    time the first `warmup` steps do not count, in which a pipeline fills, nor the last `drain`: in
+    a study those in which it generates nothing more; in a run none, which are few of many."""
 
     SCHEMA: ClassVar[str] = "splitplan/timeline/1"
 
@@ -47,6 +50,9 @@ class Timeline(File):
     steps: Annotated[int, Field(ge=0, le=MOST_STEPS)]
     warmup: NonNegativeInt
     drain: NonNegativeInt = 0
+    step_ends_with: Annotated[str, Field(exclude_if=lambda call: call == STEP_ENDS_WITH)] = (
+        STEP_ENDS_WITH
+    )
     spans: tuple[Span, ...]
 
     @model_validator(mode="after")
@@ -62,17 +68,22 @@ class Timeline(File):
         return self.warmup <= step < self.steps - self.drain
 
     @property
+    def ends(self) -> dict[int, float]:
+        """The end of each step, in seconds from the run's start."""
+        return {span.step: span.end for span in self.spans if span.call == self.step_ends_with}
+
+    @property
     def makespan(self) -> float:
         return max((span.end for span in self.spans), default=0.0)
 
 
 def step_seconds(timeline: Timeline) -> float:
-    """Seconds of one step: (end of the last `update_actor` that counts - end of the last warm-up
-    one) / steps between.
+    """Seconds of one step: (end of the last step that counts - end of the last warm-up step) /
+    steps between. A step ends with the actor's update.
 
     The one definition, for predicted and for measured runs. With no step that counts it is the
     makespan by the number of steps."""
-    ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
+    ends = timeline.ends
     last, first = max(filter(timeline.counts, ends), default=-1), timeline.warmup - 1
     if first in ends and last > first:
         return (ends[last] - ends[first]) / (last - first)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag, model_validator
 
+from planner.spec.dataflow import Dataflow, ppo
 from planner.spec.errors import UserError
 from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_key, read_data
 from planner.spec.lengths import Lengths
@@ -208,6 +209,12 @@ class Workload(File):
     def roles(self) -> tuple[str, ...]:
         """The roles that need GPUs, in a fixed order."""
         return tuple(role for role in ROLES if role == "rollout" or role in self.models)
+
+    @property
+    def dataflow(self) -> Dataflow:
+        """The calls of one step. Each algorithm is a function that makes them; so far there is
+        PPO."""
+        return ppo(self)
 
     def model_of(self, role: str) -> Model:
         return self.models["actor" if role == "rollout" else role]

@@ -99,18 +99,19 @@ def _agree(a: PlacementFamily, pinned: PlacementFamily) -> bool:
 
 def _program(name: str, problem: Problem) -> Program:
     """The program of a baseline, with its waits."""
-    infer = [
-        call for call in problem.calls if problem.flow[call].kind == "infer" or call == "score"
-    ]
-    updates = [call for call in ("update_critic", "update_actor") if call in problem.calls]
+    flow = problem.flow
+    generates, installs = flow.generates.name, flow.installs.name
+    infer = [call.name for call in flow.calls if call.kind == "infer" or call.scores]
+    hosts = [call.name for call in flow.calls if call.kind == "host" and not call.scores]
+    updates = [call.name for call in flow.calls if call.kind == "train"]
     together = tuple(infer) if name in ("split-parallel", "standalone", "one-step-off") else ()
     ahead = 1 if name == "one-step-off" else 0
-    items: list[Issue | Wait] = [Issue(call="generate", offset=ahead, blocking=ahead == 0)]
+    items: list[Issue | Wait] = [Issue(call=generates, offset=ahead, blocking=ahead == 0)]
     items += [Issue(call=call, blocking=call not in together) for call in infer]
     items += [Wait(wait=together)] if together else []
-    items += [Issue(call="advantages", blocking=True)]
+    items += [Issue(call=call, blocking=True) for call in hosts]
     blocking = name == "colocated"
     items += [Issue(call=call, blocking=blocking) for call in updates]
-    items += [] if blocking else [Wait(wait=(*updates, *(("generate",) if ahead else ())))]
-    items += [Issue(call="sync_weights", blocking=True)]
+    items += [] if blocking else [Wait(wait=(*updates, *((generates,) if ahead else ())))]
+    items += [Issue(call=installs, blocking=True)]
     return Program(tuple(items), ahead)

@@ -18,10 +18,18 @@ from functools import cache
 from itertools import combinations, count
 from typing import NamedTuple
 
+import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.cycle import Cycles, cycles
+from planner.predict.edges import (
+    Turn,
+    before_overwriting,
+    data_needs,
+    pool_needs,
+    steps_behind,
+)
 from planner.predict.schedule import steady_edges
 from planner.search.space.placements import Sharing
 from planner.spec.dataflow import Dataflow
@@ -43,12 +51,22 @@ class Program(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """What all programs of staleness at most k have in common, and what they choose. v of step t
-    starts after u of step t - lags[u, v] (inf: not for any reason that is known). Of a pair (u, v)
-    in `pairs` the lags become m and 1 - m for some m. `floor`: rates [rows, calls] that no program
-    is below (see `bound_rates`)."""
+    """What all programs of staleness at most k have in common, and what they choose.
+
+    v of step t starts after u of step t - lags[u, v], where inf means that no reason is known. Each
+    pair (u, v) in `pairs` is a choice of the program: the two share a pool and take turns, so its
+    lags become m and 1 - m for some m. `generates` and `installs` are the numbers of these calls,
+    `shared` [n, n] says which calls have a pool in common, and `floor` are rates [rows, calls] that
+    no program is below (see `bound_rates`).
+
+    For example `score` and `old_logprobs` on one pool both read what `generate` has made for their
+    step. Nothing is known of their order, so they are a pair: with m = 0 `old_logprobs` comes after
+    the `score` of its own step (and before that of the next, lag 1), with m = 1 after that of the
+    step before (and before that of its own, lag 0)."""
 
     calls: tuple[str, ...]
+    generates: int
+    installs: int
     lags: Array
     pairs: tuple[tuple[int, int], ...]
     shared: NDArray[np.bool_]
@@ -56,9 +74,15 @@ class Choices(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """Rates [leaves, rows, calls]: each program is in one of the leaves, and its period is no less
-    than any of that leaf's rows at the durations. So the least over the leaves of the greatest over
-    the rows bounds every program."""
+    """A bound on all programs, which a search for the best one leaves behind for other durations.
+
+    `rates` [leaves, rows, calls]: each program is in one of the leaves, and its period is no less
+    than any of that leaf's rows times the durations. So the least over the leaves of the greatest
+    over the rows bounds every program.
+
+    For example there are two leaves, the programs that run `values` before `score` and those that
+    run it after. A row of the first has 1 for `generate`, `values` and `score` and 0 for all
+    others: in these programs a step takes at least those three together."""
 
     rates: Array
 
@@ -94,8 +118,8 @@ def best_program(
     """The program with the least `objective` of its periods at durations [calls, S + 1], those in
     each scenario and at the mean; none if that is not below `limit`. With `any_below` the first one
     found, and without a cut that proves it."""
-    best, found = limit, None
-    order, leaves = count(), list[Array]()
+    found: Program | None = None
+    best, order, leaves = limit, count(), list[Array]()
     left = [(0.0, next(order), choices.lags, choices.floor)]
     while left:
         bound, _, lags, rows = heapq.heappop(left)
@@ -105,7 +129,7 @@ def best_program(
         if bound >= best * (1 - SAME):
             leaves.append(rows)
             continue
-        starts, period = paths[-1][choices.calls.index("generate")], float(periods[-1])
+        starts, period = paths[-1][choices.generates], float(periods[-1])
         pair = _forced(choices, lags, seconds[:, -1], best)
         pair = pair or _overlapping(choices, lags, starts, seconds[:, -1], period)
         if pair is None:  # a schedule, at the mean durations
@@ -113,11 +137,9 @@ def best_program(
             _, periods, _ = _periods(chosen, rows, seconds)
             value = float(objective(periods))
             if value < best * (1 - SAME):
-                best, found = value, _items(choices.calls, starts, period)
+                best, found = value, _program(choices, starts, period)
                 if any_below:
-                    return ProgramResult(
-                        Program(found, _staleness(found)), best, Cut(choices.floor[None])
-                    )
+                    return ProgramResult(found, best, Cut(choices.floor[None]))
             if value <= bound * (1 + SAME):
                 leaves.append(rows)
                 continue
@@ -130,8 +152,7 @@ def best_program(
             more = _exclusive(_closed(child), choices.shared)
             known = np.asarray((more[:, None] <= rows).all(axis=2)).any(axis=1)
             heapq.heappush(left, (bound, -next(order), child, np.concatenate([rows, more[~known]])))
-    program = Program(found, _staleness(found)) if found else None
-    return ProgramResult(program, best, Cut(_padded(leaves)))
+    return ProgramResult(found, best, Cut(_padded(leaves)))
 
 
 def _padded(leaves: list[Array]) -> Array:
@@ -140,16 +161,6 @@ def _padded(leaves: list[Array]) -> Array:
     for at, rows in enumerate(leaves):
         table[at, : len(rows)] = rows
     return table
-
-
-def _staleness(items: Items) -> int:
-    """How many updates the weights that generate uses are behind: it reads the last sync before it
-    in the program."""
-    place = {
-        item.call: (at, item.offset) for at, item in enumerate(items) if isinstance(item, Issue)
-    }
-    (generate, ahead), (sync, behind) = place["generate"], place["sync_weights"]
-    return ahead - behind - (1 if sync < generate else 0)
 
 
 # --- periods ---
@@ -281,12 +292,22 @@ def _binding(
     return free[0]
 
 
-def _items(calls: tuple[str, ...], starts: Array, period: float) -> tuple[Issue, ...]:
-    """The program of a schedule: the calls by their starts within a round."""
+def _program(choices: Choices, starts: Array, period: float) -> Program:
+    """The program of a schedule: the calls by their starts within a round.
+
+    For example with a period of 10 s, `generate` at 0, `train` at 12 and the transfer at 18 s give
+    offsets 1, 0 and 0 and the order `generate`, `train`, transfer: train starts 2 s into a round,
+    of the step before the one that is generated. The weights that generation uses are those of the
+    transfer that is issued last before it, here two steps before: staleness 1."""
     step = np.floor(starts / period + 1e-9)
-    order = np.lexsort((np.arange(len(calls)), np.round((starts - step * period) / period, 9)))
-    offset = (step.max() - step).astype(int)
-    return tuple(Issue(call=calls[at], offset=int(offset[at])) for at in order)
+    within = np.round((starts - step * period) / period, 9)
+    order = np.lexsort((np.arange(len(starts)), within)).tolist()
+    offset = (step.max() - step).astype(int).tolist()
+    items = tuple(Issue(call=choices.calls[at], offset=offset[at]) for at in order)
+    generate, install = (
+        Turn(order.index(call), offset[call]) for call in (choices.generates, choices.installs)
+    )
+    return Program(items, steps_behind(install, generate) - 1)
 
 
 # --- what all programs have in common ---
@@ -294,16 +315,21 @@ def _items(calls: tuple[str, ...], starts: Array, period: float) -> tuple[Issue,
 
 @cache
 def choices_of(flow: Dataflow, sharing: Sharing, k: int) -> Choices:
-    """What programs of staleness at most k choose, of calls that share pools."""
-    pools = dict(sharing)
-    calls = tuple(pools)
+    """What programs of staleness at most k choose, of calls that share pools.
+
+    Two calls on one pool have as many choices m as the data leave them: if the least lags on any
+    way from u to v and back are a and b, then 1 - b <= m <= a. A pair with one choice only is no
+    choice; its lags are known, which may leave other pairs fewer choices.
+
+    For example `generate` and `score` on one pool: a = 0, as `score` reads the sequences of its own
+    step. For k = 0 the way back leads through the updates to the weights of the next step, b = 1,
+    and m = 0 is the only choice. For k = 1 it is b = 2: with m = -1 the next step's sequences are
+    generated before this one's are scored."""
+    calls = tuple(call for call, _ in sharing)
+    shared = _shared(flow, sharing)
     lags = _data_lags(flow, calls, k)
-    np.fill_diagonal(lags, [1.0 if pools[call] else np.inf for call in calls])
-    sharing_pairs = [
-        (u, v)
-        for u, v in combinations(range(len(calls)), 2)
-        if set(pools[calls[u]]) & set(pools[calls[v]])
-    ]
+    np.fill_diagonal(lags, np.where(shared.diagonal(), 1.0, np.inf))
+    sharing_pairs = [(u, v) for u, v in combinations(range(len(calls)), 2) if shared[u, v]]
     while True:
         least = _closed(lags)
         ways = {(u, v): range(int(1 - least[v, u]), int(least[u, v]) + 1) for u, v in sharing_pairs}
@@ -313,24 +339,40 @@ def choices_of(flow: Dataflow, sharing: Sharing, k: int) -> Choices:
                 lags[u, v], lags[v, u] = min(lags[u, v], each[0]), min(lags[v, u], 1 - each[0])
         if (lags == before).all():
             break
-    pairs = tuple(pair for pair, each in ways.items() if len(each) > 1)
-    return Choices(calls, lags, pairs, _shared(pools), bound_rates(flow, sharing, k))
+    return Choices(
+        calls=calls,
+        generates=calls.index(flow.generates.name),
+        installs=calls.index(flow.installs.name),
+        lags=lags,
+        pairs=tuple(pair for pair, each in ways.items() if len(each) > 1),
+        shared=shared,
+        floor=bound_rates(flow, sharing, k),
+    )
 
 
 def _data_lags(flow: Dataflow, calls: tuple[str, ...], k: int) -> Array:
     """The steps d [u, v] by which v lags behind u for the data's sake in programs of staleness at
-    most k. A state is read before it is overwritten: by a call of the role that it belongs to, on
-    the same pool."""
+    most k.
+
+    The latest weights are at most k updates old, so generation lags k + 1 steps behind their
+    transfer. A state is read before it is overwritten: that holds back the call that overwrites it
+    where both are calls of one role, hence on one pool, which they have in the order of their
+    issue. For example `old_logprobs` reads the actor's weights of the step before (lag 1 behind
+    `update_actor`), and `update_actor` comes after it (lag 0)."""
     lags = np.full((len(calls), len(calls)), np.inf)
     index = {call: at for at, call in enumerate(calls)}
-    for call in flow.calls:
-        for read in call.reads:
-            if (writer := flow.writer(read.data)) is None:
-                continue
-            u, v = index[writer.name], index[call.name]
-            lags[u, v] = min(lags[u, v], k + 1 if read.latest else read.lag)
-            if read.data in flow.state and not read.latest and set(writer.roles) & set(call.roles):
-                lags[v, u] = min(lags[v, u], 1 - read.lag)
+
+    def add(u: str, v: str, lag: int) -> None:
+        lags[index[u], index[v]] = min(lags[index[u], index[v]], lag)
+
+    for v, needed in data_needs(flow).items():
+        for need in needed:
+            add(need.by[0], v, k + 1 if need.lag is None else need.lag)
+    for v, needed in before_overwriting(flow).items():
+        for need in needed:
+            u = need.by[0]
+            if need.lag is not None and set(flow[u].roles) & set(flow[v].roles):
+                add(u, v, need.lag)
     return lags
 
 
@@ -354,30 +396,59 @@ def bound_rates(flow: Dataflow, sharing: Sharing, k: int) -> Array:
     Calls of which no two ever run at the same time, because they share a pool or because each step
     of one lies between two steps of the other: every step takes at least their sum. Among these are
     the load of each pool and the recurrence of a trained role, which infers and updates with its
-    own weights every step. And the data path generate -> what a pool has to infer (in turn) ->
-    advantages -> update_actor -> sync_weights, which spans k + 1 steps because generation uses
-    weights k updates old."""
-    pools = dict(sharing)
-    calls = tuple(pools)
-    rows = {tuple(row) for row in _exclusive(_least_lags(flow, calls, k), _shared(pools)).tolist()}
-    needed = {flow.writer(read.data) for read in flow["advantages"].reads}
-    before = {call.name for call in needed if call is not None} - {"generate"}
-    path = {"generate", "advantages", "update_actor", "sync_weights"}
-    groups = [
-        {call for call in before if pool in pools[call]}
-        for pool in {p for c in before for p in pools[c]}
-    ]
-    groups += [{call} for call in before if not pools[call]] or [set()]
+    own weights every step. And the ways of the data through a step, which take k + 1 periods at
+    most, because generation uses weights k updates old."""
+    calls = tuple(call for call, _ in sharing)
+    exclusive = _exclusive(_least_lags(flow, calls, k), _shared(flow, sharing))
+    rows = {tuple(row) for row in exclusive.tolist()}
     if k:
-        rows |= {tuple((call in path | group) / (k + 1) for call in calls) for group in groups}
+        for way in _ways(flow, dict(sharing)):
+            rows.add(tuple((call in way) / (k + 1) for call in calls))
     return np.array(sorted(rows))
 
 
-def _shared(pools: dict[str, tuple[str, ...]]) -> NDArray[np.bool_]:
-    """Which calls [n, n] have a pool in common."""
-    names = sorted({pool for own in pools.values() for pool in own})
-    held = np.array([[name in own for name in names] for own in pools.values()])
-    return np.asarray(held @ held.T)
+def _ways(flow: Dataflow, pools: dict[str, tuple[str, ...]]) -> set[frozenset[str]]:
+    """The largest sets of calls of one step that run one after the other, from generation to the
+    transfer of its weights.
+
+    They are the paths of the data, with whatever else a pool has to do between two calls of a path.
+    For example `generate`, all that one pool infers in turn, `advantages`, `update_actor` and
+    `sync_weights`."""
+    ways = set()
+    for path, between in _paths(flow):
+        ways.add(frozenset(path))
+        for call, others in zip(path[1:-1], between, strict=True):
+            for pool in pools[call]:
+                ways.add(frozenset(path) | {other for other in others if pool in pools[other]})
+    return {way for way in ways if not any(way < larger for larger in ways)}
+
+
+@cache
+def _paths(flow: Dataflow) -> tuple[tuple[tuple[str, ...], tuple[frozenset[str], ...]], ...]:
+    """The paths of data within a step from generation to the transfer of its weights. To each call
+    of a path but the first and the last belong the calls that run after the call before it and
+    before the call behind it, for the data's sake."""
+    graph = nx.DiGraph()
+    for call, needed in data_needs(flow).items():
+        graph.add_edges_from((need.by[0], call) for need in needed if need.lag == 0)
+    found = []
+    for path in nx.all_simple_paths(graph, flow.generates.name, flow.installs.name):
+        between = tuple(
+            frozenset(nx.descendants(graph, before) & nx.ancestors(graph, behind))
+            for before, behind in zip(path, path[2:], strict=False)
+        )
+        found.append((tuple(path), between))
+    return tuple(found)
+
+
+def _shared(flow: Dataflow, sharing: Sharing) -> NDArray[np.bool_]:
+    """Which calls [n, n] have a pool in common; on the diagonal, which have a pool at all."""
+    pools, index = dict(sharing), {call: at for at, (call, _) in enumerate(sharing)}
+    shared = np.zeros((len(index), len(index)), dtype=bool)
+    for call, needed in pool_needs(flow, lambda call: pools[call.name]).items():
+        for need in needed:
+            shared[[index[other] for other in need.by], index[call]] = True
+    return shared
 
 
 def _exclusive(least: Array, shared: NDArray[np.bool_]) -> Array:

@@ -18,7 +18,7 @@ from planner.search.solver.rollout_table import RolloutTable
 from planner.search.space.arrays import Array
 from planner.search.space.placements import PlacementFamily, Sharing, gpus_of_kinds
 from planner.spec.cluster import Cluster, Device
-from planner.spec.dataflow import Call, Dataflow, ppo
+from planner.spec.dataflow import Dataflow
 from planner.spec.plan import Plan
 from planner.spec.workload import Workload
 
@@ -84,16 +84,12 @@ class Problem:
     @cached_property
     def generate(self) -> int:
         """The row of the call that generates."""
-        return self.row[self._only("generate").name]
+        return self.row[self.flow.generates.name]
 
     @cached_property
     def sync(self) -> int:
         """The row of the weight sync."""
-        return self.row[self._only("transfer").name]
-
-    def _only(self, kind: str) -> Call:
-        (call,) = (call for call in self.flow.calls if call.kind == kind)
-        return call
+        return self.row[self.flow.installs.name]
 
     @cached_property
     def host_seconds(self) -> dict[int, Array]:
@@ -225,7 +221,7 @@ def problem_of(
         workload=workload,
         cluster=cluster,
         model=CostModel(workload, cluster, profiles, scenarios),
-        flow=ppo(workload).steady,
+        flow=workload.dataflow.steady,
         max_staleness=workload.max_staleness,
         objective=Objective(objective),
     )

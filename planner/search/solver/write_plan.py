@@ -3,7 +3,6 @@
 from planner.predict.forecast import predict
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem
-from planner.spec.dataflow import ppo
 from planner.spec.plan import Issue, Plan, Pool, Proof, Provenance, RolloutRole, TrainerRole
 
 
@@ -19,11 +18,12 @@ def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
         "rollout": candidate.rollout,
     }
     issues = [item for item in candidate.program.items if isinstance(item, Issue)]
-    synced = next(
-        item.offset for item in issues if item.call == "sync_weights"
-    )  # what a monitor looks at
+    installs = problem.flow.installs.name  # what a monitor looks at
+    offset = next(item.offset for item in issues if item.call == installs)
     monitors = [
-        Issue(call=call.name, offset=synced) for call in ppo(problem.workload).calls if call.monitor
+        Issue(call=call.name, offset=offset)
+        for call in problem.workload.dataflow.calls
+        if call.monitor
     ]
     return Plan(
         name=name,

@@ -1,4 +1,4 @@
-"""Every program, one after the other: to be counted, and to hold `programs.best_program` against.
+"""Every program, one after the other: to be counted, and to hold `best_program` against.
 
 One round per step, offsets 0 to k, no waits. What order the calls have matters only between calls
 that share a pool; of all orders that induce the same event graph one is kept.
@@ -12,6 +12,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.predict.edges import (
+    Needs,
+    Turn,
+    before_overwriting,
+    data_needs,
+    needs,
+    steps_behind,
+)
 from planner.search.space.placements import Sharing
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import Issue
@@ -28,38 +36,34 @@ class Listed(NamedTuple):
 @cache
 def all_programs(flow: Dataflow, sharing: Sharing, k: int) -> Listed:
     """Every program of staleness k with an event graph of its own. Independent of costs."""
-    return _listed(flow, sharing, list(orders(flow, dict(sharing), k)))
-
-
-def _listed(flow: Dataflow, sharing: Sharing, programs: Sequence[tuple[Issue, ...]]) -> Listed:
-    """Programs without waits and their event graphs, one program for each graph."""
+    programs = list(orders(flow, dict(sharing), k))
     calls = {call: at for at, (call, _) in enumerate(sharing)}
     place, offset = np.zeros((2, len(programs), len(calls)), dtype=np.int64)
     for number, items in enumerate(programs):
         for at, item in enumerate(items):
-            place[number, calls[item.call]], offset[number, calls[item.call]] = at, item.offset
-    steps = _graphs(flow, sharing, place, offset)
+            call = calls[item.call]
+            place[number, call], offset[number, call] = at, item.offset
+    steps = _event_graphs(flow, sharing, place, offset)
     _, first = np.unique(steps.reshape(len(steps), -1), axis=0, return_index=True)
     first.sort()
     return Listed(tuple(programs[at] for at in first), steps[first])
 
 
-def _graphs(
+def _event_graphs(
     flow: Dataflow, sharing: Sharing, place: NDArray[np.int64], offset: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """`schedule.steady_edges` of many programs without waits at once, from the place in the round
-    and the offset of each call [n, calls]; with an edge for every pair that shares a pool, as its
-    shortest path says."""
+    and the offset of each call [n, calls]. Every pair that shares a pool has an edge here, as long
+    as the way through the calls between them."""
     pools, index = dict(sharing), {call: at for at, (call, _) in enumerate(sharing)}
-    behind = offset[:, None, :] - offset[:, :, None] + (place[:, :, None] >= place[:, None, :])
-    shared = np.array([[bool(set(pools[u]) & set(pools[v])) for v in index] for u in index])
-    steps = np.where(shared, behind.astype(np.float64), np.inf)
-    for call in flow.calls:
-        for read in call.reads:
-            if writer := flow.writer(read.data):
-                u, v = index[writer.name], index[call.name]
-                lag = behind[:, u, v] if read.latest else float(read.lag)
-                steps[:, u, v] = np.minimum(steps[:, u, v], lag)
+    turns = {call: Turn(place[:, at], offset[:, at]) for call, at in index.items()}
+    steps = np.full((len(place), len(index), len(index)), np.inf)
+    for v, needed in needs(flow, lambda call: pools[call.name]).items():
+        for need in needed:
+            for u in need.by:
+                lag = steps_behind(turns[u], turns[v]) if need.lag is None else need.lag
+                edge = steps[:, index[u], index[v]]
+                np.minimum(edge, lag, out=edge)
     return steps
 
 
@@ -69,46 +73,54 @@ def orders(
     """Programs of staleness k, up to the exchange of neighbours that share neither a pool nor a
     datum.
 
-    Rotated so that generate is first, and shifted so that it is k steps ahead of the sync.
-    Inference and update_actor are then 0 to k steps ahead of the sync too, and update_critic
-    perhaps one step behind."""
-    free = [call for call in pools if call not in ("generate", "sync_weights")]
-    first = {
-        "update_critic": -1
-    }  # it may lag behind the sync: only the values of the next step need it
-    for offsets in product(*(range(first.get(call, 0), k + 1) for call in free)):
-        offset = dict(zip(free, offsets, strict=True)) | {"generate": k, "sync_weights": 0}
-        before = _precedence(flow, offset)
+    Rotated so that generation is first, and shifted so that it is k steps ahead of the call that
+    installs weights. How far the others may be ahead of that (behind it, if negative) follows from
+    the data. In PPO all but `update_critic` are 0 to k steps ahead; it is -1 to k, for only the
+    values of the next step need it."""
+    generates, installs = flow.generates.name, flow.installs.name
+    fixed = {generates: k, installs: 0}
+    before_install = _least_lags_to(flow, installs)
+    free = [call for call in pools if call not in fixed]
+    overwriting = before_overwriting(flow)
+    needed = {call: (*wanted, *overwriting[call]) for call, wanted in data_needs(flow).items()}
+    for offsets in product(*(range(-before_install[call], k + 1) for call in free)):
+        offset = dict(zip(free, offsets, strict=True)) | fixed
+        before = _precedence(generates, needed, offset)
         if before is not None:
             for order in _extensions(tuple(pools), before, pools):
                 yield _issues(order, offset)
 
 
-def _precedence(flow: Dataflow, offset: dict[str, int]) -> dict[str, set[str]] | None:
-    """For each call those that must stand before it in the round; None if the offsets allow no
-    order.
+def _least_lags_to(flow: Dataflow, target: str) -> dict[str, int]:
+    """The least sum of lags on any way of data from each call to the target. A call that is so many
+    steps behind the target is just in time."""
+    least = {target: 0}
+    for _ in flow.calls:  # no way has more calls
+        for call, needed in data_needs(flow).items():
+            for need in needed:
+                if need.lag is not None and call in least:
+                    lag = least[call] + need.lag
+                    least[need.by[0]] = min(lag, least.get(need.by[0], lag))
+    return least
 
-    v of round i reads u of step i + offset(v) - lag, which round i - gap issues: gap 0 puts u
-    before v, a negative gap is impossible. A state that v reads must not be overwritten before,
-    which bounds the next u from the other side."""
-    before: dict[str, set[str]] = {call: {"generate"} - {call} for call in offset}
+
+def _precedence(first: str, needed: Needs, offset: dict[str, int]) -> dict[str, set[str]] | None:
+    """For each call those that must stand before it in the round, which begins with `first`; None
+    if the offsets allow no order.
+
+    v of round i needs u of step i + offset(v) - lag, which round i - gap issues: gap 0 puts u
+    before v, a negative gap is impossible."""
+    before: dict[str, set[str]] = {call: {first} - {call} for call in offset}
     for v in offset:
-        for read in flow[v].reads:
-            writer = flow.writer(read.data)
-            if writer is None or read.latest:
+        for need in needed[v]:
+            if need.lag is None:
                 continue
-            u = writer.name
-            gap = offset[u] + read.lag - offset[v]
-            if gap < 0 or (gap == 0 and v == "generate"):
+            u = need.by[0]
+            gap = offset[u] + need.lag - offset[v]
+            if gap < 0 or (gap == 0 and v == first):
                 return None
-            if gap == 0:
+            if gap == 0 and u != v:
                 before[v].add(u)
-            if read.data in flow.state:
-                slack = offset[v] - read.lag + 1 - offset[u]
-                if slack < 0:
-                    return None
-                if slack == 0 and u != v:
-                    before[u].add(v)
     return before
 
 
