@@ -369,22 +369,16 @@ class Auditor:
 
     def step_seconds(self):
         """None if nothing fits."""
-        status, found = self._solve(presolve=True)
-        if status == cp_model.INFEASIBLE:
-            # OR-Tools 9.15 also says so where its presolve has lost the solutions, as in
-            # https://github.com/google/or-tools/issues/5274.
-            status, found = self._solve(presolve=False)
+        solver = cp_model.CpSolver()
+        # The presolve of OR-Tools 9.15 loses solutions, the best ones or all of them, as in
+        # https://github.com/google/or-tools/issues/5274.
+        solver.parameters.cp_model_presolve = False
+        solver.parameters.num_workers = 1
+        solver.parameters.relative_gap_limit = TOLERANCE / 4
+        solver.parameters.max_time_in_seconds = PATIENCE
+        status = solver.solve(self.cp)
         if status == cp_model.INFEASIBLE:
             return None
         if status != cp_model.OPTIMAL:
             pytest.skip(f"the auditor has not finished within {PATIENCE} s")
-        return found * self.unit / len(self.scenarios)
-
-    def _solve(self, presolve):
-        """The status, and the least sum of periods that was found."""
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = 1
-        solver.parameters.relative_gap_limit = TOLERANCE / 4
-        solver.parameters.max_time_in_seconds = PATIENCE
-        solver.parameters.cp_model_presolve = presolve
-        return solver.solve(self.cp), solver.objective_value
+        return solver.objective_value * self.unit / len(self.scenarios)
