@@ -1,6 +1,9 @@
 """The command line: parsing only. Each command imports what it needs when it runs, so that `plan
 --help` is instant."""
 
+import functools
+import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +13,11 @@ import click
 from click.exceptions import NoArgsIsHelpError
 
 from planner import __version__
+from planner.commands.options import JobOptions
 from planner.spec.errors import UserError
+from planner.spec.limits import MOST_GPUS_ASKED, MOST_STALENESS, MOST_STEPS
 
-KINDS = ("plan", "timeline", "profile", "workload", "cluster", "study", "cell")
+FILE_KINDS = ("plan", "timeline", "profile", "workload", "cluster", "study", "cell")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,7 +28,7 @@ class Commands(click.Group):
     without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which a newcomer needs them."""
+        """The commands in the order in which a newcomer needs them."""
         return list(self.commands)
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
@@ -59,6 +64,47 @@ def main() -> None:
     what happened."""
 
 
+# --- kinds of values, and options that several commands share ---
+
+
+class Duration(click.FloatRange):
+    """A number of seconds or minutes above 0."""
+
+    def __init__(self) -> None:
+        super().__init__(min=0, min_open=True)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number.", param, ctx)
+        return number
+
+
+def gpu_counts(
+    context: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[int, ...]:
+    """Numbers of GPUs, written with commas between them, in rising order."""
+    if text is None:
+        return ()
+    try:
+        counts = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r}: write numbers with commas between them, such as 4,8,16."
+        ) from None
+    if counts[0] < 1 or counts[-1] > MOST_GPUS_ASKED:
+        raise click.BadParameter(f"{text!r}: each number must be 1 to {MOST_GPUS_ASKED:,}.")
+    return tuple(counts)
+
+
+COUNT = click.IntRange(min=1)
+COUNT_OR_NONE = click.IntRange(min=0)
+STALENESS = click.IntRange(0, MOST_STALENESS)
+STEPS = click.IntRange(1, MOST_STEPS)
+
+
 def _file(name: str = "FILE") -> click.Path:
     """A path that the command itself checks, for one clear line."""
     kind = click.Path(path_type=Path)
@@ -67,19 +113,42 @@ def _file(name: str = "FILE") -> click.Path:
 
 
 def inputs(command: Command) -> Command:
-    """The options that say what is asked and what there is."""
+    """Adds the options that say which job is planned and on which GPUs. The command receives them
+    as one `job`."""
     gpus = click.option(
-        "--gpus", type=int, metavar="N", help="Number of GPUs (with --cluster local: of cores)."
+        "--gpus", type=COUNT, metavar="N", help="Number of GPUs (with --cluster local: of cores)."
     )
     return gpus(inputs_but_gpus(command))
 
 
 def inputs_but_gpus(command: Command) -> Command:
-    """As `inputs`, for a command that takes several numbers of GPUs."""
+    """Adds the options of `inputs` except --gpus, for a command that takes several numbers."""
+
+    @functools.wraps(command)
+    def gathered(
+        *,
+        device: str | None,
+        gpus_per_node: int | None,
+        cluster: str | None,
+        workload: str,
+        profiles: tuple[Path, ...],
+        gpus: int | None = None,
+        **others: Any,
+    ) -> Any:
+        job = JobOptions(
+            gpus=gpus,
+            device=device,
+            gpus_per_node=gpus_per_node,
+            cluster=cluster,
+            workload=workload,
+            profiles=profiles,
+        )
+        return command(job=job, **others)
+
     options = (
         click.option("--device", metavar="NAME", help="Kind of GPU: h200 (default), h100 or a100."),
         click.option(
-            "--gpus-per-node", type=int, metavar="N", help="GPUs of a full node (default 8)."
+            "--gpus-per-node", type=COUNT, metavar="N", help="GPUs of a full node (default 8)."
         ),
         click.option(
             "--cluster", metavar="FILE|local", help="A cluster file, or this machine's cores."
@@ -89,72 +158,90 @@ def inputs_but_gpus(command: Command) -> Command:
             metavar="FILE|NAME",
             default="7b",
             show_default=True,
-            help="A workload file, or the name of one that is shipped.",
+            help="A workload file, or the name of a shipped workload.",
         ),
         click.option(
             "--profile",
             "profiles",
             type=_file(),
             multiple=True,
-            help="Measured costs, from `plan profile`. May be given more than once.",
+            help="Costs that `plan profile` measured. May be given more than once.",
         ),
     )
+    decorated: Any = gathered
     for option in reversed(options):
-        command = option(command)
-    return command
+        decorated = option(decorated)
+    result: Command = decorated
+    return result
 
 
 def profiles_of_plan(command: Command) -> Command:
-    """`--profile` for a command that takes a plan."""
+    """Adds `--profile` to a command that takes a plan."""
     return click.option(
         "--profile",
         "profiles",
         type=_file(),
         multiple=True,
-        help=(
-            "Measured costs; by default the profiles that the plan was searched with, if they "
-            "are still there."
-        ),
+        help="Measured costs (default: the profiles that the plan was searched with).",
     )(command)
+
+
+def max_staleness(command: Command) -> Command:
+    """Adds `--max-staleness`."""
+    return click.option(
+        "--max-staleness",
+        type=STALENESS,
+        metavar="K",
+        help="How many updates old sequences may be (default: the workload's).",
+    )(command)
+
+
+def minutes(text: str) -> Callable[[Command], Command]:
+    """Adds `--minutes` with its help text."""
+    return click.option("--minutes", type=Duration(), metavar="M", help=text)
+
+
+# --- from inputs to a plan ---
 
 
 @main.command()
 @inputs
-@click.option(
-    "--max-staleness",
-    type=int,
-    metavar="K",
-    help="Updates that sequences may lag (default: the workload's).",
-)
+@max_staleness
 @click.option(
     "--objective",
     type=click.Choice(["mean", "p95", "cost"]),
     default="mean",
     show_default=True,
     help=(
-        "What is minimised over the length scenarios: the mean step time, its 95th percentile, "
-        "or dollars per step."
+        "What to minimise over the length scenarios: the mean step time, its 95th percentile, or "
+        "dollars per step."
     ),
 )
 @click.option(
     "--scenarios",
-    type=int,
+    type=COUNT,
     default=16,
     show_default=True,
     metavar="S",
     help=(
-        "Draws of the response lengths, fewer where a batch is large; with 1 each call takes a "
-        "fixed time."
+        "How often response lengths are drawn (less often where a batch is large); with 1 each "
+        "call takes a fixed time."
     ),
 )
 @click.option(
     "--time-limit",
-    type=float,
+    type=Duration(),
     metavar="SECONDS",
-    help="End the search then, with the best plan so far; baselines are found besides.",
+    help="End the search after this time, with the best plan so far; baselines are always found.",
 )
 @click.option(
-    "--keep", type=int, default=3, show_default=True, metavar="N", help="Runners-up to show."
+    "--keep",
+    "runners_up",
+    type=COUNT_OR_NONE,
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Runners-up to show.",
 )
 @click.option(
     "--pin",
@@ -162,8 +249,8 @@ def profiles_of_plan(command: Command) -> Command:
     multiple=True,
     metavar="PIN",
     help=(
-        "actor=8 (GPUs of a role), actor+critic (together) or actor/critic (apart). May be "
-        "given often."
+        "actor=8 (GPUs of a role), actor+critic (together) or actor/critic (apart). May be given "
+        "more than once."
     ),
 )
 @click.option(
@@ -173,27 +260,46 @@ def profiles_of_plan(command: Command) -> Command:
     show_default=True,
     help="Where to write the plan.",
 )
-@click.option("--no-picture", is_flag=True, help="Do not draw the plan beside it.")
-def search(**options: Any) -> None:
-    """Find the best plan and print it beside the baselines.
+@click.option("--no-picture", is_flag=True, help="Do not draw the plan.")
+def search(
+    job: JobOptions,
+    max_staleness: int | None,
+    objective: Any,
+    scenarios: int,
+    time_limit: float | None,
+    runners_up: int,
+    pins: tuple[str, ...],
+    out: Path,
+    no_picture: bool,
+) -> None:
+    """Find the best plan and compare it with the baselines.
 
-    Writes the plan, and a picture of some of its steps beside it."""
+    Writes the plan, and next to it a picture of some of its steps."""
     from planner.commands.search import search
+    from planner.search import SearchOptions
 
-    search(command=_command_line(), **options)
+    options = SearchOptions(
+        max_staleness=max_staleness,
+        objective=objective,
+        scenarios=scenarios,
+        time_limit=time_limit,
+        runners_up=runners_up,
+        pins=pins,
+    )
+    search(job, options, out=out, picture=not no_picture, command=_command_line())
 
 
 @main.command()
 @click.argument("name")
 @inputs
 @click.option("--out", type=_file(), required=True, help="Where to write the plan.")
-def baseline(**options: Any) -> None:
+def baseline(job: JobOptions, name: str, out: Path) -> None:
     """Write a named baseline as a plan.
 
     NAME is colocated, split, split-parallel, standalone or one-step-off."""
     from planner.commands.search import baseline
 
-    baseline(command=_command_line(), **options)
+    baseline(job, name, out=out, command=_command_line())
 
 
 @main.command()
@@ -212,67 +318,89 @@ def check(plan: Path, here: bool) -> None:
 @main.command()
 @click.argument("plan", type=_file("PLAN"))
 @profiles_of_plan
-def explain(**options: Any) -> None:
+def explain(plan: Path, profiles: tuple[Path, ...]) -> None:
     """Say why a plan is as fast as it is.
 
-    What each decision on the way from the tutorial's split buys, what binds the step, where GPUs
-    idle, what each call's cost does to the step, and what the memory is used for."""
+    Shows what each decision on the way from the tutorial's split buys, what limits the step, where
+    GPUs idle, how each call's cost changes the step, and what uses the memory."""
     from planner.commands.explain import explain
 
-    explain(**options)
+    explain(plan, profiles)
 
 
 @main.command("what-if")
 @click.argument("plan", type=_file("PLAN"))
 @click.option(
     "--gpus",
+    callback=gpu_counts,
     metavar="N,N,…",
     help="Numbers of GPUs to try (default: half, double, a node more and less).",
 )
 @profiles_of_plan
-def what_if(**options: Any) -> None:
+def what_if(plan: Path, gpus: tuple[int, ...], profiles: tuple[Path, ...]) -> None:
     """Plan again under other conditions, and say where the decision flips.
 
-    Other numbers of GPUs, longer responses, a longer tail, slower links, other models, more
-    staleness."""
+    Tries other numbers of GPUs, longer responses, a longer tail, slower links, other models and
+    more staleness."""
     from planner.commands.whatif import what_if
 
-    what_if(**options)
+    what_if(plan, gpus, profiles)
 
 
 @main.command()
-@click.option("--gpus", metavar="N,N,…", required=True, help="Numbers of GPUs, such as 4,8,16.")
-@inputs_but_gpus
 @click.option(
-    "--max-staleness", type=int, metavar="K", help="Up to how many updates sequences may lag."
+    "--gpus",
+    "counts",
+    callback=gpu_counts,
+    metavar="N,N,…",
+    required=True,
+    help="Numbers of GPUs, such as 4,8,16.",
 )
+@inputs_but_gpus
+@max_staleness
 @click.option(
     "--out", type=_file(), default=Path("pareto.png"), show_default=True, help="Where to draw it."
 )
 @click.option("--csv", "table", type=_file(), help="Where to write the figures.")
-def pareto(**options: Any) -> None:
-    """Step time against GPUs, dollars and staleness.
+def pareto(
+    job: JobOptions,
+    counts: tuple[int, ...],
+    max_staleness: int | None,
+    out: Path,
+    table: Path | None,
+) -> None:
+    """Show step time against GPUs, dollars and staleness.
 
-    The best plan of each combination, as a table and a picture."""
+    Finds the best plan of each combination, and shows them as a table and a picture."""
     from planner.commands.whatif import pareto
 
-    pareto(**options)
+    pareto(job, counts, max_staleness, out, table)
+
+
+# --- running ---
 
 
 @main.command()
 @click.argument("plan", type=_file("PLAN"))
 @click.option(
-    "--steps", type=int, default=8, show_default=True, metavar="N", help="Steps to simulate."
+    "--steps", type=STEPS, default=8, show_default=True, metavar="N", help="Steps to simulate."
 )
 @click.option("--gantt", type=_file(), help="Draw the steady-state steps (.png, .svg or .pdf).")
 @click.option("--trace", type=_file(), help="Write a trace that opens in Perfetto.")
 @click.option("--timeline", type=_file(), help="Write the simulated timeline.")
 @profiles_of_plan
-def simulate(**options: Any) -> None:
+def simulate(
+    plan: Path,
+    steps: int,
+    gantt: Path | None,
+    trace: Path | None,
+    timeline: Path | None,
+    profiles: tuple[Path, ...],
+) -> None:
     """Run a plan on a simulated clock."""
     from planner.commands.simulate import simulate
 
-    simulate(**options)
+    simulate(plan, steps, gantt=gantt, trace=trace, timeline=timeline, profiles=profiles)
 
 
 @main.command()
@@ -280,7 +408,7 @@ def simulate(**options: Any) -> None:
 @click.option("--name", default="", metavar="NAME", help="Name of the run (default: the plan's).")
 @click.option(
     "--steps",
-    type=int,
+    type=STEPS,
     metavar="N",
     help="Steps to run (default: the workload's; 3 for a rehearsal).",
 )
@@ -303,50 +431,91 @@ def simulate(**options: Any) -> None:
 )
 @click.option(
     "--deadline-floor",
-    type=float,
+    type=Duration(),
     default=60.0,
     show_default=True,
     metavar="SECONDS",
     help=(
-        "A call may take ten times its predicted time, but at least this long; ten times that "
-        "in the beginning."
+        "The least time that a call may take. Above it, a call may take ten times its predicted "
+        "time; the first calls may take ten times longer still."
     ),
 )
 @click.option(
     "--save-every",
-    type=int,
+    type=click.IntRange(0, MOST_STEPS),
     default=10,
     show_default=True,
     metavar="N",
-    help="Steps between checkpoints.",
+    help="Steps between checkpoints (0: none).",
 )
 @click.option(
-    "--keep", type=int, default=2, show_default=True, metavar="K", help="Checkpoints to keep."
+    "--keep", type=STEPS, default=2, show_default=True, metavar="K", help="Checkpoints to keep."
 )
 @click.option(
     "--max-restarts",
-    type=int,
+    type=click.IntRange(0, MOST_STEPS),
     default=3,
     show_default=True,
     metavar="N",
-    help="How often to start again from the last checkpoint when processes fail.",
+    help="How often to restart from the last checkpoint when processes fail.",
 )
 @click.option(
     "--track",
     type=click.Choice(["wandb", "mlflow"]),
     multiple=True,
-    help="Tell Weights & Biases or MLflow the metrics too, as their own environment variables say.",
+    help=(
+        "Also send the metrics to Weights & Biases or MLflow, set up by their own environment "
+        "variables."
+    ),
 )
-@click.option(
-    "--resume", type=_file("RUN_DIR"), help="Go on with a run, or from one of its checkpoints."
-)
-@click.option("--plan", "other_plan", type=_file(), help="With --resume: go on under this plan.")
+@click.option("--resume", type=_file("RUN_DIR"), help="Continue a run, or one of its checkpoints.")
+@click.option("--plan", "other_plan", type=_file(), help="With --resume: continue under this plan.")
 @profiles_of_plan
-def execute(**options: Any) -> None:
+def execute(
+    plan: Path | None,
+    name: str,
+    steps: int | None,
+    rehearse: bool,
+    runs: Path,
+    address: str | None,
+    deadline_floor: float,
+    save_every: int,
+    keep: int,
+    max_restarts: int,
+    track: tuple[str, ...],
+    resume: Path | None,
+    other_plan: Path | None,
+    profiles: tuple[Path, ...],
+) -> None:
     """Run the job as the plan says, with live progress."""
-    from planner.commands.execute import execute
+    from executor.running.options import RunOptions
+    from planner.commands import execute as commands
 
-    execute(**options)
+    options = RunOptions(
+        steps=steps,
+        save_every=save_every,
+        keep=keep,
+        max_restarts=max_restarts,
+        deadline_floor=deadline_floor,
+        address=address,
+        track=tuple(dict.fromkeys(track)),
+    )
+    if resume is not None:
+        if plan is not None or rehearse or name:
+            raise UserError(
+                "--resume continues a run: leave out PLAN, --name and --rehearse; --plan is "
+                "another plan"
+            )
+        commands.resume(resume, other_plan, options)
+        return
+    if plan is None or other_plan is not None:
+        raise UserError(
+            "name the PLAN to run; --plan is for continuing a run under another one, with --resume"
+        )
+    if rehearse:
+        commands.rehearse(plan, options, name=name, runs=runs, profiles=profiles)
+    else:
+        commands.execute(plan, options, name=name, runs=runs)
 
 
 @main.command()
@@ -356,32 +525,33 @@ def execute(**options: Any) -> None:
     "--out", type=_file(), help="The picture of both (default: compare.png in the run directory)."
 )
 @profiles_of_plan
-def compare(**options: Any) -> None:
-    """Show what was predicted beside what was measured.
+def compare(plan: Path, run: Path, out: Path | None, profiles: tuple[Path, ...]) -> None:
+    """Compare what was predicted with what was measured.
 
-    Per call and per step, with one picture of both."""
+    Shows both for each call and each step, and draws one picture of both."""
     from planner.commands.compare import compare
 
-    compare(**options)
+    compare(plan, run, out, profiles)
+
+
+# --- measuring ---
 
 
 @main.command()
 @click.option(
     "--cluster",
     metavar="FILE|local",
-    help="What to measure, if not --gpus: a cluster file of one node, or cores.",
+    help="What to measure, if not --gpus: a cluster file of one node, or this machine's cores.",
 )
 @click.option(
     "--gpus",
-    type=int,
+    type=COUNT,
     metavar="N",
     help="Number of GPUs to measure (with --cluster local: of cores).",
 )
 @click.option("--device", metavar="NAME", help="Kind of GPU: h200 (default), h100 or a100.")
 @click.option("--workload", required=True, metavar="FILE|NAME", help="Whose calls to measure.")
-@click.option(
-    "--minutes", type=float, metavar="M", help="At most so long; the least valuable is left out."
-)
+@minutes("Time to spend; the least valuable measurements are left out.")
 @click.option(
     "--only",
     default="",
@@ -392,16 +562,25 @@ def compare(**options: Any) -> None:
     "--out",
     type=_file(),
     required=True,
-    help="Where to write the profile; what is there is not done again.",
+    help="Where to write the profile; measurements that it already has are kept.",
 )
-def profile(**options: Any) -> None:
-    """Measure what the calls of a workload take here.
+def profile(
+    cluster: str | None,
+    gpus: int | None,
+    device: str | None,
+    workload: str,
+    minutes: float | None,
+    only: str,
+    out: Path,
+) -> None:
+    """Measure how long the calls of a workload take on this machine.
 
     The profile is for `plan search --profile`. Without --cluster and --gpus this machine's cores
     are measured."""
     from planner.commands.profile import profile
 
-    profile(command=_command_line(), **options)
+    job = JobOptions(gpus=gpus, device=device, cluster=cluster, workload=workload)
+    profile(job, minutes=minutes, only=only, out=out, command=_command_line())
 
 
 @main.command()
@@ -412,16 +591,18 @@ def profile(**options: Any) -> None:
     help="What they were measured on, if its device is not shipped.",
 )
 @click.option(
-    "--out", type=_file(), help="Write a page (.md) with it; what it says under '## Notes' is kept."
+    "--out",
+    type=_file(),
+    help="Write a page (.md) about them; what the file has under '## Notes' is kept.",
 )
-def judge(**options: Any) -> None:
+def judge(profiles: tuple[Path, ...], cluster: str | None, out: Path | None) -> None:
     """Say how good estimates from profiles are.
 
-    Per call, the errors of what is estimated without knowing the measured points, and those of the
-    roofline alone."""
+    For each kind of call, shows how far estimates are from measured points that they were made
+    without, and how far the roofline alone is."""
     from planner.commands.judge import judge
 
-    judge(command=_command_line(), **options)
+    judge(profiles, cluster, out, command=_command_line())
 
 
 @main.command()
@@ -429,11 +610,9 @@ def judge(**options: Any) -> None:
 @click.option(
     "--out",
     type=_file("DIR"),
-    help="Where plans and results lie (default: STUDY without its suffix).",
+    help="Directory of plans and results (default: STUDY without its suffix).",
 )
-@click.option(
-    "--minutes", type=float, metavar="M", help="Start no cell that would not end within M minutes."
-)
+@minutes("Start no cell that would not end within M minutes.")
 @click.option(
     "--plan-only",
     is_flag=True,
@@ -442,13 +621,23 @@ def judge(**options: Any) -> None:
 @click.option(
     "--report", is_flag=True, help="Write the report of what has been measured, and run nothing."
 )
-def study(**options: Any) -> None:
-    """Run a list of plans and hold each prediction against its measurement.
+def study(
+    study: Path, out: Path | None, minutes: float | None, plan_only: bool, report: bool
+) -> None:
+    """Run a list of plans and compare each prediction with its measurement.
 
-    Cells that have been measured are skipped. Plans that are there already are run as they are."""
-    from planner.commands.study import study
+    Cells that have been measured are skipped. Plans that exist already are run as they are."""
+    from planner.commands import study as commands
 
-    study(command=_command_line(), **options)
+    if plan_only and report:
+        raise UserError("--plan-only and --report exclude each other; give one of them")
+    asked = commands.read_study(study, out, _command_line())
+    if plan_only:
+        commands.plan_cells(asked)
+    elif report:
+        commands.write_report(asked)
+    else:
+        commands.run_study(asked, minutes)
 
 
 @main.command()
@@ -459,33 +648,31 @@ def study(**options: Any) -> None:
     required=True,
     help="Directory for the models, prompts and workload file.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
-def task(**options: Any) -> None:
+@click.option("--seed", type=COUNT_OR_NONE, default=0, show_default=True)
+def task(name: str, out: Path, seed: int) -> None:
     """Make the small task that is shipped.
 
-    Prompts, a tiny language model that is only partly right, and a tiny reward model."""
+    Writes prompts, a tiny language model that is only partly right, and a tiny reward model."""
     from planner.commands.execute import task
 
-    task(**options)
+    task(name, out, seed)
+
+
+# --- looking at what there is ---
 
 
 @main.command()
 @inputs
-@click.option(
-    "--max-staleness",
-    type=int,
-    metavar="K",
-    help="Updates that sequences may lag (default: the workload's).",
-)
-def space(**options: Any) -> None:
+@max_staleness
+def space(job: JobOptions, max_staleness: int | None) -> None:
     """Count what a search chooses from: placements, layouts and programs."""
     from planner.commands.search import space
 
-    space(**options)
+    space(job, max_staleness)
 
 
 @main.command()
-@click.argument("kind", type=click.Choice(KINDS))
+@click.argument("kind", type=click.Choice(FILE_KINDS))
 def schema(kind: str) -> None:
     """Print the JSON Schema of a kind of file."""
     from planner.commands.check import schema
@@ -495,8 +682,6 @@ def schema(kind: str) -> None:
 
 def _command_line() -> str:
     """The command as it was typed, for the plan's provenance."""
-    import shlex
-
     return shlex.join(["plan", *sys.argv[1:]])
 
 

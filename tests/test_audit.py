@@ -9,7 +9,7 @@ from planner.predict.cost import CostModel
 from planner.predict.judge import estimate
 from planner.predict.points import point_of
 from planner.predict.profile import Profile
-from planner.search import find
+from planner.search import SearchOptions, find
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.errors import UserError
 
@@ -116,9 +116,8 @@ def profile_of(workload, cluster, seed):
 def assert_optimal(workload, cluster, *profiles):
     """The search's optimum is the auditor's, and its bound is not above it."""
     try:
-        predicted = find(
-            workload, cluster, profiles=profiles, keep=1, scenarios=SCENARIOS
-        ).best.predicted
+        options = SearchOptions(runners_up=0, scenarios=SCENARIOS)
+        predicted = find(workload, cluster, options, profiles=profiles).best.predicted
     except UserError as error:
         assert "no plan fits" in str(error)
         predicted = None

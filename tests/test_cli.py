@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from conftest import ROLES, colocated, make_plan, make_workload, split
 from processes import PATIENCE
 
-from planner.cli import KINDS, Commands, main
+from planner.cli import FILE_KINDS, Commands, main
 from planner.predict.schedule import load_plan
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
@@ -116,7 +116,7 @@ def test_the_process_itself_ends_with_2_and_no_traceback(tmp_path: Path) -> None
     assert done.stderr == "plan: missing.json: no such file; check the path\n"
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FILE_KINDS)
 def test_schema_prints_json_that_names_the_kind(kind: str) -> None:
     found = json.loads(plan("schema", kind).stdout)
     assert found["properties"]["schema"]["const"].startswith(f"splitplan/{kind}/")
@@ -251,7 +251,7 @@ def test_simulate_writes_what_is_asked(tmp_path: Path, written: Path) -> None:
     assert json.loads(targets["--trace"].read_text())["traceEvents"]
     assert targets["--gantt"].read_bytes().startswith(b"\x89PNG")
     assert "s per step" in result.stdout
-    assert "at least 1" in one_line(plan("simulate", written, "--steps", "0"))
+    assert "0 is not in the range" in one_line(plan("simulate", written, "--steps", "0"))
     other = profiles_dir() / "h200" / "7b.json"
     assert "profile 1 (h200, hidden 3584, 28 layers) is for" in one_line(
         plan("simulate", written, "--profile", other)

@@ -140,15 +140,15 @@ def test_every_baseline_can_be_written_as_a_plan(tmp_path: Path, workload: Path)
     ("arguments", "says"),
     [
         ([], "--gpus N, --cluster FILE or --cluster local"),
-        (["--gpus", "0"], "must be at least 1"),
+        (["--gpus", "0"], "'--gpus': 0 is not in the range x>=1"),
         (["--gpus", "2", "--device", "h900"], "no device 'h900' is shipped"),
         (["--gpus", "2", "--cluster", "cluster.toml"], "leave out --gpus"),
         (["--cluster", "cluster.toml"], "cluster.toml: no such file"),
         (["--cluster", "local", "--gpus", "100000"], "physical cores"),
         (["--gpus", "2", "--workload", "8b"], "no workload '8b' is shipped"),
         (["--gpus", "2", "--profile", "gone.json"], "gone.json: no such file"),
-        (["--gpus", "2", "--max-staleness", "-1"], "must be at least 0"),
-        (["--gpus", "2", "--scenarios", "0"], "must be at least 1"),
+        (["--gpus", "2", "--max-staleness", "-1"], "-1 is not in the range"),
+        (["--gpus", "2", "--scenarios", "0"], "0 is not in the range"),
     ],
 )
 def test_wrong_inputs_are_refused(

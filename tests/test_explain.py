@@ -10,7 +10,7 @@ from planner.predict.cost import CostModel
 from planner.predict.forecast import predict
 from planner.predict.memory import check_memory
 from planner.predict.schedule import check
-from planner.search import find
+from planner.search import SearchOptions, find
 from planner.search.questions.explain import effects, explain
 from planner.search.questions.ladder import cycles_of, distances, moves, seconds_of, step_of
 from planner.search.space.placements import structures
@@ -42,7 +42,7 @@ def test_every_rung_is_a_plan_and_the_last_is_the_winner(plan, explanation):
 
 
 def test_a_plan_is_explained_in_the_scenarios_that_it_was_found_in():
-    one = find(small_workload(response=TAIL), tiny_cluster(2), scenarios=1).best
+    one = find(small_workload(response=TAIL), tiny_cluster(2), SearchOptions(scenarios=1)).best
     assert explain(one).step_seconds == pytest.approx(one.predicted.step_seconds, rel=1e-9)
     assert predict(one).step_seconds != pytest.approx(one.predicted.step_seconds, rel=1e-6)
 

@@ -11,7 +11,7 @@ from executor.running.execute import execute
 from executor.running.options import RunOptions
 from executor.training import ppo
 from planner.predict.schedule import load_plan
-from planner.search import find
+from planner.search import SearchOptions, find
 from planner.spec.timeline import Timeline
 from planner.spec.workload import load_workload
 
@@ -34,7 +34,8 @@ def rises(sorting, tmp_path, staleness):
 
     directory, made = sorting
     workload = load_workload(directory / "workload.toml")
-    plan = find(workload, local_cluster(2), max_staleness=staleness).best
+    options = SearchOptions(max_staleness=staleness)
+    plan = find(workload, local_cluster(2), options).best
     assert plan.staleness == staleness
     run = execute(plan, name="learning", runs=tmp_path, options=RunOptions(steps=STEPS))
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

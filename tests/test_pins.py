@@ -7,7 +7,7 @@ from conftest import ROLES, small_workload, tiny_cluster
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.search import baseline, find
+from planner.search import SearchOptions, baseline, find
 from planner.search.space.pins import parse_pins, restriction
 from planner.search.space.placements import families, sizes, structures
 from planner.spec.cluster import make_cluster
@@ -32,7 +32,9 @@ def free():
     ],
 )
 def test_pins_hold_and_are_never_faster(free, pins):
-    plan = find(small_workload(max_staleness=1), tiny_cluster(4), pins=pins).best
+    plan = find(
+        small_workload(max_staleness=1), tiny_cluster(4), SearchOptions(pins=tuple(pins))
+    ).best
     homes = {role: set(layout.pools) for role, layout in plan.roles.items()}
     for pin in pins:
         if "=" in pin:
@@ -49,7 +51,9 @@ def test_pins_hold_and_are_never_faster(free, pins):
 def test_pinning_what_was_found_finds_it_again(free):
     """The sizes of all roles of the best plan."""
     pins = [f"{role}={free.gpus_of(layout.pools)}" for role, layout in free.roles.items()]
-    again = find(small_workload(max_staleness=1), tiny_cluster(4), pins=pins).best
+    again = find(
+        small_workload(max_staleness=1), tiny_cluster(4), SearchOptions(pins=tuple(pins))
+    ).best
     assert (again.pools, again.roles, again.program) == (free.pools, free.roles, free.program)
 
 

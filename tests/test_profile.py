@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from planner.commands.inputs import read_inputs
+from planner.commands.options import JobOptions
 from planner.predict.cost import CostModel, Place
 from planner.predict.points import HostPoint, Point, point_of
 from planner.predict.profile import Profile, check_profiles, load_profiles, warnings_of
@@ -240,9 +241,7 @@ def test_the_commands_say_what_is_not_monotone(
 ) -> None:
     path = tmp_path / "odd.json"
     profile(smaller("infer", seconds=2.0), point("infer", seconds=1.5)).write(path)
-    read = read_inputs(
-        gpus=4, device=None, gpus_per_node=None, cluster=None, workload="7b", profiles=[path]
-    )
+    read = read_inputs(JobOptions(gpus=4, profiles=(path,)))
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"{path}: {warnings_of(read.profiles[0])[0]}"
 

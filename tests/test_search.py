@@ -17,7 +17,7 @@ from planner.predict.memory import check_memory
 from planner.predict.profile import load_profiles
 from planner.predict.schedule import check, unroll
 from planner.predict.simulate import simulate
-from planner.search import baseline, find
+from planner.search import SearchOptions, baseline, find
 from planner.search.questions.baselines import NAMES
 from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.problem import problem_of
@@ -196,7 +196,7 @@ def test_what_is_odd_of_a_split_stays_idle(gpus, halves, idle):
 
 def test_on_policy_only_where_no_staleness_is_allowed():
     workload, cluster = default()
-    strict = find(workload, cluster, max_staleness=0)
+    strict = find(workload, cluster, SearchOptions(max_staleness=0))
     assert strict.best.staleness == 0
     assert "trains on sequences 1 update old" in strict.baselines["one-step-off"]
     assert strict.best.predicted.step_seconds >= find(workload, cluster).best.predicted.step_seconds
@@ -247,7 +247,8 @@ def varied(**changes):
 def test_each_objective_is_best_at_its_own():
     workload, cluster = varied(), tiny_cluster(4)
     mean, p95, cost = (
-        find(workload, cluster, objective=objective).best for objective in ("mean", "p95", "cost")
+        find(workload, cluster, SearchOptions(objective=objective)).best
+        for objective in ("mean", "p95", "cost")
     )
     assert mean.predicted.step_seconds <= p95.predicted.step_seconds * (1 + 1e-9)
     assert p95.predicted.step_seconds_p95 <= mean.predicted.step_seconds_p95 * (1 + 1e-9)
@@ -259,7 +260,8 @@ def test_each_objective_is_best_at_its_own():
 def test_one_scenario_is_a_search_at_fixed_durations():
     workload, cluster = varied(), tiny_cluster(3)
     one, many = (
-        find(workload, cluster, scenarios=scenarios).best.predicted for scenarios in (1, 16)
+        find(workload, cluster, SearchOptions(scenarios=scenarios)).best.predicted
+        for scenarios in (1, 16)
     )
     assert (one.proof.scenarios, many.proof.scenarios) == (1, 16)
     assert one.step_seconds == one.step_seconds_p95 < many.step_seconds_p95
@@ -289,7 +291,8 @@ def test_a_search_that_is_ended_gives_no_plan_slower_than_a_baseline():
         0.5,
     ):  # on some machine some of them end it after a first plan
         with contextlib.suppress(UserError):
-            found = find(workload, cluster, keep=1, scenarios=1, time_limit=time_limit)
+            options = SearchOptions(runners_up=0, scenarios=1, time_limit=time_limit)
+            found = find(workload, cluster, options)
             plans = [plan for plan in found.baselines.values() if isinstance(plan, Plan)]
             seconds = [plan.predicted.step_seconds for plan in (found.best, *plans)]
             assert seconds[0] <= min(seconds) * (1 + 1e-9)
@@ -300,7 +303,8 @@ def test_measured_costs_leave_a_large_search_small():
     thousand sizes of pools were left."""
     workload = load_workload(profiles_dir() / "workloads" / "h200-1.5b.toml")
     profiles = load_profiles([profiles_dir() / "h200" / "1.5b-4gpu.json"])
-    found = find(workload, make_cluster(64), profiles=profiles, keep=1, time_limit=60)
+    options = SearchOptions(runners_up=0, time_limit=60)
+    found = find(workload, make_cluster(64), options, profiles=profiles)
     assert found.best.predicted.proof.status == "optimal"
     assert found.evaluated < 100
 

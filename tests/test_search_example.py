@@ -8,7 +8,7 @@ import pytest
 
 from planner.predict.cycle import cycles
 from planner.predict.schedule import steady_edges
-from planner.search import find
+from planner.search import SearchOptions, find
 from planner.search.questions.space_size import count
 from planner.spec.cluster import make_cluster
 from planner.spec.workload import load_workload
@@ -22,8 +22,8 @@ BEST = ("actor/critic", "actor+rollout", "actor=3", "rollout=3")
 @cache
 def best(max_staleness, *pins):
     workload = load_workload(DOCS / "figures" / "example.toml")
-    found = find(workload, CLUSTER, max_staleness=max_staleness, pins=pins, keep=1)
-    return found.best
+    options = SearchOptions(max_staleness=max_staleness, pins=pins, runners_up=0)
+    return find(workload, CLUSTER, options).best
 
 
 def said(number):

@@ -10,7 +10,7 @@ from conftest import ROLES, make_workload, small_workload, tiny_cluster
 from planner.cli import main
 from planner.predict.memory import check_memory
 from planner.predict.schedule import check
-from planner.search import find
+from planner.search import SearchOptions, find
 from planner.search.questions.pareto import pareto_points
 from planner.search.questions.space_size import count
 from planner.search.questions.variants import (
@@ -124,7 +124,8 @@ def test_points_are_the_best_plans_and_the_beaten_are_marked():
     assert len(reasons) == 1 and "on 1 GPU:" in reasons[0]
     for point in points:
         check(point.plan)
-        best = find(workload, tiny_cluster(point.gpus), max_staleness=point.max_staleness).best
+        options = SearchOptions(max_staleness=point.max_staleness)
+        best = find(workload, tiny_cluster(point.gpus), options).best
         assert point.seconds == pytest.approx(best.predicted.step_seconds, rel=1e-9)
         beaten = [
             p
@@ -212,8 +213,8 @@ def test_pareto_draws_and_writes_its_figures(tmp_path, written, plan):
     ("arguments", "message"),
     [
         (("pareto", "--gpus", "4,x"), "write numbers with commas"),
-        (("pareto", "--gpus", "0,4"), "each must be 1 to 4,096"),
-        (("pareto", "--gpus", "4", "--max-staleness", "-1"), "must be at least 0"),
+        (("pareto", "--gpus", "0,4"), "each number must be 1 to 4,096"),
+        (("pareto", "--gpus", "4", "--max-staleness", "-1"), "-1 is not in the range"),
         (("pareto", "--gpus", "1", "--device", "h100"), "no plan fits 7b on 1 GPU: actor needs"),
         (("search", "--gpus", "4", "--pin", "actor=9"), "--pin actor=9 cannot be met on 4 GPUs"),
         (("explain", "missing.json"), "no such file"),

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from planner.spec.errors import UserError
-from planner.spec.files import MOST_STEPS
+from planner.spec.limits import check_range
 
 DEADLINE_FLOOR_SECONDS = 60.0
 MOST_FLOOR_SECONDS = 1e6
@@ -31,19 +31,12 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         if self.steps is not None:
-            _check_range("--steps", self.steps, 1)
-        _check_range("--keep", self.keep, 1)
-        _check_range("--save-every", self.save_every, 0)
-        _check_range("--max-restarts", self.max_restarts, 0)
+            check_range("--steps", self.steps, 1)
+        check_range("--keep", self.keep, 1)
+        check_range("--save-every", self.save_every, 0)
+        check_range("--max-restarts", self.max_restarts, 0)
         if not 0 < self.deadline_floor <= MOST_FLOOR_SECONDS:
             raise UserError(
                 f"--deadline-floor {self.deadline_floor:g}: choose a number of seconds, at most "
                 f"{MOST_FLOOR_SECONDS:g}"
             )
-
-
-def _check_range(option: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{option} {value}: must be at least {least}")
-    if value > MOST_STEPS:
-        raise UserError(f"{option} {value}: must be at most {MOST_STEPS:,}")

@@ -11,7 +11,6 @@ from rich.console import Console
 from executor.running.options import RunOptions
 from planner.commands.inputs import make_console, profiles_of
 from planner.predict.forecast import task_seconds
-from planner.predict.profile import Profile
 from planner.predict.schedule import load_plan
 from planner.report import trace
 from planner.report.live import LiveProgress
@@ -19,7 +18,7 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline, step_seconds
 
-# Beside those that fill and drain the pipeline: a rehearsal takes as long as the real run would.
+# A rehearsal takes as long as the real run would. The steps that fill a pipeline come on top.
 REHEARSED_STEPS = 3
 NEEDED = ("ray", "torch", "transformers", "safetensors")
 
@@ -38,92 +37,52 @@ def missing_extra() -> list[str]:
     return [name for name in NEEDED if find_spec(name) is None]
 
 
-def execute(
-    plan: Path | None,
-    name: str,
-    steps: int | None,
-    rehearse: bool,
-    runs: Path,
-    address: str | None,
-    deadline_floor: float,
-    save_every: int,
-    keep: int,
-    max_restarts: int,
-    track: Sequence[str],
-    resume: Path | None,
-    other_plan: Path | None,
-    profiles: Sequence[Path],
-) -> None:
+def execute(plan: Path, options: RunOptions, *, name: str, runs: Path) -> None:
+    """Run a plan for real, and write down what happened. `name` may be empty."""
     need_extra("plan execute")
-    options = RunOptions(
-        steps=steps,
-        save_every=save_every,
-        keep=keep,
-        max_restarts=max_restarts,
-        deadline_floor=deadline_floor,
-        address=address,
-        track=tuple(dict.fromkeys(track)),
-    )
-    if resume is not None:
-        if plan is not None or rehearse or name:
-            raise UserError(
-                "--resume goes on with a run: leave out PLAN, --name and --rehearse; --plan is "
-                "another plan"
-            )
-        return _resume(resume, other_plan, options)
-    if plan is None or other_plan is not None:
-        raise UserError(
-            "name the PLAN to run; --plan is for going on with a run under another one, with "
-            "--resume"
-        )
+    from executor.running.execute import execute  # ray and torch are slow to load
+
     checked, console = load_plan(plan), make_console()
     name = name or free_name(runs, checked.name)
-    if rehearse:
-        costs = profiles_of(checked, plan, profiles, make_console(stderr=True))
-        run, progress = _rehearse(checked, name, runs, options, costs, console)
-    else:
-        run, progress = _execute(checked, name, runs, options, console)
+    with _progress(checked, options, console) as progress:
+        run = execute(checked, name=name, runs=runs, options=options, progress=progress)
     _report(run, plan, console, progress)
 
 
-def _execute(
-    plan: Plan, name: str, runs: Path, options: RunOptions, console: Console
-) -> tuple[Path, LiveProgress]:
-    from executor.running.execute import execute  # ray and torch are slow to load
-
-    with LiveProgress(plan, options.steps or plan.workload.steps, console) as progress:
-        run = execute(plan, name=name, runs=runs, options=options, progress=progress)
-    return run, progress
-
-
-def _rehearse(
-    plan: Plan,
-    name: str,
-    runs: Path,
-    options: RunOptions,
-    costs: Sequence[Profile],
-    console: Console,
-) -> tuple[Path, LiveProgress]:
+def rehearse(
+    plan: Path, options: RunOptions, *, name: str, runs: Path, profiles: Sequence[Path]
+) -> None:
+    """Run a plan with processes that sleep as long as its calls are predicted to take."""
+    need_extra("plan execute")
     from executor.running.execute import rehearse  # ray is slow to load
 
-    steps = options.steps or REHEARSED_STEPS + plan.staleness
-    options, seconds = replace(options, steps=steps), task_seconds(plan, costs)
-    with LiveProgress(plan, steps, console) as progress:
-        run = rehearse(plan, seconds, name=name, runs=runs, options=options, progress=progress)
-    return run, progress
+    checked, console = load_plan(plan), make_console()
+    name = name or free_name(runs, checked.name)
+    costs = profiles_of(checked, plan, profiles, make_console(stderr=True))
+    seconds = task_seconds(checked, costs)
+    options = replace(options, steps=options.steps or REHEARSED_STEPS + checked.staleness)
+    with _progress(checked, options, console) as progress:
+        run = rehearse(checked, seconds, name=name, runs=runs, options=options, progress=progress)
+    _report(run, plan, console, progress)
 
 
-def _resume(path: Path, other: Path | None, options: RunOptions) -> None:
+def resume(path: Path, other_plan: Path | None, options: RunOptions) -> None:
+    """Continue a run from its last checkpoint, or from the one that is named."""
+    need_extra("plan execute")
     from executor.running import checkpoint  # torch is slow to load
     from executor.running.execute import resume
 
     found = checkpoint.find(path)
-    plan = load_plan(other) if other is not None else found.plan
+    plan = found.plan if other_plan is None else load_plan(other_plan)
     console = make_console()
     console.print(f"Going on from {found.directory}.", markup=False, soft_wrap=True)
-    with LiveProgress(plan, options.steps or plan.workload.steps, console) as progress:
+    with _progress(plan, options, console) as progress:
         run = resume(found, plan=plan, options=options, progress=progress)
     _report(run, run / "plan.json", console, progress)
+
+
+def _progress(plan: Plan, options: RunOptions, console: Console) -> LiveProgress:
+    return LiveProgress(plan, options.steps or plan.workload.steps, console)
 
 
 def _report(run: Path, plan: Path, console: Console, progress: LiveProgress) -> None:

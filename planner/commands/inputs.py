@@ -8,11 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from planner import __version__
+from planner.commands.local import local_cluster
+from planner.commands.options import JobOptions
 from planner.predict.profile import Profile, check_profiles, load_profiles, warnings_of
 from planner.spec.cluster import Cluster, load_cluster, make_cluster
 from planner.spec.errors import UserError
-from planner.spec.files import MOST_STEPS, names_a_file, profiles_dir
-from planner.spec.plan import Plan
+from planner.spec.files import names_a_file, profiles_dir
+from planner.spec.plan import Plan, Provenance
 from planner.spec.workload import Workload, load_workload
 
 PLAIN_WIDTH = 120  # of what is printed into a file or a pipe
@@ -20,57 +23,53 @@ PLAIN_WIDTH = 120  # of what is printed into a file or a pipe
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """`provenance` is what a plan remembers of the profiles: path -> sha256."""
+    """A job as it was read. `profile_hashes` are what a plan remembers of its profiles: path ->
+    sha256."""
 
     workload: Workload
     cluster: Cluster
     profiles: tuple[Profile, ...]
-    provenance: dict[str, str]
+    profile_hashes: dict[str, str]
+
+    def provenance(self, command: str) -> Provenance:
+        """What a plan says of how it was made."""
+        return Provenance(
+            version=__version__,
+            seed=self.workload.seed,
+            command=command,
+            profiles=self.profile_hashes,
+        )
 
 
-def read_inputs(
-    *,
-    gpus: int | None,
-    device: str | None,
-    gpus_per_node: int | None,
-    cluster: str | None,
-    workload: str,
-    profiles: Sequence[Path],
-) -> Inputs:
-    """Says on stderr what is odd about the profiles. Raises UserError."""
-    found = _load(profiles, make_console(stderr=True))
+def read_inputs(job: JobOptions) -> Inputs:
+    """Read the files of a job, and say on stderr what is odd about its profiles. Raises
+    UserError."""
+    found = _load(job.profiles, make_console(stderr=True))
+    hashes = {str(path): profile.sha256 for path, profile in zip(job.profiles, found, strict=True)}
     return Inputs(
-        workload=read_workload(workload),
-        cluster=read_cluster(
-            gpus=gpus, device=device, gpus_per_node=gpus_per_node, cluster=cluster
-        ),
+        workload=read_workload(job.workload),
+        cluster=read_cluster(job),
         profiles=found,
-        provenance={
-            str(path): profile.sha256 for path, profile in zip(profiles, found, strict=True)
-        },
+        profile_hashes=hashes,
     )
 
 
-def read_cluster(
-    *, gpus: int | None, device: str | None, gpus_per_node: int | None, cluster: str | None
-) -> Cluster:
+def read_cluster(job: JobOptions) -> Cluster:
     """A number of shipped GPUs, a cluster file, or this machine. Raises UserError."""
-    if cluster is None:
-        if gpus is None:
+    if job.cluster is None:
+        if job.gpus is None:
             raise UserError(
                 "say which GPUs to plan for: --gpus N, --cluster FILE or --cluster local"
             )
-        return make_cluster(gpus, device or "h200", 8 if gpus_per_node is None else gpus_per_node)
-    if device is not None or gpus_per_node is not None or (gpus is not None and cluster != "local"):
+        return make_cluster(job.gpus, job.device or "h200", job.gpus_per_node or 8)
+    local = job.cluster == "local"
+    others = job.device is not None or job.gpus_per_node is not None
+    if others or (job.gpus is not None and not local):
         raise UserError(
-            f"--cluster {cluster} already says what there is; leave out --gpus, --device, "
+            f"--cluster {job.cluster} already says what there is; leave out --gpus, --device, "
             "--gpus-per-node"
         )
-    if cluster == "local":
-        from planner.commands.local import local_cluster
-
-        return local_cluster(gpus)
-    return load_cluster(Path(cluster))
+    return local_cluster(job.gpus) if local else load_cluster(Path(job.cluster))
 
 
 def read_workload(name: str) -> Workload:
@@ -96,18 +95,18 @@ def profiles_of(
         return loaded
     found = []
     for name, sha256 in plan.provenance.profiles.items():
-        profile = _same_profile(
-            (Path(name), path.parent / name, path.parent / Path(name).name), sha256
-        )
-        if profile is None:
-            console.print(
-                f"The profile {name} that {path} was searched with is gone or has changed; its "
-                "costs come from the "
-                "roofline model instead. Name it with --profile.",
-                style="yellow", markup=False, soft_wrap=True,
-            )  # fmt: skip
-        else:
+        places = (Path(name), path.parent / name, path.parent / Path(name).name)
+        profile = _same_profile(places, sha256)
+        if profile is not None:
             found.append(profile)
+            continue
+        console.print(
+            f"The profile {name} that {path} was searched with is gone or has changed; its costs "
+            "come from the roofline model instead. Name it with --profile.",
+            style="yellow",
+            markup=False,
+            soft_wrap=True,
+        )
     return tuple(found)
 
 
@@ -149,19 +148,9 @@ def check_target(path: Path, *suffixes: str) -> None:
         )
 
 
-def positive(name: str, value: int | None) -> None:
-    """Raise UserError for an option that must be at least 1, and no more than any run has steps."""
-    if value is not None and value < 1:
-        raise UserError(f"{name} {value}: must be at least 1")
-    if value is not None and value > MOST_STEPS:
-        raise UserError(f"{name} {value}: must be at most {MOST_STEPS:,}")
-
-
 def make_console(*, stderr: bool = False) -> Console:
     """A console that does not fold what goes into a file or a pipe."""
     console = Console(stderr=stderr, highlight=False)
-    return (
-        console
-        if console.is_terminal
-        else Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)
-    )
+    if console.is_terminal:
+        return console
+    return Console(stderr=stderr, highlight=False, width=PLAIN_WIDTH)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from planner.commands.inputs import check_target, make_console, read_cluster
+from planner.commands.options import JobOptions
 from planner.predict.judge import judge as judged_points
 from planner.predict.points import OnGpus
 from planner.predict.profile import Profile, load_profiles, warnings_of
@@ -34,7 +35,7 @@ def judge(profiles: Sequence[Path], cluster: str | None, out: Path | None, comma
 
 
 def _given(cluster: str, profiles: Sequence[Profile]) -> Cluster:
-    there = read_cluster(gpus=None, device=None, gpus_per_node=None, cluster=cluster)
+    there = read_cluster(JobOptions(cluster=cluster))
     for profile in profiles:
         if profile.device not in there.devices:
             has = ", ".join(there.devices)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from planner.commands.inputs import check_target, make_console, positive, profiles_of
+from planner.commands.inputs import check_target, make_console, profiles_of
 from planner.predict.forecast import forecast
 from planner.predict.schedule import load_plan
 from planner.report import trace as traces
@@ -15,12 +15,12 @@ from planner.spec.timeline import mean_call_seconds, step_seconds
 def simulate(
     plan: Path,
     steps: int,
+    *,
     gantt: Path | None,
     trace: Path | None,
     timeline: Path | None,
     profiles: Sequence[Path],
 ) -> None:
-    positive("--steps", steps)
     for target, suffixes in (
         (gantt, (".png", ".svg", ".pdf")),
         (trace, (".json",)),
@@ -38,8 +38,7 @@ def simulate(
     busy = pool_busy(simulated)
     console.print(
         f"{steps} steps: {seconds(step_seconds(simulated))} s per step after {simulated.warmup} to "
-        "warm up, "
-        f"{occupancy(checked, busy):.0%} of all GPU time busy."
+        f"warm up, {occupancy(checked, busy):.0%} of all GPU time busy."
     )
     if timeline is not None:
         simulated.write(timeline)

@@ -1,17 +1,18 @@
 """`plan study`: plans are written with their predictions, measured cell by cell, and compared."""
 
+import functools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from planner import __version__
 from planner.commands.execute import need_extra
 from planner.commands.inputs import Inputs, make_console, read_inputs
+from planner.commands.options import JobOptions
 from planner.predict.forecast import forecast, predict
 from planner.predict.profile import check_profiles, load_profiles
 from planner.predict.schedule import check, load_plan
@@ -19,19 +20,19 @@ from planner.report import study_page
 from planner.report.judged import with_notes
 from planner.report.study import Row, read_result, rows_of, same_plan, sha256_of
 from planner.report.tables import pools_text, seconds
-from planner.search import Result, find
+from planner.search import Result, SearchOptions, find
 from planner.search import baseline as find_baseline
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
-from planner.spec.plan import Plan, Provenance
+from planner.spec.plan import Plan
 from planner.spec.study import Cell, Study, load_study
 from planner.spec.timeline import Timeline, step_seconds
 from planner.spec.workload import RewardFunction, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A study and its file, where its results lie, and the command that it was asked with."""
+class StudyRequest:
+    """A study and its file, where its results lie, and the command that asked for it."""
 
     study: Study
     path: Path
@@ -39,114 +40,112 @@ class Asked:
     command: str
 
 
-def study(
-    study: Path,
-    out: Path | None,
-    minutes: float | None,
-    plan_only: bool,
-    report: bool,
-    command: str,
-) -> None:
-    if plan_only and report:
-        raise UserError("--plan-only and --report are two different things; give one of them")
-    if minutes is not None and minutes <= 0:
-        raise UserError(f"--minutes {minutes:g}: must be greater than 0")
-    asked = Asked(
-        study=load_study(study), path=study, directory=out or study.with_suffix(""), command=command
-    )
+def read_study(path: Path, out: Path | None, command: str) -> StudyRequest:
+    """Read a study. Raises UserError."""
+    directory = out or path.with_suffix("")
+    return StudyRequest(study=load_study(path), path=path, directory=directory, command=command)
+
+
+def plan_cells(asked: StudyRequest) -> None:
+    """Write the plan and the predicted timeline of every cell that has not been measured."""
+    cells = [cell for cell in asked.study.cells if not _measured(asked, cell)]
+    _plan(asked, make_console(), cells)
+
+
+def run_study(asked: StudyRequest, minutes: float | None) -> None:
+    """Plan the cells that have no plan, measure those that have not been measured, and report."""
+    need_extra("plan study")
     console = make_console()
-    if plan_only:
-        _plan(asked, console, [cell for cell in asked.study.cells if not _measured(asked, cell)])
-        return
-    if not report:
-        need_extra("plan study")
-        missing = [cell for cell in asked.study.cells if not _written(asked, cell)]
-        if missing:
-            _plan(asked, console, missing)
-        _run(asked, console, minutes)
+    missing = [cell for cell in asked.study.cells if not _written(asked, cell)]
+    if missing:
+        _plan(asked, console, missing)
+    _run(asked, console, minutes)
     _report(asked, console)
+
+
+def write_report(asked: StudyRequest) -> None:
+    """Write the report of what has been measured."""
+    _report(asked, make_console())
 
 
 # --- plans ---
 
 
-def _written(asked: Asked, cell: Cell) -> bool:
+def _written(asked: StudyRequest, cell: Cell) -> bool:
     return (asked.directory / cell.name / "plan.json").exists()
 
 
-def _measured(asked: Asked, cell: Cell) -> bool:
+def _measured(asked: StudyRequest, cell: Cell) -> bool:
     if not _written(asked, cell):
         return False
     result = read_result(asked.directory / cell.name)
     return result is not None and result.status == "done"
 
 
-def _plan(asked: Asked, console: Console, cells: Sequence[Cell]) -> None:
+def _plan(asked: StudyRequest, console: Console, cells: Sequence[Cell]) -> None:
     """Write the plans and predicted timelines of some cells; those that are measured stay as they
     are."""
-    study = asked.study
-    inputs = _inputs(study)
-
-    @cache
-    def searched(staleness: int, keep: int, pins: tuple[str, ...]) -> Result:
-        return find(
-            inputs.workload,
-            inputs.cluster,
-            profiles=inputs.profiles,
-            max_staleness=staleness,
-            keep=keep,
-            pins=pins,
-        )
-
-    def plan_of(cell: Cell) -> Plan:
-        if cell.plan is not None:
-            return load_plan(cell.plan)
-        if cell.baseline is not None:
-            return find_baseline(
-                cell.baseline,
-                inputs.workload,
-                inputs.cluster,
-                profiles=inputs.profiles,
-                pins=cell.pins,
-            )
-        assert cell.search is not None
-        keep = 1 + max(
-            other.runner_up
-            for other in study.cells
-            if (other.search, other.pins) == (cell.search, cell.pins)
-        )
-        found = searched(cell.search, keep, cell.pins)
-        plans = (found.best, *found.runners_up)
-        if cell.runner_up >= len(plans):
-            raise UserError(
-                f"the search found {len(plans)} placements, so there is no runner-up "
-                f"{cell.runner_up}"
-            )
-        return plans[cell.runner_up]
-
+    inputs = _inputs(asked.study)
+    searched = functools.cache(functools.partial(_searched, asked.study, inputs))
     for cell in cells:
         try:
-            plan = plan_of(cell)
+            plan = _plan_of(cell, inputs, searched)
             check(plan)
         except UserError as error:
             raise UserError(f"cell {cell.name!r}: {error}") from None
-        _write(asked, plan.model_copy(update={"name": cell.name}), inputs)
-    if kept := [cell.name for cell in study.cells if cell not in cells]:
+        _write(asked, plan.changed(name=cell.name), inputs)
+    if kept := [cell.name for cell in asked.study.cells if cell not in cells]:
         console.print(f"Left as they are: {', '.join(kept)}.", soft_wrap=True)
     console.print(_plans_table(asked))
     console.print(f"Wrote {len(cells)} plans to {asked.directory}.", markup=False, soft_wrap=True)
 
 
+def _searched(study: Study, inputs: Inputs, staleness: int, pins: tuple[str, ...]) -> Result:
+    """The search that some cells ask for, with the last runner-up that one of them wants."""
+    cells = [cell for cell in study.cells if (cell.search, cell.pins) == (staleness, pins)]
+    last = max(cell.runner_up for cell in cells)
+    options = SearchOptions(max_staleness=staleness, runners_up=last, pins=pins)
+    return find(inputs.workload, inputs.cluster, options, profiles=inputs.profiles)
+
+
+def _plan_of(
+    cell: Cell, inputs: Inputs, searched: Callable[[int, tuple[str, ...]], Result]
+) -> Plan:
+    """The plan of a cell: read, a baseline's, or one that was searched. Raises UserError."""
+    if cell.plan is not None:
+        return load_plan(cell.plan)
+    if cell.baseline is not None:
+        return find_baseline(
+            cell.baseline,
+            inputs.workload,
+            inputs.cluster,
+            profiles=inputs.profiles,
+            pins=cell.pins,
+        )
+    assert cell.search is not None
+    found = searched(cell.search, cell.pins)
+    plans = (found.best, *found.runners_up)
+    if cell.runner_up >= len(plans):
+        raise UserError(
+            f"the search found {len(plans)} placements, so there is no runner-up {cell.runner_up}"
+        )
+    return plans[cell.runner_up]
+
+
 def _inputs(study: Study) -> Inputs:
-    """With the paths as they are seen from here, so that a plan says nothing of the machine it was
-    made on."""
-    profiles = [Path(_from_here(path)) for path in study.profiles]
-    gpus_per_node = study.gpus if study.cluster is None else None
-    inputs = read_inputs(
-        gpus=study.gpus, device=study.device, gpus_per_node=gpus_per_node, cluster=study.cluster,
-        workload=study.workload, profiles=profiles,
-    )  # fmt: skip
-    return Inputs(**{**vars(inputs), "workload": _paths(inputs.workload, _from_here)})
+    """The inputs with paths as they are seen from here, so that a plan says nothing of the machine
+    that it was made on."""
+    profiles = tuple(Path(_from_here(path)) for path in study.profiles)
+    job = JobOptions(
+        gpus=study.gpus,
+        device=study.device,
+        gpus_per_node=study.gpus if study.cluster is None else None,  # all on one node
+        cluster=study.cluster,
+        workload=study.workload,
+        profiles=profiles,
+    )
+    inputs = read_inputs(job)
+    return replace(inputs, workload=_with_paths(inputs.workload, _from_here))
 
 
 def _from_here(path: Path) -> str:
@@ -158,49 +157,39 @@ def _absolute(path: Path) -> str:
     return str(path.absolute())
 
 
-def _paths(workload: Workload, write: object) -> Workload:
+def _with_paths(workload: Workload, written: Callable[[Path], str]) -> Workload:
     """The workload with its paths (of models, data and a reward function) written in another
     way."""
-    assert callable(write)
-    changes: dict[str, object] = {
-        role: model.model_copy(update={"path": Path(write(model.path))})
-        for role, model in workload.models.items()
-        if model.path is not None
-    }
+    changes: dict[str, Any] = {}
+    for role, model in workload.models.items():
+        if model.path is not None:
+            changes[role] = model.changed(path=Path(written(model.path)))
     if isinstance(workload.reward, RewardFunction):
         file, _, name = workload.reward.function.rpartition(":")
-        changes["reward"] = workload.reward.model_copy(
-            update={"function": f"{write(Path(file))}:{name}"}
-        )
+        function = f"{written(Path(file))}:{name}"
+        changes["reward"] = workload.reward.changed(function=function)
     if workload.data is not None:
         files = {"train": workload.data.train, "evaluation": workload.data.evaluation}
-        written = {key: Path(write(path)) for key, path in files.items() if path is not None}
-        changes["data"] = workload.data.model_copy(update=written)
-    return workload.model_copy(update=changes)
+        paths = {key: Path(written(path)) for key, path in files.items() if path is not None}
+        changes["data"] = workload.data.changed(**paths)
+    return workload.changed(**changes)
 
 
-def _write(asked: Asked, plan: Plan, inputs: Inputs) -> None:
+def _write(asked: StudyRequest, plan: Plan, inputs: Inputs) -> None:
     directory = asked.directory / plan.name
+    # A plan from a file has not been searched with these profiles.
+    check_profiles(inputs.profiles, plan.workload, plan.cluster)
+    plan = plan.changed(
+        provenance=inputs.provenance(asked.command).changed(seed=plan.workload.seed),
+        predicted=plan.predicted or predict(plan, inputs.profiles),
+    )
     warmup, drain = asked.study.warmup_of(plan.staleness), plan.staleness
-    provenance = Provenance(
-        version=__version__,
-        seed=plan.workload.seed,
-        command=asked.command,
-        profiles=inputs.provenance,
-    )
-    check_profiles(
-        inputs.profiles, plan.workload, plan.cluster
-    )  # a plan from a file has not been searched with them
-    predicted = plan.predicted or predict(plan, inputs.profiles)
-    plan = plan.model_copy(update={"provenance": provenance, "predicted": predicted})
     timeline = forecast(plan, warmup + asked.study.steps + drain, inputs.profiles)
-    timeline.model_copy(update={"warmup": warmup, "drain": drain}).write(
-        directory / "predicted.json"
-    )
+    timeline.changed(warmup=warmup, drain=drain).write(directory / "predicted.json")
     plan.write(directory / "plan.json")
 
 
-def _plans_table(asked: Asked) -> Table:
+def _plans_table(asked: StudyRequest) -> Table:
     table = Table(box=None, pad_edge=False)
     for title in ("cell", "predicted s", "stale", "GPUs of each pool: its roles"):
         table.add_column(title, justify="right" if title in ("predicted s", "stale") else "left")
@@ -216,7 +205,7 @@ def _plans_table(asked: Asked) -> Table:
 # --- running ---
 
 
-def _run(asked: Asked, console: Console, minutes: float | None) -> None:
+def _run(asked: StudyRequest, console: Console, minutes: float | None) -> None:
     from executor.measuring.study import Job, run  # ray and torch are slow to load
 
     jobs: list[Job] = []
@@ -231,12 +220,17 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
         if again or _measured(asked, cell):
             continue
         _check_profiles(asked.study, plan)
-        located = plan.model_copy(update={"workload": _paths(plan.workload, _absolute)})
-        sha256 = sha256_of(directory / "plan.json")
         jobs.append(
-            Job(plan=located, steps=predicted.steps, warmup=predicted.warmup, drain=predicted.drain,
-                seconds=step_seconds(predicted), directory=directory, sha256=sha256)
-        )  # fmt: skip
+            Job(
+                plan=plan.changed(workload=_with_paths(plan.workload, _absolute)),
+                steps=predicted.steps,
+                warmup=predicted.warmup,
+                drain=predicted.drain,
+                seconds=step_seconds(predicted),
+                directory=directory,
+                sha256=sha256_of(directory / "plan.json"),
+            )
+        )
     if not jobs:
         console.print("Every cell has been measured.")
         return
@@ -251,22 +245,20 @@ def _run(asked: Asked, console: Console, minutes: float | None) -> None:
         )
 
 
-def _check_steps(asked: Asked, cell: Cell, plan: Plan, predicted: Timeline) -> None:
+def _check_steps(asked: StudyRequest, cell: Cell, plan: Plan, predicted: Timeline) -> None:
     """Raise UserError unless the committed prediction is of the steps that the study asks for."""
     directory = asked.directory / cell.name
-    counted, warmup = (
-        predicted.steps - predicted.warmup - predicted.drain,
-        asked.study.warmup_of(plan.staleness),
+    counted = predicted.steps - predicted.warmup - predicted.drain
+    warmup = asked.study.warmup_of(plan.staleness)
+    wanted = (plan.name, asked.study.steps, warmup)
+    if (predicted.plan, counted, predicted.warmup) == wanted:
+        return
+    first = f"delete {directory / 'result.json'} and " if _measured(asked, cell) else ""
+    raise UserError(
+        f"{directory / 'predicted.json'} is of {counted} steps of plan {predicted.plan!r} after "
+        f"{predicted.warmup} to warm up, not of {asked.study.steps} of {plan.name!r} after "
+        f"{warmup}; {first}write it again with --plan-only"
     )
-    if (predicted.plan, counted, predicted.warmup) != (plan.name, asked.study.steps, warmup):
-        first = f"delete {directory / 'result.json'} and " if _measured(asked, cell) else ""
-        raise UserError(
-            f"{directory / 'predicted.json'} is of {counted} steps of plan {predicted.plan!r} "
-            f"after {predicted.warmup} "
-            f"to warm up, not of {asked.study.steps} of {plan.name!r} after {warmup}; {first}write "
-            "it anew with "
-            "--plan-only"
-        )
 
 
 def _check_profiles(study: Study, plan: Plan) -> None:
@@ -284,7 +276,7 @@ def _check_profiles(study: Study, plan: Plan) -> None:
 # --- the report ---
 
 
-def _report(asked: Asked, console: Console) -> None:
+def _report(asked: StudyRequest, console: Console) -> None:
     study, directory = asked.study, asked.directory
     rows = rows_of(study, directory)
     for row in rows:

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from planner.commands.inputs import (
@@ -12,6 +13,7 @@ from planner.commands.inputs import (
     read_cluster,
     read_workload,
 )
+from planner.commands.options import JobOptions
 from planner.predict.profile import load_profiles
 from planner.predict.schedule import load_plan
 from planner.report.insight import pareto_table, what_if_table
@@ -25,17 +27,26 @@ from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 
 MODELS = ("1.5b", "7b", "70b")  # shipped workloads whose models are tried
-MOST_GPUS = 4096
+CSV_TITLES = (
+    "gpus",
+    "max_staleness",
+    "staleness",
+    "step_seconds",
+    "tokens_per_second",
+    "dollars_per_step",
+    "best",
+    "pools",
+)
 
 
-def what_if(plan: Path, gpus: str | None, profiles: Sequence[Path]) -> None:
+def what_if(plan: Path, gpus: Sequence[int], profiles: Sequence[Path]) -> None:
     checked = load_plan(plan)
     errors, console = make_console(stderr=True), make_console()
     found = profiles_of(checked, plan, profiles, errors)
     shape = checked.workload.actor.shape
     others = [other for other in map(read_workload, MODELS) if other.actor.shape != shape]
     rows: list[Replanned | Refused] = []
-    asked = list(conditions(checked, counts_of(gpus) if gpus else (), others))
+    asked = list(conditions(checked, gpus, others))
     with errors.status("planning") as status:
         for number, condition in enumerate(asked, 1):
             status.update(f"planning {number} of {len(asked)}: {condition.what}")
@@ -47,20 +58,15 @@ def what_if(plan: Path, gpus: str | None, profiles: Sequence[Path]) -> None:
     console.print(what_if_table(rows))
     console.print(
         "\nEach row is planned anew. “As in the plan”: how much longer a step takes with the roles "
-        "on pools as in "
-        f"{plan.stem}, with the sizes, layouts and order of calls that are best then.",
+        f"on pools as in {plan.stem}, with the sizes, layouts and order of calls that are best "
+        "then.",
         soft_wrap=True,
     )
 
 
 def pareto(
-    *,
-    gpus: str,
-    device: str | None,
-    gpus_per_node: int | None,
-    cluster: str | None,
-    workload: str,
-    profiles: Sequence[Path],
+    job: JobOptions,
+    counts: Sequence[int],
     max_staleness: int | None,
     out: Path,
     table: Path | None,
@@ -68,50 +74,33 @@ def pareto(
     check_target(out, ".png", ".svg", ".pdf")
     if table is not None:
         check_target(table, ".csv")
-    asked, found = read_workload(workload), load_profiles(profiles)
-    stalest = asked.max_staleness if max_staleness is None else max_staleness
-    if stalest < 0:
-        raise UserError(f"--max-staleness {stalest}: must be at least 0")
-    clusters = [_cluster(count, device, gpus_per_node, cluster) for count in counts_of(gpus)]
+    workload, profiles = read_workload(job.workload), load_profiles(job.profiles)
+    stalest = workload.max_staleness if max_staleness is None else max_staleness
+    clusters = [_cluster_of(job, count) for count in counts]
     errors, console = make_console(stderr=True), make_console()
     with errors.status("planning"):
-        points, reasons = pareto_points(asked, clusters, range(stalest + 1), found)
+        points, reasons = pareto_points(workload, clusters, range(stalest + 1), profiles)
     if not points:
         raise UserError(reasons[-1])  # of the most GPUs
     for reason in reasons:
         errors.print(reason, style="yellow", markup=False, soft_wrap=True)
     from planner.report.pareto import draw  # matplotlib is slow to load
 
-    draw(points, _title(asked.name, clusters[-1]), out)
+    draw(points, _title(workload.name, clusters[-1]), out)
     if table is not None:
         write_atomic(table, _csv(points))
     console.print(pareto_table(points))
     fastest = min(points, key=lambda point: point.seconds)
     console.print(f"\nFastest: {seconds(fastest.seconds)} s per step on {fastest.gpus} GPUs.")
-    console.print(f"Wrote {out}{f' and {table}' if table else ''}.", markup=False, soft_wrap=True)
+    written = str(out) if table is None else f"{out} and {table}"
+    console.print(f"Wrote {written}.", markup=False, soft_wrap=True)
 
 
-def counts_of(text: str) -> list[int]:
-    """Numbers of GPUs, written with commas between them, in rising order. Raises UserError."""
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise UserError(
-            f"--gpus {text}: write numbers with commas between them, such as 4,8,16"
-        ) from None
-    if counts[0] < 1 or counts[-1] > MOST_GPUS:
-        raise UserError(f"--gpus {text}: each must be 1 to {MOST_GPUS:,}")
-    return counts
-
-
-def _cluster(
-    gpus: int, device: str | None, gpus_per_node: int | None, cluster: str | None
-) -> Cluster:
-    if cluster is None or cluster == "local":
-        return read_cluster(gpus=gpus, device=device, gpus_per_node=gpus_per_node, cluster=cluster)
-    return resized(
-        read_cluster(gpus=None, device=device, gpus_per_node=gpus_per_node, cluster=cluster), gpus
-    )
+def _cluster_of(job: JobOptions, gpus: int) -> Cluster:
+    """The cluster that was asked for, with another number of GPUs."""
+    if job.cluster is None or job.cluster == "local":
+        return read_cluster(replace(job, gpus=gpus))
+    return resized(read_cluster(job), gpus)
 
 
 def _title(workload: str, cluster: Cluster) -> str:
@@ -119,31 +108,21 @@ def _title(workload: str, cluster: Cluster) -> str:
 
 
 def _csv(points: Sequence[ParetoPoint]) -> str:
-    """Units: seconds, US dollars, tokens."""
+    """A line per point. Units: seconds, US dollars, tokens."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        [
-            "gpus",
-            "max_staleness",
-            "staleness",
-            "step_seconds",
-            "tokens_per_second",
-            "dollars_per_step",
-            "best",
-            "pools",
-        ]
-    )
-    for p in points:
-        figures = [f"{value:.6g}" for value in (p.seconds, p.tokens_per_second, p.dollars)]
+    writer.writerow(CSV_TITLES)
+    for point in points:
         writer.writerow(
             [
-                p.gpus,
-                p.max_staleness,
-                p.plan.staleness,
-                *figures,
-                int(p.best),
-                pools_text(p.plan),
+                point.gpus,
+                point.max_staleness,
+                point.plan.staleness,
+                f"{point.seconds:.6g}",
+                f"{point.tokens_per_second:.6g}",
+                f"{point.dollars:.6g}",
+                int(point.best),
+                pools_text(point.plan),
             ]
         )
     return text.getvalue()

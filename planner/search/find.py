@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
 from statistics import median
+from typing import Literal
 
 from planner import __version__
-from planner.predict.cost import SCENARIOS
-from planner.predict.objective import ObjectiveName
 from planner.predict.profile import Profile
+from planner.search.options import DEFAULTS, SearchOptions
 from planner.search.questions.baselines import NAMES, best_of
 from planner.search.questions.why_nothing_fits import nothing_fits
 from planner.search.solver.best_program import SAME
@@ -19,7 +19,7 @@ from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem, problem_of
 from planner.search.solver.write_plan import assemble, complete, trimmed
-from planner.search.space.pins import parse_pins, restriction
+from planner.search.space.pins import Pin, parse_pins, restriction
 from planner.search.space.placements import placement_count, structures
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
@@ -28,8 +28,7 @@ from planner.spec.workload import Workload
 
 SPACE = (
     "staleness 0..{k}, one round per step; all role partitions, rollout on any union, all pool "
-    "sizes; "
-    "canonical packing, listed layouts"
+    "sizes; canonical packing, listed layouts"
 )
 
 
@@ -47,75 +46,77 @@ class Result:
     seconds: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Solution:
+    """The candidates of a solved problem, `best` first, and the baselines (or why one cannot be).
+    No plan takes fewer seconds a step than `bound`; `status` says whether that proves the best one.
+    `seconds` were spent until it was proven, and `evaluated` counts the placements that were
+    looked at."""
+
+    problem: Problem
+    pins: tuple[Pin, ...]
+    best: tuple[Candidate, ...]
+    baselines: dict[str, Candidate | str]
+    bound: float
+    status: Literal["optimal", "gap", "time_limit"]
+    evaluated: int
+    seconds: float
+
+
 def find(
     workload: Workload,
     cluster: Cluster,
+    options: SearchOptions = DEFAULTS,
     *,
     profiles: Sequence[Profile] = (),
-    profile_hashes: dict[str, str] | None = None,
-    max_staleness: int | None = None,
-    keep: int = 4,
-    pins: Sequence[str] = (),
-    objective: ObjectiveName = "mean",
-    time_limit: float | None = None,
-    scenarios: int = SCENARIOS,
-    command: str = "",
+    provenance: Provenance | None = None,
 ) -> Result:
-    """The best plan by the objective (see `Objective`) over at most so many length
-    `scenarios`, runners-up and the baselines, which no pin binds. The search ends after
-    `time_limit` seconds, or on Ctrl-C, with the best plan so far, which may be a baseline: these
-    are found besides, but for what a Ctrl-C leaves out. Raises UserError if nothing fits or none
-    was found in that time."""
+    """The best plan, its runners-up and the baselines, at the costs that the profiles (else the
+    roofline) give. Ctrl-C ends the search as the time limit does, with the best plan so far, which
+    may be a baseline; a second Ctrl-C leaves out the baselines that are still missing. Raises
+    UserError if nothing fits, or if no plan was found in time.
+
+    >>> result = find(load_workload(Path("workload.toml")), make_cluster(gpus=16))
+    >>> result.best.predicted.step_seconds, result.best.predicted.proof.status
+    (19.8, 'optimal')
+    """
     start = time.perf_counter()
-    problem = problem_of(workload, cluster, profiles, max_staleness, objective, scenarios)
-    pinned = parse_pins(pins, workload.roles, cluster)
-    deadline = start + time_limit if time_limit is not None else inf
-    found = solve(problem, keep, restriction(pinned) if pinned else None, deadline)
-    if found.ended and not found.best:
+    problem = problem_of(
+        workload, cluster, profiles, options.max_staleness, options.objective, options.scenarios
+    )
+    solution = solved(problem, options, start)
+    return write_up(solution, provenance or _provenance(workload))
+
+
+def solved(problem: Problem, options: SearchOptions, start: float) -> Solution:
+    """Solve a problem. Time is counted from `start` on (of `time.perf_counter`). If the search was
+    ended before the proof, a baseline that is faster than the best plan takes its place. Raises
+    UserError as `find` does."""
+    pins = parse_pins(options.pins, problem.workload.roles, problem.cluster)
+    deadline = inf if options.time_limit is None else start + options.time_limit
+    keep = options.runners_up + 1
+    found = solve(problem, keep, restriction(pins) if pins else None, deadline)
+    if not found.best and found.ended:
         raise UserError("the search was ended before it found any plan; give it more time")
     if not found.best:
-        raise UserError(nothing_fits(problem, pins))
-    seconds = found.proven - start
-    gap = found.best[0].seconds > found.bound * (1 + SAME)
-    proof = Proof(
-        status="time_limit" if found.ended else "gap" if gap else "optimal",
-        objective=objective,
-        scenarios=problem.model.scenarios,
-        space=SPACE.format(k=problem.max_staleness) + "".join(f", {pin.text}" for pin in pinned),
-    )
-    provenance = Provenance(
-        version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {}
-    )
-    named, best = _baselines(problem), found.best
-    fastest = min(
-        (c for c in named.values() if isinstance(c, Candidate)),
-        key=lambda c: c.seconds,
-        default=best[0],
-    )
-    if found.ended and not pinned and fastest.seconds < best[0].seconds:
-        best = (fastest, *best)[:keep]
-    plans = [
-        assemble(c, "best" if i == 0 else f"runner-up-{i}", problem) for i, c in enumerate(best)
-    ]
-    plans = plans if pinned else [trimmed(plan) for plan in plans]
-    plans = [complete(plan, provenance, problem, proof, found.bound, seconds) for plan in plans]
-    baselines: dict[str, Plan | str] = {}
-    for name, c in named.items():
-        if isinstance(c, str):
-            baselines[name] = c
-        else:
-            baselines[name] = complete(
-                assemble(c, name, problem), provenance, problem, None, found.bound, 0.0
-            )
-    return Result(
-        best=plans[0],
-        runners_up=tuple(plans[1:]),
+        raise UserError(nothing_fits(problem, options.pins))
+    best, baselines = found.best, _baselines(problem)
+    status: Literal["optimal", "gap", "time_limit"] = "optimal"
+    if found.ended:
+        status = "time_limit"
+        if not pins:  # which bind no baseline
+            best = _with_fastest(best, baselines)[:keep]
+    elif best[0].seconds > found.bound * (1 + SAME):
+        status = "gap"
+    return Solution(
+        problem=problem,
+        pins=pins,
+        best=best,
         baselines=baselines,
-        placements=sum(
-            placement_count(structure, cluster) for structure in structures(workload.roles)
-        ),
+        bound=found.bound,
+        status=status,
         evaluated=found.evaluated,
-        seconds=seconds,
+        seconds=found.proven - start,
     )
 
 
@@ -131,24 +132,69 @@ def _baselines(problem: Problem) -> dict[str, Candidate | str]:
     return found
 
 
+def _with_fastest(
+    best: tuple[Candidate, ...], baselines: dict[str, Candidate | str]
+) -> tuple[Candidate, ...]:
+    """The best candidates after the fastest baseline, if that is faster than all of them."""
+    candidates = [each for each in baselines.values() if isinstance(each, Candidate)]
+    fastest = min((*best[:1], *candidates), key=lambda candidate: candidate.seconds)
+    return best if fastest is best[0] else (fastest, *best)
+
+
+def write_up(solution: Solution, provenance: Provenance) -> Result:
+    """Write the candidates of a solution out as plans with their predictions."""
+    problem = solution.problem
+    space = [SPACE.format(k=problem.max_staleness), *(pin.text for pin in solution.pins)]
+    proof = Proof(
+        status=solution.status,
+        objective=problem.objective.name,
+        scenarios=problem.model.scenarios,
+        space=", ".join(space),
+    )
+    plans = []
+    for number, candidate in enumerate(solution.best):
+        name = f"runner-up-{number}" if number else "best"
+        plan = assemble(candidate, name, problem)
+        if not solution.pins:  # a pin says how many GPUs there are, used or not
+            plan = trimmed(plan)
+        plans.append(complete(plan, provenance, problem, proof, solution.bound, solution.seconds))
+    baselines: dict[str, Plan | str] = {}
+    for name, found in solution.baselines.items():
+        if isinstance(found, Candidate):
+            plan = assemble(found, name, problem)
+            baselines[name] = complete(plan, provenance, problem, None, solution.bound, 0.0)
+        else:
+            baselines[name] = found
+    listed = structures(problem.workload.roles)
+    return Result(
+        best=plans[0],
+        runners_up=tuple(plans[1:]),
+        baselines=baselines,
+        placements=sum(placement_count(structure, problem.cluster) for structure in listed),
+        evaluated=solution.evaluated,
+        seconds=solution.seconds,
+    )
+
+
 def baseline(
     name: str,
     workload: Workload,
     cluster: Cluster,
     *,
     profiles: Sequence[Profile] = (),
-    profile_hashes: dict[str, str] | None = None,
     pins: Sequence[str] = (),
-    command: str = "",
+    provenance: Provenance | None = None,
 ) -> Plan:
     """One of the named splits with its best layouts, as a plan that can be executed; pins may say
     what sizes its pools have. Raises UserError."""
     problem = problem_of(workload, cluster, profiles, None)
     plan = assemble(best_of(name, problem, pins), name, problem)
-    provenance = Provenance(
-        version=__version__, seed=workload.seed, command=command, profiles=profile_hashes or {}
-    )
-    return complete(plan, provenance, problem, None, 0.0, 0.0)
+    return complete(plan, provenance or _provenance(workload), problem, None, 0.0, 0.0)
+
+
+def _provenance(workload: Workload) -> Provenance:
+    """The provenance of a plan that no command line asked for."""
+    return Provenance(version=__version__, seed=workload.seed)
 
 
 def tied(best: Plan, others: Sequence[Plan], profiles: Sequence[Profile]) -> tuple[str, ...]:

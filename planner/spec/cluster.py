@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 
 from planner.spec.errors import UserError
 from planner.spec.files import Bytes, Count, File, Spec, profiles_dir, read_data
+from planner.spec.limits import MOST_GPUS
 
-MOST_GPUS = 65_536
 # Wide enough for any machine, and no quotient of them is infinite.
 Rate = Annotated[float, Field(ge=1, le=1e21)]  # FLOP/s or bytes/s
 Efficiency = Annotated[float, Field(ge=1e-6, le=1e3)]

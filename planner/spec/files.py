@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationErro
 from pydantic_core import ErrorDetails
 
 from planner.spec.errors import UserError
+from planner.spec.limits import MOST_STEPS
 
-MOST_STEPS = 100_000
 # Larger numbers than any job has would only fill the memory or overflow.
 Count = Annotated[int, Field(gt=0, le=2**20)]  # of sequences, GPUs, heads, ...
 Tokens = Annotated[int, Field(gt=0, le=2**24)]

@@ -7,7 +7,8 @@ from typing import Annotated, ClassVar, Literal, Self
 import numpy as np
 from pydantic import Field, NonNegativeInt, model_validator
 
-from planner.spec.files import MOST_STEPS, File
+from planner.spec.files import File
+from planner.spec.limits import MOST_STEPS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from planner.spec.dataflow import Dataflow, ppo
 from planner.spec.errors import UserError
 from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_key, read_data
 from planner.spec.lengths import Lengths
+from planner.spec.limits import MOST_STALENESS
 
 MODEL_ROLES = ("actor", "critic", "reference", "reward")
 MOST_PARAMETERS = 10**15
@@ -175,7 +176,7 @@ class Workload(File):
     ppo: Ppo = Ppo()
     data: Data | None = None
     proximal: Literal["recompute", "rollout"] = "recompute"
-    max_staleness: Annotated[int, Field(ge=0, le=1000)] = 1
+    max_staleness: Annotated[int, Field(ge=0, le=MOST_STALENESS)] = 1
     tensor_parallel: Literal[1, 2, 4, 8] | None = (
         None  # of the rollout's engines, where it is not to be searched
     )

@@ -27,13 +27,13 @@ from planner.search.solver.problem import Problem
 from planner.search.solver.write_plan import assemble
 from planner.search.space.placements import PlacementFamily, Structure, sizes, structures
 from planner.spec.cluster import Cluster, Device
+from planner.spec.limits import MOST_GPUS_ASKED
+from planner.spec.wording import counted, gigabytes
 from planner.spec.workload import Workload
 
-MOST_GPUS = 4096
-EVERY_PLACEMENT = (
-    3  # up to so many GPUs all placements are tried, above only those that need least memory
-)
+EVERY_PLACEMENT = 3  # GPUs up to which all placements are tried, and not the leanest only
 SHORTEST = 1 / 64  # of the given response length
+ENOUGH_BYTES = 2**56  # of host memory, for any plan
 
 
 class Need(NamedTuple):
@@ -53,76 +53,67 @@ def nothing_fits(problem: Problem, pins: Sequence[str] = ()) -> str:
     if wanted > most:
         return (
             f"no plan fits {workload.name}: its engines take {wanted} GPUs of one node "
-            "(tensor_parallel), and no node "
-            f"has more than {most}; use larger nodes, or leave tensor_parallel out"
+            f"(tensor_parallel), and no node has more than {most}; use larger nodes, or leave "
+            "tensor_parallel out"
         )
+    where = f"{workload.name} on {counted(len(cluster.gpus), 'GPU')}"
     if pins and fits(problem) is not None:
         told = " ".join(f"--pin {pin}" for pin in pins)
-        return (
-            f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))} with {told}; without, one "
-            "does: loosen them"
-        )
-    return (
-        f"no plan fits {workload.name} on {_gpus(len(cluster.gpus))}: {what_binds(problem)}; "
-        f"{_fixes(problem)}"
-    )
+        return f"no plan fits {where} with {told}, and one does without them; loosen the pins"
+    return f"no plan fits {where}: {what_binds(problem)}; {_fixes(problem)}"
 
 
 def what_binds(problem: Problem) -> str:
     """The constraint that binds where nothing fits: roles that need too much each alone, all
     together, or the host."""
     device, gpus = _largest(problem.cluster)
-    over = [
-        need
-        for need in _needs(problem.workload, problem.cluster)
-        if need.bytes > device.memory_bytes
-    ]
+    needs = _needs(problem.workload, problem.cluster)
+    over = [need for need in needs if need.bytes > device.memory_bytes]
     if not over:
         return _together(problem, device, gpus)
     worst, *others = sorted(over, key=lambda need: -need.bytes)
-    also = "".join(f", {need.role} {_gb(need.bytes)}" for need in others)
+    also = "".join(f", {need.role} {gigabytes(need.bytes)}" for need in others)
     fits_from = f" (it fits from shard {worst.fits_from})" if worst.fits_from else ""
-    needs = f"{worst.role} needs {_gb(worst.bytes)} per GPU at {worst.at}{fits_from}{also}"
-    return f"{needs}, and a GPU has {_gb(device.memory_bytes)}"
+    told = f"{worst.role} needs {gigabytes(worst.bytes)} per GPU at {worst.at}{fits_from}{also}"
+    return f"{told}, and a GPU has {gigabytes(device.memory_bytes)}"
 
 
-def what_binds_pools(problem: Problem, a: PlacementFamily) -> str:
+def what_binds_pools(problem: Problem, family: PlacementFamily) -> str:
     """Why no layouts fit the pools of a family: the first pool that needs too much even at
     its leanest, on as many GPUs as it may have."""
     workload, cluster = problem.workload, problem.cluster
-    for number, members in enumerate(a.structure):
-        device, gpus = cluster.devices[a.kinds[number]], _most_gpus(a, number)
+    for number, members in enumerate(family.structure):
+        device, gpus = cluster.devices[family.kinds[number]], _most_gpus(family, number)
         roles = [role for role in workload.roles if role in members]
-        engine = min(tensor_parallels(workload, device))
+        pool, engine = "+".join(roles), min(tensor_parallels(workload, device))
         if "rollout" in roles and engine > gpus:
-            return (
-                f"an engine takes {engine} GPUs (tensor_parallel), and {'+'.join(roles)} has {gpus}"
-            )
+            return f"an engine takes {engine} GPUs (tensor_parallel), and {pool} has {gpus}"
         needs = {role: _leanest(workload, cluster, role, device, gpus) for role in roles}
         peak = pool_peak(list(needs.values()), roles != ["rollout"], "rollout" in roles, device)
         if peak > device.memory_bytes:
-            each = ", ".join(f"{role} {_gb(memory.running)}" for role, memory in needs.items())
+            told = [f"{role} {gigabytes(memory.running)}" for role, memory in needs.items()]
             return (
-                f"{'+'.join(roles)} on {_gpus(gpus)} take at least {_gb(peak)} per GPU (while it "
-                f"runs {each}), and a "
-                f"GPU has {_gb(device.memory_bytes)}"
+                f"{pool} on {counted(gpus, 'GPU')} take at least {gigabytes(peak)} per GPU (while "
+                f"it runs {', '.join(told)}), and a GPU has {gigabytes(device.memory_bytes)}"
             )
+    host = gigabytes(min(node.host_memory_bytes for node in cluster.nodes))
     return (
         "each of its pools would fit on the most GPUs that it may have, but not all of them "
-        "together, or "
-        f"{_gb(min(node.host_memory_bytes for node in cluster.nodes))} of host memory do not hold "
-        "what is offloaded"
+        f"together, or {host} of host memory do not hold what is offloaded"
     )
 
 
-def _most_gpus(a: PlacementFamily, number: int) -> int:
-    """Of a pool of a family, if every other one has what it is given, or a single GPU."""
-    limit = min(
-        most - sum(a.given.get(other, 1) for other in pools if other != number)
-        for pools, most in a.limits
-        if number in pools
-    )
-    return a.given.get(number, limit)
+def _most_gpus(family: PlacementFamily, number: int) -> int:
+    """The most GPUs that a pool of a family can have: every other pool has its given number, or a
+    single GPU."""
+    if number in family.given:
+        return family.given[number]
+    left = []
+    for pools, most in family.limits:
+        if number in pools:
+            others = sum(family.given.get(pool, 1) for pool in pools if pool != number)
+            left.append(most - others)
+    return min(left)
 
 
 def _leanest(
@@ -184,7 +175,7 @@ def _needs(workload: Workload, cluster: Cluster) -> Iterator[Need]:
 
 
 def _engine_need(workload: Workload, cluster: Cluster, device: Device, gpus: int) -> Need:
-    """Of the engines that need least."""
+    """The need of the engines that need least."""
     engines = []
     for split in (t for t in tensor_parallels(workload, device) if t <= _widest(cluster, device)):
         share = -(-workload.batch // max(1, gpus // split))
@@ -201,7 +192,7 @@ def _widest(cluster: Cluster, device: Device) -> int:
 
 
 def _trainer_need(workload: Workload, role: str, device: Device, gpus: int) -> Need:
-    """Of the layout that needs least, and the shard from which on it would fit alone."""
+    """The need of the layout that needs least, and the shard from which on it would fit alone."""
 
     def leanest(count: int) -> tuple[int, int]:
         layouts = trainer_layouts(workload, role, count, "pool", device)
@@ -223,57 +214,69 @@ def _together(problem: Problem, device: Device, gpus: int) -> str:
     """Each role would fit alone: it is the host's memory that does not suffice, or all of them do
     not fit together."""
     cluster = problem.cluster
-    roomy = tuple(node.model_copy(update={"host_memory_bytes": 10**18}) for node in cluster.nodes)
-    candidate = fits(replace(problem, cluster=cluster.model_copy(update={"nodes": roomy})))
+    roomy = tuple(node.changed(host_memory_bytes=ENOUGH_BYTES) for node in cluster.nodes)
+    candidate = fits(replace(problem, cluster=cluster.changed(nodes=roomy)))
     if candidate is not None:
         used = host_bytes(assemble(candidate, "candidate", problem))
         node = max(used, key=lambda n: used[n] - cluster.nodes[n].host_memory_bytes)
         return (
-            f"the GPUs' memory would do, but node {node} then needs {_gb(used[node])} of host "
-            "memory for what is "
-            "offloaded and the batches in flight, and has "
-            f"{_gb(cluster.nodes[node].host_memory_bytes)}"
+            f"the GPUs' memory would do, but node {node} then needs {gigabytes(used[node])} of "
+            "host memory for what is offloaded and the batches in flight, and has "
+            f"{gigabytes(cluster.nodes[node].host_memory_bytes)}"
         )
-    needs = ", ".join(
-        f"{need.role} {_gb(need.bytes)}" for need in _needs(problem.workload, cluster)
-    )
+    needs = _needs(problem.workload, cluster)
+    told = ", ".join(f"{need.role} {gigabytes(need.bytes)}" for need in needs)
     return (
-        f"each role alone fits {gpus} of them ({needs} per GPU of {_gb(device.memory_bytes)} at "
-        "its leanest), but "
-        "together they do not, even with all that can be offloaded"
+        f"each role alone fits {gpus} of them ({told} per GPU of "
+        f"{gigabytes(device.memory_bytes)} at its leanest), but together they do not, even with "
+        "all that can be offloaded"
     )
 
 
 def _fixes(problem: Problem) -> str:
     """More GPUs, or shorter responses; what is named was found to fit."""
-    workload, cluster = problem.workload, problem.cluster
     found = []
-    more = None
-    if not _hopeless(workload, cluster):
-        more = _fewest(
-            lambda gpus: fits(_with(problem, workload, resized(cluster, gpus))) is not None,
-            len(cluster.gpus),
-        )
+    more = _more_gpus(problem)
     if more is not None:
-        found.append(f"{_gpus(more)} of the same kind")
-    factor = 0.5
-    while factor >= SHORTEST:
-        shorter = with_response(workload, factor)
-        if fits(_with(problem, shorter, cluster)) is not None:
-            found.append(f"responses of at most {shorter.response.longest:,} tokens")
-            break
-        factor /= 2
+        found.append(f"{counted(more, 'GPU')} of the same kind")
+    tokens = _shorter_responses(problem)
+    if tokens is not None:
+        found.append(f"responses of at most {tokens:,} tokens")
     if not found:
         return (
-            f"not on {MOST_GPUS:,} GPUs of the same kind either; use GPUs with more memory or "
-            "smaller models"
+            f"not on {MOST_GPUS_ASKED:,} GPUs of the same kind either; use GPUs with more memory "
+            "or smaller models"
         )
     return f"it fits with {' or with '.join(found)}"
 
 
+def _more_gpus(problem: Problem) -> int | None:
+    """The fewest GPUs of the same kind on which a plan fits, if any."""
+    workload, cluster = problem.workload, problem.cluster
+    if _hopeless(workload, cluster):
+        return None
+
+    def enough(gpus: int) -> bool:
+        return fits(_with(problem, workload, resized(cluster, gpus))) is not None
+
+    return _fewest(enough, len(cluster.gpus))
+
+
+def _shorter_responses(problem: Problem) -> int | None:
+    """Tokens of the longest response at which a plan fits: the given one halved, as often as it
+    takes."""
+    factor = 0.5
+    while factor >= SHORTEST:
+        shorter = with_response(problem.workload, factor)
+        if fits(_with(problem, shorter, problem.cluster)) is not None:
+            return shorter.response.longest
+        factor /= 2
+    return None
+
+
 def _hopeless(workload: Workload, cluster: Cluster) -> bool:
     """Whether some role would fit on no number of GPUs of the largest kind."""
-    most = resized(cluster, MOST_GPUS)
+    most = resized(cluster, MOST_GPUS_ASKED)
     return any(need.bytes > _largest(cluster)[0].memory_bytes for need in _needs(workload, most))
 
 
@@ -295,17 +298,9 @@ def _fewest(enough: Callable[[int], bool], gpus: int) -> int | None:
     low, high = gpus, 2 * gpus
     while not enough(high):
         low, high = high, 2 * high
-        if high > MOST_GPUS:
+        if high > MOST_GPUS_ASKED:
             return None
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(middle) else (middle, high)
     return high
-
-
-def _gpus(count: int) -> str:
-    return f"{count:,} GPU{'s' * (count != 1)}"
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:,.0f} GB" if count >= 10e9 else f"{count / 1e9:.2g} GB"
