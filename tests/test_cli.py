@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.timeline import Timeline
+
+NEEDS_EXECUTOR = pytest.mark.skipif(find_spec("ray") is None, reason="needs splitplan[execute]")
 
 
 def plan(*arguments: str | Path) -> Result:
@@ -177,6 +180,7 @@ def test_a_wrong_plan_is_refused(
     assert says in line and "wrong.json" in line
 
 
+@NEEDS_EXECUTOR
 def test_a_truncated_plan_is_refused_by_every_command_and_nothing_is_written(
     tmp_path: Path, written: Path
 ) -> None:
@@ -193,6 +197,7 @@ def test_a_truncated_plan_is_refused_by_every_command_and_nothing_is_written(
     assert files(tmp_path) == before
 
 
+@NEEDS_EXECUTOR
 def test_check_shows_the_memory_of_each_pool(written: Path) -> None:
     result = plan("check", written)
     assert result.exit_code == 0, result.output
@@ -224,6 +229,7 @@ def test_check_shows_what_the_host_must_hold(tmp_path: Path) -> None:
     )
 
 
+@NEEDS_EXECUTOR
 def test_check_says_why_a_plan_cannot_be_run_here(tmp_path: Path) -> None:
     cluster, roles = make_cluster(8), dict.fromkeys(ROLES, "all")
     make_plan(make_workload(), {"all": 8}, roles, cluster=cluster).write(tmp_path / "large.json")

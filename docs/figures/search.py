@@ -15,7 +15,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from planner.predict.cycle import cycles
 from planner.predict.forecast import forecast
 from planner.predict.schedule import steady_edges
-from planner.report.gantt import COLORS
+from planner.report.gantt import CALL_COLORS
 from planner.search import find
 from planner.search.space.placements import Structure, structures
 from planner.spec.cluster import make_cluster
@@ -90,7 +90,12 @@ def draw_calls() -> None:
     clear(axes)
     for call, (x, y) in PLACES.items():
         box = FancyBboxPatch(
-            (x - 0.55, y - 0.28), 1.1, 0.56, boxstyle="round,pad=0.02", fc=COLORS[call], ec="none"
+            (x - 0.55, y - 0.28),
+            1.1,
+            0.56,
+            boxstyle="round,pad=0.02",
+            fc=CALL_COLORS[call],
+            ec="none",
         )
         axes.add_patch(box)
         color = "white" if call in DARK else "black"
@@ -142,7 +147,9 @@ def draw_program(axes: Axes, plan: Plan) -> None:
             continue
         for pool in span.pools:
             y = LANES[pool]
-            axes.add_patch(Rectangle((x, y - 0.36), width, 0.72, fc=COLORS[span.call], ec="white"))
+            axes.add_patch(
+                Rectangle((x, y - 0.36), width, 0.72, fc=CALL_COLORS[span.call], ec="white")
+            )
             if span.call in binding:
                 axes.add_patch(Rectangle((x, y + 0.39), width, 0.09, color=RED))
             if width > 0.75 and x >= 0:
