@@ -1,0 +1,66 @@
+"""The pages that people read: links lead somewhere, commands exist, and the site can be built."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from planner.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted(
+    page
+    for pattern in ("*.md", "docs/*.md", "reports/**/README.md", "profiles/*/README.md")
+    for page in ROOT.glob(pattern)
+)
+FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
+EXTERNAL = ("https://", "http://", "mailto:")
+
+page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def command_of(words: list[str]) -> click.Command:
+    assert words[0] in main.commands, f"there is no command {words[0]!r}"
+    return main.commands[words[0]]
+
+
+@page
+def test_relative_links_lead_to_files(page: Path) -> None:
+    prose = FENCED.sub("", page.read_text())
+    targets = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose)]
+    inside = [target for target in targets if target and not target.startswith(EXTERNAL)]
+    assert not [target for target in inside if not (page.parent / target).exists()]
+
+
+@page
+def test_shown_commands_parse(page: Path) -> None:
+    for block in FENCED.findall(page.read_text()):
+        for line in re.findall(r"^ *plan ([a-z].*)$", block, re.MULTILINE):
+            words = shlex.split(line.removesuffix("\\"), comments=True)
+            command_of(words).make_context(words[0], words[1:])  # raises UsageError
+
+
+@page
+def test_commands_in_sentences_have_the_options_that_they_name(page: Path) -> None:
+    prose = FENCED.sub("", page.read_text())
+    for text in re.findall(r"`plan ([a-z][^`]*)`", prose):
+        words = text.split()
+        known = {name for option in command_of(words).params for name in option.opts}
+        named = {word.split("=")[0] for word in words if word.startswith("--")}
+        assert named - {"--help"} <= known
+
+
+@pytest.mark.slow
+def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site")))
+    html = "".join(path.read_text() for path in (tmp_path / "site").rglob("*.html"))
+    assert '<h2 id="plan-search">' in html  # made from the commands
+    fetched = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"?(\S+?)[\"\s>]", html)
+    assert fetched and not [address for address in fetched if address.startswith(("http", "//"))]
