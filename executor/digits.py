@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
@@ -198,10 +199,12 @@ def _supervised_step(
 
 def _answer_logits(model: LlamaForCausalLM, sequences: Tensor, recipe: Recipe) -> Tensor:
     """The model's logits `[N, answer_tokens, V]` at each place of the answers."""
-    return model(sequences[:, :-1], use_cache=False, logits_to_keep=recipe.answer_tokens).logits
+    output = model(sequences[:, :-1], use_cache=False, logits_to_keep=recipe.answer_tokens)
+    logits: Tensor = output.logits
+    return logits
 
 
-def _config(recipe: Recipe, **more: int) -> LlamaConfig:
+def _config(recipe: Recipe, **more: Any) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=recipe.hidden,
@@ -287,16 +290,16 @@ def reward_accuracy(
     wrong = wrong[(wrong != held_out.repeat(2, 1)).any(1)]
     with torch.inference_mode():
         right_scores, wrong_scores = (model(part).logits[:, 0] for part in (held_out, wrong))
-    return (
-        (right_scores > 0.5).float().mean().item() + (wrong_scores <= 0.5).float().mean().item()
-    ) / 2
+    right_share: float = (right_scores > 0.5).float().mean().item()
+    wrong_share: float = (wrong_scores <= 0.5).float().mean().item()
+    return (right_share + wrong_share) / 2
 
 
 def sample(actor: LlamaForCausalLM, sequences: Tensor, recipe: Recipe) -> Tensor:
     """The actor's own answers to the prompts, at temperature 1, padded after their end: `[N,
     T]`."""
     prompts = sequences[:, : -recipe.answer_tokens]
-    sampled = actor.generate(
+    sampled: Tensor = cast(Any, actor).generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
         generation_config=GenerationConfig(

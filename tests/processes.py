@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PROC = Path("/proc")
-WORKERS = ("Trainer", "EngineWorker", "RewardWorker")
+WORKERS = ("Trainer", "TransformersWorker", "RewardWorker")
 LISTENS = "0A"  # a socket's state
 PATIENCE = 600.0  # seconds: how long anything that must happen may take on a busy machine
 

@@ -169,7 +169,8 @@ def spread(nodes: int) -> Plan:
 PLACED = """
 import ray
 from executor.fleet import pools
-from executor.fleet.worker import Worker, ask
+from executor.fleet.asking import ask, to_each
+from executor.fleet.worker import Worker
 from planner.spec.errors import UserError
 class Where(Worker):
     def where(self):
@@ -178,7 +179,7 @@ class Where(Worker):
 fleet = pools.Fleet(((0, 0), (1, 2), (1, 0), (1, 1), (0, 1)), "GPU")
 gpus = ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2))
 ranks = pools.connect([fleet.process(Where, (gpu,)) for gpu in gpus])
-found = ask(ranks, "where").results
+found = ask(to_each(ranks, Where.where)).results
 fleet.close()
 refused = []
 for gpus in (

@@ -60,7 +60,7 @@ def test_a_reward_function_that_cannot_be_called_is_refused_before_the_run(
     asked = write_reward(tmp_path, f"def f({parameters}):\n    return [0.0]\n")
     line = refuse(make_workload(reward=asked))
     assert f"takes ({parameters}), and is called with (prompts, responses, answers)" in line
-    reward.load(write_reward(tmp_path, "def f(*lists):\n    return [0.0]\n"))
+    reward.import_function(write_reward(tmp_path, "def f(*lists):\n    return [0.0]\n"))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_reward_function_that_returns_the_wrong_thing(
 ) -> None:
     asked = write_reward(tmp_path, f"def f(prompts, responses, answers):\n    return {body}\n")
     with pytest.raises(UserError, match="reward function") as error:
-        reward.score(asked, reward.load(asked), ["a", "b"], ["x", "yy"], [None, None])
+        reward.score(asked, reward.import_function(asked), ["a", "b"], ["x", "yy"], [None, None])
     assert what in str(error.value) and "\n" not in str(error.value)
 
 
@@ -88,7 +88,9 @@ def test_a_good_reward_function_may_return_what_behaves_like_numbers(tmp_path: P
     asked = write_reward(
         tmp_path, "import numpy\ndef f(p, r, a):\n    return numpy.arange(len(r))\n"
     )
-    assert reward.score(asked, reward.load(asked), ["a", "b"], ["x", "yy"], [None, None]) == [
+    assert reward.score(
+        asked, reward.import_function(asked), ["a", "b"], ["x", "yy"], [None, None]
+    ) == [
         0.0,
         1.0,
     ]

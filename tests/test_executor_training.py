@@ -131,7 +131,7 @@ def trainer_here(workload: Workload) -> Iterator[Trainer]:
     trainer.configure(colocated(workload, cores=1), "all", 0)
     try:
         trainer.join(60.0, *trainer.listen())
-        trainer.load()
+        trainer.load_models(None)
         yield trainer
     finally:
         trainer.leave()

@@ -88,7 +88,7 @@ def close(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:
 def test_a_killed_engine_is_started_again_with_the_current_weights(
     whole: Path, tmp_path: Path
 ) -> None:
-    engine = "EngineWorker", signal.SIGKILL
+    engine = "TransformersWorker", signal.SIGKILL
     faults = Faults({("generate", 1): engine, ("sync_weights", 2): engine})
     nothing = RunOptions(save_every=0, max_restarts=0)
     run = execute(split(WORKLOAD), name="r", runs=tmp_path, progress=faults, options=nothing)

@@ -6,7 +6,8 @@ import torch
 from conftest import SHAPE
 
 from executor.data.batch import Requests, make_requests
-from executor.rollout.engine import Engine, TransformersEngine, _invert
+from executor.rollout.engine import Engine
+from executor.rollout.transformers_engine import TransformersEngine, _invert
 from executor.rollout.vllm.engine import graph_sizes
 from executor.training import models, weights
 from planner.spec.workload import Model
@@ -108,13 +109,13 @@ def test_new_weights_are_used_and_must_be_the_same_parameters(model: torch.nn.Mo
     before = responses(engine, requests(PROMPTS), None)
     arrays = weights.gather(other, keep=True)
     assert arrays is not None
-    engine.load(arrays)
+    engine.install(arrays)
     assert responses(engine, requests(PROMPTS), None) != before
     assert responses(engine, requests(PROMPTS), None) == responses(
         TransformersEngine(other, [], 64), requests(PROMPTS), None
     )
     with pytest.raises(AssertionError, match="lm_head"):
-        engine.load({name: array for name, array in arrays.items() if "lm_head" not in name})
+        engine.install({name: array for name, array in arrays.items() if "lm_head" not in name})
 
 
 def test_every_number_of_sequences_has_a_graph_that_is_little_larger() -> None:

@@ -27,7 +27,7 @@ from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
 
 STEPS = 60
-VICTIMS = {"engine": "EngineWorker", "rank": "Trainer", "controller": None}
+VICTIMS = {"engine": "TransformersWorker", "rank": "Trainer", "controller": None}
 SECONDS = 0.5  # at most, between a new step and the next kill
 IN_A_START = 0.2  # of all kills do not wait for a new step
 SECRETS = {

@@ -14,20 +14,12 @@ import torch
 from conftest import colocated, make_plan, make_workload, split
 
 from executor.fleet import pools
-from executor.fleet.worker import (
-    OutOfMemory,
-    Overdue,
-    Rank,
-    Record,
-    Worker,
-    WorkerError,
-    ask,
-    within,
-)
+from executor.fleet.asking import Rank, ask, to_each, within
+from executor.fleet.worker import OutOfMemory, Overdue, Record, Worker, WorkerError
 from executor.running import preflight
 from executor.running.execute import started
 from executor.running.loop import Silent, loop
-from executor.running.rehearse import Rehearsal
+from executor.running.rehearse import Rehearsal, Sleeper
 from executor.running.run import Run
 from executor.running.run_directory import RunDirectory
 from executor.running.step import Training
@@ -81,9 +73,9 @@ class Stuck(Rehearsal):
         if (task.call.name, task.step) != ("update_critic", 1):
             return super().run(task)
         ranks = self.ranks["b"]
-        return ask(
-            ranks, "sleep", each=[(1e6 if number == 1 else 0.0,) for number in range(len(ranks))]
-        ).records, 0
+        seconds = [1e6 if number == 1 else 0.0 for number in range(len(ranks))]
+        orders = [rank.order(Sleeper.sleep, s) for rank, s in zip(ranks, seconds, strict=True)]
+        return ask(orders).records, 0
 
 
 def test_a_process_that_sleeps_for_ever_ends_the_run_with_its_name(
@@ -117,7 +109,7 @@ def test_a_process_that_sleeps_for_ever_ends_the_run_with_its_name(
     assert ("update_critic", 0) in done and ("update_critic", 1) not in done
     assert line in (tmp_path / "r" / "log.txt").read_text()
     with pytest.raises(WorkerError, match="died"):
-        ask([pools.Rank(name="it", handle=handle) for handle in handles], "now")
+        ask(to_each([Rank(name="it", handle=handle) for handle in handles], Worker.now))
 
 
 def test_a_trainer_that_sleeps_for_ever_is_named_with_those_who_wait_for_it(ray_two: None) -> None:
@@ -187,7 +179,7 @@ def test_a_process_that_crashes_leaves_its_last_words(ray_two: None, tmp_path: P
     plan = colocated(WORKLOAD)
     ranks = pools.connect([replace(pools.start(Crashing), name="it")])
     with pytest.raises(UserError, match=r"^the start: it died in crash"):
-        started(Deadlines(plan=plan), tmp_path / "r", lambda: ask(ranks, "crash"))
+        started(Deadlines(plan=plan), tmp_path / "r", lambda: ask(to_each(ranks, Crashing.crash)))
     said = (tmp_path / "r" / "log.txt").read_text()
     assert "a fatal error" in said and ":actor_name:" not in said
 
@@ -196,7 +188,7 @@ def test_the_inner_deadline_may_only_be_sooner(ray_two: None) -> None:
     ranks = pools.connect([replace(pools.start(Sleeping), name="it")])
     try:
         with within(0.2), within(1e6), pytest.raises(Overdue, match="from it"):
-            ask(ranks, "sleep")
+            ask(to_each(ranks, Sleeping.sleep))
     finally:
         pools.stop(ranks)
 
@@ -204,17 +196,17 @@ def test_the_inner_deadline_may_only_be_sooner(ray_two: None) -> None:
 def test_what_a_new_process_takes_to_start_is_not_counted(ray_two: None) -> None:
     fresh, dying = pools.connect([replace(pools.start(Sleeping), name="it") for _ in range(2)])
 
-    def revive(_: int) -> Rank:
+    def revive(_: int) -> Rank[Sleeping]:
         with within(10.0, anew=True):
-            ask([fresh], "sleep", 1.5)
+            ask([fresh.order(Sleeping.sleep, 1.5)])
         return fresh
 
     try:
         with within(1.0):
             pools.stop([dying])
-            assert ask([dying], "sleep", 0.2, revive=revive).results == [0.2]
+            assert ask([dying.order(Sleeping.sleep, 0.2)], revive=revive).results == [0.2]
             with pytest.raises(Overdue):
-                ask([fresh], "sleep", 1.5)
+                ask([fresh.order(Sleeping.sleep, 1.5)])
     finally:
         pools.stop([fresh])
 
@@ -250,7 +242,7 @@ def test_out_of_memory_says_what_was_predicted_and_what_to_change(failing: Any) 
     layouts = {"actor": {"micro_batch_tokens": 4096, "shard": 1}}
     plan = colocated(WORKLOAD, cores=2, layouts=layouts)
     with pytest.raises(OutOfMemory) as caught:
-        ask(failing, "grow")
+        ask(to_each(failing, Failing.grow))
     assert caught.value.peak["used"] == 140_900_000_000
     with (
         pytest.raises(UserError) as error,
@@ -307,7 +299,7 @@ def test_a_failing_export_is_one_line(failing: Any, tmp_path: Path) -> None:
 
     class Full(Rehearsal):
         def export(self, directory: Path) -> None:
-            ask(failing, "fail")
+            ask(to_each(failing, Failing.fail))
 
     backend = Full(plan, lambda task: 0.0)
     try:

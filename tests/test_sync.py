@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from executor.fleet import pools
-from executor.fleet.worker import Died, Rank, Worker, ask
+from executor.fleet.asking import Rank, ask, to_each
+from executor.fleet.worker import Died, Worker
 from executor.running.weight_sync import WeightSync, channels
 from executor.training import models, weights
 from planner.spec.cluster import make_cluster
@@ -71,14 +72,23 @@ class Noting(Worker):
     def open_window(self, chunks: list[list[weights.Described]]) -> dict[str, str]:
         return {"gpu": "handle"}
 
+    def lead_group(self, host: str, port: int, world: int) -> None:
+        self.notes.append(("lead", world))
+
     def join_group(self, host: str, port: int, world: int, rank: int) -> None:
         self.notes.append(("join", world, rank))
 
-    def broadcast_weights(self, version: int, described: list[weights.Described]) -> None:
-        self.notes.append(("broadcast", version))
+    def send_weights(self, version: int) -> None:
+        self.notes.append(("send", version))
 
-    def begin_weights(self, version: int) -> None:
-        self.notes.append(("begin", version))
+    def receive_weights(self, version: int, described: list[weights.Described]) -> None:
+        self.notes.append(("receive", version, *(weight.name for weight in described)))
+
+    def begin_sending(self, version: int) -> None:
+        self.notes.append(("begin sending", version))
+
+    def begin_receiving(self, version: int) -> None:
+        self.notes.append(("begin receiving", version))
 
     def fill_window(self, chunk: list[weights.Described]) -> None:
         self.notes.append(("fill", len(chunk)))
@@ -86,8 +96,11 @@ class Noting(Worker):
     def read_window(self, chunk: list[weights.Described], handles: dict[str, str]) -> None:
         self.notes.append(("read", len(chunk), *handles.values()))
 
-    def end_weights(self) -> None:
-        self.notes.append(("end",))
+    def end_sending(self) -> None:
+        self.notes.append(("end sending",))
+
+    def end_receiving(self) -> None:
+        self.notes.append(("end receiving",))
 
     def noted(self) -> list[tuple[Any, ...]]:
         found, self.notes = self.notes, []
@@ -105,19 +118,19 @@ def test_an_engine_that_died_is_replaced_in_the_group_and_gets_the_weights_again
     ]
     actor, beside, lost, left, fresh = pools.connect(ranks)
 
-    def noted(*those: Rank) -> list[Any]:
-        return ask(those, "noted").results
+    def noted(*those: Rank[Noting]) -> list[Any]:
+        return ask(to_each(those, Noting.noted)).results
 
-    window = [("begin", 5), ("fill", 1), ("end",)]
-    read = [("begin", 5), ("read", 1, "handle"), ("end",)]
+    sent = [("send", 5), ("begin sending", 5), ("fill", 1), ("end sending",)]
+    read = [("begin receiving", 5), ("read", 1, "handle"), ("end receiving",)]
     try:
         sync = WeightSync(plan, [actor], [beside, lost, left], ["ipc", "nccl", "nccl"])
         sync(5)
         pools.stop([lost])
         assert noted(actor, beside, left) == [
-            [("join", 3, 0), ("broadcast", 5), *window],
+            [("lead", 3), *sent],
             read,
-            [("join", 3, 2), ("broadcast", 5)],
+            [("join", 3, 2), ("receive", 5, "w")],
         ]
         with pytest.raises(Died):
             while True:  # it may end a moment later
@@ -128,9 +141,9 @@ def test_an_engine_that_died_is_replaced_in_the_group_and_gets_the_weights_again
         sync.replace(1, fresh)
         sync(5)
         assert noted(actor, beside, fresh, left) == [
-            [("join", 3, 0), ("broadcast", 5), *window],
+            [("lead", 3), *sent],
             read,
-            *([("join", 3, n), ("broadcast", 5)] for n in (1, 2)),
+            *([("join", 3, n), ("receive", 5, "w")] for n in (1, 2)),
         ]
         sync.replace(0, fresh)  # no group to form for one that reads the actor's memory
         assert noted(actor, left) == [[], []]

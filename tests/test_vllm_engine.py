@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from executor.data.batch import Ints, Requests
 from executor.fleet import pools
-from executor.fleet.worker import Rank, ask
-from executor.rollout.engine import TransformersEngine
+from executor.fleet.asking import Rank, ask
+from executor.rollout.transformers_engine import TransformersEngine
 from executor.rollout.vllm.engine import VllmEngine, _told_what_fails
 from executor.rollout.vllm.worker import VllmWorker, made_for
 from executor.running import preflight
@@ -68,19 +68,20 @@ def model() -> PreTrainedModel:
 class Remote:
     """An engine in a process of its own, asked as the executor asks it."""
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, rank: Rank[VllmWorker]) -> None:
         self.rank, self.version = rank, 0
 
     def generate(
         self, asked: Requests, temperature: float | None
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
-        (found,) = ask([self.rank], "generate", asked, temperature).results
+        (found,) = ask([self.rank.order(VllmWorker.generate, asked, temperature)]).results
         assert found.weights_version == self.version
         return found.lengths, found.tokens, found.log_probs
 
     def install(self, model: PreTrainedModel) -> None:
         self.version += 1
-        ask([self.rank], "install", [ray.put(weights.gather(model, keep=True))], self.version)
+        gathered = [ray.put(weights.gather(model, keep=True))]
+        ask([self.rank.order(VllmWorker.install, gathered, self.version)])
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def started(
     )
     fleet, ((pool, cores),) = fleet_for([plan]), plan.engine_gpus()
     (rank,) = pools.connect([fleet.process(VllmWorker, cores, made_for(plan))])
-    assert ask([rank], "start", plan, pool).results == [[EOS]]
+    assert ask([rank.order(VllmWorker.start, plan, pool, "store")]).results == [[EOS]]
     yield Remote(rank)
     fleet.close()
 

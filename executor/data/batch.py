@@ -275,7 +275,7 @@ class Sequences:
 
     @property
     def width(self) -> int:
-        return self.log_probs.shape[1]
+        return int(self.log_probs.shape[1])
 
     @property
     def lengths(self) -> Ints:

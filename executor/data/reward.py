@@ -39,7 +39,7 @@ def _named(reward: RewardFunction) -> tuple[Path, str]:
     return path, name
 
 
-def load(reward: RewardFunction) -> Function:
+def import_function(reward: RewardFunction) -> Function:
     """Import the function from the file that the user named. Raises UserError."""
     path, name = _named(reward)
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
@@ -55,7 +55,7 @@ def load(reward: RewardFunction) -> Function:
         raise UserError(
             f"reward function {reward.function!r} cannot be imported: {_one_line(error)}"
         ) from None
-    function = getattr(module, name, None)
+    function: Function | None = getattr(module, name, None)
     if not callable(function):
         raise UserError(
             f"reward function {reward.function!r}: {path} has no function {name!r}; check its name"
@@ -86,7 +86,7 @@ def check(reward: RewardFunction) -> None:
 
     def run() -> None:
         try:
-            outcome.set_result(load(reward))
+            outcome.set_result(import_function(reward))
         except BaseException as error:
             outcome.set_exception(error)
 
@@ -153,8 +153,8 @@ class RewardWorker(Worker):
     """The process that runs the function, so that neither its time nor its end is the
     controller's."""
 
-    def load(self, reward: RewardFunction) -> None:
-        self.reward, self.function = reward, load(reward)
+    def import_function(self, reward: RewardFunction) -> None:
+        self.reward, self.function = reward, import_function(reward)
 
     def score(self, prompts: list[str], responses: list[str], answers: list[Any]) -> list[float]:
         return score(self.reward, self.function, prompts, responses, answers)

@@ -2,16 +2,17 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from executor.fleet.asking import Rank, ask, measure_offset, to_each
 from executor.fleet.session import ENVIRONMENT
-from executor.fleet.worker import Rank, Worker, ask, measure_offset
+from executor.fleet.worker import Worker
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir, read_data
 from planner.spec.plan import Gpu, Plan
@@ -20,9 +21,9 @@ PLACING_SECONDS = 60.0
 LOOK_SECONDS = 1.0  # between two looks at whether the nodes are still there
 
 
-Key = tuple[
-    Callable[[], Worker], tuple[Gpu, ...], str
-]  # class of a process, its GPUs, what it was made for
+W = TypeVar("W", bound=Worker)
+# Class of a process, its GPUs, what it was made for.
+Key = tuple[type[Worker], tuple[Gpu, ...], str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,22 +57,18 @@ class Fleet:
         """`kinds`: the kind of GPU of the plan's nodes. Raises UserError if Ray has fewer GPUs than
         that, or not on nodes that correspond to the given ones."""
         self._seats = _reserve(gpus, resource, kinds or {})
-        self._processes: dict[Key, Rank] = {}
+        self._processes: dict[Key, Rank[Any]] = {}
 
-    def process(
-        self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...], made_for: str = ""
-    ) -> Rank:
+    def process(self, worker: type[W], gpus: tuple[Gpu, ...], made_for: str = "") -> Rank[W]:
         """The process of a class on some GPUs, all of which it sees; it lives at the first one.
         Without GPUs it may be anywhere. Started if there is none yet that is made for this, but not
         waited for."""
         key = worker, gpus, made_for
         if key not in self._processes:
             self._processes[key] = start(worker, [self._seats[gpu] for gpu in gpus])
-        return self._processes[key]
+        return cast(Rank[W], self._processes[key])
 
-    def again(
-        self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...], made_for: str = ""
-    ) -> Rank:
+    def again(self, worker: type[W], gpus: tuple[Gpu, ...], made_for: str = "") -> Rank[W]:
         """A fresh process in the place of one that died or hangs."""
         if (old := self._processes.pop((worker, gpus, made_for), None)) is not None:
             stop([old])
@@ -79,7 +76,7 @@ class Fleet:
 
     def retire(
         self,
-        worker: Callable[[], Worker],
+        worker: type[Worker],
         gpus: Sequence[Gpu],
         keep: Sequence[tuple[tuple[Gpu, ...], str]],
     ) -> None:
@@ -216,7 +213,7 @@ def _strategy(seat: Seat) -> PlacementGroupSchedulingStrategy:
     )
 
 
-def start(worker: Callable[[], Worker], seats: Sequence[Seat] = ()) -> Rank:
+def start(worker: type[W], seats: Sequence[Seat] = ()) -> Rank[W]:
     """Start a process without waiting for it."""
     options: dict[str, Any] = {"num_cpus": 0}
     if seats:
@@ -227,16 +224,17 @@ def start(worker: Callable[[], Worker], seats: Sequence[Seat] = ()) -> Rank:
                 "CUDA_VISIBLE_DEVICES": ",".join(devices),
             }
             options["runtime_env"] = {"env_vars": {**ENVIRONMENT, **visible}}
-    return Rank(name="", handle=ray.remote(worker).options(**options).remote())
+    actor: Any = ray.remote(worker)
+    return Rank(name="", handle=actor.options(**options).remote())
 
 
-def connect(ranks: Sequence[Rank]) -> list[Rank]:
+def connect(ranks: Sequence[Rank[W]]) -> list[Rank[W]]:
     """Wait until the processes answer, and measure their clocks."""
-    ask(ranks, "now")
+    ask(to_each(ranks, Worker.now))
     return [replace(rank, offset=measure_offset(rank)) for rank in ranks]
 
 
-def stop(ranks: Sequence[Rank]) -> None:
+def stop(ranks: Sequence[Rank[Any]]) -> None:
     """End processes at once, whatever they are doing."""
     for rank in ranks:
         ray.kill(rank.handle)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -140,7 +141,9 @@ def _init(**options: Any) -> None:
     """Ray, quiet. It installs handlers of SIGTERM: one that exits, and under it one that prints a
     backtrace."""
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR", **options)
+        ray.init(
+            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
+        )
     except SystemExit:
         raise KeyboardInterrupt from None
     _take_sigterm()

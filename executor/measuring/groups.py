@@ -14,7 +14,7 @@ from planner.spec.cluster import Cluster, Device
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed
 from planner.spec.machine import memory_bytes
-from planner.spec.plan import Issue, Plan, Pool, RolloutRole, TrainerRole
+from planner.spec.plan import Gpu, Issue, Plan, Pool, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
 # Seconds beside the calls themselves, as they were on hosts of 1 to 4 H200 and on a laptop's cores.
@@ -141,10 +141,10 @@ def fitting(groups: Sequence[Group], seconds: float) -> list[Group | None]:
         found.append(least if fits else None)
         seconds -= least.seconds if fits else 0.0
     for number, group in enumerate(groups):
-        least = found[number]
-        if least is None and not all(batch.extra for batch in group.batches):
+        kept = found[number]
+        if kept is None and not all(batch.extra for batch in group.batches):
             continue
-        more = group.seconds - (least.seconds if least else 0.0)
+        more = group.seconds - (kept.seconds if kept else 0.0)
         if more <= seconds:
             found[number], seconds = group, seconds - more
     return found
@@ -386,7 +386,7 @@ def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) ->
     """With the seconds of the start and of the steps, the latter by the roofline."""
     kind = cluster.device_of(cluster.gpus[0]).kind
     models: dict[int, CostModel] = {}
-    running: set[tuple[object, str]] = set()
+    running: set[tuple[tuple[Gpu, ...], str]] = set()
     found = []
     for number, group in enumerate(groups):
         engines = {(gpus, made_for(plan)) for plan in group.plans for _, gpus in plan.engine_gpus()}

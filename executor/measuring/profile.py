@@ -19,8 +19,9 @@ import numpy as np
 
 from executor.data.batch import Ints, Prompts, PromptSource, Sequences, Synthetic
 from executor.fleet import pools
+from executor.fleet.asking import ask, to_each
 from executor.fleet.session import ray_session
-from executor.fleet.worker import WorkerError, ask
+from executor.fleet.worker import Worker, WorkerError
 from executor.measuring.groups import BatchSize, Group, fitting, groups_here
 from executor.running import preflight
 from executor.running.loop import Silent, loop
@@ -260,8 +261,8 @@ class MeasuredTraining(Training):
         self.batches = batches
         self.made: dict[int, Sequences] = {}
         self.memory: dict[int, dict[str, int]] = {}  # by task
-        trainers = [rank for ranks in self.processes.trainers.values() for rank in ranks]
-        ask([*trainers, *self.processes.engines], "watch_memory")
+        ask(to_each(self.processes.training, Worker.watch_memory))
+        ask(to_each(self.processes.engines, Worker.watch_memory))
 
     def run(self, task: Task) -> Done:
         records, tokens = super().run(task)
@@ -333,10 +334,8 @@ def _measure(group: Group, fleet: pools.Fleet, say: Say) -> tuple[list[Point], l
             for sample in _samples(backend, index, span) if counts else ():
                 depends_on_batch = isinstance(sample.key, Batched)
                 found[batch.held_out and depends_on_batch][sample.key].append(sample)
-    return tuple(
-        [summed_up(key, samples) for key, samples in found[held_out].items()]
-        for held_out in (False, True)
-    )
+    points = [summed_up(key, samples) for key, samples in found[False].items()]
+    return points, [summed_up(key, samples) for key, samples in found[True].items()]
 
 
 def _run(backend: MeasuredTraining, watcher: Silent) -> dict[int, Span]:

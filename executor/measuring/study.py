@@ -19,13 +19,14 @@ import ray
 
 from executor.data.batch import PromptSource
 from executor.fleet import pools
+from executor.fleet.asking import Rank
 from executor.fleet.session import ray_session
 from executor.fleet.worker import Worker
 from executor.measuring.groups import TENSOR_PARALLEL
-from executor.rollout.vllm.worker import VllmWorker, made_for
+from executor.rollout.engines import kind_of
 from executor.running import preflight
 from executor.running.loop import Silent
-from executor.running.processes import fleet_for
+from executor.running.processes import fleet_for, retire_engines
 from executor.running.run import Run
 from executor.running.run_directory import RunDirectory
 from executor.running.step import Training
@@ -109,7 +110,7 @@ def run(jobs: Sequence[Job], *, seconds: float | None, say: Callable[[str], None
 def in_order(jobs: Sequence[Job]) -> list[Job]:
     """Each next job is one that needs the fewest new engines after the one before; the first stays
     first."""
-    left, ordered = list(jobs), []
+    left, ordered = list(jobs), list[Job]()
     alive: Engines = frozenset()
     while left:
         chosen = min(left, key=lambda job: len(engines_of(job.plan) - alive) if ordered else 0)
@@ -121,10 +122,8 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
 
 def engines_of(plan: Plan) -> Engines:
     """What the plan's engines are made for, each with its GPUs."""
-    places = [gpus for _, gpus in plan.engine_gpus()]
-    if plan.rollout.engine != "vllm":
-        return frozenset((gpus, "") for gpus in places)
-    return frozenset((gpus, made_for(plan)) for gpus in places)
+    made_for = kind_of(plan).fits(plan)
+    return frozenset((gpus, made_for) for _, gpus in plan.engine_gpus())
 
 
 def _whole_estimate(bench: "Bench", jobs: Sequence[Job]) -> float:
@@ -225,7 +224,7 @@ class Bench:
             gpu for role in plan.trainers.values() for gpu in plan.pools[role.pools[0]].gpus
         }
         self._fleet.retire(Trainer, sorted(every), [((gpu,), "") for gpu in training])
-        self._fleet.retire(VllmWorker, sorted(every), sorted(engines_of(plan)))
+        retire_engines(self._fleet, plan, self._plans)
         return self._fleet
 
     def close(self) -> None:
@@ -249,14 +248,16 @@ def _on_processes(
 ) -> list[tuple[Gpu, str, dict[str, int]]]:
     """What trainers and engines answer, with their (first) GPU and their kind."""
     plan, processes = backend.plan, backend.processes
-    places = [
+    places: list[tuple[Gpu, str, Rank[Any]]] = [
         (gpu, "trainer", rank)
         for pool, ranks in processes.trainers.items()
         for gpu, rank in zip(plan.pools[pool].gpus, ranks, strict=True)
     ]
     engines = zip(plan.engine_gpus(), processes.engines, strict=True)
     places += [(gpus[0], "engine", rank) for (_, gpus), rank in engines]
-    answers = ray.get([rank.handle.__ray_call__.remote(ask) for _, _, rank in places])
+    answers: list[dict[str, int]] = ray.get(
+        [rank.handle.__ray_call__.remote(ask) for _, _, rank in places]
+    )
     return [(gpu, kind, answer) for (gpu, kind, _), answer in zip(places, answers, strict=True)]
 
 
@@ -295,7 +296,7 @@ class MemoryWatch:
     `pynvml`."""
 
     def __init__(self, devices: dict[Gpu, str]) -> None:
-        nvml = _nvml() if devices else None
+        nvml: Any = _nvml() if devices else None
         handles = {gpu: _handle(nvml, device) for gpu, device in devices.items()} if nvml else {}
         self._used = {
             gpu: lambda handle=handle: nvml.nvmlDeviceGetMemoryInfo(handle).used

@@ -1,20 +1,21 @@
-"""Generation: the seam behind which engines are alike, and the engine that runs on transformers."""
+"""Generation: the seam behind which engines are alike, and the process that an engine runs in."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import ray
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
 
-from executor.data.batch import Generated, Ints, Requests, pad
+from executor.data.batch import Generated, Ints, Requests
 from executor.fleet import gpu_memory
 from executor.fleet.worker import Worker
-from executor.training import models, weights
+from executor.training.weights import Arrays
 from planner.spec.plan import Plan
+
+# How weights come to an engine: from the trainers' GPUs, or from Ray's object store.
+Channel = Literal["ipc", "nccl", "store"]
 
 
 class Engine(Protocol):
@@ -27,7 +28,10 @@ class Engine(Protocol):
         """Lengths `[n]` of the responses, and their tokens and log-probs end to end."""
         ...
 
-    def load(self, arrays: weights.Arrays) -> None: ...
+    def install(self, arrays: Arrays) -> None:
+        """Take over all weights."""
+        ...
+
     def sleep(self) -> None: ...
     def wake(self) -> None: ...
 
@@ -36,6 +40,9 @@ class EngineWorker(Worker):
     """The process of an engine. It knows the version of its weights and marks what it generates
     with it."""
 
+    engine: Engine
+    offload: bool
+    version: int
     _peak: dict[str, int] = {}
 
     def synchronize(self) -> None:
@@ -49,24 +56,14 @@ class EngineWorker(Worker):
     def peak(self) -> dict[str, int]:
         return self._peak or gpu_memory.peak()
 
-    def load(self) -> None:
-        """Load what needs no GPU. Nothing here: that this module is imported suffices."""
+    def import_library(self) -> None:
+        """Import what the engine runs on, which needs no GPU. Nothing here: that this module is
+        imported suffices."""
 
-    def start(self, plan: Plan, pool: str) -> list[int]:
-        """Become an engine of a plan, with the actor's initial weights; the tokens that end a
+    def start(self, plan: Plan, pool: str, channel: Channel) -> list[int]:
+        """Become an engine of a plan, which gets its weights by this channel; the tokens that end a
         response."""
-        self.offload = plan.rollout.offload
-        self.version = 0
-        on_cpu = plan.device_of(pool).kind == "cpu"
-        if on_cpu:
-            torch.set_num_threads(1)
-        workload = plan.workload
-        device, dtype = ("cpu", torch.float32) if on_cpu else ("cuda", torch.bfloat16)
-        model = models.load("actor", workload.actor, workload.seed, dtype, torch.device(device))
-        eos = models.eos_tokens(model)
-        self.engine: Engine = TransformersEngine(model, eos, plan.rollout.concurrency)
-        self._sleep()
-        return eos
+        raise NotImplementedError
 
     def generate(self, requests: Requests, temperature: float | None) -> Generated:
         self._wake()
@@ -77,11 +74,11 @@ class EngineWorker(Worker):
             lengths=lengths, tokens=tokens, log_probs=log_probs, weights_version=self.version
         )
 
-    def install(self, gathered: Sequence[ray.ObjectRef], version: int) -> None:
+    def install(self, gathered: Sequence[ray.ObjectRef[Any]], version: int) -> None:
         """Take over weights from the object store as the given version."""
         (arrays,) = self.fetch(list(gathered))
         with self.part("transfer"):
-            self.engine.load(arrays)
+            self.engine.install(arrays)
         self.version = version
 
     def _wake(self) -> None:
@@ -93,122 +90,3 @@ class EngineWorker(Worker):
         if self.offload:
             with self.part("offload"):
                 self.engine.sleep()
-
-
-class TransformersEngine:
-    """Decoding with a transformers model and its KV cache, `concurrency` sequences at a time.
-
-    The token at a position is drawn by inverting the distribution function at a uniform number that
-    the request's key and the position fix. So a sequence depends on neither the batch nor the
-    engine it is generated in, but for rounding."""
-
-    def __init__(self, model: PreTrainedModel, eos: Sequence[int], concurrency: int) -> None:
-        self.model, self.concurrency = model.eval().requires_grad_(False), concurrency
-        self.device = next(model.parameters()).device
-        self.eos = torch.tensor(list(eos), dtype=torch.long, device=self.device)
-
-    def load(self, arrays: weights.Arrays) -> None:
-        weights.install(self.model, arrays)
-
-    def sleep(self) -> None:
-        if self.device.type != "cpu":
-            self.model.to("cpu")
-
-    def wake(self) -> None:
-        if self.device.type != "cpu":
-            self.model.to(self.device)
-
-    def generate(
-        self, requests: Requests, temperature: float | None
-    ) -> tuple[Ints, Ints, NDArray[np.float32]]:
-        waves = []
-        for begin in range(0, len(requests), self.concurrency):
-            rows = np.arange(begin, min(begin + self.concurrency, len(requests)))
-            waves.append(self._wave(requests.take(rows), temperature))
-        empty = (
-            np.zeros(0, dtype=np.int32),
-            np.zeros(0, dtype=np.int32),
-            np.zeros(0, dtype=np.float32),
-        )
-        lengths, tokens, log_probs = (
-            np.concatenate(parts) for parts in zip(empty, *waves, strict=True)
-        )
-        return lengths, tokens, log_probs
-
-    @torch.inference_mode()
-    def _wave(
-        self, requests: Requests, temperature: float | None
-    ) -> tuple[Ints, Ints, NDArray[np.float32]]:
-        """Decode some sequences together until the last one ends; the ended ones leave the batch
-        now and then."""
-        tokens, mask = self._left_padded(requests)
-        count, longest = len(requests), int(requests.max_tokens.max())
-        budget, exact = self._tensor(requests.max_tokens), self._tensor(requests.exact)
-        uniform = self._tensor(_uniform(requests.keys, longest)) if temperature else None
-        out_tokens = torch.zeros((count, longest), dtype=torch.long, device=self.device)
-        out_log_probs = torch.zeros((count, longest), device=self.device)
-        lengths = torch.zeros(count, dtype=torch.long, device=self.device)
-
-        cache = DynamicCache(config=self.model.config)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        rows = torch.arange(count, device=self.device)  # of the sequences in the batch
-        alive = torch.ones(
-            count, dtype=torch.bool, device=self.device
-        )  # of the batch: still decoding
-        for position in range(longest):
-            logits = self.model(
-                input_ids=tokens,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)
-            chosen = (
-                log_p.argmax(-1) if uniform is None else _invert(log_p, uniform[rows, position])
-            )
-            live = rows[alive]
-            out_tokens[live, position] = chosen[alive]
-            out_log_probs[live, position] = log_p.gather(-1, chosen[:, None])[alive, 0]
-            lengths[live] = position + 1
-            alive &= (budget[rows] > position + 1) & (exact[rows] | ~torch.isin(chosen, self.eos))
-            left = int(alive.sum())
-            if left == 0:
-                break
-            tokens, positions = chosen[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
-            if 2 * left <= len(rows):
-                keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                tokens, positions, mask = tokens[keep], positions[keep], mask[keep]
-                rows, alive = rows[keep], alive[keep]
-        real = torch.arange(longest, device=self.device) < lengths[:, None]
-        found = lengths.int(), out_tokens[real].int(), out_log_probs[real]
-        ours, theirs, log_probs = (tensor.cpu().numpy() for tensor in found)
-        return ours, theirs, log_probs
-
-    def _left_padded(self, requests: Requests) -> tuple[Tensor, Tensor]:
-        """Tokens and attention mask `[n, longest prompt]`."""
-        longest = int(requests.lengths.max())
-        begin = longest - requests.lengths
-        tokens = pad(requests.tokens, requests.lengths, longest, begin)
-        return self._tensor(tokens).long(), self._tensor(
-            np.arange(longest) >= begin[:, None]
-        ).long()
-
-    def _tensor(self, array: NDArray[Any]) -> Tensor:
-        return torch.tensor(array, device=self.device)
-
-
-def _uniform(keys: NDArray[np.int64], positions: int) -> NDArray[np.float64]:
-    """`[n, positions]` in [0, 1), each row fixed by its key."""
-    return np.stack([np.random.default_rng(key).random(positions) for key in keys.tolist()])
-
-
-def _invert(log_p: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the distribution function `[n, V]` passes `uniform [n]`, in float64; never
-    one that has no probability."""
-    distribution = log_p.double().exp().cumsum(-1)
-    target = uniform[:, None] * distribution[:, -1:]
-    return torch.searchsorted(distribution, target, right=True)[:, 0].clamp(max=log_p.shape[-1] - 1)

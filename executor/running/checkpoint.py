@@ -26,11 +26,12 @@ from pydantic import NonNegativeInt
 from safetensors.numpy import load_file, save_file
 
 from executor.data.batch import PromptSource
-from executor.fleet.worker import ask
+from executor.fleet.asking import ask, to_each
 from executor.running.processes import Processes
 from executor.running.run_directory import log
 from executor.running.stops import EndedCall, in_flight
 from executor.training.shards import FileEntry, RoleState, Saved, entry_of, merge
+from executor.training.trainer import Trainer
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
 from planner.spec.files import File, write_atomic
@@ -57,7 +58,7 @@ def export(processes: Processes, prompts: PromptSource, directory: Path) -> None
         unfinished = directory / f".{role}"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            ask(processes.of(role), "export", role, unfinished.resolve())
+            ask(to_each(processes.of(role), Trainer.export, role, unfinished.resolve()))
             if role == "actor":
                 prompts.save_tokenizer(unfinished)
             shutil.rmtree(directory / role, ignore_errors=True)  # of an attempt before

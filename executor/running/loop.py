@@ -11,7 +11,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from executor.fleet.worker import Record, within
+from executor.fleet.asking import within
+from executor.fleet.worker import Record
 from executor.running.supervise import EARLY_CALLS, Deadlines, one_line
 from planner.predict.schedule import Task
 from planner.spec.timeline import Span

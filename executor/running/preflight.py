@@ -12,6 +12,7 @@ from executor.data import reward
 from executor.data.batch import Dataset, PromptSource, Synthetic
 from executor.fleet import gpus, pools
 from planner.predict.memory import host_bytes
+from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
 from planner.spec.machine import memory_bytes
@@ -129,19 +130,21 @@ def check_driver(driver: str) -> None:
 def check_engine(plan: Plan) -> None:
     rollout = plan.rollout
     on_gpus = plan.device_of(rollout.pools[0]).kind == "cuda"
-    if rollout.engine == "vllm" and on_gpus:
+    traits = ENGINES[rollout.engine]
+    if traits.spans_gpus and on_gpus:
         _check_reach(plan)
     elif rollout.tensor_parallel != 1:
         raise UserError(
             f"roles.rollout: engine {rollout.engine} runs on 1 {'GPU' if on_gpus else 'core'}, not "
             f"{rollout.tensor_parallel}; set tensor_parallel to 1"
         )
-    if rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        how = "pip install 'splitplan[vllm]'" if on_gpus else "install a build of it for CPUs"
+    if importlib.util.find_spec(traits.package) is None:
+        from_ours = f"pip install 'splitplan[{traits.extra}]'"
+        how = from_ours if on_gpus else "install a build of it for CPUs"
+        others = " or ".join(name for name in ENGINES if name != rollout.engine)
         raise UserError(
-            f"the rollout's engine is vllm, which is not installed; {how}, or plan with engine "
-            "transformers, or play "
-            "it with `plan execute --rehearse`"
+            f"the rollout's engine is {rollout.engine}, which is not installed; {how}, or plan "
+            f"with engine {others}, or play it with `plan execute --rehearse`"
         )
 
 

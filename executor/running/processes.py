@@ -3,17 +3,19 @@ function's."""
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, TypeVar, cast
 
 import ray
 
 from executor.data.reward import RewardWorker, import_hangs
 from executor.fleet import pools
-from executor.fleet.worker import Asked, Rank, Record, Worker, WorkerError, ask, begin, within
-from executor.rollout.engine import EngineWorker
-from executor.rollout.vllm.engine import Channel
-from executor.rollout.vllm.worker import VllmWorker, made_for
+from executor.fleet.asking import Order, Pending, Rank, ask, begin, to_each, within
+from executor.fleet.worker import Record, Worker, WorkerError
+from executor.rollout.engine import Channel, EngineWorker
+from executor.rollout.engines import ENGINE_KINDS, kind_of
+from executor.rollout.vllm.worker import VllmWorker
 from executor.running.run_directory import log
 from executor.running.supervise import Deadlines
 from executor.running.weight_sync import WeightSync, channels
@@ -23,6 +25,7 @@ from planner.spec.plan import Gpu, Plan
 from planner.spec.workload import RewardFunction
 
 LEAVING_SECONDS = 30.0
+W = TypeVar("W", bound=Worker)
 
 
 class Processes:
@@ -41,20 +44,16 @@ class Processes:
     ) -> None:
         self.plan, self._saved = plan, saved
         self.deadlines = deadlines or Deadlines(plan=plan)
-        vllm = plan.rollout.engine == "vllm"
-        self._engine_class, self._made_for = (
-            (VllmWorker, made_for(plan)) if vllm else (EngineWorker, "")
-        )
+        self._engine_kind = kind_of(plan)
         self._own = fleet is None
         self._closed, self._lock = False, threading.Lock()
         self.fleet = fleet or fleet_for([plan])
-        self.trainers: dict[str, list[Rank]] = {}
-        self.engines: list[Rank] = []
-        self.judge: list[Rank] = []
+        self.trainers: dict[str, list[Rank[Trainer]]] = {}
+        self.engines: list[Rank[EngineWorker]] = []
+        self.judge: list[Rank[RewardWorker]] = []
         self._version = 0  # of the weights that the engines have
-        self._installed: tuple[list[ray.ObjectRef], int] | None = (
-            None  # what engines have from the object store
-        )
+        # What engines have from the object store: a reference to weights, and their version.
+        self._installed: tuple[list[ray.ObjectRef[Any]], int] | None = None
         try:
             with within(self.deadlines.of_start):
                 self._start()
@@ -63,13 +62,13 @@ class Processes:
             self.close()
             raise
 
-    def of(self, role: str) -> list[Rank]:
+    def of(self, role: str) -> list[Rank[Trainer]]:
         """The ranks that a training or inference role runs on."""
         layout = self.plan.trainers[role]
         return self.trainers[layout.pools[0]][: layout.gpus]
 
     @property
-    def training(self) -> list[Rank]:
+    def training(self) -> list[Rank[Trainer]]:
         """The ranks of all pools."""
         return [rank for ranks in self.trainers.values() for rank in ranks]
 
@@ -78,13 +77,15 @@ class Processes:
         self._version = version
         if self.sync is not None:
             return self.sync(version)
-        gathered = ask(self.of("actor"), "gather", "actor", version)
-        weights = gathered.results[0]  # a reference, from rank 0
-        installed = ask(self.engines, "install", [weights], version, revive=self.revive)
+        gathered = ask(to_each(self.of("actor"), Trainer.gather, "actor", version))
+        weights = gathered.results[0]
+        assert weights is not None, "rank 0 puts them into the object store"
+        install = to_each(self.engines, EngineWorker.install, [weights], version)
+        installed = ask(install, revive=self.revive)
         self._installed = [weights], version
         return gathered.records + installed.records
 
-    def revive(self, number: int) -> Rank:
+    def revive(self, number: int) -> Rank[EngineWorker]:
         """Start an engine again that died, with the weights that it had. They lie in the object
         store; those that come from GPU to GPU are sent anew, as long as the trainers have no
         others. Raises WorkerError if they have."""
@@ -93,12 +94,9 @@ class Processes:
         log.warning("%s died; it is started again", name)
         with within(self.deadlines.of_start, anew=True):
             if self.sync is None:
-                (engine,) = pools.connect(
-                    [self._again(self._engine_class, gpus, name, self._made_for)]
-                )
-                ask([engine], "start", self.plan, pool)
+                engine = self._started_again(name, pool, gpus, "store")
                 if self._installed is not None:
-                    ask([engine], "install", *self._installed)
+                    ask([engine.order(EngineWorker.install, *self._installed)])
             else:
                 engine = self._revive_on_gpus(number, pool, gpus, name, self.sync)
         self.engines[number] = engine
@@ -106,17 +104,25 @@ class Processes:
 
     def _revive_on_gpus(
         self, number: int, pool: str, gpus: tuple[Gpu, ...], name: str, sync: WeightSync
-    ) -> Rank:
-        (held,) = ask(self.of("actor")[:1], "version_of", "actor").results
+    ) -> Rank[EngineWorker]:
+        (held,) = ask(to_each(self.of("actor")[:1], Trainer.version_of, "actor")).results
         if held != self._version:
             raise WorkerError(
                 f"{name} died, and its weights {self._version} have become {held} in the trainers "
                 "since"
             )
-        (engine,) = pools.connect([self._again(self._engine_class, gpus, name, self._made_for)])
-        ask([engine], "start", self.plan, pool, sync.ways[number])
-        sync.replace(number, engine)
+        engine = self._started_again(name, pool, gpus, sync.ways[number])
+        sync.replace(number, cast(Rank[VllmWorker], engine))
         sync(held)
+        return engine
+
+    def _started_again(
+        self, name: str, pool: str, gpus: tuple[Gpu, ...], way: Channel
+    ) -> Rank[EngineWorker]:
+        kind = self._engine_kind
+        fresh = self._again(kind.worker, gpus, name, kind.fits(self.plan))
+        (engine,) = pools.connect([fresh])
+        ask([engine.order(EngineWorker.start, self.plan, pool, way)])
         return engine
 
     def restart_judge(self) -> None:
@@ -126,14 +132,14 @@ class Processes:
         self._load_reward(self.plan.workload.reward)
 
     def _again(
-        self, worker: Callable[[], Worker], gpus: tuple[Gpu, ...], name: str, kind: str = ""
-    ) -> Rank:
+        self, worker: type[W], gpus: tuple[Gpu, ...], name: str, made_for: str = ""
+    ) -> Rank[W]:
         """A fresh process, unless all are being ended: a call that this interrupts sees its
         processes die."""
         with self._lock:
             if self._closed:
                 raise WorkerError(f"{name} was ended")
-            return replace(self.fleet.again(worker, gpus, kind), name=name)
+            return replace(self.fleet.again(worker, gpus, made_for), name=name)
 
     def _start(self) -> None:
         """All at once, for most of their start is loading libraries."""
@@ -142,13 +148,10 @@ class Processes:
             self.trainers[pool] = [
                 replace(r, name=f"trainer {i} of pool {pool}") for i, r in enumerate(ranks)
             ]
-        places = self.plan.engine_gpus()
-        keep = [(gpus, self._made_for) for _, gpus in places]
-        self.fleet.retire(
-            VllmWorker, [gpu for pool in self.plan.pools.values() for gpu in pool.gpus], keep
-        )
-        for number, (pool, gpus) in enumerate(places):
-            engine = self.fleet.process(self._engine_class, gpus, self._made_for)
+        retire_engines(self.fleet, self.plan, [self.plan])
+        kind, made_for = self._engine_kind, self._engine_kind.fits(self.plan)
+        for number, (pool, gpus) in enumerate(self.plan.engine_gpus()):
+            engine = self.fleet.process(kind.worker, gpus, made_for)
             self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
         if isinstance(self.plan.workload.reward, RewardFunction):
             self.judge.append(
@@ -160,49 +163,56 @@ class Processes:
         compile; but those that sleep in a run have no room beside the trainers while they are
         awake, and start when the trainers have done."""
         plan = self.plan
-        for home in (*self.trainers.values(), self.engines, self.judge):
-            home[:] = pools.connect(home)
+        for ranks in self.trainers.values():
+            ranks[:] = pools.connect(ranks)
+        self.engines = pools.connect(self.engines)
+        self.judge = pools.connect(self.judge)
         ways = channels(plan, [gpus for _, gpus in plan.engine_gpus()])
-        engines = begin(self.engines, "load") if plan.rollout.offload else self._begin_engines(ways)
-        self._set_up_trainers()
         if plan.rollout.offload:
-            engines.wait()
-            engines = self._begin_engines(ways)
-        self.eos: list[int] = engines.wait().results[0]
-        self.sync = (
-            WeightSync(plan, self.of("actor"), self.engines, ways) if "store" not in ways else None
-        )
-        if self._engine_class is VllmWorker or self._saved is not None:
+            imported = begin(to_each(self.engines, EngineWorker.import_library))
+            self._set_up_trainers()
+            imported.wait()
+            starting = self._begin_engines(ways)
+        else:
+            starting = self._begin_engines(ways)
+            self._set_up_trainers()
+        self.eos = starting.wait().results[0]
+        self.sync: WeightSync | None = None
+        if "store" not in ways:
+            engines = cast(list[Rank[VllmWorker]], self.engines)
+            self.sync = WeightSync(plan, self.of("actor"), engines, ways)
+        if self._engine_kind.starts_empty or self._saved is not None:
             self.sync_weights(self._saved.roles["actor"].version if self._saved else 0)
         if isinstance(plan.workload.reward, RewardFunction):
             self._load_reward(plan.workload.reward)
 
-    def _begin_engines(self, ways: Sequence[Channel]) -> Asked:
-        vllm, places = (
-            self._engine_class is VllmWorker,
-            zip(self.plan.engine_gpus(), ways, strict=True),
+    def _begin_engines(self, ways: Sequence[Channel]) -> Pending[list[int]]:
+        places = zip(self.engines, self.plan.engine_gpus(), ways, strict=True)
+        return begin(
+            [
+                engine.order(EngineWorker.start, self.plan, pool, way)
+                for engine, (pool, _), way in places
+            ]
         )
-        each = [(pool, way) if vllm else (pool,) for (pool, _), way in places]
-        return begin(self.engines, "start", self.plan, each=each)
 
     def _set_up_trainers(self) -> None:
-        trainers = [(pool, i) for pool, ranks in self.trainers.items() for i in range(len(ranks))]
-        ask(self.training, "configure", self.plan, each=trainers)
-        address = {
-            pool: ask(ranks[:1], "listen").results[0] for pool, ranks in self.trainers.items()
-        }
-        ask(
-            self.training,
-            "join",
-            self.deadlines.of_collective,
-            each=[address[pool] for pool, _ in trainers],
-        )
-        ask(self.training, "load", self._saved)
-        ask(self.training, "warm_up")
+        configure: list[Order[None]] = []
+        for pool, ranks in self.trainers.items():
+            for number, rank in enumerate(ranks):
+                configure.append(rank.order(Trainer.configure, self.plan, pool, number))
+        ask(configure)
+        join: list[Order[None]] = []
+        for ranks in self.trainers.values():
+            ((host, port),) = ask([ranks[0].order(Trainer.listen)]).results
+            join += to_each(ranks, Trainer.join, self.deadlines.of_collective, host, port)
+        ask(join)
+        ask(to_each(self.training, Trainer.load_models, self._saved))
+        ask(to_each(self.training, Trainer.warm_up))
 
     def _load_reward(self, reward: RewardFunction) -> None:
+        importing = to_each(self.judge, RewardWorker.import_function, reward)
         try:
-            ask(self.judge, "load", reward, timeout=reward.timeout_seconds)
+            ask(importing, timeout=reward.timeout_seconds)
         except TimeoutError:
             raise import_hangs(reward) from None
 
@@ -218,7 +228,18 @@ class Processes:
             with contextlib.suppress(
                 WorkerError, TimeoutError
             ):  # they did not do what they were asked before either
-                ask(self.training, "leave", timeout=LEAVING_SECONDS)
+                ask(to_each(self.training, Trainer.leave), timeout=LEAVING_SECONDS)
+
+
+def retire_engines(fleet: pools.Fleet, plan: Plan, plans: Sequence[Plan]) -> None:
+    """End the engines on the GPUs of `plans` that are made for other plans than this one: they hold
+    memory even when nobody asks them."""
+    gpus = [gpu for other in plans for pool in other.pools.values() for gpu in pool.gpus]
+    used, fits = kind_of(plan), kind_of(plan).fits(plan)
+    for kind in ENGINE_KINDS.values():
+        if kind.made_for is not None:
+            keep = [(places, fits) for _, places in plan.engine_gpus()] if kind is used else []
+            fleet.retire(kind.worker, gpus, keep)
 
 
 def fleet_for(plans: list[Plan]) -> pools.Fleet:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from executor.fleet import pools
-from executor.fleet.worker import Record, Worker, ask, within
+from executor.fleet.asking import ask, to_each, within
+from executor.fleet.worker import Record, Worker
 from executor.running.supervise import Deadlines
 from planner.predict.schedule import Task
 from planner.spec.plan import Plan
@@ -49,8 +50,8 @@ class Rehearsal:
             time.sleep(self.seconds(task))
             return [Record(start=start, end=time.perf_counter())], 0
         ranks = [rank for pool in task.pools for rank in self.ranks[pool]]
-        outcome = ask(ranks, "sleep", self.seconds(task))
-        return outcome.records, 0
+        answers = ask(to_each(ranks, Sleeper.sleep, self.seconds(task)))
+        return answers.records, 0
 
     def end_step(self, step: int) -> dict[str, Any]:
         return {"step": step}

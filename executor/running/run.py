@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from executor.fleet import pools
+from executor.fleet.asking import within
 from executor.fleet.session import last_words
-from executor.fleet.worker import WorkerError, within
+from executor.fleet.worker import WorkerError
 from executor.running.loop import Backend, Course, Progress, loop
 from executor.running.run_directory import RunDirectory, log, timeline_of
 from executor.running.stops import Stops, in_flight

@@ -2,13 +2,14 @@
 the run."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from executor.data.batch import Prompts
-from executor.fleet.worker import Died, Outcome, Record, ask
+from executor.data.reward import RewardWorker
+from executor.fleet.asking import Answers, ask, to_each
+from executor.fleet.worker import Died, Record
 from executor.running.processes import Processes
 from executor.running.run_directory import log
 from executor.running.supervise import ONE_IN
@@ -50,13 +51,14 @@ def _ask(
     prompts: Prompts,
     responses: Sequence[str],
     rows: Sequence[int],
-) -> Outcome:
+) -> Answers[list[float]]:
     """Raises UserError; the process is a fresh one then if it hung or died."""
-    columns: list[list[Any]] = [
-        [column[row] for row in rows] for column in (prompts.texts, responses, prompts.answers)
-    ]
+    texts = [prompts.texts[row] for row in rows]
+    answers = [prompts.answers[row] for row in rows]
+    given = [responses[row] for row in rows]
     try:
-        return ask(processes.judge, "score", *columns, timeout=reward.timeout_seconds)
+        order = to_each(processes.judge, RewardWorker.score, texts, given, answers)
+        return ask(order, timeout=reward.timeout_seconds)
     except TimeoutError:
         what = f"took longer than {reward.timeout_seconds:g} s for {len(rows)} responses"
     except Died:

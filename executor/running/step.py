@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from executor.data.batch import (
+    Generated,
     Prompts,
     PromptSource,
     Sequences,
@@ -24,15 +25,17 @@ from executor.data.batch import (
     minibatches,
     spread,
 )
+from executor.fleet.asking import Answers, ask, to_each
 from executor.fleet.pools import Fleet
-from executor.fleet.worker import Outcome, Record, ask
+from executor.fleet.worker import Record
+from executor.rollout.engine import EngineWorker
 from executor.running import checkpoint
 from executor.running.checkpoint import Checkpoint, Snapshot
 from executor.running.processes import Processes
 from executor.running.scoring import judge
 from executor.running.supervise import Deadlines
 from executor.training import ppo
-from executor.training.trainer import COLUMNS, Minibatch
+from executor.training.trainer import COLUMNS, Minibatch, Trainer
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -48,7 +51,7 @@ class StepData:
 
     prompts: Prompts
     sequences: Sequences
-    batch: ray.ObjectRef  # the sequences in Ray's object store
+    batch: ray.ObjectRef[Any]  # the sequences in Ray's object store
     scores: NDArray[np.float32] | None = None  # [B]
     columns: COLUMNS = field(default_factory=dict)  # [B, R] by the name of the datum
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -131,11 +134,11 @@ class Training:
 
     def generate(self, task: Task) -> Done:
         prompts = self.prompts.step(task.step)
-        sequences, outcome = self._generate(task, prompts, self.settings.temperature)
+        sequences, answers = self._generate(task, prompts, self.settings.temperature)
         self.steps[task.step] = StepData(
             prompts=prompts, sequences=sequences, batch=ray.put(sequences)
         )
-        return outcome.records, int(sequences.response_lengths.sum())
+        return answers.records, int(sequences.response_lengths.sum())
 
     def score(self, task: Task) -> Done:
         step = self.steps[task.step]
@@ -213,59 +216,54 @@ class Training:
     def evaluate(self, task: Task) -> Done:
         """Greedy responses to the held-out prompts: the share that equals the answer."""
         prompts = self.prompts.evaluation()
-        sequences, outcome = self._generate(task, prompts, None)
+        sequences, answers = self._generate(task, prompts, None)
         responses = self.prompts.decode(sequences.responses())
         right = [
             given.strip() == (wanted or "").strip()
             for given, wanted in zip(responses, prompts.answers, strict=True)
         ]
         self.evaluations[task.step] = {"exact_match": float(np.mean(right))}
-        return outcome.records, int(sequences.response_lengths.sum())
+        return answers.records, int(sequences.response_lengths.sum())
 
     # --- what they share ---
 
     def _generate(
         self, task: Task, prompts: Prompts, temperature: float | None
-    ) -> tuple[Sequences, Outcome]:
+    ) -> tuple[Sequences, Answers[Generated]]:
         requests, engines = prompts.requests, self.processes.engines
         shares = assign(requests.lengths, len(engines), self.workload.response.longest)
-        each = [(requests.take(rows), temperature) for rows in shares]
-        outcome = ask(engines, "generate", each=each, revive=self.processes.revive)
-        sequences = collate(requests, shares, outcome.results)
+        orders = [
+            engine.order(EngineWorker.generate, requests.take(rows), temperature)
+            for engine, rows in zip(engines, shares, strict=True)
+        ]
+        answers = ask(orders, revive=self.processes.revive)
+        sequences = collate(requests, shares, answers.results)
         used = set(sequences.weights_versions.tolist())
         assert used == {task.weights_version}, (
             f"sampled with weights {used}, the plan says {task.weights_version}"
         )
-        return sequences, outcome
+        return sequences, answers
 
     def _infer(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:
-        step, most, ranks = (
-            self.steps[task.step],
-            self.micro_batch_tokens(task, role),
-            self.processes.of(role),
-        )
-        lengths = step.sequences.lengths
+        step, ranks = self.steps[task.step], self.processes.of(role)
+        lengths, version = step.sequences.lengths, task.weights_version
+        most = self.micro_batch_tokens(task, role)
         shares = spread(np.arange(len(lengths)), lengths, len(ranks), most)
-        outcome = ask(
-            ranks,
-            "infer",
-            role,
-            task.weights_version,
-            [step.batch],
-            each=[(share,) for share in shares],
+        answers = ask(
+            [
+                rank.order(Trainer.infer, role, version, [step.batch], share)
+                for rank, share in zip(ranks, shares, strict=True)
+            ]
         )
         shape = lengths.shape if role == "reward" else step.sequences.mask.shape
-        return join(shares, outcome.results, shape), (outcome.records, int(lengths.sum()))
+        return join(shares, answers.results, shape), (answers.records, int(lengths.sum()))
 
     def _train(self, task: Task, role: str, columns: tuple[str, ...]) -> Done:
         """Epochs of minibatches, each formed over the whole batch and then spread over the
         ranks."""
-        step, most, ranks = (
-            self.steps[task.step],
-            self.micro_batch_tokens(task, role),
-            self.processes.of(role),
-        )
+        step, ranks = self.steps[task.step], self.processes.of(role)
         lengths, seed = step.sequences.lengths, self.workload.seed
+        most = self.micro_batch_tokens(task, role)
         each: list[list[Minibatch]] = [[] for _ in ranks]
         for epoch in range(self.settings.epochs):
             for rows in minibatches(len(lengths), self.workload.minibatch, seed, task.step, epoch):
@@ -274,11 +272,17 @@ class Training:
                 for rank, share in enumerate(shares):
                     each[rank].append(Minibatch(micro_batches=share, tokens=tokens))
         needed = ray.put({name: step.columns[name] for name in columns})
-        args = (role, task.weights_version, [step.batch, needed])
-        outcome = ask(ranks, "train", *args, each=[(share,) for share in each])
-        step.metrics |= _train_metrics(role, outcome.results)
-        self._count_skipped(task, role, [part["grad_norm"] for part in outcome.results[0]])
-        return outcome.records, int(lengths.sum()) * self.settings.epochs
+        version = task.weights_version
+        assert version is not None, "an update makes a version of the weights"
+        answers = ask(
+            [
+                rank.order(Trainer.train, role, version, [step.batch, needed], share)
+                for rank, share in zip(ranks, each, strict=True)
+            ]
+        )
+        step.metrics |= _train_metrics(role, answers.results)
+        self._count_skipped(task, role, [part["grad_norm"] for part in answers.results[0]])
+        return answers.records, int(lengths.sum()) * self.settings.epochs
 
     def _count_skipped(self, task: Task, role: str, norms: list[float]) -> None:
         for norm in norms:
@@ -313,11 +317,12 @@ class Training:
         """Between calls: copy the state off the devices; the ranks go on to write their parts into
         `directory`."""
         ranks = self.processes.training
-        ask(ranks, "snapshot", directory)
+        ask(to_each(ranks, Trainer.snapshot, directory))
 
         def written() -> list[Any] | None:
-            parts = ask(ranks, "written").results
-            return None if None in parts else parts
+            parts = ask(to_each(ranks, Trainer.written)).results
+            finished = [part for part in parts if part is not None]
+            return finished if len(finished) == len(parts) else None
 
         return Snapshot(
             arrays={

@@ -60,9 +60,7 @@ class Trackers:
         ids: dict[str, str] = json.loads(known.read_text()) if known.exists() else {}
         for name in self._names:
             try:
-                tracker = {"wandb": WeightsAndBiases, "mlflow": MLflow}[name](
-                    path, plan, ids.get(name)
-                )
+                tracker = TRACKERS[name](path, plan, ids.get(name))
             except Exception as error:
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
                 raise UserError(
@@ -212,3 +210,9 @@ def _settings(plan: Plan) -> dict[str, Any]:
     return {f"workload.{name}": value for name, value in top.items()} | {
         f"ppo.{name}": value for name, value in workload.ppo.model_dump().items()
     }
+
+
+TRACKERS: dict[str, type[WeightsAndBiases] | type[MLflow]] = {
+    "wandb": WeightsAndBiases,
+    "mlflow": MLflow,
+}

@@ -1,9 +1,14 @@
 """`sync_weights` on GPUs: the actor's weights to every vLLM engine, by the way that reaches it."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from executor.fleet.worker import Rank, Record, ask
-from executor.rollout.vllm.engine import Channel
+from executor.fleet.asking import Rank, ask, to_each
+from executor.fleet.worker import Record
+from executor.rollout.engine import Channel
+from executor.rollout.engines import kind_of
+from executor.rollout.vllm.worker import VllmWorker
+from executor.training.trainer import Trainer
 from executor.training.weights import Described, in_chunks
 from planner.spec.plan import Gpu, Plan
 
@@ -12,7 +17,7 @@ def channels(plan: Plan, engines: Sequence[tuple[Gpu, ...]]) -> list[Channel]:
     """How each engine, given its GPUs, gets its weights. vLLM on GPUs: from the actor's ranks on
     the same GPUs through CUDA IPC, else from the actor's first rank over NCCL, which cannot join
     two processes of one GPU. All others: from Ray's object store."""
-    if plan.rollout.engine != "vllm" or plan.device_of(plan.rollout.pools[0]).kind == "cpu":
+    if not kind_of(plan).from_gpus or plan.device_of(plan.rollout.pools[0]).kind == "cpu":
         return ["store"] * len(engines)
     layout = plan.trainers["actor"]
     actor = set(plan.pools[layout.pools[0]].gpus[: layout.gpus])
@@ -25,29 +30,37 @@ class WeightSync:
     gathered."""
 
     def __init__(
-        self, plan: Plan, actors: list[Rank], engines: list[Rank], ways: Sequence[Channel]
+        self,
+        plan: Plan,
+        actors: Sequence[Rank[Trainer]],
+        engines: Sequence[Rank[VllmWorker]],
+        ways: Sequence[Channel],
     ) -> None:
         self.actors, self.engines, self.ways = actors, list(engines), ways
         self.tensor_parallel = plan.rollout.tensor_parallel
-        self.weights: list[Described] = ask(actors[:1], "describe_weights").results[0]
-        self.chunks = in_chunks(self.weights)
+        (self.weights,) = ask(to_each(actors[:1], Trainer.describe_weights)).results
+        self.chunks: list[list[Described]] = in_chunks(self.weights)
         if self.elsewhere:
             self._form_group()
         if self.beside:
-            windows = ask(actors, "open_window", self.chunks).results
-            self.handles = {gpu: handle for window in windows for gpu, handle in window.items()}
+            windows = ask(to_each(actors, Trainer.open_window, self.chunks)).results
+            self.handles: dict[str, Any] = {
+                gpu: handle for window in windows for gpu, handle in window.items()
+            }
 
     @property
-    def beside(self) -> list[Rank]:
-        return [engine for engine, way in zip(self.engines, self.ways, strict=True) if way == "ipc"]
+    def beside(self) -> list[Rank[VllmWorker]]:
+        return self._reached_by("ipc")
 
     @property
-    def elsewhere(self) -> list[Rank]:
-        return [
-            engine for engine, way in zip(self.engines, self.ways, strict=True) if way == "nccl"
-        ]
+    def elsewhere(self) -> list[Rank[VllmWorker]]:
+        return self._reached_by("nccl")
 
-    def replace(self, number: int, engine: Rank) -> None:
+    def _reached_by(self, channel: Channel) -> list[Rank[VllmWorker]]:
+        pairs = zip(self.engines, self.ways, strict=True)
+        return [engine for engine, way in pairs if way == channel]
+
+    def replace(self, number: int, engine: Rank[VllmWorker]) -> None:
         """Another process in the place of an engine that died. The group over NCCL is formed anew
         without that one, as soon as the other engines in it have done what they are doing; windows
         can be opened by whoever comes."""
@@ -57,23 +70,40 @@ class WeightSync:
 
     def _form_group(self) -> None:
         """The sender is rank 0; each engine has as many ranks as GPUs."""
-        host, port = ask(self.actors[:1], "rendezvous").results[0]
+        sender = self.actors[0]
+        (host, port), *_ = ask([sender.order(Trainer.rendezvous)]).results
         world = 1 + self.tensor_parallel * len(self.elsewhere)
-        first = [0, *range(1, world, self.tensor_parallel)]
-        members = [self.actors[0], *self.elsewhere]
-        ask(members, "join_group", host, port, world, each=[(rank,) for rank in first])
+        firsts = range(1, world, self.tensor_parallel)
+        leads = sender.order(Trainer.lead_group, host, port, world)
+        joins = [
+            engine.order(VllmWorker.join_group, host, port, world, first)
+            for engine, first in zip(self.elsewhere, firsts, strict=True)
+        ]
+        ask([leads, *joins])
 
     def __call__(self, version: int) -> list[Record]:
         """Install the actor's weights of this version in all engines."""
         records: list[Record] = []
         if self.elsewhere:
-            members = [*self.actors, *self.elsewhere]
-            records += ask(members, "broadcast_weights", version, self.weights).records
+            records += self._over_nccl(version)
         if self.beside:
-            members = [*self.actors, *self.beside]
-            records += ask(members, "begin_weights", version).records
-            for chunk in self.chunks:
-                records += ask(self.actors, "fill_window", chunk).records
-                records += ask(self.beside, "read_window", chunk, self.handles).records
-            records += ask(members, "end_weights").records
+            records += self._through_windows(version)
         return records
+
+    def _over_nccl(self, version: int) -> list[Record]:
+        sends = to_each(self.actors, Trainer.send_weights, version)
+        receives = to_each(self.elsewhere, VllmWorker.receive_weights, version, self.weights)
+        return ask([*sends, *receives]).records
+
+    def _through_windows(self, version: int) -> list[Record]:
+        """A chunk at a time: all actors fill their windows, then the engines read them."""
+        actors, engines = self.actors, self.beside
+        begin_sending = to_each(actors, Trainer.begin_sending, version)
+        begin_receiving = to_each(engines, VllmWorker.begin_receiving, version)
+        records = ask([*begin_sending, *begin_receiving]).records
+        for chunk in self.chunks:
+            records += ask(to_each(actors, Trainer.fill_window, chunk)).records
+            records += ask(to_each(engines, VllmWorker.read_window, chunk, self.handles)).records
+        end_sending = to_each(actors, Trainer.end_sending)
+        end_receiving = to_each(engines, VllmWorker.end_receiving)
+        return records + ask([*end_sending, *end_receiving]).records

@@ -15,7 +15,7 @@ from datetime import timedelta
 import ray
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -35,7 +35,7 @@ class Hosted:
     """A role on this rank."""
 
     layout: TrainerRole
-    module: nn.Module
+    module: models.RoleModel
     optimizer: torch.optim.Optimizer | None
     version: int = 0  # updates in its weights
     weights: Parking = field(default_factory=Parking)
@@ -114,7 +114,7 @@ class Host(Worker):
             backend, store=store, rank=self.rank, world_size=size, timeout=timeout
         )
 
-    def load(self, saved: shards.Saved | None = None) -> None:
+    def load_models(self, saved: shards.Saved | None) -> None:
         """Load and shard the pool's models, those that train as a checkpoint holds them if one is
         given."""
         for role, layout in self.plan.trainers.items():

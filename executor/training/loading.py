@@ -9,7 +9,7 @@ weights that are read).
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +19,9 @@ from torch.distributed.tensor.placement_types import Shard
 
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
+
+if TYPE_CHECKING:  # it is slow to load
+    from transformers import PreTrainedModel
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -164,7 +167,7 @@ def parameters(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:
 
 
 @torch.no_grad()
-def fill(root: nn.Module, model: nn.Module, source: Source, device: torch.device) -> None:
+def fill(root: nn.Module, model: "PreTrainedModel", source: Source, device: torch.device) -> None:
     """Give a model on the meta device its weights on `device`: all of them, or this rank's where
     the model is sharded.
 

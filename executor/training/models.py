@@ -5,7 +5,7 @@ A model may compute in bf16, but its outputs (log-probs, values, scores) are fp3
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +32,21 @@ CLASSES: dict[str, Any] = {
 }
 
 
-class Policy(nn.Module):
+class RoleModel(nn.Module):
+    """A model as its role uses it: the transformer `model`, and what is read off it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+
+class Policy(RoleModel):
     """The actor and the reference: log-probs `[n, W]` of the response tokens at the sampler's
     temperature; with `entropy` also the entropies there, `[2, n, W]`."""
 
     def __init__(self, model: PreTrainedModel, temperature: float) -> None:
-        super().__init__()
-        self.model, self.temperature = model, temperature
+        super().__init__(model)
+        self.temperature = temperature
 
     def forward(self, batch: Packed, entropy: bool = False) -> Tensor:
         head = self.model.get_output_embeddings()
@@ -54,28 +62,20 @@ class Policy(nn.Module):
         )
 
 
-class Value(nn.Module):
+class Value(RoleModel):
     """The critic: values `[n, W]` of the states before the response tokens."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
     def forward(self, batch: Packed) -> Tensor:
-        return batch.columns(
-            _scalar(self.model.score, hidden_states(self.model, batch)[batch.before])
-        )
+        hidden = hidden_states(self.model, batch)[batch.before]
+        return batch.columns(_scalar(cast(nn.Linear, self.model.score), hidden))
 
 
-class Score(nn.Module):
+class Score(RoleModel):
     """The reward model: scores `[n]`, read at the last token."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-
     def forward(self, batch: Packed) -> Tensor:
-        return _scalar(self.model.score, hidden_states(self.model, batch)[batch.starts[1:] - 1])
+        hidden = hidden_states(self.model, batch)[batch.starts[1:] - 1]
+        return _scalar(cast(nn.Linear, self.model.score), hidden)
 
 
 def _scalar(head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def _scalar(head: nn.Linear, hidden: Tensor) -> Tensor:
     return nn.functional.linear(hidden.float(), head.weight.float(), bias).squeeze(-1)
 
 
-def wrap(role: str, model: PreTrainedModel, temperature: float) -> nn.Module:
+def wrap(role: str, model: PreTrainedModel, temperature: float) -> RoleModel:
     """The model as its role uses it, on micro-batches without padding."""
     use_packed_attention(model)
     if role == "critic":
@@ -134,7 +134,7 @@ def empty(role: str, model: Model, dtype: torch.dtype) -> PreTrainedModel:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            cast(Any, module).attention_dropout = 0.0
     return found
 
 
@@ -175,12 +175,12 @@ def _holds_value_head(directory: Path | None) -> bool:
 
 
 def config_of(shape: Shape, **more: Any) -> Qwen2Config:
+    more["head_dim"] = shape.head_dim  # which the class takes, and does not declare
     return Qwen2Config(
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
         intermediate_size=shape.intermediate,
         vocab_size=shape.vocab,
         tie_word_embeddings=shape.tied_embeddings,

@@ -16,14 +16,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from executor.data.batch import Rows, Sequences
 
 ATTENTION = "packed"  # the name under which transformers finds it
 
 # Until torch 2.11 the kernel took fewer heads of keys than of queries without being told.
-_GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,7 @@ def pack(sequences: Sequences, rows: Rows, device: torch.device) -> Packed:
     )
 
 
-def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
+def hidden_states(model: PreTrainedModel, batch: Packed) -> Tensor:
     """The output `[T, H]` of the last block of a transformers model (prepared by
     `use_packed_attention`) for a micro-batch. It is the input of the model's head."""
     output = model.base_model(
@@ -91,10 +93,11 @@ def hidden_states(model: nn.Module, batch: Packed) -> Tensor:
         cu_seq_lens_q=batch.starts,
         max_length_q=batch.longest,
     )
-    return output.last_hidden_state[0]
+    states: Tensor = output.last_hidden_state
+    return states[0]
 
 
-def use_packed_attention(model: Any) -> None:
+def use_packed_attention(model: PreTrainedModel) -> None:
     model.set_attn_implementation(ATTENTION)
 
 
@@ -121,7 +124,7 @@ def packed_attention(
         return _padded_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
     grouped = _GROUPED if q.shape[1] != k.shape[1] else {}
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    out = varlen_attn(
+    out: Any = varlen_attn(
         q,
         k,
         v,

@@ -88,7 +88,11 @@ class Trainer(Host):
 
     @torch.no_grad()
     def infer(
-        self, role: str, version: int | None, refs: list[ray.ObjectRef], micro_batches: list[Rows]
+        self,
+        role: str,
+        version: int | None,
+        refs: list[ray.ObjectRef[Any]],
+        micro_batches: list[Rows],
     ) -> list[NDArray[np.float32]]:
         """Log-probs, values `[rows, columns]` or scores `[rows]` of each micro-batch, by weights of
         this version (None: of a role that does not train)."""
@@ -100,7 +104,7 @@ class Trainer(Host):
             return [output.cpu().numpy() for output in outputs]
 
     def train(
-        self, role: str, version: int, refs: list[ray.ObjectRef], minibatches: list[Minibatch]
+        self, role: str, version: int, refs: list[ray.ObjectRef[Any]], minibatches: list[Minibatch]
     ) -> list[dict[str, float]]:
         """An optimizer step per minibatch, which makes the weights of this version out of the one
         before; this rank's sums of the loss statistics, and the gradient norm. Where that is not
@@ -126,6 +130,7 @@ class Trainer(Host):
         sums: dict[str, Tensor] = {}
         for number, rows in enumerate(minibatch.micro_batches, start=1):
             if hosted.layout.replicas > 1:  # they need to agree once, at the end
+                assert isinstance(hosted.module, FSDPModule)
                 hosted.module.set_requires_all_reduce(number == len(minibatch.micro_batches))
             batch = pack(sequences, rows, self.device)
             columns = {name: self._columns(x, rows, batch) for name, x in further.items()}
@@ -191,13 +196,13 @@ class Trainer(Host):
             normalizer=tokens,
         )
 
-    def gather(self, role: str, version: int) -> ray.ObjectRef | None:
+    def gather(self, role: str, version: int) -> ray.ObjectRef[Any] | None:
         """The role's weights of this version in the object store, from rank 0."""
         with self._awake(role, version) as hosted:
             arrays = weights.gather(hosted.module.model, keep=self.rank == 0)
         return None if arrays is None else ray.put(arrays)
 
-    # --- the actor's weights to engines on GPUs; see `sync.py` ---
+    # --- the actor's weights to engines on GPUs; see `weight_sync.py` ---
 
     def version_of(self, role: str) -> int:
         return self.roles[role].version
@@ -209,9 +214,9 @@ class Trainer(Host):
         """Where to form a group: this host and a free port of it."""
         return ray.util.get_node_ip_address(), nccl_sender.free_port()
 
-    def join_group(self, host: str, port: int, world: int, _: int) -> None:
-        """Form the NCCL group with the GPUs of the engines elsewhere. Returns when all have
-        joined."""
+    def lead_group(self, host: str, port: int, world: int) -> None:
+        """Form the NCCL group with the GPUs of the engines elsewhere, as its rank 0. Returns when
+        all have joined (`VllmWorker.join_group`)."""
         self._leave_engines()
         self.group = nccl_sender.connect(host, port, world)
 
@@ -220,8 +225,9 @@ class Trainer(Host):
             nccl_sender.disconnect(self.group)
         self.group = None
 
-    def broadcast_weights(self, version: int, _: list[Described]) -> None:
-        """Send the weights of this version to that group, from the rank that is in it."""
+    def send_weights(self, version: int) -> None:
+        """Send the weights of this version to that group, from the rank that is in it
+        (`VllmWorker.receive_weights`)."""
         with self._awake("actor", version) as hosted:
             gathered = weights.compute_weights(hosted.module)
             if self.rank == 0:
@@ -234,16 +240,18 @@ class Trainer(Host):
         self.window = weights.Window(chunks)
         return self.window.handles
 
-    def begin_weights(self, version: int) -> None:
+    def begin_sending(self, version: int) -> None:
         """Before the first of the chunks that make up the weights of this version."""
         self.sending = contextlib.ExitStack()
         self.hosted = self.sending.enter_context(self._awake("actor", version))
 
     def fill_window(self, chunk: list[Described]) -> None:
+        """Put a chunk's weights into the window, for `VllmWorker.read_window`."""
         assert self.window is not None
         self.window.fill(self.hosted.module, chunk)
 
-    def end_weights(self) -> None:
+    def end_sending(self) -> None:
+        """After the last chunk."""
         self.sending.close()
         del self.hosted  # or the next plan would find its memory taken
 

@@ -1,7 +1,7 @@
-"""Generation with vLLM; `vllm_scheduler.py`, `vllm_extension.py` and `vllm_transfer.py` are what
-vLLM is given to work with.
+"""Generation with vLLM; `scheduler.py`, `extension.py` and `transfer.py` are what vLLM is
+given to work with.
 
-vLLM's engine runs inside of our worker's process (`vllm_worker.py`) and on each of its GPUs in a
+vLLM's engine runs inside of our worker's process (`worker.py`) and on each of its GPUs in a
 process that ends with ours. So one schedules the next step and collects what the last one made
 while the other launches kernels: for small models a step takes as long as the host needs for it.
 Weights come by NCCL from a trainer on another GPU, or by CUDA IPC from the one that shares the GPU.
@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from executor.data.batch import Ints, Requests
 from executor.fleet import gpus
+from executor.rollout.engine import Channel
 from executor.training import models
 from executor.training.weights import Arrays, Described
 from planner.predict.memory import kv_cache_bytes
@@ -32,8 +33,6 @@ from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.workload import Model
-
-Channel = Literal["ipc", "nccl", "store"]
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine dies with the process it is in
@@ -196,7 +195,7 @@ class VllmEngine:
 
     # --- weights ---
 
-    def load(self, arrays: Arrays) -> None:
+    def install(self, arrays: Arrays) -> None:
         """All weights. On a CPU vLLM computes with another format than theirs, so it builds its
         layers anew."""
         tensors = [(name, torch.tensor(array)) for name, array in arrays.items()]
@@ -206,7 +205,7 @@ class VllmEngine:
         """On GPUs: take weights over by this channel from here on."""
         self.llm.collective_rpc("receive_by", args=(channel,))
 
-    def connect(self, host: str, port: int, rank: int, world: int) -> None:
+    def join_group(self, host: str, port: int, rank: int, world: int) -> None:
         """Join the sender's NCCL group with this engine's GPUs as ranks from `rank` on. Returns
         when all have."""
         info = {
@@ -217,8 +216,8 @@ class VllmEngine:
         }
         self.llm.init_weight_transfer_engine({"init_info": info})
 
-    def begin(self) -> None:
-        """New weights will come, all of them, until `end`."""
+    def begin_receiving(self) -> None:
+        """New weights will come, all of them, until `end_receiving`."""
         self.llm.start_weight_update()
 
     def receive(self, weights: Sequence[Described]) -> None:
@@ -232,7 +231,7 @@ class VllmEngine:
         info = {**_names(weights), "packed": True, "tensor_sizes": sizes, "ipc_handles": handles}
         self.llm.update_weights({"update_info": info})
 
-    def end(self) -> None:
+    def end_receiving(self) -> None:
         self.llm.finish_weight_update()
         self.llm.reset_prefix_cache()
 
@@ -267,7 +266,7 @@ def _told_what_fails() -> Iterator[None]:
     """Raise what ended one of an engine's processes while it starts; vLLM raises that one ended."""
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "failure.txt"
-        os.environ["SPLITPLAN_ENGINE_FAILURE"] = str(file)  # see `vllm_extension.py`
+        os.environ["SPLITPLAN_ENGINE_FAILURE"] = str(file)  # see `extension.py`
         try:
             yield
         except Exception as error:

@@ -14,7 +14,7 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 
 from executor.fleet import gpu_memory
-from executor.rollout.vllm.transfer import ENGINES
+from executor.rollout.vllm.transfer import TRANSFERS
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
 
@@ -48,7 +48,7 @@ class Extension:
     def receive_by(self, channel: str) -> None:
         """Take weights over by this channel from here on."""
         self.weight_transfer_engine.shutdown()
-        self.weight_transfer_engine = ENGINES[channel](
+        self.weight_transfer_engine = TRANSFERS[channel](
             self.vllm_config.weight_transfer_config,
             self.vllm_config,
             self.device,

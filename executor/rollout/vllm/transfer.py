@@ -74,4 +74,4 @@ class OverIpc(IPCWeightTransferEngine):
         )
 
 
-ENGINES = {"nccl": OverNccl, "ipc": OverIpc}
+TRANSFERS = {"nccl": OverNccl, "ipc": OverIpc}

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from executor.fleet.worker import Record
-from executor.rollout.engine import EngineWorker
-from executor.rollout.vllm.engine import Channel, VllmEngine, load_library
+from executor.rollout.engine import Channel, EngineWorker
+from executor.rollout.vllm.engine import VllmEngine, load_library
 from executor.training.weights import Described
 from planner.spec.plan import Plan
 
@@ -22,11 +22,11 @@ class VllmWorker(EngineWorker):
 
     engine: VllmEngine
 
-    def call(self, method: str, *args: Any) -> tuple[Any, Record]:
+    def call(self, method: str, *args: Any, **kwargs: Any) -> tuple[Any, Record]:
         """As of any process. It ends when one of its GPUs' does: the engine is started again as a
         whole."""
         try:
-            return super().call(method, *args)
+            return super().call(method, *args, **kwargs)
         except Exception:
             if hasattr(self, "engine") and self.engine.failed:
                 os._exit(1)
@@ -43,10 +43,10 @@ class VllmWorker(EngineWorker):
     def peak(self) -> dict[str, int]:
         return self._peak or (self.engine.peak() if hasattr(self, "engine") else {})
 
-    def load(self) -> None:
+    def import_library(self) -> None:
         load_library()
 
-    def start(self, plan: Plan, pool: str, channel: Channel = "store") -> list[int]:
+    def start(self, plan: Plan, pool: str, channel: Channel) -> list[int]:
         """Become an engine of a plan, without weights yet; the tokens that end a response. An
         engine that was started before must fit the plan: one process holds one engine."""
         if not hasattr(self, "engine"):
@@ -63,28 +63,33 @@ class VllmWorker(EngineWorker):
         self._sleep()
         return self.engine.eos
 
-    def join_group(self, host: str, port: int, world: int, rank: int) -> None:
-        self.engine.connect(host, port, rank, world)
+    # --- weights from trainers on GPUs; their end is in `trainer.py` ---
 
-    def broadcast_weights(self, version: int, weights: Sequence[Described]) -> None:
-        """Take over what the group's sender broadcasts."""
-        self.begin_weights(version)
+    def join_group(self, host: str, port: int, world: int, rank: int) -> None:
+        """Join the NCCL group of a trainer (`Trainer.lead_group`), with ranks from `rank` on."""
+        self.engine.join_group(host, port, rank, world)
+
+    def receive_weights(self, version: int, weights: Sequence[Described]) -> None:
+        """Take over what the group's sender broadcasts (`Trainer.send_weights`)."""
+        self.begin_receiving(version)
         with self.part("transfer"):
             self.engine.receive(weights)
-        self.end_weights()
+        self.end_receiving()
 
-    def begin_weights(self, version: int) -> None:
+    def begin_receiving(self, version: int) -> None:
         """Before the first of the chunks that make up the weights of this version."""
         if self.offload:
             with self.part("wake"):
                 self.engine.wake("weights")
-        self.engine.begin()
+        self.engine.begin_receiving()
         self.coming = version
 
     def read_window(self, chunk: Sequence[Described], handles: dict[str, Any]) -> None:
+        """Take over a chunk that the trainers have filled in (`Trainer.fill_window`)."""
         with self.part("transfer"):
             self.engine.read(chunk, handles)
 
-    def end_weights(self) -> None:
-        self.engine.end()
+    def end_receiving(self) -> None:
+        """After the last chunk."""
+        self.engine.end_receiving()
         self.version = self.coming
