@@ -22,7 +22,7 @@ from executor.fleet import pools
 from executor.fleet.asking import Rank
 from executor.fleet.session import ray_session
 from executor.fleet.worker import Worker
-from executor.measuring.groups import TENSOR_PARALLEL
+from executor.measuring.groups import PEERS_START_SECONDS
 from executor.rollout.engines import kind_of
 from executor.running import preflight
 from executor.running.loop import Silent
@@ -138,7 +138,7 @@ def _whole_estimate(bench: "Bench", jobs: Sequence[Job]) -> float:
 def _longer(plan: Plan, new: Engines) -> float:
     """Seconds that new engines take to start if they are tensor-parallel, beyond those of
     others."""
-    return TENSOR_PARALLEL if new and plan.rollout.tensor_parallel > 1 else 0.0
+    return PEERS_START_SECONDS if new and plan.rollout.tensor_parallel > 1 else 0.0
 
 
 class Bench:
