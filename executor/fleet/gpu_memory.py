@@ -37,7 +37,7 @@ def _grow(on: bool) -> None:
 
 
 def forget_peak() -> None:
-    """From here on, look for a new peak, and count retries anew."""
+    """Look for a new peak from here on, and count retries from zero."""
     if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.reset_accumulated_memory_stats()

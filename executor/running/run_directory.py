@@ -56,7 +56,7 @@ def lock(path: Path) -> int:
 
 class _Log(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """On a full disk lines are lost, and nobody is shown a traceback for them."""
+        """Lose the line on a full disk: nobody is shown a traceback for it."""
 
 
 class RunDirectory:

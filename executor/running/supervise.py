@@ -35,7 +35,7 @@ class Deadlines:
     predicted: Callable[[Task], float] | None = None
 
     def of_call(self, task: Task, early: bool) -> float:
-        """Of a task; `early` are the first ones of a call."""
+        """Seconds allowed for a task; `early` ones are the first of a call."""
         floor = self.floor * (EARLY if early else 1.0)
         reward = self.plan.workload.reward
         if task.call.scores and isinstance(reward, RewardFunction):
@@ -56,16 +56,16 @@ class Deadlines:
 
     @property
     def of_start(self) -> float:
-        """Of the start, and of writing the models at the end: loading libraries, and the models'
-        bytes."""
+        """Seconds allowed for the start, and for writing the models at the end: loading libraries,
+        and the models' bytes."""
         models = self.plan.workload.models
         size = sum(4 * model.shape.parameters() for model in models.values())
         return EARLY * self.floor + size / READ_BYTES_PER_SECOND
 
     @property
     def of_collective(self) -> float:
-        """Of a collective among trainers: later than what waits for it, so that the run ends with
-        the call's name."""
+        """Seconds allowed for a collective among trainers. It is longer than the limit of the call
+        that waits for it, so that the run ends with the call's name."""
         calls = self.plan.predicted.call_seconds if self.plan.predicted else {}
         longest = FACTOR * max(calls.values(), default=UNPREDICTED_SECONDS / FACTOR)
         return max(longest, self.of_start) + MARGIN_SECONDS

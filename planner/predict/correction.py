@@ -126,8 +126,9 @@ def _nearest_split(known: Sequence[KnownRatio], split: int) -> int:
 def _preferred(
     known: Sequence[KnownRatio], split: int, role: str, preferred: Sequence[int]
 ) -> list[KnownRatio]:
-    """Of the points with this split those of the role, if any (another of its shape and head will
-    do), and with the preferred values, as far as there are any."""
+    """The points with this split that come closest: those of the role, if there are any (otherwise
+    another role of the same shape and head will do), and of these the ones with the preferred
+    values, as far as there are any."""
     alike = [point for point in known if point.like.split == split]
     alike = [point for point in alike if point.like.role == role] or alike
     for number, value in enumerate(preferred):

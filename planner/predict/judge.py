@@ -64,9 +64,9 @@ class Judged:
 
 @dataclass(frozen=True, kw_only=True)
 class Errors:
-    """Of the points of one kind of call and role. `noise` is the median of their spreads over their
-    seconds; each pair is the median of the errors without their sign, and the worst error.
-    `interpolation` is of the `informed` points alone, None if there are none."""
+    """The errors of the points of one kind of call and role. `noise` is the median of their spreads
+    over their seconds. Each pair is the median of the errors without their sign, and the worst
+    error. `interpolation` covers the `informed` points alone, and is None if there are none."""
 
     call: str
     role: str
@@ -95,7 +95,7 @@ def judge(profiles: Sequence[Profile], cluster: Cluster) -> list[Judged]:
 
 
 def errors_of(judged: Sequence[Judged]) -> list[Errors]:
-    """By kind of call and role, in their order."""
+    """The errors by kind of call and role, in their order."""
     kinds = dict.fromkeys((each.point.call, each.point.role) for each in judged)
     return [
         _errors([j for j in judged if (j.point.call, j.point.role) == kind])
@@ -128,7 +128,8 @@ def _median_and_worst(errors: Sequence[float]) -> tuple[float, float]:
 
 
 def _thirds(profiles: Sequence[Profile]) -> dict[str, int]:
-    """In turn, the cells of each kind of call, in the order of the profiles."""
+    """The number of each cell's third: the cells of each kind of call are dealt out in turn, in the
+    order of the profiles."""
     found: dict[str, int] = {}
     counts: dict[str, int] = {}
     for profile in profiles:

@@ -30,9 +30,10 @@ def divisors(number: int) -> tuple[int, ...]:
 
 @cache
 def rank_counts(gpus: int, sequences: int, node: int) -> tuple[int, ...]:
-    """On how many of `gpus` GPUs a trained or inference role may compute, in rising order: any
-    number up to 64; above, whole nodes, and the fewest ranks with a given number of a minibatch's
-    `sequences` for the busiest one. More ranks than sequences would only idle."""
+    """The numbers of GPUs, out of `gpus`, on which a trained or inference role may compute, in
+    rising order. Up to 64 that is any number. Above, it is whole nodes, and the smallest number of
+    ranks for which the busiest one gets at most n of a minibatch's `sequences`, for each n. More
+    ranks than sequences would only idle."""
     most = min(gpus, sequences)
     fewest = {-(-sequences // turns) for turns in range(1, sequences // EVERY_COUNT + 2)}
     counts = {*range(1, EVERY_COUNT + 1), *range(node, most + 1, node), *fewest}
@@ -41,8 +42,9 @@ def rank_counts(gpus: int, sequences: int, node: int) -> tuple[int, ...]:
 
 @cache
 def shards(ranks: int, node: int) -> tuple[int, ...]:
-    """Over how many of its ranks a model may be sharded: within a node any divisor; across nodes an
-    even part of a node, one, two, four, ... nodes, or all ranks."""
+    """The numbers of shards that a model may have on its ranks. Within a node that is any divisor
+    of the ranks; across nodes a divisor of a node's GPUs, one, two, four, ... nodes, or all
+    ranks."""
     if ranks <= node:
         return divisors(ranks)
     within = [d for d in divisors(node) if ranks % d == 0]

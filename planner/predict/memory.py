@@ -282,7 +282,7 @@ def role_memory(plan: Plan, role: str) -> RoleMemory:
 
 
 def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
-    """Of each pool of a plan."""
+    """The memory of each pool of a plan, on its fullest GPU."""
     roles = {role: role_memory(plan, role) for role in plan.roles}
     found = {}
     for pool in plan.pools:

@@ -38,7 +38,7 @@ class Profile(File):
 
     @property
     def sha256(self) -> str:
-        """Of the content, whatever the file's whitespace."""
+        """The hash of the content. The file's whitespace does not matter."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def shape_of(self, point: Point) -> Shape:

@@ -130,8 +130,8 @@ def render(
 
 
 def window_of(timeline: Timeline, steps: int) -> DrawnWindow:
-    """From the end of the last warm-up step over `steps` steps that count; the whole timeline if
-    none do."""
+    """The part of a timeline that is drawn: `steps` steps that count, from the end of the last
+    warm-up step; the whole timeline if none count."""
     ends = timeline.ends
     first = timeline.warmup - 1
     last = min(first + steps, max(filter(timeline.counts, ends), default=-1))

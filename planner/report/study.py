@@ -63,11 +63,11 @@ class MemoryRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
-    """Of a measured cell. `flops_share` is the share of the measured matrix rate that an update
-    reaches: by 6 FLOPs per parameter and token and attention; `computed_share` counts the
-    vocabulary's head only for the responses, for which alone it is computed. `log_prob_gap` is the
-    mean distance per token between the log-probs of engine and trainer at step 0, where both have
-    the same weights: rounding."""
+    """The figures of a measured cell. `flops_share` is the share of the measured matrix rate that
+    an update reaches, by 6 FLOPs per parameter and token and attention. `computed_share` counts the
+    vocabulary's head only for the responses, because it is computed only for them. `log_prob_gap`
+    is the mean distance per token between the log-probs of engine and trainer at step 0, where both
+    have the same weights: rounding."""
 
     result: CellResult
     measured: Timeline
@@ -181,7 +181,7 @@ def _with_figures(study: Study, rows: Sequence[Row], directory: Path) -> list[Ro
 
 
 def log_prob_gap(metrics: Path) -> float | None:
-    """Of step 0, by a run's metrics; None where they do not say. Raises UserError."""
+    """The gap of step 0 in a run's metrics; None where they do not have it. Raises UserError."""
     if not metrics.exists():
         return None
     with metrics.open(encoding="utf-8") as lines:
@@ -287,7 +287,7 @@ def company(spans: Sequence[Span], every: Sequence[Span]) -> float:
 
 
 def _memory(plan: Plan, result: CellResult) -> tuple[MemoryRow, ...]:
-    """Of each pool; none where nothing was measured (on cores)."""
+    """The memory of each pool; none where nothing was measured (on cores)."""
     by_gpu = {memory.gpu: memory for memory in result.memory}
     rows = []
     for name, pool in plan.pools.items():
@@ -311,8 +311,9 @@ def _memory(plan: Plan, result: CellResult) -> tuple[MemoryRow, ...]:
 def _flops_shares(
     study: Study, plan: Plan, call: str, spans: Sequence[Span]
 ) -> tuple[float, float] | None:
-    """By 6 FLOPs per parameter and token, and by what is computed; see `Figures`. Lengths are those
-    of the workload's distribution, exact for random weights."""
+    """An update's shares of the matrix rate: by 6 FLOPs per parameter and token, and by the
+    operations that are computed (see `Figures`). Lengths are those of the workload's distribution,
+    exact for random weights."""
     if study.matrix_flops is None:
         return None
     role = plan.dataflow[call].roles[0]
@@ -341,7 +342,8 @@ def _flops_shares(
 
 
 def _speed_ups(row: Row, rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
-    """Against the references that were measured on the same host since it was started."""
+    """The predicted and the measured speed-up of a row against each reference that was measured on
+    the same host, since the host was started."""
     found = {}
     for reference in rows:
         if reference.cell.baseline in REFERENCES and reference.figures and row.figures:
@@ -360,8 +362,8 @@ def _speed_ups(row: Row, rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Over the plans that were measured, each counted once. Errors are of the step time, without
-    their sign."""
+    """A summary of the plans that were measured, each counted once. Errors are of the step time,
+    without their sign."""
 
     plans: int
     median_error: float

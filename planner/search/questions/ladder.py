@@ -1,4 +1,4 @@
-"""From the tutorial's split to a plan, one decision at a time."""
+"""The ladder: the way from a baseline to a plan, one decision at a time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -163,7 +163,7 @@ def _state_of(plan: Plan) -> State:
 
 
 def _aligned(state: State, target: State) -> State:
-    """With the pools in the target's order, if they are the same."""
+    """The state with its pools in the target's order, if they are the same pools."""
     if _key(state.structure) != _key(target.structure):
         return state
     counts = dict(zip(state.structure, state.counts, strict=True))

@@ -19,7 +19,7 @@ def resized(cluster: Cluster, gpus: int) -> Cluster:
 
 
 def with_response(workload: Workload, factor: float) -> Workload:
-    """With responses `factor` times as long, the limit too."""
+    """The workload with responses `factor` times as long, and the same for their limit."""
     lengths = workload.response
     scaled: Fixed | Lognormal | Empirical
     if isinstance(lengths, Fixed):
@@ -34,8 +34,8 @@ def with_response(workload: Workload, factor: float) -> Workload:
 
 
 def with_tail(workload: Workload, factor: float) -> Workload | None:
-    """With a longer tail of the responses: `factor` times the sigma, mean and limit as they are.
-    None if they have none."""
+    """The workload with a longer tail of the responses: `factor` times the sigma, at the same mean
+    and limit. None if they have no tail."""
     lengths = workload.response
     if not isinstance(lengths, Lognormal):
         return None
@@ -45,13 +45,13 @@ def with_tail(workload: Workload, factor: float) -> Workload | None:
 
 
 def with_models(workload: Workload, other: Workload) -> Workload:
-    """With random weights of another workload's shapes; a model that the other lacks has its
-    actor's shape."""
+    """The workload with random weights of another workload's shapes. A model that the other lacks
+    gets its actor's shape."""
     shapes = {role: other.models.get(role, other.actor).shape for role in MODEL_ROLES}
     models = {role: Model(shape=shapes[role], random_weights=True) for role in workload.models}
     return workload.model_copy(update=models)
 
 
 def with_network(cluster: Cluster, factor: float) -> Cluster:
-    """With links between nodes that carry `factor` times as much."""
+    """The cluster with links between nodes that carry `factor` times as much."""
     return cluster.model_copy(update={"network_bandwidth": factor * cluster.network_bandwidth})

@@ -86,7 +86,7 @@ def best_of_families(
     programs: Sequence[Program] | None = None,
     deadline: float = np.inf,
 ) -> Solution:
-    """As `solve`, of these families. If there are `programs`, each family has only its own, and the
+    """Solve for these families only. If there are `programs`, each family has only its own, and the
     best is found to within a thousandth."""
     if not listed:
         return Solution((), 0.0, 0)

@@ -31,7 +31,7 @@ class Incumbents:
         self._count = len(families)
 
     def widen(self, keep: int) -> None:
-        """From now on keep more than the best, as far as the others are not much slower."""
+        """Keep more than the best from now on, as far as the others are not much slower."""
         self.keep = keep
         self.slowest = (1 + MUCH_SLOWER) * self.candidates[0].seconds
         self.margin = CLOSE_ENOUGH

@@ -46,7 +46,7 @@ class LayoutCombinations(NamedTuple):
 
 
 def kept_layouts(placement: Placement, option: RolloutOption, threshold: Threshold) -> Kept:
-    """Of each role the layouts that fit beside the engine and that do not exceed the threshold by
+    """The layouts of each role that fit next to the engine and do not exceed the threshold by
     themselves, without those that others dominate."""
     kept = {}
     for pool in range(len(placement.structure)):

@@ -105,8 +105,8 @@ class LayoutTables:
         return self.memo[key]
 
     def _fitting(self, role: str, kind: str) -> LayoutTable:
-        """As `on_full_nodes`, with those that others dominate there: a layout that is worse on full
-        nodes may be the better one on others."""
+        """The table of `on_full_nodes` and the layouts that others dominate there: a layout that is
+        worse on full nodes may be the better one on others."""
         key = role, kind, ()
         if key not in self.memo:
             device, node = self.model.cluster.devices[kind], self.largest_node[kind]

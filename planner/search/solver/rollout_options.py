@@ -152,7 +152,7 @@ def least_seconds(placement: Placement, engine: Array) -> Array | None:
 
 
 def fitting_layouts(placement: Placement, pool: int, engine: Array) -> dict[str, Indices]:
-    """For each role of a pool the layouts that fit beside an engine of such memory [3] and the
+    """The layouts of each role of a pool that fit next to an engine of this memory [3] and the
     leanest layout of each other role."""
     held = placement.held(pool)
     memory = [placement.layouts[role].memory for role in held]

@@ -29,7 +29,7 @@ class Threshold:
         self.rates, self.cuts, self.objective = rates, cuts, objective
 
     def lower_to(self, seconds: float) -> None:
-        """From now on plans have to beat one that takes `seconds`."""
+        """Let plans from now on have to beat one that takes `seconds`."""
         self.seconds = min(self.seconds, seconds * (1 - SAME))
 
     def learn(self, cut: Cut) -> None:

@@ -42,8 +42,8 @@ def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
 
 
 def trimmed(plan: Plan) -> Plan:
-    """Without the GPUs of a pool that none of its roles uses; not where weights would then cross
-    fewer nodes, for that would be another placement."""
+    """The plan without the GPUs of a pool that none of its roles uses. The plan is left as it is
+    where weights would then cross fewer nodes, because that would be another placement."""
     engines = plan.engine_gpus()
     pools = {}
     for name, pool in plan.pools.items():

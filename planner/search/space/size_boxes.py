@@ -72,8 +72,8 @@ class SizeLimits:
         return Boxes(np.arange(count), self._low, self._high, np.zeros(count))
 
     def slack(self, number: Families, low: Sizes) -> Sizes:
-        """By how much each pool [n, P] may exceed `low` if the others do not; negative where `low`
-        is too much already."""
+        """The GPUs [n, P] by which each pool may exceed `low` if the others do not. Negative where
+        `low` is too much already."""
         in_group = self._in_group[number]
         left = self._most[number] - (in_group * low[:, None, :]).sum(axis=2)
         of_pools = np.where(in_group > 0, left[:, :, None], UNLIMITED)
