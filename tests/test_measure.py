@@ -12,7 +12,7 @@ from executor.measuring.profile import Sample, measure, profile, summed_up
 from planner.predict.cost import CostModel
 from planner.predict.layouts import trainer_layouts
 from planner.predict.memory import host_bytes
-from planner.predict.points import TrainerPoint
+from planner.predict.points import OnGpus, TrainerPoint
 from planner.predict.profile import check_profiles, load_profiles
 from planner.predict.roofline import Place
 from planner.spec.cluster import make_cluster
@@ -38,7 +38,7 @@ def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_
     )
     assert len(result.measured) == 3 and result.command == "the last group\nthe others"
 
-    points = {(point.call, point.role, point.gpus) for point in result.points}
+    points = {(p.call, p.role, p.gpus) for p in result.points if isinstance(p, OnGpus)}
     inferred, trained = ("reward", "reference", "actor", "critic"), ("actor", "critic")
     for gpus in (1, 2):
         assert {("infer", role, gpus) for role in inferred} | {
@@ -47,7 +47,7 @@ def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_
     ways = {(p.engines, p.shared, p.partly) for p in result.points if p.call == "transfer"}
     assert ways == {(1, True, False), (2, True, False), (2, False, True)}
     assert {p.engines for p in result.points if p.call == "generate"} == {1, 2}
-    assert ("host", "advantages", 1) in points
+    assert "advantages" in {p.role for p in result.points if p.call == "host"}
     assert all(0 < p.seconds < 5 and p.repeats >= 3 for p in result.points)
 
     model, device = CostModel(workload, cluster, [result]), cluster.device_of((0, 0))
@@ -55,7 +55,7 @@ def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_
         layout = next(trainer_layouts(workload, role, 1, "p", device))
         estimate = model.train(role, layout, Place(parts=(1,), device=device))
         measured = [
-            p.seconds for p in result.points if (p.call, p.role, p.gpus) == ("train", role, 1)
+            p.seconds for p in result.points if p.call == "train" and (p.role, p.gpus) == (role, 1)
         ]
         assert (
             estimate.source == "measured" and len(measured) == 2

@@ -29,13 +29,13 @@ from planner.predict.roofline import LINK_LATENCY_SECONDS
 from planner.spec.cluster import Device
 from planner.spec.workload import Shape
 
-FOLLOWED_ENGINES = (
-    64  # of equal ones with a queue: more are taken to do as these with their share of the requests
-)
+# Equal engines with a queue: if there are more than these, the others are taken to do as these with
+# their share of the requests.
+FOLLOWED_ENGINES = 64
 
-# Of a decoding step beside the roofline: scheduling, sampling with log-probs, launching the graph;
-# and of each sequence in it. On a GPU as engines of 1.5B and 7B models with 64 to 512 sequences
-# each had it (profiles/h200/README.md).
+# What a decoding step takes besides the roofline (scheduling, sampling with log-probabilities,
+# launching the graph), and what each sequence in it does. On a GPU as engines of 1.5B and 7B models
+# with 64 to 512 sequences each had it (profiles/h200/README.md).
 STEP_SECONDS = {"cuda": 1.5e-3, "cpu": 4e-3}
 SEQUENCE_SECONDS = {"cuda": 1e-5, "cpu": 1e-4}
 
@@ -100,99 +100,117 @@ def generation_seconds(
 
 class BatchLengths:
     """The lengths of a batch in tokens, `prompts` and `responses` [S, B], with what floors ask of
-    them often."""
+    them often.
 
-    FOLLOWED = (
-        8  # of the longest responses: how many are looked at with those that share their engine
-    )
-    LEVELS = (0.25, 0.5, 0.75, 0.9)  # of responses that are shorter: there a wave is cut into parts
+    A floor is a number of seconds that a simulation is not below. It is quick to find, so the
+    search simulates only what its floor does not rule out. An example: prompts of 10 tokens and
+    responses of 8, 2, 2 and 4 on one engine with two slots. Together they have 16 tokens, so at
+    least 16 / 2 = 8 steps pass; the longest response that starts at once also takes 8. The slots
+    are taken by 8 and 2; then 2 and 4 follow in the second slot, and the run does take 8 steps."""
+
+    FOLLOWED = 8  # longest responses that are looked at with those that share their engine
+    LEVELS = (0.25, 0.5, 0.75, 0.9)  # shares of shorter responses: there a wave is cut into parts
     DEEPEST = 32  # waves of a queue: with more, the shared work is what counts
 
     def __init__(self, prompts: Integers, responses: Integers) -> None:
         self.prompts, self.responses = prompts, responses
-        self.contexts = (
-            prompts * responses + responses * (responses - 1) // 2
-        )  # over all steps of a sequence
         self.even = bool((prompts == prompts[0, 0]).all())
+        # Contexts of a sequence over all of its steps: p, p + 1, ..., p + r - 1.
+        self.contexts = prompts * responses + responses * (responses - 1) // 2
         self.longest = np.argsort(-responses, axis=1, kind="stable")[:, : self.FOLLOWED]
-        self._first: dict[tuple[int, int], Integers] = {}
-        self._sums = [
-            values.sum(axis=1) for values in (responses, self.contexts, prompts, prompts**2)
-        ]
+        self._longest_starting: dict[tuple[int, int], Integers] = {}
+        self._tokens = responses.sum(axis=1)
+        self._context_sums = self.contexts.sum(axis=1)
+        self._prompt_sums = prompts.sum(axis=1)
+        self._prompt_squares = (prompts**2).sum(axis=1)
         self._rising = np.sort(responses, axis=1)
         self._levels = self._rising[0, [int(share * responses.shape[1]) for share in self.LEVELS]]
 
     def floors(self, speed: Speed, engines: Integers, concurrency: Integers) -> Seconds:
         """Seconds [n, S] that generation on so many engines with so many slots each [n] is not
-        below: what all engines take on average; or the steps that pass at least, full ones as long
-        as there is a queue. As jobs taken in their order start no later if some of them get
-        shorter, start times are not below those of jobs that take their length in full steps with
-        no contexts but prompts. Once the queue is empty a step takes no less than a lone
-        sequence's.
+        below: the larger of two floors.
 
-        An engine's steps are no fewer than its tokens over its slots, nor than the longest response
-        among those that it starts with. Only their number depends on the order of the requests; the
-        rest is linear in tokens and contexts, and matrices take no less than what either all steps
-        or all tokens need."""
-        tokens, contexts, prompts, squares = self._sums
-        each = [
-            self._longest_at_first(*pair)
-            for pair in zip(engines.tolist(), concurrency.tolist(), strict=True)
-        ]
-        steps = np.maximum(tokens / concurrency[:, None], np.reshape(each, (-1, len(tokens))))
+        Work: what all engines take on average. An engine's steps are no fewer than its tokens over
+        its slots, nor than the longest response among those that it starts with. Only their number
+        depends on the order of the requests; the rest is linear in tokens and contexts, and
+        matrices take no less than what either all steps or all tokens need.
+
+        Queue: the steps that pass at least, full ones as long as requests wait. As jobs taken in
+        their order start no later if some of them get shorter, start times are not below those of
+        jobs that take their length in full steps with no contexts but prompts. Once the queue is
+        empty a step takes no less than a lone sequence's."""
+        return np.maximum(
+            self._work_floors(speed, engines, concurrency),
+            self._queue_floors(speed, engines, concurrency),
+        )
+
+    def _work_floors(self, speed: Speed, engines: Integers, concurrency: Integers) -> Seconds:
+        pairs = zip(engines.tolist(), concurrency.tolist(), strict=True)
+        starting = [self._longest_at_first(*pair) for pair in pairs]
+        longest = np.reshape(starting, (-1, len(self._tokens)))
+        tokens = self._tokens
+        steps = np.maximum(tokens / concurrency[:, None], longest)  # of all engines together
         matrices = np.maximum(speed.weights * steps, speed.arithmetic * tokens) + speed.step * steps
-        prefill = speed.prefill_token * prompts + speed.prefill_square * squares
-        average = (
-            matrices + speed.sequence * tokens + speed.attention * contexts + prefill
-        ) / engines[:, None]
-        slots = engines * concurrency
-        emptied, last = self._least_steps(slots)
-        prompt = int(self.prompts.min())
-        full = np.maximum(speed.weights, speed.arithmetic * concurrency) + speed.step
-        full = (full + speed.sequence * concurrency + speed.attention * prompt * concurrency)[
-            :, None
-        ]
-        lone = speed.matrices(1) + speed.attention * prompt
-        return np.asarray(np.maximum(average, emptied * (full - lone) + last * lone))
+        decoding = matrices + speed.sequence * tokens + speed.attention * self._context_sums
+        prefill = (
+            speed.prefill_token * self._prompt_sums + speed.prefill_square * self._prompt_squares
+        )
+        return np.asarray((decoding + prefill) / engines[:, None])
+
+    def _queue_floors(self, speed: Speed, engines: Integers, concurrency: Integers) -> Seconds:
+        emptied, last = self._least_steps(engines * concurrency)
+        shortest = int(self.prompts.min())
+        matrices = np.maximum(speed.weights, speed.arithmetic * concurrency) + speed.step
+        attention = speed.attention * shortest * concurrency
+        full_step = (matrices + speed.sequence * concurrency + attention)[:, None]
+        lone_step = speed.matrices(1) + speed.attention * shortest
+        return np.asarray(emptied * (full_step - lone_step) + last * lone_step)
 
     def _longest_at_first(self, engines: int, slots: int) -> Integers:
-        """The longest of the responses [S] that each engine starts with, summed over the
-        engines."""
+        """The longest of the responses that each engine starts with, summed over the engines [S].
+        With uneven prompts nobody knows which engine a request goes to: then the longest that any
+        engine starts with.
+
+        >>> BatchLengths(np.full((1, 4), 10), np.array([[8, 2, 2, 4]]))._longest_at_first(2, 1)
+        array([10])
+        """
         if not self.even:
             return np.asarray(self.responses[:, : engines * slots].max(axis=1))
-        key, batch = (engines, slots), self.responses.shape[1]
-        if key not in self._first:
-            rows = min(slots, -(-batch // engines))
-            first = np.zeros((len(self.responses), rows * engines), dtype=np.int64)
-            there = min(batch, rows * engines)
-            first[:, :there] = self.responses[:, :there]
-            self._first[key] = first.reshape(len(first), rows, engines).max(axis=1).sum(axis=1)
-        return self._first[key]
+        key, (scenarios, batch) = (engines, slots), self.responses.shape
+        if key not in self._longest_starting:
+            rounds = min(slots, -(-batch // engines))  # equal prompts are dealt in turn
+            starting = np.zeros((scenarios, rounds * engines), dtype=np.int64)
+            count = min(batch, rounds * engines)
+            starting[:, :count] = self.responses[:, :count]
+            by_engine = starting.reshape(scenarios, rounds, engines)
+            self._longest_starting[key] = by_engine.max(axis=1).sum(axis=1)
+        return self._longest_starting[key]
 
     def _least_steps(self, slots: Integers) -> tuple[Integers, Integers]:
         """Steps [n, S] that pass at least until the queue for so many slots [n] is empty, and until
         the last response ends.
 
-        Request p starts when p - slots + 1 requests have ended. So many have ended earliest if the
-        shortest are taken first; then one after another in every slot, in the order of their
-        lengths."""
-        batch = self.responses.shape[1]
-        emptied, last = np.zeros((2, len(slots), len(self.responses)), dtype=np.int64)
+        Request p starts when p - slots + 1 requests have ended. That many have ended earliest if
+        the shortest are taken first; then one after another in every slot, in the order of their
+        lengths. Of responses 8, 2, 2, 4 and two slots, the last request (p = 3) starts when two
+        have ended: not before step 2, so that its end is not before step 2 + 4."""
+        scenarios, batch = self.responses.shape
+        emptied, last = np.zeros((2, len(slots), scenarios), dtype=np.int64)
         last[:] = self.responses.max(axis=1)
-        at = np.concatenate(
-            [self.longest[:, : self.FOLLOWED], np.full((len(self.responses), 1), batch - 1)], axis=1
-        )
-        scenario = np.arange(len(at))[:, None]
-        for number, count in enumerate(slots.tolist()):
-            if count < batch <= self.DEEPEST * count:
-                places = at - count - count * np.arange(-(-batch // count))[:, None, None]
-                ended = np.where(places >= 0, self._rising[scenario, np.maximum(places, 0)], 0).sum(
-                    axis=0
-                )
-                emptied[number] = ended[:, -1]
-                last[number] = np.maximum(
-                    last[number], (ended + self.responses[scenario, at]).max(axis=1)
-                )
+        final = np.full((scenarios, 1), batch - 1)
+        requests = np.concatenate([self.longest, final], axis=1)
+        scenario = np.arange(scenarios)[:, None]
+        for row, count in enumerate(slots.tolist()):
+            if not count < batch <= self.DEEPEST * count:
+                continue
+            waves = np.arange(-(-batch // count))[:, None, None]
+            # A request's slot has been taken by every count-th of the shorter responses before it.
+            before = requests - count - count * waves
+            lengths = np.where(before >= 0, self._rising[scenario, np.maximum(before, 0)], 0)
+            started = lengths.sum(axis=0)
+            emptied[row] = started[:, -1]
+            ended = (started + self.responses[scenario, requests]).max(axis=1)
+            last[row] = np.maximum(last[row], ended)
         return emptied, last
 
     def wave_floors(self, speeds: Sequence[Speed], engines: int) -> list[Seconds]:
@@ -200,33 +218,31 @@ class BatchLengths:
         those of the engines that hold the longest sequences (where prompts are equal and so dealt
         in turn)."""
         scenarios, batch = self.responses.shape
-        places = self.longest[:, :, None] % engines + engines * np.arange(-(-batch // engines))
-        inside, rows = places < batch, np.arange(scenarios)[:, None, None]
+        turns = np.arange(-(-batch // engines))
+        places = self.longest[:, :, None] % engines + engines * turns  # all on the same engine
+        scenario, inside = np.arange(scenarios)[:, None, None], places < batch
         places = np.minimum(places, batch - 1)
-        lengths = self.responses[rows, places] * inside
-        most, total, count = lengths.max(axis=2), lengths.sum(axis=2), inside.sum(axis=2)
-        contexts = (self.contexts[rows, places] * inside).sum(axis=2)
+        lengths = self.responses[scenario, places] * inside
+        contexts = (self.contexts[scenario, places] * inside).sum(axis=2)
+        longest, total, count = lengths.max(axis=2), lengths.sum(axis=2), inside.sum(axis=2)
         prompt = int(self.prompts[0, 0])
-        # Steps and tokens up to some lengths and from one to the next: matrices of no such part
-        # take less than of both.
-        upto = [np.minimum(lengths, level) for level in self._levels] + [lengths]
-        steps = np.diff([part.max(axis=2) for part in upto], axis=0, prepend=0)
-        tokens = np.diff([part.sum(axis=2) for part in upto], axis=0, prepend=0)
-        return [
-            (
-                np.maximum(speed.weights * steps, speed.arithmetic * tokens).sum(axis=0)
-                + speed.step * most
-                + speed.sequence * total
-                + speed.attention * contexts
-                + speed.prefill(prompt) * count
-            ).max(axis=1)
-            for speed in speeds
-        ]
+        # Steps and tokens up to some lengths and from one to the next: the matrices of no such part
+        # take less than either its steps or its tokens need.
+        up_to = [np.minimum(lengths, level) for level in self._levels] + [lengths]
+        steps = np.diff([part.max(axis=2) for part in up_to], axis=0, prepend=0)
+        tokens = np.diff([part.sum(axis=2) for part in up_to], axis=0, prepend=0)
+        found = []
+        for speed in speeds:
+            matrices = np.maximum(speed.weights * steps, speed.arithmetic * tokens).sum(axis=0)
+            decoding = matrices + speed.step * longest + speed.sequence * total
+            decoding = decoding + speed.attention * contexts
+            found.append((decoding + speed.prefill(prompt) * count).max(axis=1))
+        return found
 
 
 class GenerationRun:
-    """Generation on some engines, simulated scenario by scenario as far as it is asked for:
-    `seconds` [S] are floors but for the first `known` scenarios."""
+    """Generation on some engines, simulated scenario by scenario as far as it is asked for. The
+    first `known` of `seconds` [S] are simulated, the others are floors."""
 
     def __init__(
         self,
@@ -236,12 +252,8 @@ class GenerationRun:
         limit: int,
         floor: Seconds | None = None,
     ) -> None:
-        self._batch, self._engines, self._concurrency, self._limit = (
-            batch,
-            engines,
-            concurrency,
-            limit,
-        )
+        self._batch, self._engines = batch, engines
+        self._concurrency, self._limit = concurrency, limit
         self.seconds = np.zeros(len(batch.responses)) if floor is None else floor.copy()
         self.known = 0
 
@@ -263,23 +275,27 @@ class GenerationRun:
             )
             self.known = len(self.seconds)
         else:
-            at, count = self.known, len(engines)
-            some = min(count, FOLLOWED_ENGINES) if _alike(engines) else count
-            requests = -(-batch.responses.shape[1] * some // count)
-            prompts, responses = (
-                batch.prompts[at, :requests],
-                batch.responses[at, :requests].tolist(),
-            )
-            found = _queued(prompts, responses, engines[:some], slots, self._limit)
-            self.seconds[at] = max(self.seconds[at], found)
+            scenario, count = self.known, len(engines)
+            followed = min(count, FOLLOWED_ENGINES) if _alike(engines) else count
+            requests = -(-batch.responses.shape[1] * followed // count)
+            prompts = batch.prompts[scenario, :requests]
+            responses = batch.responses[scenario, :requests].tolist()
+            found = _queued(prompts, responses, engines[:followed], slots, self._limit)
+            self.seconds[scenario] = max(self.seconds[scenario], found)
             self.known += 1
 
 
 def deal(
     prompts: Integers, engines: int, concurrency: int, limit: int
 ) -> tuple[Integers, Integers]:
-    """Engine and place within it of each of the first requests [B], as long as there is a free
-    slot."""
+    """The engine of each of the first requests [B], as long as there is a free slot, and its place
+    among those of the engine.
+
+    >>> deal(np.array([5, 1, 1, 1]), engines=2, concurrency=4, limit=2)
+    (array([0, 1, 1, 1]), array([0, 0, 1, 2]))
+
+    The third request finds 7 and 3 outstanding tokens, the fourth 7 and 6. A tie would go to the
+    first engine."""
     prompts = prompts[: engines * concurrency]
     if (prompts == prompts[0]).all():
         return np.divmod(np.arange(len(prompts)), engines)[::-1]
@@ -296,16 +312,15 @@ def deal(
 def _one_wave(
     prompts: Integers, responses: Integers, engines: Sequence[Speed], concurrency: int, limit: int
 ) -> Seconds:
-    """Every sequence starts at once. With an engine's sequences in the order of their lengths, the
-    number of active ones is constant between two lengths; a sequence's contexts add up to p r + r
-    (r - 1) / 2."""
+    """Seconds [S] where every sequence starts at once. With an engine's sequences in the order of
+    their lengths, the number of active ones is constant between two lengths; a sequence's contexts
+    add up to p r + r (r - 1) / 2."""
     count, width = len(engines), min(concurrency, responses.shape[1])
     if _alike(engines) and (prompts == prompts[0, 0]).all():
         return _even_wave(int(prompts[0, 0]), responses, engines[0], count)
-    falling = {
-        speed: [speed.matrices(active) for active in range(width, 0, -1)] for speed in set(engines)
-    }
-    matrices = np.array([falling[speed] for speed in engines])
+    active = range(width, 0, -1)
+    matrices_of = {speed: [speed.matrices(n) for n in active] for speed in set(engines)}
+    matrices = np.array([matrices_of[speed] for speed in engines])
     attention = np.array([speed.attention for speed in engines])
     token = np.array([speed.prefill_token for speed in engines])
     square = np.array([speed.prefill_square for speed in engines])
@@ -317,9 +332,8 @@ def _one_wave(
         lengths.sort(axis=1)  # an engine with free slots starts with zeros, which take no steps
         decoding = (np.diff(lengths, axis=1, prepend=0) * matrices).sum(axis=1)
         contexts = np.bincount(engine, prompt * response + response * (response - 1) // 2, count)
-        prefill = token * np.bincount(engine, prompt, count) + square * np.bincount(
-            engine, prompt**2, count
-        )
+        prompt_sums = np.bincount(engine, prompt, count)
+        prefill = token * prompt_sums + square * np.bincount(engine, prompt**2, count)
         seconds[scenario] = (decoding + attention * contexts + prefill).max()
     return seconds
 
@@ -329,7 +343,8 @@ def _alike(engines: Sequence[Speed]) -> bool:
 
 
 def _even_wave(prompt: int, responses: Integers, speed: Speed, engines: int) -> Seconds:
-    """Every sequence starts at once, equal prompts are dealt to equal engines in turn."""
+    """Seconds [S] where every sequence starts at once and equal prompts are dealt to equal engines
+    in turn."""
     scenarios, batch = responses.shape
     width = -(-batch // engines)
     lengths = np.zeros((scenarios, width * engines), dtype=np.int64)
@@ -337,48 +352,49 @@ def _even_wave(prompt: int, responses: Integers, speed: Speed, engines: int) -> 
     lengths = lengths.reshape(scenarios, width, engines)
     longest, total = lengths.max(axis=1), lengths.sum(axis=1)
     if speed.arithmetic * width <= speed.weights:
-        read = speed.weights * longest
+        matrices = speed.weights * longest
     else:
-        rising = np.diff(
-            np.sort(lengths, axis=1), axis=1, prepend=0
-        )  # sequences that end in the order of their lengths
-        active = np.arange(width, 0, -1)
-        read = np.einsum("swe,w->se", rising, np.maximum(speed.weights, speed.arithmetic * active))
+        # In the order of their lengths one sequence less is active after each.
+        rising = np.diff(np.sort(lengths, axis=1), axis=1, prepend=0)
+        of_active = np.maximum(speed.weights, speed.arithmetic * np.arange(width, 0, -1))
+        matrices = np.einsum("swe,w->se", rising, of_active)
     contexts = prompt * total + ((lengths**2).sum(axis=1) - total) // 2
     count = (np.arange(width * engines) < batch).reshape(width, engines).sum(axis=0)
-    seconds = read + speed.step * longest + speed.sequence * total + speed.attention * contexts
-    return np.asarray((seconds + speed.prefill(prompt) * count).max(axis=1))
+    decoding = matrices + speed.step * longest + speed.sequence * total + speed.attention * contexts
+    return np.asarray((decoding + speed.prefill(prompt) * count).max(axis=1))
 
 
 def _queued(
     prompt_tokens: Integers, responses: list[int], engines: Sequence[Speed], slots: int, limit: int
 ) -> float:
-    """One scenario with a queue, event by event: always the engine whose next sequence ends first,
-    the first engine on a tie, frees its slots and takes as many requests. While there is a queue
-    every slot is busy.
+    """Seconds of one scenario with a queue, event by event: always the engine whose next sequence
+    ends first, the first engine on a tie, frees its slots and takes as many requests. While there
+    is a queue every slot is busy.
 
-    An engine's heap holds the step at which each sequence ends and the request, as one integer."""
+    An example with one engine, two slots and responses of 2, 3, 1 and 4 tokens: requests 0 and 1
+    start. At the end of step 2 request 0 leaves and request 2 takes its slot. At the end of step 3
+    requests 1 and 2 leave and request 3 starts. Nothing waits any more: the rest, 4 steps of a lone
+    sequence, is one sum (`_drain`)."""
     count, prompts, batch = len(engines), prompt_tokens.tolist(), len(responses)
     response_tokens = np.array(responses)
     totals = prompt_tokens + response_tokens
-    step, context = [0] * count, [0] * count
     first = deal(prompt_tokens, count, slots, limit)[0]
-    running, agenda = [], []  # agenda: (time of an engine's next event, engine)
+    # Of each engine: a heap of its running sequences, each as one integer, the step at which it
+    # ends times `batch` plus its request; the last step at which one left, and the contexts then.
+    running: list[list[int]] = []
+    step, context = [0] * count, [0] * count
+    agenda: list[tuple[float, int]] = []  # when the next sequence of each engine ends
     for engine, speed in enumerate(engines):
         requests = np.flatnonzero(first == engine)
-        held = prompt_tokens[requests]
         running.append((response_tokens[requests] * batch + requests).tolist())
         heapq.heapify(running[engine])
-        context[engine] = int(held.sum())
-        clock = speed.prefill_token * context[engine] + speed.prefill_square * int((held**2).sum())
-        agenda.append(
-            (
-                clock + _until_next(running[engine][0] // batch, slots, context[engine], speed),
-                engine,
-            )
-        )
+        started = prompt_tokens[requests]
+        context[engine], squares = int(started.sum()), int((started**2).sum())
+        prefill = speed.prefill_token * context[engine] + speed.prefill_square * squares
+        steps = running[engine][0] // batch
+        agenda.append((prefill + _until_next(steps, slots, context[engine], speed), engine))
     heapq.heapify(agenda)
-    full, waiting = [speed.matrices(slots) for speed in engines], len(first)
+    full_step, waiting = [speed.matrices(slots) for speed in engines], len(first)
     while waiting < batch:
         clock, engine = agenda[0]
         speed, heap = engines[engine], running[engine]
@@ -390,29 +406,29 @@ def _queued(
             clock += speed.prefill(prompts[waiting])
             waiting += 1
         steps = heap[0] // batch - end
-        clock += steps * full[engine] + speed.attention * (
-            steps * contexts + slots * (steps * (steps - 1) // 2)
-        )
+        attended = steps * contexts + slots * (steps * (steps - 1) // 2)
+        clock += steps * full_step[engine] + speed.attention * attended
         step[engine], context[engine] = end, contexts
         heapq.heapreplace(agenda, (clock, engine))
     ends = []
     for clock, engine in agenda:
         now = running[engine][0] // batch
         contexts = context[engine] + slots * (now - step[engine])
-        steps_at, left_over = np.divmod(np.sort(running[engine]), batch)
-        ends.append(clock + _drain(steps_at, totals[left_over], now, contexts, engines[engine]))
+        last_steps, requests = np.divmod(np.sort(running[engine]), batch)
+        ends.append(clock + _drain(last_steps, totals[requests], now, contexts, engines[engine]))
     return max(ends)
 
 
 def _drain(ends: Integers, tokens: Integers, now: int, context: int, speed: Speed) -> float:
-    """Seconds from step `now` until the last of some sequences is done: the steps [n] at which they
-    end, rising, and the tokens [n] that they then have; now they have `context` together."""
+    """Seconds from step `now` until the last of some sequences is done. `ends` [n] are the steps at
+    which they end, rising, and `tokens` [n] what they then have; now they have `context`
+    together."""
     steps, active = np.diff(ends, prepend=now), np.arange(len(ends), 0, -1)
-    before = context + np.cumsum(active * steps - tokens) - (active * steps - tokens)
+    added = active * steps - tokens  # to the contexts, until a sequence has left
+    before = context + np.cumsum(added) - added
     contexts = steps * before + active * (steps * (steps - 1) // 2)
-    matrices = (
-        np.maximum(speed.weights, speed.arithmetic * active) + speed.step + speed.sequence * active
-    )
+    matrices = np.maximum(speed.weights, speed.arithmetic * active) + speed.step
+    matrices = matrices + speed.sequence * active
     return float(steps @ matrices + speed.attention * contexts.sum())
 
 

@@ -149,11 +149,7 @@ class OnGpus(Spec):
         return self
 
     def place(self, device: Device) -> Place:
-        """The GPUs, as evenly over the nodes as they go.
-
-        >>> OnGpus(gpus=5, nodes=2).place(device).parts
-        (3, 2)
-        """
+        """The GPUs, as evenly over the nodes as they go: 5 over 2 nodes are 3 and 2."""
         each, left = divmod(self.gpus, self.nodes)
         return Place(parts=tuple(each + (node < left) for node in range(self.nodes)), device=device)
 
