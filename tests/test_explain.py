@@ -8,7 +8,7 @@ from conftest import small_workload, tiny_cluster
 
 from planner.predict.cost import CostModel
 from planner.predict.forecast import predict
-from planner.predict.memory import check_memory
+from planner.predict.memory_check import check_memory
 from planner.predict.schedule import check
 from planner.search import SearchOptions, find
 from planner.search.questions.explain import effects, explain

@@ -10,7 +10,6 @@ from planner.predict.memory import (
     RoleMemory,
     activation_bytes,
     batch_bytes,
-    check_memory,
     host_bytes,
     kv_cache_bytes,
     plan_memory,
@@ -20,6 +19,7 @@ from planner.predict.memory import (
     trainer_allowance,
     trainer_memory,
 )
+from planner.predict.memory_check import check_memory
 from planner.spec.cluster import load_device, make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir

@@ -13,7 +13,7 @@ import planner.predict.layouts as layouts
 from planner.predict.cost import CostModel
 from planner.predict.forecast import forecast, predict
 from planner.predict.layouts import rank_counts, rollout_layouts, trainer_layouts
-from planner.predict.memory import check_memory
+from planner.predict.memory_check import check_memory
 from planner.predict.profile import load_profiles
 from planner.predict.schedule import check, unroll
 from planner.predict.simulate import simulate

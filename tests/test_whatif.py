@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from conftest import ROLES, make_workload, small_workload, tiny_cluster
 
 from planner.cli import main
-from planner.predict.memory import check_memory
+from planner.predict.memory_check import check_memory
 from planner.predict.schedule import check
 from planner.search import SearchOptions, find
 from planner.search.questions.pareto import pareto_points

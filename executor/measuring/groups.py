@@ -9,7 +9,8 @@ from itertools import product
 from executor.rollout.vllm.worker import made_for
 from planner.predict.cost import CostModel
 from planner.predict.layouts import MICRO_BATCH_TOKENS, rollout_layouts, trainer_layouts
-from planner.predict.memory import check_memory, host_bytes
+from planner.predict.memory import host_bytes
+from planner.predict.memory_check import check_memory
 from planner.spec.cluster import Cluster, Device
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed

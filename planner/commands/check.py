@@ -5,7 +5,8 @@ from pathlib import Path
 
 from planner.commands.execute import missing_extra
 from planner.commands.inputs import make_console
-from planner.predict.memory import check_memory, host_bytes, plan_memory
+from planner.predict.memory import host_bytes, plan_memory
+from planner.predict.memory_check import check_memory
 from planner.predict.profile import Profile
 from planner.predict.schedule import load_plan
 from planner.report.tables import memory_table

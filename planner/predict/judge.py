@@ -32,7 +32,8 @@ from planner.spec.lengths import Fixed
 from planner.spec.plan import RolloutRole
 from planner.spec.workload import Model, Ppo, Shape, Workload
 
-PARTS = 3
+CALLS = ("generate", "infer", "train", "transfer", "wake", "offload", "host")
+TURNS = 3  # in which points are held out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,33 +79,28 @@ class Errors:
 
 
 def judge(profiles: Sequence[Profile], cluster: Cluster) -> list[Judged]:
-    """All points of the profiles, which are used together, in their order: first held out by
-    thirds, then unseen."""
-    third = _thirds(profiles)
-    known = [[_without(profile, turn, third) for profile in profiles] for turn in range(PARTS)]
-    found = [
-        _judged(profile, point, known[third[_cell(profile, point)]], cluster, unseen=False)
-        for profile in profiles
-        for point in profile.points
-    ]
+    """All points of the profiles, which are used together, in their order: first those that are
+    held out by thirds, then the unseen ones."""
+    turn_of = _turns(profiles)
+    known = [[_without(profile, turn, turn_of) for profile in profiles] for turn in range(TURNS)]
+    found = []
     for profile in profiles:
-        found += [
-            _judged(profile, point, profiles, cluster, unseen=True) for point in profile.held_out
-        ]
+        for point in profile.points:
+            others = known[turn_of[_cell(profile, point)]]
+            found.append(_judged(profile, point, others, cluster, unseen=False))
+    for profile in profiles:
+        for point in profile.held_out:
+            found.append(_judged(profile, point, profiles, cluster, unseen=True))
     return found
 
 
 def errors_of(judged: Sequence[Judged]) -> list[Errors]:
-    """The errors by kind of call and role, in their order."""
-    kinds = dict.fromkeys((each.point.call, each.point.role) for each in judged)
-    return [
-        _errors([j for j in judged if (j.point.call, j.point.role) == kind])
-        for kind in sorted(kinds, key=_rank)
-    ]
-
-
-def _rank(kind: tuple[str, str]) -> int:
-    return ("generate", "infer", "train", "transfer", "wake", "offload", "host").index(kind[0])
+    """The errors of each call and role, in the order of CALLS."""
+    groups: dict[tuple[str, str], list[Judged]] = {}
+    for each in judged:
+        groups.setdefault((each.point.call, each.point.role), []).append(each)
+    in_order = sorted(groups, key=lambda group: CALLS.index(group[0]))
+    return [_errors(groups[group]) for group in in_order]
 
 
 def _errors(judged: Sequence[Judged]) -> Errors:
@@ -127,29 +123,30 @@ def _median_and_worst(errors: Sequence[float]) -> tuple[float, float]:
 # --- what is held out ---
 
 
-def _thirds(profiles: Sequence[Profile]) -> dict[str, int]:
-    """The number of each cell's third: the cells of each kind of call are dealt out in turn, in the
-    order of the profiles."""
+def _turns(profiles: Sequence[Profile]) -> dict[str, int]:
+    """The turn in which each cell is held out: those of one kind of call take turns, in the order
+    of the profiles."""
     found: dict[str, int] = {}
     counts: dict[str, int] = {}
     for profile in profiles:
         for point in profile.points:
             cell = _cell(profile, point)
             if cell not in found:
-                found[cell] = counts.get(point.call, 0) % PARTS
+                found[cell] = counts.get(point.call, 0) % TURNS
                 counts[point.call] = counts.get(point.call, 0) + 1
     return found
 
 
 def _cell(profile: Profile, point: Point) -> str:
-    """All that is held out together: the layout and the number of sequences, whosever call."""
+    """A name for the points that are held out together: those of one layout and number of
+    sequences, of whatever role."""
     alike = point.model_dump_json(exclude=FIGURES | (WORK - {"sequences"}) | {"role", "model"})
     role = point.role if point.call == "host" else point.role == "rollout"
     return f"{profile.device} {profile.shape_of(point)} {role} {alike}"
 
 
-def _without(profile: Profile, turn: int, third: dict[str, int]) -> Profile:
-    points = tuple(point for point in profile.points if third[_cell(profile, point)] != turn)
+def _without(profile: Profile, turn: int, turn_of: dict[str, int]) -> Profile:
+    points = tuple(point for point in profile.points if turn_of[_cell(profile, point)] != turn)
     return profile.model_copy(update={"points": points, "held_out": ()})
 
 
@@ -160,9 +157,12 @@ def _judged(
     profile: Profile, point: Point, known: Sequence[Profile], cluster: Cluster, *, unseen: bool
 ) -> Judged:
     shape, device = profile.shape_of(point), cluster.devices[profile.device]
-    estimated, roofline = (estimate(point, shape, device, cluster, which) for which in (known, ()))
     return Judged(
-        profile=profile, point=point, estimated=estimated, roofline=roofline, unseen=unseen
+        profile=profile,
+        point=point,
+        estimated=estimate(point, shape, device, cluster, known),
+        roofline=estimate(point, shape, device, cluster),
+        unseen=unseen,
     )
 
 

@@ -3,10 +3,11 @@ a profile measures them."""
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import product
 
 import numpy as np
 
-from planner.predict.columns import Grid
+from planner.predict.columns import OFFLOADS, Grid
 from planner.predict.memory import rollout_fraction
 from planner.spec.cluster import Device
 from planner.spec.engines import engine_for
@@ -33,7 +34,12 @@ def rank_counts(gpus: int, sequences: int, node: int) -> tuple[int, ...]:
     """The numbers of GPUs, out of `gpus`, on which a trained or inference role may compute, in
     rising order. Up to 64 that is any number. Above, it is whole nodes, and the smallest number of
     ranks for which the busiest one gets at most n of a minibatch's `sequences`, for each n. More
-    ranks than sequences would only idle."""
+    ranks than sequences would only idle.
+
+    >>> rank_counts(gpus=128, sequences=256, node=8)[64:]
+    (72, 80, 86, 88, 96, 104, 112, 120, 128)
+
+    On 86 ranks the busiest one has 3 of the 256 sequences, as it has on 87 to 127."""
     most = min(gpus, sequences)
     fewest = {-(-sequences // turns) for turns in range(1, sequences // EVERY_COUNT + 2)}
     counts = {*range(1, EVERY_COUNT + 1), *range(node, most + 1, node), *fewest}
@@ -44,7 +50,11 @@ def rank_counts(gpus: int, sequences: int, node: int) -> tuple[int, ...]:
 def shards(ranks: int, node: int) -> tuple[int, ...]:
     """The numbers of shards that a model may have on its ranks. Within a node that is any divisor
     of the ranks; across nodes a divisor of a node's GPUs, one, two, four, ... nodes, or all
-    ranks."""
+    ranks.
+
+    >>> shards(48, node=8)
+    (1, 2, 4, 8, 16, 48)
+    """
     if ranks <= node:
         return divisors(ranks)
     within = [d for d in divisors(node) if ranks % d == 0]
@@ -64,22 +74,22 @@ def trainer_grid(
 
     A micro-batch holds at least one longest sequence. On a CPU nothing is saved by sharding less,
     recomputing or offloading: its memory is the host's."""
-    trained, on_cpu = role in TRAINED, device.kind == "cpu"
+    trained = role in TRAINED
     largest = (workload.minibatch if trained else workload.batch) * workload.longest
-    tokens = sorted(
-        {min(max(size, workload.longest), largest) for size in MICRO_BATCH_TOKENS}, reverse=True
-    )
-    pairs = [
-        (count, shard) for count in ranks for shard in ((count,) if on_cpu else shards(count, node))
-    ]
-    options = [
-        (size, recompute, offload)
-        for size in (tokens[:1] if on_cpu else tokens)
-        for recompute in ((False, True) if trained and not on_cpu else (False,))
-        for offload in ((0,) if on_cpu else (0, 1, 2) if trained else (0, 2))
-    ]
-    used, shard = np.repeat(np.array(pairs, dtype=np.int64).reshape(-1, 2), len(options), axis=0).T
-    size, recompute, offload = np.tile(np.array(options, dtype=np.int64), (len(pairs), 1)).T
+    sizes = {min(max(size, workload.longest), largest) for size in MICRO_BATCH_TOKENS}
+    tokens = sorted(sizes, reverse=True)
+    if device.kind == "cpu":
+        splits = [(count, count) for count in ranks]
+        options = [(tokens[0], False, OFFLOADS.index("none"))]
+    else:
+        splits = [(count, shard) for count in ranks for shard in shards(count, node)]
+        recomputes = (False, True) if trained else (False,)
+        # A role that does not train has no optimizer to offload.
+        offloads = [OFFLOADS.index(o) for o in OFFLOADS if trained or o != "optimizer"]
+        options = list(product(tokens, recomputes, offloads))
+    columns = np.array(splits, dtype=np.int64).reshape(-1, 2)
+    used, shard = np.repeat(columns, len(options), axis=0).T
+    size, recompute, offload = np.tile(np.array(options, dtype=np.int64), (len(splits), 1)).T
     return Grid(shard, used // shard, size, recompute.astype(bool), offload)
 
 
@@ -124,13 +134,14 @@ def rollout_layouts(
 
 @cache
 def engine_counts(most: int, sequences: int) -> tuple[int, ...]:
-    """How many engines a batch of `sequences` may be shared among, in rising order: any number up
-    to 64; above, the fewest with a given share for the busiest one."""
+    """The numbers of engines among which a batch of `sequences` may be shared, in rising order: any
+    up to 64; above, the fewest with a given share for the busiest one."""
     fewest = {-(-sequences // share) for share in range(1, sequences // EVERY_COUNT + 2)}
     return tuple(sorted(count for count in {*range(1, EVERY_COUNT + 1), *fewest} if count <= most))
 
 
 def tensor_parallels(workload: Workload, device: Device) -> list[int]:
+    """The GPUs that an engine may have."""
     sizes = (1,) if device.kind == "cpu" else TENSOR_PARALLEL
     wanted = workload.tensor_parallel
     return [t for t in sizes if workload.actor.shape.heads % t == 0 and wanted in (None, t)]
@@ -139,15 +150,19 @@ def tensor_parallels(workload: Workload, device: Device) -> list[int]:
 def concurrencies(
     workload: Workload, tensor_parallel: int, engines: int, device: Device, shared: bool = True
 ) -> list[int]:
-    """Sequences at once of each of some engines: the listed numbers up to an even share of the
-    batch, and that, as far as a GPU's memory holds them. Fewer slots gain nothing but memory: only
-    the most of an engine that shares its GPUs with no other role, and of a large batch, for a large
-    cluster has memory enough and a long queue takes long to simulate."""
+    """The slots for sequences that each of some engines may have: the listed numbers up to an even
+    share of the batch, and that share, as far as a GPU's memory holds them.
+
+    Fewer slots gain nothing but memory. So an engine that shares its GPUs with no other role has
+    the most, and so has one with a large batch: a large cluster has memory enough, and a long queue
+    takes long to simulate."""
     share = -(-workload.batch // engines)
-    listed = (
-        {share} if device.kind == "cpu" else {min(share, slots) for slots in (*CONCURRENCY, share)}
-    )
+    listed = {share}
+    if device.kind != "cpu":
+        listed |= {min(share, slots) for slots in CONCURRENCY}
     fitting = [
-        s for s in sorted(listed) if 0 < rollout_fraction(workload, tensor_parallel, s, device) <= 1
+        slots
+        for slots in sorted(listed)
+        if 0 < rollout_fraction(workload, tensor_parallel, slots, device) <= 1
     ]
     return fitting if shared and workload.batch <= LARGE_BATCH else fitting[-1:]

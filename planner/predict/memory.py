@@ -17,7 +17,6 @@ import numpy as np
 from planner.predict.columns import Booleans, Grid, Integers
 from planner.spec.cluster import Device
 from planner.spec.engines import ENGINES
-from planner.spec.errors import UserError
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
 from planner.spec.workload import TRAINED, Head, Shape, Workload, head_of
 
@@ -60,8 +59,8 @@ class PoolMemory:
 
 
 def process_bytes(device: Device) -> int:
-    """What each process takes on a GPU before it holds a model: its context and its communication
-    buffers."""
+    """Bytes that a process takes on a GPU before it holds a model: its context and its
+    communication buffers."""
     return device.context_bytes + (COMMUNICATION_BYTES if device.kind == "cuda" else 0)
 
 
@@ -189,33 +188,32 @@ def _logits(
 
 
 def _gathered_bytes(shape: Shape, head: Head, size: int, trained: bool) -> int:
-    """What FSDP2 has unsharded at once: the block that computes and the next, embedding and head
-    throughout; in an update also a block's gradients, before they are reduced in fp32, and the
-    vocabulary head's, which come first of all (the embedding's come last, when no activations are
-    left). In fp32 a single shard has nothing to gather and nothing to cast."""
+    """Bytes that FSDP2 has unsharded at once: the block that computes and the next, embedding and
+    head throughout. An update also has a block's gradients, before they are reduced in fp32, and
+    the vocabulary head's, which come first of all (the embedding's come last, when no activations
+    are left). In fp32 a single shard has nothing to gather and nothing to cast."""
     ends = shape.embedding_parameters * (1 if head == "scalar" or shape.tied_embeddings else 2)
-    gradients = (size + 4) * shape.block_parameters + (
-        size * shape.embedding_parameters if head == "lm" else 0
-    )
-    return size * (2 * shape.block_parameters + ends) + (gradients if trained else 0)
+    gathered = size * (2 * shape.block_parameters + ends)
+    if not trained:
+        return gathered
+    gradients = (size + 4) * shape.block_parameters
+    if head == "lm":
+        gradients += size * shape.embedding_parameters
+    return gathered + gradients
 
 
 # --- rollout ---
 
 
 def kv_bytes_per_token(shape: Shape, tensor_parallel: int, device: Device) -> int:
-    """Per GPU of an engine; heads of keys and values are split over its GPUs, and copied where they
-    are too few."""
-    return (
-        2
-        * shape.layers
-        * -(-shape.kv_heads // tensor_parallel)
-        * shape.head_dim
-        * compute_bytes(device)
-    )
+    """Bytes of a token's keys and values on each GPU of an engine. Heads are split over its GPUs,
+    and copied where they are too few."""
+    heads = -(-shape.kv_heads // tensor_parallel)
+    return 2 * shape.layers * heads * shape.head_dim * compute_bytes(device)
 
 
 def engine_weight_bytes(shape: Shape, tensor_parallel: int, device: Device) -> int:
+    """Bytes of the actor's weights on each GPU of an engine."""
     return compute_bytes(device) * shape.parameters() // tensor_parallel
 
 
@@ -236,9 +234,8 @@ def rollout_fraction(
     """The `memory_fraction` that holds an engine's weights, its workspace and process, and the KV
     cache of `concurrency` longest sequences, so that none is ever preempted; rounded up to a
     hundredth. Above 1 it does not fit."""
-    needed = sum(
-        _engine_detail(workload, tensor_parallel, concurrency, device).values()
-    ) + process_bytes(device)
+    detail = _engine_detail(workload, tensor_parallel, concurrency, device)
+    needed = sum(detail.values()) + process_bytes(device)
     return math.ceil(100 * needed / device.memory_bytes) / 100
 
 
@@ -268,12 +265,14 @@ def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> R
 def pool_peak(members: Sequence[RoleMemory], trainer: bool, engine: bool, device: Device) -> int:
     """Bytes of a pool's fullest GPU: its processes (one `trainer` for all roles, one `engine`),
     what every role keeps, and the largest surplus of a running one."""
-    contexts = process_bytes(device) * (trainer + engine)
+    processes = int(trainer) + int(engine)
     surplus = max((member.running - member.idle for member in members), default=0)
-    return contexts + sum(member.idle for member in members) + max(0, surplus)
+    kept = sum(member.idle for member in members)
+    return processes * process_bytes(device) + kept + max(0, surplus)
 
 
 def role_memory(plan: Plan, role: str) -> RoleMemory:
+    """The memory of a role of a plan on one of its GPUs."""
     layout = plan.roles[role]
     device = plan.device_of(layout.pools[0])
     if isinstance(layout, RolloutRole):
@@ -288,27 +287,27 @@ def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
     for pool in plan.pools:
         members = {role: roles[role] for role in roles if pool in plan.roles[role].pools}
         device, engine = plan.device_of(pool), "rollout" in members
-        peak = pool_peak(list(members.values()), len(members) > engine, engine, device)
+        trainer = bool(members.keys() - {"rollout"})
+        peak = pool_peak(list(members.values()), trainer, engine, device)
         detail = {role: {**memory.detail, "idle": memory.idle} for role, memory in members.items()}
         found[pool] = PoolMemory(peak=peak, allowed=device.memory_bytes, detail=detail)
     return found
 
 
 def kv_cache_bytes(plan: Plan) -> int:
-    """Bytes of the KV cache on each GPU of an engine: what the other needs leave of its
-    `memory_fraction`."""
+    """Bytes of the KV cache on each GPU of an engine: the part of its `memory_fraction` that its
+    other needs leave."""
     detail = role_memory(plan, "rollout").detail
     return detail["kv_cache"] + detail["reserve"]
 
 
 def trainer_allowance(plan: Plan, pool: str) -> int:
-    """Bytes that the roles of a pool's trainer process may take on a GPU: what is planned for them,
-    and the workspaces of libraries as far as the processes themselves and what an engine keeps
-    while it idles leave room. Without a limit torch may keep much more than its tensors ever take
-    at a time."""
+    """Bytes that the roles of a pool's trainer process may take on a GPU: their planned bytes, and
+    the workspaces of libraries as far as the processes themselves and an idle engine leave room.
+    Without a limit torch may keep much more than its tensors ever take at a time."""
     device, engine = plan.device_of(pool), pool in plan.rollout.pools
     kept = role_memory(plan, "rollout").idle if engine else 0
-    left = device.memory_bytes - process_bytes(device) * (1 + engine) - kept
+    left = device.memory_bytes - process_bytes(device) * (1 + int(engine)) - kept
     members = [
         role_memory(plan, role) for role, layout in plan.trainers.items() if pool in layout.pools
     ]
@@ -316,13 +315,14 @@ def trainer_allowance(plan: Plan, pool: str) -> int:
 
 
 def batch_bytes(workload: Workload, staleness: int) -> int:
-    """The batches in flight on the controller's host: staleness + 1 of longest sequences."""
+    """Bytes of the batches in flight on the controller's host: staleness + 1 batches of longest
+    sequences."""
     return workload.batch * workload.longest * SAMPLE_BYTES_PER_TOKEN * (staleness + 1)
 
 
 def host_bytes(plan: Plan) -> dict[int, int]:
-    """Per node: pinned copies of what is offloaded; on the first node also the batches in flight,
-    staleness + 1."""
+    """Bytes of each node: pinned copies of offloaded memory; on the first node also the batches in
+    flight, staleness + 1."""
     batches = batch_bytes(plan.workload, plan.staleness)
     used = {node: batches if node == 0 else 0 for node in range(len(plan.cluster.nodes))}
     for name, layout in plan.roles.items():
@@ -331,73 +331,3 @@ def host_bytes(plan: Plan) -> dict[int, int]:
             for node, _ in plan.pools[pool].gpus:
                 used[node] += pinned
     return used
-
-
-def check_memory(plan: Plan) -> None:
-    """Raise UserError with the numbers for a plan that does not fit its GPUs or its hosts."""
-    for pool, memory in plan_memory(plan).items():
-        if memory.peak > memory.allowed:
-            raise UserError(_too_much(plan, pool, memory))
-    layout, device = plan.rollout, plan.device_of(plan.rollout.pools[0])
-    needed = rollout_fraction(plan.workload, layout.tensor_parallel, layout.concurrency, device)
-    if ENGINES[layout.engine].reserves and layout.memory_fraction < needed:
-        raise UserError(
-            f"rollout needs a memory_fraction of {needed:.2f} for {layout.concurrency} longest "
-            "sequences at "
-            f"tensor_parallel {layout.tensor_parallel}, but has {layout.memory_fraction:.2f}; "
-            "raise it, lower "
-            "concurrency or raise tensor_parallel"
-        )
-    for node, used in host_bytes(plan).items():
-        there = plan.cluster.nodes[node].host_memory_bytes
-        if used > there:
-            raise UserError(
-                f"node {node} needs {_gb(used)} of host memory for what is offloaded and the "
-                "batches in flight, but "
-                f"{_gb(there)} are there; offload less or lower max_staleness"
-            )
-
-
-def _too_much(plan: Plan, pool: str, memory: PoolMemory) -> str:
-    """One line that names the role that needs most on an overfull pool, and what it could do."""
-    roles = {role: role_memory(plan, role) for role in memory.detail}
-    worst = max(roles, key=lambda role: roles[role].running)
-    layout, device = plan.roles[worst], plan.device_of(pool)
-    if isinstance(layout, RolloutRole):
-        at = f"tensor_parallel {layout.tensor_parallel}"
-        use = ["a smaller memory_fraction and concurrency", "a larger tensor_parallel"]
-    else:
-        at = f"shard {layout.shard}"
-        fits = _fitting_shard(plan, worst, layout, pool)
-        use = [f"shard {fits}"] * (fits is not None) + ["a smaller micro_batch_tokens"]
-        use += ["recompute"] * (worst in TRAINED and not layout.recompute)
-    alone = pool_peak([roles[worst]], worst != "rollout", worst == "rollout", device)
-    there = f"but {_gb(memory.allowed)} are there"
-    if alone > memory.allowed:
-        return (
-            f"{worst} needs {_gb(alone)} per GPU at {at}, {there}; use {', '.join(use)} or offload"
-        )
-    kept = ", ".join(
-        f"{role} keeps {_gb(found.idle)}" for role, found in roles.items() if role != worst
-    )
-    needs = f"pool {pool!r} needs {_gb(memory.peak)} per GPU while {worst} runs at {at} ({kept})"
-    return f"{needs}, {there}; offload the other roles, or use {', '.join(use)}"
-
-
-def _fitting_shard(plan: Plan, role: str, layout: TrainerRole, pool: str) -> int | None:
-    """The smallest larger shard size, doubling within the pool, at which a role would fit beside
-    nothing else."""
-    device, shard = plan.device_of(pool), 2 * layout.shard
-    while shard <= len(plan.pools[pool].gpus):
-        wider = layout.model_copy(update={"shard": shard, "replicas": 1})
-        if (
-            pool_peak([trainer_memory(plan.workload, role, wider, device)], True, False, device)
-            <= device.memory_bytes
-        ):
-            return shard
-        shard *= 2
-    return None
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.0f} GB" if count >= 10e9 else f"{count / 1e9:.2g} GB"
