@@ -159,9 +159,7 @@ def program_of(
 ) -> list[dict[str, Any]]:
     """Issue the calls in this order, a tuple being a wait; calls that the workload lacks are left
     out."""
-    from planner.spec.dataflow import ppo
-
-    names = ppo(workload).names
+    names = workload.dataflow.names
     items: list[dict[str, Any]] = []
     for item in order:
         if isinstance(item, tuple):

@@ -24,7 +24,6 @@ from planner.search.solver.problem import problem_of
 from planner.search.space.enumerate_programs import orders
 from planner.search.space.placements import gpus_of, pack, sizes, structures
 from planner.spec.cluster import Cluster, Node, make_cluster
-from planner.spec.dataflow import ppo
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.lengths import Fixed
@@ -37,7 +36,7 @@ def brute_force(workload, cluster):
     """The shortest simulated step over every structure, pool size, layout and program, one plan at
     a time."""
     best = np.inf
-    flow = ppo(workload).steady
+    flow = workload.dataflow.steady
     model = CostModel(workload, cluster)
     device = cluster.device_of((0, 0))
     for structure in structures(workload.roles):
