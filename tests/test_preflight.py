@@ -1,12 +1,17 @@
 """What is said of a machine's GPUs before anything is started."""
 
 import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROLES, colocated, make_plan, make_workload
 
-from executor.fleet import gpus
+from executor.fleet import driver, gpus
+from executor.fleet.driver import LocalGpu
 from executor.running import preflight
 from planner.predict.memory import host_bytes
 from planner.spec.cluster import make_cluster
@@ -14,11 +19,20 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.workload import RewardFunction
 
-# As nvidia-smi prints it for `gpus.FIELDS`, of an idle and a busy GPU.
-PRINTED = """\
-0, GPU-11111111-aaaa-bbbb-cccc-000000000000, NVIDIA H200, 143771, 4, 580.159.04
-1, GPU-22222222-aaaa-bbbb-cccc-000000000001, NVIDIA H200, 143771, 20481, 580.159.04
-"""
+DRIVER = Path(__file__).parent / "driver.c"
+UUIDS = ("GPU-11111111-aaaa", "GPU-21111111-aaaa")
+# An idle and a busy GPU, as the library of `driver.c` tells of them.
+IDLE, BUSY = (
+    LocalGpu(
+        index=index,
+        uuid=uuid,
+        name="NVIDIA H200",
+        total=143771 * 2**20,
+        used=used * 2**20,
+        driver="580.159.04",
+    )
+    for index, (uuid, used) in enumerate(zip(UUIDS, (4, 20481), strict=True))
+)
 
 
 def plan_for(count: int, device: str = "h200") -> Plan:
@@ -26,26 +40,38 @@ def plan_for(count: int, device: str = "h200") -> Plan:
     return make_plan(make_workload(), {"all": count}, roles, cluster=make_cluster(count, device))
 
 
-def on_machine(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, gpus_printed: str, status: int = 0
-) -> None:
-    """Put a driver's program that answers so on the path; it names one process, on the second
-    GPU."""
-    program = directory / "nvidia-smi"
-    apps = "GPU-22222222-aaaa-bbbb-cccc-000000000001, 4711, python3"
-    (directory / "gpus.csv").write_text(gpus_printed)
-    answer = f"case $1 in --query-gpu=*) cat {directory}/gpus.csv;; *) echo '{apps}';; esac"
-    program.write_text(f"#!/bin/sh\n{answer}\nexit {status}\n")
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{directory}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+@pytest.fixture
+def on_machine(tmp_path: Path) -> Callable[..., str]:
+    """Runs lines in a process for which a library made of `driver.c` is the driver's; what they
+    print."""
+    if (compiler := shutil.which("cc")) is None or sys.platform != "linux":
+        pytest.skip("there is no C compiler")
+
+    def run(lines: str, *flags: str) -> str:
+        library = tmp_path / "libnvidia-ml.so.1"
+        made = [compiler, "-shared", "-fPIC", *flags, "-o", str(library), str(DRIVER)]
+        subprocess.run(made, check=True)
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+        script = f"import sys\nsys.path.insert(0, {str(DRIVER.parent)!r})\n{lines}"
+        command = [sys.executable, "-c", script]
+        return subprocess.run(
+            command, env=environment, check=True, capture_output=True, text=True
+        ).stdout
+
+    return run
 
 
-def test_the_drivers_table_is_read() -> None:
-    idle, busy = gpus.parse(PRINTED)
-    assert (idle.index, idle.name, idle.driver) == (0, "NVIDIA H200", "580.159.04")
-    assert idle.total == 143771 * 2**20 and (idle.used, busy.used) == (4 * 2**20, 20481 * 2**20)
-    assert gpus.parse("0, GPU-1, NVIDIA GB10, [N/A], [N/A], 580.1\n")[0].total == 0
+def test_the_driver_tells_of_its_gpus_and_of_who_uses_them(on_machine: Callable[..., str]) -> None:
+    lines = "from executor.fleet import driver\nprint(driver.gpus())\nprint(driver.users())"
+    there, users = on_machine(lines).splitlines()
+    assert there == str([IDLE, BUSY])
+    assert users == str({UUIDS[0]: [], UUIDS[1]: ["4711 (python3)"]})
+
+
+def test_without_a_driver_there_are_no_gpus() -> None:
+    if not driver.is_there():
+        assert driver.gpus() == [] and driver.users() == {}
 
 
 @pytest.mark.parametrize(
@@ -54,18 +80,18 @@ def test_the_drivers_table_is_read() -> None:
         (None, [0, 1]),
         ("1", [1]),
         ("1,0", [1, 0]),
-        ("GPU-2222", [1]),
+        ("GPU-2111", [1]),
         ("0,-1,1", [0]),
         ("", []),
         ("NoDevFiles", []),
     ],
 )
 def test_only_visible_gpus_count(variable: str | None, indices: list[int]) -> None:
-    assert [gpu.index for gpu in gpus.visible(gpus.parse(PRINTED), variable)] == indices
+    assert [gpu.index for gpu in gpus.visible([IDLE, BUSY], variable)] == indices
 
 
 def test_gpus_of_another_kind_or_size_are_refused() -> None:
-    there = gpus.parse(PRINTED)
+    there = [IDLE, BUSY]
     gpus.check_kind(plan_for(2), there)
     with pytest.raises(
         UserError, match="is for GPUs of kind h100, and GPU 0 of this machine is a NVIDIA H200"
@@ -86,15 +112,13 @@ def test_gpus_of_another_kind_or_size_are_refused() -> None:
         gpus.check_kind(plan.model_copy(update={"cluster": own}), there)
 
 
-def test_a_gpu_in_use_is_named_with_its_process_and_the_free_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_machine(tmp_path, monkeypatch, PRINTED)
+def test_a_gpu_in_use_is_named_with_its_process_and_the_free_ones() -> None:
+    users = {UUIDS[1]: ["4711 (python3)"]}
     with pytest.raises(UserError) as error:
-        gpus.check_free(gpus.found(), gpus.users())
+        gpus.check_free([IDLE, BUSY], users)
     line = str(error.value)
     assert "GPU 1 (21.5 GB), by process 4711 (python3)" in line and "CUDA_VISIBLE_DEVICES=0" in line
-    gpus.check_free(gpus.found()[:1], gpus.users())
+    gpus.check_free([IDLE], users)
 
 
 def test_a_host_that_does_not_hold_what_is_offloaded_is_refused() -> None:
@@ -111,25 +135,29 @@ def test_a_host_that_does_not_hold_what_is_offloaded_is_refused() -> None:
         preflight.check_host(plan, needed - 1)
 
 
-def test_too_few_gpus_and_a_torch_that_cannot_use_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_machine(tmp_path, monkeypatch, PRINTED)
-    with pytest.raises(UserError, match="needs 4 GPUs of kind h200 and this machine has 2"):
-        preflight.check_machine(plan_for(4))
+CHECKED = """
+from test_preflight import plan_for
+from executor.running import preflight
+from planner.spec.errors import UserError
+try:
+    preflight.check_machine(plan_for({count}))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_too_few_gpus_and_a_torch_that_cannot_use_them(on_machine: Callable[..., str]) -> None:
+    said = on_machine(CHECKED.format(count=4))
+    assert "needs 4 GPUs of kind h200 and this machine has 2" in said
     import torch
 
     if torch.version.cuda is None:
-        with pytest.raises(UserError, match="built without CUDA"):
-            preflight.check_machine(plan_for(2))
+        assert "built without CUDA" in on_machine(CHECKED.format(count=2))
 
 
-def test_a_driver_that_does_not_answer_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    on_machine(tmp_path, monkeypatch, "NVIDIA-SMI has failed\nbecause\n", status=9)
-    with pytest.raises(UserError, match=r"nvidia-smi fails \(NVIDIA-SMI has failed because\)"):
-        preflight.check_machine(plan_for(2))
+def test_a_driver_that_does_not_answer_is_one_line(on_machine: Callable[..., str]) -> None:
+    said = on_machine(CHECKED.format(count=2), "-DFAILS")
+    assert said == "the NVIDIA driver does not answer (Driver Not Loaded); check the driver\n"
 
 
 def test_an_engine_that_is_wider_than_an_actor_beside_it_is_refused() -> None:

@@ -1,49 +1,33 @@
-"""The GPUs of this machine, as their driver tells of them, and whether they are those of a plan and
-free."""
+"""The GPUs that this process may use, and whether they are those of a plan and free."""
 
 import os
-import shutil
-import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from executor.fleet import driver
+from executor.fleet.driver import LocalGpu
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir, read_data
 from planner.spec.plan import Plan
 
-FIELDS = "index,uuid,name,memory.total,memory.used,driver_version"
 IDLE_BYTES = 2 * 10**9  # what a GPU that nobody uses may show
-ANSWER_SECONDS = 60.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """One GPU; bytes of its memory."""
-
-    index: int
-    uuid: str
-    name: str
-    total: int
-    used: int
-    driver: str
-
-
-def found() -> list[Found]:
+def found() -> list[LocalGpu]:
     """The GPUs that this process may use; none without a driver. Raises UserError if the driver
     does not answer."""
-    if shutil.which("nvidia-smi") is None:
+    if not driver.is_there():
         return _as_torch_sees()
-    return visible(parse(_ask(f"--query-gpu={FIELDS}")), os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return visible(driver.gpus(), os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
-def _as_torch_sees() -> list[Found]:
-    """Where the driver's own program is missing."""
+def _as_torch_sees() -> list[LocalGpu]:
+    """Where the driver's library is missing."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     seen = [torch.cuda.get_device_properties(index) for index in range(count)]
     return [
-        Found(
+        LocalGpu(
             index=index,
             uuid=str(gpu.uuid),
             name=gpu.name,
@@ -55,63 +39,12 @@ def _as_torch_sees() -> list[Found]:
     ]
 
 
-def users() -> dict[str, list[str]]:
-    """Processes on each GPU by its UUID, as far as they can be seen from here (not from inside of a
-    container)."""
-    named: dict[str, list[str]] = {}
-    if shutil.which("nvidia-smi") is None:
-        return named
-    for line in _ask("--query-compute-apps=gpu_uuid,pid,process_name").splitlines():
-        parts = [part.strip() for part in line.split(",", 2)]
-        if len(parts) == 3:
-            named.setdefault(parts[0], []).append(f"{parts[1]} ({parts[2]})")
-    return named
-
-
-def _ask(query: str) -> str:
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=ANSWER_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(
-            f"nvidia-smi does not answer ({type(error).__name__}); is the driver in order?"
-        ) from None
-    if done.returncode:
-        said = " ".join((done.stdout + done.stderr).split())[:200]
-        raise UserError(f"nvidia-smi fails ({said}); is the driver in order?")
-    return done.stdout
-
-
-def parse(text: str) -> list[Found]:
-    """What nvidia-smi prints for `FIELDS`; memory there is in MiB."""
-    rows = [
-        [part.strip() for part in line.split(",")] for line in text.splitlines() if line.strip()
-    ]
-    return [
-        Found(
-            index=int(index),
-            uuid=uuid,
-            name=name,
-            total=_mebibytes(total),
-            used=_mebibytes(used),
-            driver=driver,
-        )
-        for index, uuid, name, total, used, driver in rows
-    ]
-
-
-def _mebibytes(text: str) -> int:
-    return int(text) * 2**20 if text.isdigit() else 0  # "[N/A]" where memory is the host's
-
-
-def visible(gpus: Sequence[Found], variable: str | None) -> list[Found]:
+def visible(gpus: Sequence[LocalGpu], variable: str | None) -> list[LocalGpu]:
     """Those that CUDA_VISIBLE_DEVICES names: indices or beginnings of UUIDs, up to the first that
     is neither."""
     if variable is None:
         return list(gpus)
-    chosen: list[Found] = []
+    chosen: list[LocalGpu] = []
     for entry in (part.strip() for part in variable.split(",")):
         match = [
             gpu for gpu in gpus if str(gpu.index) == entry or (entry and gpu.uuid.startswith(entry))
@@ -122,7 +55,7 @@ def visible(gpus: Sequence[Found], variable: str | None) -> list[Found]:
     return chosen
 
 
-def check_kind(plan: Plan, gpus: Sequence[Found]) -> None:
+def check_kind(plan: Plan, gpus: Sequence[LocalGpu]) -> None:
     """Whether these are GPUs of the plan's kind: by name for a kind that is shipped, and by their
     memory."""
     shipped = read_data(profiles_dir() / "devices.toml")
@@ -145,7 +78,7 @@ def check_kind(plan: Plan, gpus: Sequence[Found]) -> None:
                 )
 
 
-def check_free(gpus: Sequence[Found], named: dict[str, list[str]]) -> None:
+def check_free(gpus: Sequence[LocalGpu], named: dict[str, list[str]]) -> None:
     """Whether nobody else uses these GPUs. `named` are the processes that are known, by UUID."""
     busy = [gpu for gpu in gpus if gpu.used > IDLE_BYTES]
     if not busy:

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 
 from executor.data.batch import PromptSource
-from executor.fleet import pools
+from executor.fleet import driver, pools
 from executor.fleet.asking import Rank
 from executor.fleet.session import ray_session
 from executor.fleet.worker import Worker
@@ -33,6 +33,7 @@ from executor.running.step import Training
 from executor.running.supervise import Deadlines, one_line
 from executor.training.trainer import Trainer
 from planner import __version__
+from planner.spec.errors import UserError
 from planner.spec.machine import memory_bytes
 from planner.spec.plan import Gpu, Plan
 from planner.spec.study import CellResult, GpuMemory
@@ -152,7 +153,7 @@ class Bench:
         self._beside = dict(
             zip((True, False), BESIDE[resource], strict=True)
         )  # engines to start? -> seconds
-        self._host = Host()
+        self._facts = HostFacts()
 
     def estimate(self, job: Job, alive: Engines | None = None) -> float:
         """Seconds that a job will take, with these engines (those that there are) running."""
@@ -165,7 +166,7 @@ class Bench:
         told: dict[str, Any] = {
             "plan_sha256": job.sha256,
             "engines_started": len(new),
-            **self._host.facts(),
+            **self._facts.told(),
         }
         scratch = job.directory / ".run"
         shutil.rmtree(scratch, ignore_errors=True)
@@ -292,16 +293,13 @@ def _memory(
 
 class MemoryWatch:
     """The most bytes in use on each GPU while a `with` lasts, of all processes and as the driver
-    counts them, looked at every `SAMPLE_SECONDS`. Nothing where there are no GPUs or no
-    `pynvml`."""
+    counts them, looked at every `SAMPLE_SECONDS`. Nothing where there are no GPUs or no driver
+    that could be asked."""
 
     def __init__(self, devices: dict[Gpu, str]) -> None:
-        nvml: Any = _nvml() if devices else None
-        handles = {gpu: _handle(nvml, device) for gpu, device in devices.items()} if nvml else {}
-        self._used = {
-            gpu: lambda handle=handle: nvml.nvmlDeviceGetMemoryInfo(handle).used
-            for gpu, handle in handles.items()
-        }
+        self._handles: dict[Gpu, Any] = {}
+        if devices and driver.is_there():
+            self._handles = {gpu: driver.handle_of(device) for gpu, device in devices.items()}
         self.peaks: dict[Gpu, int] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -315,36 +313,14 @@ class MemoryWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        while self._used:
-            for gpu, used in self._used.items():
-                self.peaks[gpu] = max(self.peaks.get(gpu, 0), int(used()))
+        while self._handles:
+            for gpu, handle in self._handles.items():
+                self.peaks[gpu] = max(self.peaks.get(gpu, 0), driver.bytes_in_use(handle))
             if self._done.wait(SAMPLE_SECONDS):
                 break
 
 
-def _handle(nvml: Any, device: str) -> Any:
-    """Of a GPU by its number or by its UUID."""
-    return (
-        nvml.nvmlDeviceGetHandleByIndex(int(device))
-        if device.isdigit()
-        else nvml.nvmlDeviceGetHandleByUUID(device)
-    )
-
-
-def _nvml() -> Any:
-    """NVIDIA's management library, or None without it."""
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    return pynvml
-
-
-class Host:
+class HostFacts:
     """What is said of the machine."""
 
     def __init__(self) -> None:
@@ -356,10 +332,10 @@ class Host:
             with contextlib.suppress(PackageNotFoundError):
                 self._versions[name] = version(name)
         self._gpu = platform.machine()
-        if nvml := _nvml():
-            self._gpu = str(nvml.nvmlDeviceGetName(nvml.nvmlDeviceGetHandleByIndex(0)))
-            self._versions["driver"] = str(nvml.nvmlSystemGetDriverVersion())
+        with contextlib.suppress(UserError):  # cores are measured without a driver too
+            for gpu in driver.gpus()[:1]:
+                self._gpu, self._versions["driver"] = gpu.name, gpu.driver
 
-    def facts(self) -> dict[str, Any]:
+    def told(self) -> dict[str, Any]:
         date = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         return {"host": self._host, "gpu": self._gpu, "versions": self._versions, "date": date}

@@ -10,7 +10,7 @@ import ray
 
 from executor.data import reward
 from executor.data.batch import Dataset, PromptSource, Synthetic
-from executor.fleet import gpus, pools
+from executor.fleet import driver, gpus, pools
 from planner.predict.memory import host_bytes
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
@@ -88,7 +88,7 @@ def check_machine(plan: Plan) -> None:
     check_host(plan, memory_bytes())
     check_driver(there[0].driver)
     if not ray.is_initialized():  # else it may be us
-        gpus.check_free(there, gpus.users())
+        gpus.check_free(there, driver.users())
 
 
 def check_host(plan: Plan, there: int) -> None:
@@ -115,7 +115,7 @@ def check_driver(driver: str) -> None:
             f"torch {torch.__version__} is built without CUDA, and the plan is for GPUs; install a "
             "build with CUDA"
         )
-    reason = "it says no more"
+    reason = "no further detail"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:

@@ -20,7 +20,7 @@ from planner.spec.timeline import Timeline, step_seconds
 
 # A rehearsal takes as long as the real run would. The steps that fill a pipeline come on top.
 REHEARSED_STEPS = 3
-NEEDED = ("ray", "torch", "transformers", "safetensors")
+NEEDED = ("ray", "torch", "transformers", "safetensors", "pynvml")
 
 
 def need_extra(command: str) -> None:
