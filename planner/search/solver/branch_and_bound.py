@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,20 +19,15 @@ from planner.search.solver.evaluate import (
     ruled_out_by_ideal,
     ruled_out_by_roles,
 )
+from planner.search.solver.frontier import Frontier
 from planner.search.solver.incumbents import CLOSE_ENOUGH, Incumbents
 from planner.search.solver.problem import Problem
-from planner.search.solver.threshold import Cuts, with_cut
-from planner.search.space.arrays import Mask
 from planner.search.space.pins import Restrict
-from planner.search.space.placements import PlacementFamily, Structure, families, structures
+from planner.search.space.placements import PlacementFamily, families, structures
 from planner.search.space.size_boxes import (
-    BOXES_AT_ONCE,
     NEVER,
     Boxes,
-    SizeLimits,
-    halved,
     hull_of,
-    inside,
     joined,
     sizes_of,
     without_corner,
@@ -109,35 +103,9 @@ class _TimeUp(Exception):
     pass
 
 
-@dataclass
-class Frontier:
-    """The boxes that may still hold something of interest. `open` ones are to be halved. `leaves`
-    are boxes whose largest sizes can be had at once: placements, with smaller ones. Leaves that had
-    their quick plan are `parked`."""
-
-    open: Boxes
-    leaves: Boxes
-    parked: Boxes
-
-    @property
-    def bound(self) -> float:
-        return min(self.open.lowest, self.leaves.lowest, self.parked.lowest)
-
-    def keep(self, wanted: Callable[[Boxes], Mask]) -> None:
-        """Drop all boxes but the wanted ones."""
-        self.open = self.open.take(wanted(self.open))
-        self.leaves = self.leaves.take(wanted(self.leaves))
-        self.parked = self.parked.take(wanted(self.parked))
-
-    def replace(self, sharper: Callable[[Boxes], Boxes]) -> None:
-        """Replace all boxes by the same with sharper bounds."""
-        self.open, self.leaves = sharper(self.open), sharper(self.leaves)
-        self.parked = sharper(self.parked)
-
-
 class Solver:
-    """One search. It owns what it finds and learns: the `incumbents`, the `frontier`, and the
-    `cuts` of the programs of each structure."""
+    """One search over families of placements. It owns what it finds and learns: the `incumbents`,
+    and the `frontier` with the cuts of the programs."""
 
     def __init__(
         self,
@@ -148,44 +116,39 @@ class Solver:
     ) -> None:
         self.problem, self.families = problem, listed
         self.programs, self.deadline = programs, deadline
+        self.bounds = Bounds(problem, listed, programs)
         self.incumbents = Incumbents(listed, CLOSE_ENOUGH if programs else SAME)
-        self.cuts: dict[Structure, Cuts] = {}
-        self.cut_families = set[int]()  # whose boxes are bounded by the cuts too
+        self.frontier = Frontier(listed, self.bounds, self.incumbents)
         self.evaluated = 0
         self.guessed = Counter[int]()  # quick plans of a family since one was the best
         self.in_vain = 0  # quick plans since one was the best, or since a parked leaf was settled
         # How many leaves of a family a test is made for at once.
         self.together: dict[tuple[int, Test], int] = {}
-        self.bounds, self.size_limits = Bounds(problem, listed, programs), SizeLimits(listed)
-        roots = self.size_limits.roots()
-        none = roots.take(np.zeros(0, dtype=np.int64))
-        self.frontier = Frontier(none, none, none)
-        self._open(roots)
 
     def widen(self, keep: int) -> None:
         """Look for the best plans of other structures too, as far as they are not much slower."""
         self.incumbents.widen(keep)
-        self.frontier.open = self.frontier.open.take(np.zeros(0, dtype=np.int64))
-        self._open(self.size_limits.roots())
+        self.frontier.start_again()
 
     @property
     def bound(self) -> float:
         """Seconds that no plan is below, at any time of the search."""
         best = self.incumbents.best
-        found = min(self.frontier.bound, best.seconds if best else NEVER)
+        found = min(self.frontier.lowest, best.seconds if best else NEVER)
         return found if found < NEVER / 1e3 else 0.0
 
     def branch(self, most: float = np.inf) -> None:
         """Halve the boxes with the lowest bounds until none is below the best; evaluate placements
         in the order of their bounds, as soon as no box has a lower one. Evaluate at most `most`
         placements in all. Raises _TimeUp at the deadline."""
+        frontier = self.frontier
         while self.evaluated < most:
             if time.perf_counter() > self.deadline:
                 raise _TimeUp
-            self.frontier.keep(self._is_below)
-            opened, leaf = self.frontier.open.lowest, self.frontier.leaves.lowest
+            frontier.drop_dominated()
+            opened, leaf = frontier.open.lowest, frontier.leaves.lowest
             nothing_below = min(opened, leaf) >= NEVER
-            if nothing_below and not len(self.frontier.parked.bound):
+            if nothing_below and not len(frontier.parked.bound):
                 break
             if nothing_below or self.in_vain >= PATIENCE:
                 self._settle()
@@ -193,53 +156,56 @@ class Solver:
                 self._park()
             else:
                 self._guess_inside()
-                lowest, self.frontier.open = self.frontier.open.sorted().split(BOXES_AT_ONCE)
-                self._open(halved(lowest))
+                frontier.halve_lowest()
 
     # --- leaves ---
 
     def _park(self) -> None:
         """Put the leaf that has the lowest bound aside after a quick plan, unless no program can be
-        better there."""
-        leaves = self.frontier.leaves
-        pools = self.size_limits.pools[leaves.number]
+        better there. Of leaves that are equal the one with the fewest pools comes first."""
+        frontier = self.frontier
+        leaves = frontier.leaves
+        pools = frontier.limits.pools[leaves.number]
         order = np.lexsort((leaves.number, pools, leaves.bound))
         leaf = leaves.take(order[:1])
         number = int(leaf.number[0])
         if self.incumbents.best and self._simulate(leaf, queues=False):
-            self.frontier.leaves = self._sharper(leaves)
-        elif not self._cut(leaf) and not self._rule_out(leaf, ruled_out_by_roles):
-            self.frontier.leaves = self.frontier.leaves.take(order[1:])
-            self.frontier.parked = joined(self.frontier.parked, leaf)
-            if self.guessed[number] < TRIES:
-                self.in_vain += 1
-                self._guess(leaf)
-            else:  # no more quick plans here: settle a leaf next
-                self.in_vain += PATIENCE
+            frontier.leaves = frontier.sharper(leaves)
+            return
+        if self._cut(leaf) or self._rule_out(leaf, ruled_out_by_roles):
+            return
+        frontier.parked = joined(frontier.parked, leaf)
+        frontier.leaves = frontier.leaves.take(order[1:])
+        if self.guessed[number] < TRIES:
+            self.in_vain += 1
+            self._guess(leaf)
+        else:  # no more quick plans here: settle a leaf next
+            self.in_vain += PATIENCE
 
     def _settle(self) -> None:
         """Take the parked leaf that has the lowest bound further: by a cut, by the simulation of
         queues, by its ideal placement; and if none of these rules it out, find its best plan."""
         self.in_vain = 0
-        if not len(self.frontier.parked.bound):
+        frontier = self.frontier
+        if not len(frontier.parked.bound):
             return
-        order = np.argsort(self.frontier.parked.bound, kind="stable")
-        leaf = self.frontier.parked.take(order[:1])
+        order = np.argsort(frontier.parked.bound, kind="stable")
+        leaf = frontier.parked.take(order[:1])
         if self._cut(leaf):
             return
         if self._simulate(leaf, queues=True):
-            self.frontier.parked = self._sharper(self.frontier.parked)
+            frontier.parked = frontier.sharper(frontier.parked)
             return
         proof = self.incumbents.keep == 1 and not self.programs  # only the best needs one
         if proof and self._rule_out(leaf, ruled_out_by_ideal):
             return
-        self.frontier.parked = self.frontier.parked.take(order[1:])
         self._evaluate(leaf)
+        frontier.parked = frontier.parked.take(order[1:])
 
     def _simulate(self, leaf: Boxes, queues: bool) -> bool:
         """Simulate generation on a leaf where that may rule it out. Return whether it told more."""
         number = int(leaf.number[0])
-        cuts = self._known_cuts(self.families[number])
+        cuts = self.frontier.known_cuts(self.families[number])
         return self.bounds.sharpen(leaf, self.incumbents.limit(number), cuts, queues)
 
     def _cut(self, leaf: Boxes) -> bool:
@@ -247,14 +213,8 @@ class Solver:
         the cut that this leaves. Return whether the leaf's own bound is higher now."""
         if self.programs or not self.incumbents.best:
             return False
-        number = int(leaf.number[0])
-        family = self.families[number]
-        cut = self.bounds.cut(leaf, self.incumbents.limit(number))
-        self._learn(family, with_cut(self._known_cuts(family), cut))
-        self.cut_families.add(number)
-        self.frontier.replace(lambda boxes: self._bounded_by(boxes, number, (cut,)))
-        raised = self._bounded_by(leaf, number, (cut,))
-        return bool(raised.bound[0] > leaf.bound[0] * (1 + SAME))
+        limit = self.incumbents.limit(int(leaf.number[0]))
+        return self.frontier.cut(leaf, self.bounds.cut(leaf, limit))
 
     def _rule_out(self, leaf: Boxes, test: Test) -> bool:
         """Whether a test rules out a leaf, and with it some leaves of its family near it.
@@ -263,46 +223,40 @@ class Solver:
         better than the best, none of them is. The next time it is made for twice as many leaves; if
         it fails, for half as many, down to this leaf alone."""
         number = int(leaf.number[0])
-        leaves = joined(self.frontier.leaves, self.frontier.parked)
-        leaves = leaves.take(leaves.number == number)
-        distance = np.abs(leaves.high - leaf.high).max(axis=1)
-        leaves = leaves.take(np.argsort(distance, kind="stable"))
-        count = min(len(leaves.number), self.together.get((number, test), LEAVES_TOGETHER))
+        near = self.frontier.near(leaf)
+        count = min(len(near.number), self.together.get((number, test), LEAVES_TOGETHER))
         if self.families[number].rollout is not None:  # sizes that must add up to something
             count = 1
         while count:
-            hull = hull_of(leaves.take(np.arange(count)))
+            some, _ = near.split(count)
+            hull = hull_of(some)
             alike = count == 1 or not self.bounds.may_share_a_node(hull)[0]
             if alike and self._holds(test, hull):
-                self._drop(hull)
+                self.frontier.drop_inside(hull)
                 self.together[number, test] = 2 * count
                 return True
             count //= 2
         self.together[number, test] = 1
         return False
 
-    def _drop(self, hull: Boxes) -> None:
-        """Drop the boxes inside one box of the same family."""
-        self.frontier.keep(lambda boxes: ~inside(boxes, hull))
-
     def _holds(self, test: Test, box: Boxes) -> bool:
         """Whether a test rules out the largest sizes of a box."""
         trial = self._trial(box)
         verdict = test(trial)
-        self._learn(trial.family, verdict.cuts)
+        self.frontier.learn(trial.family, verdict.cuts)
         return verdict.ruled_out
 
     def _evaluate(self, leaf: Boxes) -> None:
         """Find the best plan of a leaf. Where smaller sizes may be better (`Evaluation.filled`),
-        open the rest of the box too."""
+        add the rest of the box to the frontier."""
         self.evaluated += 1
         trial = self._trial(leaf)
         found = evaluate(trial)
-        self._learn(trial.family, found.cuts)
+        self.frontier.learn(trial.family, found.cuts)
         self.incumbents.insert(found.best)
-        is_below = bool(self._is_below(leaf)[0])
-        if is_below and not found.filled and (leaf.low < leaf.high).any():
-            self._open(without_corner(leaf))
+        may_be_better = self.frontier.is_below(leaf)[0] and not found.filled
+        if may_be_better and (leaf.low < leaf.high).any():
+            self.frontier.add(without_corner(leaf))
 
     def _trial(self, box: Boxes) -> Trial:
         """The largest sizes of one box, as a placement that has to beat the incumbents."""
@@ -314,7 +268,7 @@ class Solver:
             sizes_of(family, box.high[0]),
             self.incumbents.limit(number),
             self.programs[number] if self.programs else None,
-            self._known_cuts(family),
+            self.frontier.known_cuts(family),
         )
 
     # --- quick plans ---
@@ -326,7 +280,7 @@ class Solver:
         self.guessed[number] += 1
         trial = self._trial(leaf)
         found = guess(trial)
-        self._learn(trial.family, found.cuts)
+        self.frontier.learn(trial.family, found.cuts)
         is_best = self.incumbents.insert(found.best)
         if is_best:
             self.in_vain = self.guessed[number] = 0
@@ -336,87 +290,16 @@ class Solver:
         """Find a quick plan of the family that has the lowest open box of those without one, inside
         that box; and another one as long as they get better, or as their simulations show that
         other sizes are."""
-        boxes = self.frontier.open
-        new = boxes.take(~np.isin(boxes.number, list(self.guessed)))
+        frontier = self.frontier
+        new = frontier.open.take(~np.isin(frontier.open.number, list(self.guessed)))
         if not len(new.bound):
             return
         box, _ = new.sorted().split(1)
         self.guessed[int(box.number[0])] = 0
         for _ in range(TRIES):
-            leaf = self._steepest(box)
+            leaf = frontier.steepest(box)
             if not len(leaf.bound):
                 break
             is_best = self._guess(leaf)
-            if not is_best and self._sharper(leaf).bound[0] <= leaf.bound[0] * (1 + SAME):
+            if not is_best and frontier.sharper(leaf).bound[0] <= leaf.bound[0] * (1 + SAME):
                 break
-
-    def _steepest(self, box: Boxes) -> Boxes:
-        """The leaf that is found by halving a box again and again, always into the half with the
-        lower bound; none if both are too slow."""
-        while len(box.bound) and not self.size_limits.possible(box)[0]:
-            halves = self._sharper(self._tightened(halved(box)))
-            box, _ = halves.take(self._is_below(halves)).sorted().split(1)
-        return box
-
-    # --- cuts ---
-
-    def _known_cuts(self, family: PlacementFamily) -> Cuts:
-        """The cuts of the programs of a family's structure."""
-        return self.cuts.get(family.structure, ())
-
-    def _learn(self, family: PlacementFamily, cuts: Cuts) -> None:
-        """Take over the cuts that were learned about a family's structure."""
-        self.cuts[family.structure] = cuts
-
-    # --- boxes ---
-
-    def _is_below(self, boxes: Boxes) -> Mask:
-        """Which boxes may hold something of interest, by their bounds."""
-        return np.asarray(boxes.bound < self.incumbents.limits(boxes.number))
-
-    def _open(self, boxes: Boxes) -> None:
-        """Tighten and bound boxes, and add those that may hold something of interest to the
-        frontier."""
-        boxes = self._sharper(self._tightened(boxes))
-        boxes = boxes.take(self._is_below(boxes))
-        single = self.size_limits.possible(boxes) & ~self.bounds.may_share_a_node(boxes)
-        self.frontier.leaves = joined(self.frontier.leaves, boxes.take(single))
-        self.frontier.open = joined(self.frontier.open, boxes.take(~single))
-
-    def _sharper(self, boxes: Boxes) -> Boxes:
-        """Boxes with their bounds made again, by the rates, and where that does not rule them out
-        by the cuts of the families that have been cut."""
-        bound = np.maximum(boxes.bound, self.bounds.of(boxes))
-        boxes = boxes._replace(bound=bound)
-        below = self._is_below(boxes)
-        for number in self.cut_families.intersection(boxes.number[below].tolist()):
-            cuts = self._known_cuts(self.families[number])
-            boxes = self._bounded_by(boxes, number, cuts, below)
-        return boxes
-
-    def _bounded_by(
-        self, boxes: Boxes, number: int, cuts: Cuts, below: Mask | None = None
-    ) -> Boxes:
-        """Boxes with the bounds of one family raised by cuts, where they are `below` the limit."""
-        below = self._is_below(boxes) if below is None else below
-        rows = np.flatnonzero(below & (boxes.number == number))
-        if not len(rows):
-            return boxes
-        bound = boxes.bound.copy()
-        bound[rows] = np.maximum(bound[rows], self.bounds.by_cuts(boxes.take(rows), cuts))
-        return boxes._replace(bound=bound)
-
-    def _tightened(self, boxes: Boxes) -> Boxes:
-        """Boxes without sizes that are too small to be below the limit, that leave too few GPUs for
-        the other pools, or that are no better than a smaller one. What one of these rules takes
-        away lets the others take more, so they are applied twice."""
-        for _ in range(2):
-            least = self.bounds.smallest(boxes, self.incumbents.limits(boxes.number))
-            low = np.where(boxes.high > 0, np.maximum(boxes.low, least), 0)
-            high = np.minimum(boxes.high, low + self.size_limits.slack(boxes.number, low))
-            boxes = boxes._replace(low=low, high=high)
-            boxes = boxes.take(np.flatnonzero((low <= high).all(axis=1)))
-        generates = self.bounds.table.generates[boxes.number]
-        may_shrink = self.size_limits.free[boxes.number] & ~generates
-        snapped = np.maximum(boxes.low, self.bounds.snapped(boxes))
-        return boxes._replace(high=np.where(may_shrink, snapped, boxes.high))
