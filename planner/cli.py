@@ -102,7 +102,7 @@ def gpu_counts(
 COUNT = click.IntRange(min=1)
 COUNT_OR_NONE = click.IntRange(min=0)
 STALENESS = click.IntRange(0, MOST_STALENESS)
-STEPS = click.IntRange(1, MOST_STEPS)
+STEP_COUNT = click.IntRange(1, MOST_STEPS)
 
 
 def _file(name: str = "FILE") -> click.Path:
@@ -383,7 +383,7 @@ def pareto(
 @main.command()
 @click.argument("plan", type=_file("PLAN"))
 @click.option(
-    "--steps", type=STEPS, default=8, show_default=True, metavar="N", help="Steps to simulate."
+    "--steps", type=STEP_COUNT, default=8, show_default=True, metavar="N", help="Steps to simulate."
 )
 @click.option("--gantt", type=_file(), help="Draw the steady-state steps (.png, .svg or .pdf).")
 @click.option("--trace", type=_file(), help="Write a trace that opens in Perfetto.")
@@ -408,7 +408,7 @@ def simulate(
 @click.option("--name", default="", metavar="NAME", help="Name of the run (default: the plan's).")
 @click.option(
     "--steps",
-    type=STEPS,
+    type=STEP_COUNT,
     metavar="N",
     help="Steps to run (default: the workload's; 3 for a rehearsal).",
 )
@@ -449,7 +449,12 @@ def simulate(
     help="Steps between checkpoints (0: none).",
 )
 @click.option(
-    "--keep", type=STEPS, default=2, show_default=True, metavar="K", help="Checkpoints to keep."
+    "--keep",
+    type=STEP_COUNT,
+    default=2,
+    show_default=True,
+    metavar="K",
+    help="Checkpoints to keep.",
 )
 @click.option(
     "--max-restarts",

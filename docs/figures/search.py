@@ -16,7 +16,7 @@ from planner.predict.cycle import cycles
 from planner.predict.forecast import forecast
 from planner.predict.schedule import steady_edges
 from planner.report.gantt import CALL_COLORS
-from planner.search import find
+from planner.search import SearchOptions, find
 from planner.search.space.placements import Structure, structures
 from planner.spec.cluster import make_cluster
 from planner.spec.plan import Plan
@@ -34,7 +34,8 @@ RED = "#B00020"
 
 
 def plan_of(max_staleness: int, *pins: str) -> Plan:
-    return find(WORKLOAD, CLUSTER, max_staleness=max_staleness, pins=pins, keep=1).best
+    options = SearchOptions(max_staleness=max_staleness, pins=pins, runners_up=0)
+    return find(WORKLOAD, CLUSTER, options).best
 
 
 def save(figure: Figure, name: str) -> None:
@@ -89,14 +90,8 @@ def draw_calls() -> None:
     axes = figure.add_subplot()
     clear(axes)
     for call, (x, y) in PLACES.items():
-        box = FancyBboxPatch(
-            (x - 0.55, y - 0.28),
-            1.1,
-            0.56,
-            boxstyle="round,pad=0.02",
-            fc=CALL_COLORS[call],
-            ec="none",
-        )
+        corner, color = (x - 0.55, y - 0.28), CALL_COLORS[call]
+        box = FancyBboxPatch(corner, 1.1, 0.56, boxstyle="round,pad=0.02", fc=color, ec="none")
         axes.add_patch(box)
         color = "white" if call in DARK else "black"
         axes.text(x, y + 0.06, call, ha="center", va="center", fontsize=8.5, color=color)

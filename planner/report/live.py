@@ -18,7 +18,11 @@ from planner.spec.plan import Plan
 from planner.spec.timeline import Span
 
 REFRESHES_PER_SECOND = 2  # drawing competes with the run where cores stand in for GPUs
-SHOWN = (("reward", "reward"), ("exact_match", "exact match"), ("tokens_per_second", "tokens/s"))
+SHOWN_METRICS = (
+    ("reward", "reward"),
+    ("exact_match", "exact match"),
+    ("tokens_per_second", "tokens/s"),
+)
 
 
 class LiveProgress:
@@ -68,7 +72,9 @@ class LiveProgress:
     def _headline(self) -> str:
         parts = [f"step {self.done}/{self.steps}"]
         parts += [
-            f"{title} {_number(self.metrics[key])}" for key, title in SHOWN if key in self.metrics
+            f"{title} {_number(self.metrics[key])}"
+            for key, title in SHOWN_METRICS
+            if key in self.metrics
         ]
         if "seconds" in self.metrics:
             parts.append(f"{seconds(self.metrics['seconds'])} s")

@@ -21,7 +21,9 @@ from planner.spec.workload import head_of
 
 REFERENCES = ("split", "colocated")
 UPDATES = ("update_actor", "update_critic")
-BESIDE = 0.05  # share of its time that a call must have company for, to have a cost of overlap
+LEAST_COMPANY = (
+    0.05  # share of its time that a call must have company for, to have a cost of overlap
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +258,7 @@ def _calls(predicted: Timeline, measured: Timeline, alone: dict[str, float]) -> 
             continue
         beside = company(spans[call], measured.spans)
         ratio = taken[call] / seconds if seconds else None
-        costs = ratio is not None and beside >= BESIDE and call in alone
+        costs = ratio is not None and beside >= LEAST_COMPANY and call in alone
         overlap = ratio / alone[call] - 1 if costs and ratio is not None else None
         rows.append(
             CallRow(

@@ -387,7 +387,7 @@ def _measured(
     }
 
 
-COLUMNS = (
+CSV_COLUMNS = (
     "name",
     "same_as",
     "status",
@@ -410,7 +410,9 @@ def as_csv(rows: Sequence[Row]) -> str:
     """One line per cell."""
     text = io.StringIO()
     extra = [f"{kind}_vs_{name}" for name in REFERENCES for kind in ("predicted", "measured")]
-    writer = csv.DictWriter(text, (*COLUMNS, *extra), extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(
+        text, (*CSV_COLUMNS, *extra), extrasaction="ignore", lineterminator="\n"
+    )
     writer.writeheader()
     for row in rows:
         cell = _cell(row, *ranks(rows))

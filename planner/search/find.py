@@ -47,7 +47,7 @@ class Result:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
+class Solved:
     """The candidates of a solved problem, `best` first, and the baselines (or why one cannot be).
     No plan takes fewer seconds a step than `bound`; `status` says whether that proves the best one.
     `seconds` were spent until it was proven, and `evaluated` counts the placements that were
@@ -88,7 +88,7 @@ def find(
     return write_up(solution, provenance or _provenance(workload))
 
 
-def solved(problem: Problem, options: SearchOptions, start: float) -> Solution:
+def solved(problem: Problem, options: SearchOptions, start: float) -> Solved:
     """Solve a problem. Time is counted from `start` on (of `time.perf_counter`). If the search was
     ended before the proof, a baseline that is faster than the best plan takes its place. Raises
     UserError as `find` does."""
@@ -108,7 +108,7 @@ def solved(problem: Problem, options: SearchOptions, start: float) -> Solution:
             best = _with_fastest(best, baselines)[:keep]
     elif best[0].seconds > found.bound * (1 + SAME):
         status = "gap"
-    return Solution(
+    return Solved(
         problem=problem,
         pins=pins,
         best=best,
@@ -141,7 +141,7 @@ def _with_fastest(
     return best if fastest is best[0] else (fastest, *best)
 
 
-def write_up(solution: Solution, provenance: Provenance) -> Result:
+def write_up(solution: Solved, provenance: Provenance) -> Result:
     """Write the candidates of a solution out as plans with their predictions."""
     problem = solution.problem
     space = [SPACE.format(k=problem.max_staleness), *(pin.text for pin in solution.pins)]

@@ -21,7 +21,7 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Plan, Wait
 from planner.spec.workload import ROLES
 
-Value = TypeVar("Value")
+Entry = TypeVar("Entry")
 
 STARTS = ("split", "colocated")  # the first of them that fits
 
@@ -259,5 +259,5 @@ def _moves(
             yield what, merged[:j] + merged[j + 1 :], sizes[:j] + sizes[j + 1 :]
 
 
-def _set(values: tuple[Value, ...], at: int, value: Value) -> tuple[Value, ...]:
+def _set(values: tuple[Entry, ...], at: int, value: Entry) -> tuple[Entry, ...]:
     return (*values[:at], value, *values[at + 1 :])

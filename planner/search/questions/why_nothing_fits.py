@@ -36,7 +36,7 @@ SHORTEST = 1 / 64  # of the given response length
 ENOUGH_BYTES = 2**56  # of host memory, for any plan
 
 
-class Need(NamedTuple):
+class RoleNeed(NamedTuple):
     """Bytes per GPU of a role in the layout that needs least, that layout's split in words, and the
     shard from which on it fits a GPU (0: from none)."""
 
@@ -165,7 +165,7 @@ def _largest(cluster: Cluster) -> tuple[Device, int]:
     return device, kinds.count(device)
 
 
-def _needs(workload: Workload, cluster: Cluster) -> Iterator[Need]:
+def _needs(workload: Workload, cluster: Cluster) -> Iterator[RoleNeed]:
     """What each role needs where it has all GPUs of the largest kind for itself."""
     device, gpus = _largest(cluster)
     for role in workload.roles:
@@ -174,14 +174,14 @@ def _needs(workload: Workload, cluster: Cluster) -> Iterator[Need]:
     yield _engine_need(workload, cluster, device, gpus)
 
 
-def _engine_need(workload: Workload, cluster: Cluster, device: Device, gpus: int) -> Need:
+def _engine_need(workload: Workload, cluster: Cluster, device: Device, gpus: int) -> RoleNeed:
     """The need of the engines that need least."""
     engines = []
     for split in (t for t in tensor_parallels(workload, device) if t <= _widest(cluster, device)):
         share = -(-workload.batch // max(1, gpus // split))
         fraction = rollout_fraction(workload, split, min(share, min(CONCURRENCY)), device)
         engines.append(
-            Need("rollout", int(fraction * device.memory_bytes), f"tensor-parallel {split}")
+            RoleNeed("rollout", int(fraction * device.memory_bytes), f"tensor-parallel {split}")
         )
     return min(engines, key=lambda need: need.bytes)
 
@@ -191,7 +191,7 @@ def _widest(cluster: Cluster, device: Device) -> int:
     return max(node.gpus for node in cluster.nodes if cluster.devices[node.device] == device)
 
 
-def _trainer_need(workload: Workload, role: str, device: Device, gpus: int) -> Need:
+def _trainer_need(workload: Workload, role: str, device: Device, gpus: int) -> RoleNeed:
     """The need of the layout that needs least, and the shard from which on it would fit alone."""
 
     def leanest(count: int) -> tuple[int, int]:
@@ -205,7 +205,7 @@ def _trainer_need(workload: Workload, role: str, device: Device, gpus: int) -> N
 
     running, shard = leanest(gpus)
     enough = None if alone(gpus) else _fewest(alone, gpus)
-    return Need(
+    return RoleNeed(
         role, running + process_bytes(device), f"shard {shard}", leanest(enough)[1] if enough else 0
     )
 
