@@ -194,8 +194,8 @@ def _with_devices(seats: dict[Gpu, Seat]) -> dict[Gpu, Seat]:
 
 
 def _in_order(given: Mapping[Gpu, Seat]) -> dict[Gpu, Seat]:
-    """On each node the plan's GPUs in the order of the numbers that they have there, whatever order
-    Ray chose: ranks that are neighbours in the plan are neighbours on the node."""
+    """Give the plan's GPUs of each node the devices in the order of their numbers, in whatever
+    order Ray chose them. Ranks that are neighbours in the plan are then neighbours on the node."""
     found: dict[Gpu, Seat] = {}
     for node in dict.fromkeys(node for node, _ in given):
         gpus = sorted(gpu for gpu in given if gpu[0] == node)

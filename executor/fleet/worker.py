@@ -62,18 +62,18 @@ class Worker:
         )
 
     def watch_memory(self) -> None:
-        """From here on, records tell the peak of the memory."""
+        """Let records tell the peak of the memory from here on."""
         self._watching = True
 
     def synchronize(self) -> None:
         """Wait for work that was only queued. Nothing to do without an accelerator."""
 
     def forget_peak(self) -> None:
-        """Before a call: look for a new peak of the memory. Nothing to do without an
-        accelerator."""
+        """Look for a new peak of the memory; called before a call. There is nothing to do without
+        an accelerator."""
 
     def peak(self) -> dict[str, int]:
-        """After a call: bytes at the peak, by kind."""
+        """Bytes at the peak, by kind; asked after a call."""
         return {}
 
     @contextlib.contextmanager

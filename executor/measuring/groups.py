@@ -109,8 +109,8 @@ def _all(workload: Workload, cluster: Cluster) -> list[Group]:
 def groups_here(
     workload: Workload, cluster: Cluster, only: str, say: Callable[[str], None]
 ) -> list[Group]:
-    """As `groups_of`, but for groups that offload more than this machine's memory holds; `say` is
-    told of them. Raises UserError if no other is left."""
+    """The groups of `groups_of` without those that offload more than this machine's memory holds;
+    `say` is told of them. Raises UserError if no other is left."""
     (node,) = cluster.nodes
     there = min(node.host_memory_bytes, memory_bytes())
     smaller = cluster.model_copy(
@@ -155,8 +155,9 @@ def fitting(groups: Sequence[Group], seconds: float) -> list[Group | None]:
 
 
 def _on_cores(workload: Workload, cluster: Cluster) -> Iterator[Group]:
-    """For each number of cores all roles on one pool, as often as there is room, and the tutorial's
-    two pools with a rollout over both, whose updates and weights go from one pool to the other."""
+    """Groups for each number of cores: all roles on one pool, repeated as often as there is room,
+    and the tutorial's two pools with a rollout over both, whose updates and weights go from one
+    pool to the other."""
     count = len(cluster.gpus)
     batches = (BatchSize(sequences=workload.batch, repeats=6),)  # cores are noisier than GPUs
     for size in (2**power for power in range(count.bit_length())):
@@ -384,7 +385,7 @@ def _name(plan: Plan) -> str:
 
 
 def _estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) -> list[Group]:
-    """With the seconds of the start and of the steps, the latter by the roofline."""
+    """The groups with the seconds of their start and of their steps, the latter by the roofline."""
     kind = cluster.device_of(cluster.gpus[0]).kind
     models: dict[int, CostModel] = {}
     running: set[tuple[tuple[Gpu, ...], str]] = set()

@@ -20,7 +20,7 @@ class TransformersWorker(EngineWorker):
     """The process of a transformers engine, on one GPU or core."""
 
     def start(self, plan: Plan, pool: str, channel: Channel) -> list[int]:
-        """As of any engine; it has the actor's initial weights."""
+        """Start as any engine does. This one has the actor's initial weights."""
         assert channel == "store", f"transformers takes no weights by {channel}"
         self.offload = plan.rollout.offload
         self.version = 0

@@ -174,7 +174,7 @@ class Saver:
         shutil.rmtree(unfinished, ignore_errors=True)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until the checkpoint that is being written is whole, or has failed."""
+        """Wait until the checkpoint that is being written is whole, or has failed."""
         if self._thread is not None:
             self._thread.join(seconds)
 
@@ -274,8 +274,9 @@ class Checkpoint:
         return (self.run / TIMELINE).is_file() and all(directory.is_dir() for directory in exported)
 
     def take_up(self, plan: Plan) -> None:
-        """Before the run goes on: drop its later checkpoints, and set aside what another plan has
-        measured. A run has its timeline and its models when it has ended."""
+        """Prepare the run directory for going on from this checkpoint: drop later checkpoints, and
+        set aside the measurements of another plan. A run gets its timeline and its models when it
+        has ended."""
         (self.run / TIMELINE).unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.run / "checkpoints" / FINAL)

@@ -54,7 +54,7 @@ class Backend(Protocol):
         ...
 
     def snapshot(self, directory: Path) -> "Snapshot":
-        """Between calls: what a checkpoint is to hold; processes write their parts into
+        """Take the state for a checkpoint, between calls. Processes write their parts into
         `directory`."""
         ...
 
@@ -157,8 +157,8 @@ def _call(backend: Backend, task: Task, early: bool) -> tuple[list[Record], int]
 def _span(
     task: Task, records: Sequence[Record], tokens: int, spans: dict[int, Span], course: Course
 ) -> Span:
-    """From the earliest process's start to the latest one's end; the parts are those of the process
-    that had most."""
+    """The span of a task, from the earliest process's start to the latest one's end. Each part is
+    that of the process that spent most time on it."""
     start = min(record.start for record in records) - course.began
     end = max(record.end for record in records) - course.began
     parts = {

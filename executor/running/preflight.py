@@ -220,8 +220,8 @@ def load_prompts(workload: Workload) -> PromptSource:
 
 
 def _tokenizer(path: Path) -> Any:
-    """By tokenizer.json where there is one: that file says all, and AutoTokenizer would replace
-    parts of it by what the model type usually has."""
+    """Load the tokenizer, from tokenizer.json where there is one: that file is complete, and
+    AutoTokenizer would replace parts of it by the usual ones of the model type."""
     if not any(
         (path / name).is_file()
         for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")

@@ -314,7 +314,7 @@ class Training:
         }
 
     def snapshot(self, directory: Path) -> Snapshot:
-        """Between calls: copy the state off the devices; the ranks go on to write their parts into
+        """Copy the state off the devices, between calls. The ranks go on to write their parts into
         `directory`."""
         ranks = self.processes.training
         ask(to_each(ranks, Trainer.snapshot, directory))
@@ -357,9 +357,9 @@ class Training:
 
 
 def _version_metrics(number: int, versions: list[int]) -> dict[str, Any]:
-    """Of the weights that sampled the sequences of a step: the mean and the newest, sequences by
-    staleness, and the version of each sequence in the order of the batch, as runs of [version,
-    sequences]."""
+    """Metrics of the weights that sampled the sequences of a step: mean staleness and newest
+    version, sequences by staleness, and the version of each sequence in the order of the batch, as
+    runs of [version, sequences]."""
     staleness = Counter(number - version for version in versions)
     return {
         "staleness": number - float(np.mean(versions)),

@@ -53,8 +53,8 @@ class Trackers:
         self._names, self._open = names, dict[str, Tracker]()
 
     def open(self, path: Path, plan: Plan, step: int) -> None:
-        """For the run in this directory, which begins with this step. Raises UserError if one
-        refuses."""
+        """Open the trackers for the run in this directory, which begins with this step. Raises
+        UserError if one refuses."""
         self._open["tensorboard"] = TensorBoard(path, step)
         known = path / TRACKING
         ids: dict[str, str] = json.loads(known.read_text()) if known.exists() else {}

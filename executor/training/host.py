@@ -86,8 +86,8 @@ class Host(Worker):
     # --- set-up ---
 
     def listen(self) -> tuple[str, int]:
-        """On rank 0: open the rendezvous at a free port of the address by which Ray knows this
-        node, and of no other; host and port."""
+        """Open the rendezvous on rank 0 and return its host and port. It listens at a free port of
+        the address by which Ray knows this node, and at no other address."""
         host, size = ray.util.get_node_ip_address(), len(self.plan.pools[self.pool].gpus)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.create_server((host, 0), family=family, backlog=max(128, size))

@@ -71,7 +71,7 @@ class Trainer(Host):
         gc.freeze()
 
     def _full_micro_batch(self, role: str, layout: TrainerRole) -> Packed:
-        """As many of the longest sequences as a micro-batch may have."""
+        """A micro-batch with as many of the longest sequences as it may have."""
         workload = self.plan.workload
         share = (workload.minibatch if role in TRAINED else workload.batch) // layout.gpus
         count = max(1, min(layout.micro_batch_tokens // workload.longest, share))
@@ -241,7 +241,8 @@ class Trainer(Host):
         return self.window.handles
 
     def begin_sending(self, version: int) -> None:
-        """Before the first of the chunks that make up the weights of this version."""
+        """Prepare for sending the weights of this version, before the first of the chunks that they
+        go in."""
         self.sending = contextlib.ExitStack()
         self.hosted = self.sending.enter_context(self._awake("actor", version))
 
@@ -251,7 +252,7 @@ class Trainer(Host):
         self.window.fill(self.hosted.module, chunk)
 
     def end_sending(self) -> None:
-        """After the last chunk."""
+        """End the sending after the last chunk."""
         self.sending.close()
         del self.hosted  # or the next plan would find its memory taken
 

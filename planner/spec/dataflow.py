@@ -60,8 +60,8 @@ class Dataflow:
     calls: tuple[Call, ...]
 
     def __hash__(self) -> int:
-        """Of the names alone: a search looks flows up often, and hashing all that calls read takes
-        long."""
+        """The hash of the names alone: a search looks flows up often, and hashing all that calls
+        read takes long."""
         return hash(self.names)
 
     def __getitem__(self, name: str) -> Call:

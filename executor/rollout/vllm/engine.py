@@ -175,7 +175,7 @@ class VllmEngine:
         self.llm.collective_rpc("forget_peak")
 
     def peak(self) -> dict[str, int]:
-        """Of the fullest GPU, by kind."""
+        """Bytes at the peak of the fullest GPU, by kind."""
         found = self.llm.collective_rpc("peak")
         return {kind: max(peak[kind] for peak in found) for kind in found[0]}
 
@@ -202,7 +202,7 @@ class VllmEngine:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
 
     def receive_by(self, channel: Channel) -> None:
-        """On GPUs: take weights over by this channel from here on."""
+        """Let the GPUs take weights over by this channel from here on."""
         self.llm.collective_rpc("receive_by", args=(channel,))
 
     def join_group(self, host: str, port: int, rank: int, world: int) -> None:

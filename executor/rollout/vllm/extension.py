@@ -28,8 +28,9 @@ class Extension:
     model_runner: Any
 
     def __new__(cls, *_: Any, **__: Any) -> Any:
-        """Before the worker uses its GPU. vLLM itself would let a process finish what it does when
-        the engine is gone, and it may wait for that engine."""
+        """Prepare the process before the worker uses its GPU. It is to end with the engine: vLLM
+        itself would let it finish its work when the engine is gone, and it may wait for that
+        engine."""
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (

@@ -23,8 +23,8 @@ class VllmWorker(EngineWorker):
     engine: VllmEngine
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> tuple[Any, Record]:
-        """As of any process. It ends when one of its GPUs' does: the engine is started again as a
-        whole."""
+        """Call a method as any process does. The process ends when one of its GPUs' processes does,
+        and the engine is started again as a whole."""
         try:
             return super().call(method, *args, **kwargs)
         except Exception:
@@ -77,7 +77,8 @@ class VllmWorker(EngineWorker):
         self.end_receiving()
 
     def begin_receiving(self, version: int) -> None:
-        """Before the first of the chunks that make up the weights of this version."""
+        """Prepare for the weights of this version, before the first of the chunks that they come
+        in."""
         if self.offload:
             with self.part("wake"):
                 self.engine.wake("weights")
@@ -90,6 +91,6 @@ class VllmWorker(EngineWorker):
             self.engine.read(chunk, handles)
 
     def end_receiving(self) -> None:
-        """After the last chunk."""
+        """Take the weights over after the last chunk."""
         self.engine.end_receiving()
         self.version = self.coming

@@ -105,11 +105,12 @@ def _least_lags_to(flow: Dataflow, target: str) -> dict[str, int]:
 
 
 def _precedence(first: str, needed: Needs, offset: dict[str, int]) -> dict[str, set[str]] | None:
-    """For each call those that must stand before it in the round, which begins with `first`; None
-    if the offsets allow no order.
+    """The calls that must stand before each call in the round, which begins with `first`; None if
+    the offsets allow no order.
 
     v of round i needs u of step i + offset(v) - lag, which round i - gap issues: gap 0 puts u
-    before v, a negative gap is impossible."""
+    before v, a negative gap is impossible.
+    """
     before: dict[str, set[str]] = {call: {first} - {call} for call in offset}
     for v in offset:
         for need in needed[v]:
