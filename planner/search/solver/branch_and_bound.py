@@ -43,7 +43,7 @@ LEAVES_TOGETHER = 8  # leaves of a family that are ruled out together at first
 Test = Callable[[Trial], Verdict]
 
 
-class Solution(NamedTuple):
+class SolverResult(NamedTuple):
     """What a search found: the best candidate and good ones of other structures, the best first;
     the seconds that no plan of the space is below; how many placements were evaluated; when (of
     time.perf_counter) the best was proven; and whether the search was ended before its time."""
@@ -57,7 +57,7 @@ class Solution(NamedTuple):
 
 def solve(
     problem: Problem, keep: int, restrict: Restrict | None = None, deadline: float = np.inf
-) -> Solution:
+) -> SolverResult:
     """Find the best plan, and good ones of other structures, `keep` in all; none if nothing fits.
     `restrict` adds limits to the sizes of a family, or refuses it. The search ends with what it has
     at the `deadline` (of time.perf_counter) or on Ctrl-C."""
@@ -79,11 +79,11 @@ def best_of_families(
     keep: int,
     programs: Sequence[Program] | None = None,
     deadline: float = np.inf,
-) -> Solution:
+) -> SolverResult:
     """Solve for these families only. If there are `programs`, each family has only its own, and the
     best is found to within a thousandth."""
     if not listed:
-        return Solution((), 0.0, 0)
+        return SolverResult((), 0.0, 0)
     solver = Solver(problem, listed, programs, deadline)
     ended = False
     try:
@@ -96,7 +96,7 @@ def best_of_families(
             solver.widen(keep)
             solver.branch(most=solver.evaluated + PLACEMENTS_PER_RUNNER_UP * keep)
     best = tuple(solver.incumbents.candidates)
-    return Solution(best, bound, solver.evaluated, proven, ended)
+    return SolverResult(best, bound, solver.evaluated, proven, ended)
 
 
 class _TimeUp(Exception):

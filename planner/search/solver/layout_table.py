@@ -80,8 +80,11 @@ class LayoutTables:
     def calls_of(self, role: str) -> tuple[str, ...]:
         """The calls that a trained or inference role runs, the weight sync last."""
         own = tuple(call.name for call in self.flow.calls if call.roles == (role,))
-        syncs = (call for call in self.flow.calls if call.kind == "transfer")
-        return (*own, *(call.name for call in syncs if call.roles[0] == role))
+        return (*own, self.flow.installs.name) if self._is_installed(role) else own
+
+    def _is_installed(self, role: str) -> bool:
+        """Whether the role's weights are what a sync installs in the engines: the actor's are."""
+        return role == self.flow.installs.roles[0]
 
     def on_full_nodes(self, role: str, kind: str) -> LayoutTable:
         """The layouts of a role on all GPUs of a kind and on any fewer, in the order of their
@@ -146,7 +149,7 @@ class LayoutTables:
         grid, memory, sharding = grid.take(fits), memory[fits], sharding.take(fits)
         seconds = self._seconds(role, grid, sharding, device)
         gathered = np.zeros(len(fits))
-        if any(self.flow[call].kind == "transfer" for call in self.calls_of(role)):
+        if self._is_installed(role):
             gathered = gather_seconds(workload.actor.shape, sharding, device, self.model.cluster)
         return LayoutTable(grid, memory, seconds, seconds.mean(axis=2), gathered)
 

@@ -1,5 +1,7 @@
 """A candidate of the search, written out as a plan."""
 
+from collections.abc import Iterable, Mapping
+
 from planner.predict.forecast import predict
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem
@@ -7,38 +9,38 @@ from planner.spec.plan import Issue, Plan, Pool, Proof, Provenance, RolloutRole,
 
 
 def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
-    """Write a candidate out as a plan. Pools are named by their roles."""
-    order = problem.workload.roles
-    names = {
-        f"p{i}": "+".join(r for r in order if r in roles)
-        for i, roles in enumerate(candidate.structure)
-    }
-    roles: dict[str, TrainerRole | RolloutRole] = {
-        **candidate.trainers,
-        "rollout": candidate.rollout,
-    }
-    issues = [item for item in candidate.program.items if isinstance(item, Issue)]
-    installs = problem.flow.installs.name  # what a monitor looks at
-    offset = next(item.offset for item in issues if item.call == installs)
-    monitors = [
-        Issue(call=call.name, offset=offset)
-        for call in problem.workload.dataflow.calls
-        if call.monitor
-    ]
+    """Write a candidate out as a plan of that name. Pools are named by their roles."""
+    workload = problem.workload
+    pools, names = {}, {}
+    for number, gpus in enumerate(candidate.pools):
+        members = [role for role in workload.roles if role in candidate.structure[number]]
+        names[f"p{number}"] = "+".join(members)
+        pools["+".join(members)] = Pool(gpus=gpus)
+    layouts: dict[str, TrainerRole | RolloutRole] = dict(candidate.trainers)
+    layouts["rollout"] = candidate.rollout
+    roles = {}
+    for role in workload.roles:
+        renamed = tuple(names[pool] for pool in layouts[role].pools)
+        roles[role] = layouts[role].model_copy(update={"pools": renamed})
     return Plan(
         name=name,
-        workload=problem.workload,
+        workload=workload,
         cluster=problem.cluster,
-        pools={names[f"p{i}"]: Pool(gpus=gpus) for i, gpus in enumerate(candidate.pools)},
-        roles={
-            role: roles[role].model_copy(
-                update={"pools": tuple(names[pool] for pool in roles[role].pools)}
-            )
-            for role in order
-        },
-        program=(*candidate.program.items, *monitors),
+        pools=pools,
+        roles=roles,
+        program=(*candidate.program.items, *_monitors(candidate, problem)),
         staleness=candidate.program.staleness,
     )
+
+
+def _monitors(candidate: Candidate, problem: Problem) -> list[Issue]:
+    """The monitors of a step, at the end of the program. They look at the weights that were
+    installed last, so they belong to the step of that sync."""
+    installs = problem.flow.installs.name
+    issues = [item for item in candidate.program.items if isinstance(item, Issue)]
+    offset = next(item.offset for item in issues if item.call == installs)
+    monitors = [call for call in problem.workload.dataflow.calls if call.monitor]
+    return [Issue(call=call.name, offset=offset) for call in monitors]
 
 
 def trimmed(plan: Plan) -> Plan:
@@ -48,18 +50,23 @@ def trimmed(plan: Plan) -> Plan:
     pools = {}
     for name, pool in plan.pools.items():
         ranks = [layout.gpus for layout in plan.trainers.values() if name in layout.pools]
-        used = {gpu for home, gpus in engines for gpu in gpus if home == name} | set(
-            pool.gpus[: max(ranks, default=0)]
-        )
-        pools[name] = pool.model_copy(
-            update={"gpus": tuple(gpu for gpu in pool.gpus if gpu in used)}
-        )
-    linked = {*plan.trainers["actor"].pools, *plan.rollout.pools}
-    nodes = [
-        {node for name in linked for node, _ in each[name].gpus} for each in (plan.pools, pools)
-    ]
-    empty = any(not pool.gpus for pool in pools.values())
-    return plan if empty or nodes[0] != nodes[1] else plan.model_copy(update={"pools": pools})
+        used = set(pool.gpus[: max(ranks, default=0)])
+        for home, gpus in engines:
+            if home == name:
+                used.update(gpus)
+        left = tuple(gpu for gpu in pool.gpus if gpu in used)
+        pools[name] = pool.model_copy(update={"gpus": left})
+    if any(not pool.gpus for pool in pools.values()):
+        return plan
+    handing = {*plan.trainers["actor"].pools, *plan.rollout.pools}
+    if _nodes(handing, plan.pools) != _nodes(handing, pools):
+        return plan
+    return plan.model_copy(update={"pools": pools})
+
+
+def _nodes(names: Iterable[str], pools: Mapping[str, Pool]) -> set[int]:
+    """The nodes that some pools lie on."""
+    return {node for name in names for node, _ in pools[name].gpus}
 
 
 def complete(
@@ -70,6 +77,8 @@ def complete(
     bound: float,
     seconds: float,
 ) -> Plan:
+    """The plan with its predicted figures and its provenance: the `proof` that it is the best, the
+    `bound` that no plan is below, and the `seconds` that the search took."""
     predicted = predict(plan, (), proof, bound, problem.model).model_copy(
         update={"search_seconds": seconds}
     )
