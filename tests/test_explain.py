@@ -7,12 +7,13 @@ import pytest
 from conftest import small_workload, tiny_cluster
 
 from planner.predict.cost import CostModel
+from planner.predict.cycle import plan_cycles
 from planner.predict.forecast import predict
 from planner.predict.memory_check import check_memory
 from planner.predict.schedule import check
 from planner.search import SearchOptions, find
 from planner.search.questions.explain import effects, explain
-from planner.search.questions.ladder import cycles_of, distances, moves, seconds_of, step_of
+from planner.search.questions.ladder import distances, moves, seconds_of, step_of
 from planner.search.space.placements import structures
 from planner.spec.lengths import Lognormal
 from planner.spec.workload import ROLES
@@ -74,7 +75,7 @@ def test_a_wait_never_pays(explanation):
 
 def test_sensitivities_are_finite_differences(plan, explanation):
     model = CostModel(plan.workload, plan.cluster)
-    seconds, cycles = seconds_of(plan, model), cycles_of(plan)
+    seconds, cycles = seconds_of(plan, model), plan_cycles(plan)
     step = float(cycles.periods(seconds).mean())
     assert step == pytest.approx(step_of(plan, model)) == pytest.approx(plan.predicted.step_seconds)
     for row, effect in enumerate(explanation.effects):

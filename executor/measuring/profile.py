@@ -4,14 +4,12 @@ measured is in `groups.py`."""
 
 import contextlib
 import hashlib
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from executor.fleet import pools
 from executor.fleet.asking import ask, to_each
 from executor.fleet.session import ray_session
 from executor.fleet.worker import Worker, WorkerError
+from executor.measuring import software
 from executor.measuring.groups import BatchSize, Group, fitting, groups_here
 from executor.running import preflight
 from executor.running.loop import Silent, loop
@@ -46,7 +45,6 @@ from planner.spec.plan import Plan
 from planner.spec.timeline import Span
 from planner.spec.workload import TRAINED, Shape, Workload
 
-PACKAGES = ("torch", "transformers", "ray", "vllm")
 OPEN = 1.0  # the seconds of a point that has not been summed up
 Say = Callable[[str], None]
 
@@ -154,18 +152,13 @@ def _count(groups: int) -> str:
 
 def _empty(workload: Workload, cluster: Cluster, command: str) -> Profile:
     """A profile without points, as this machine would make it."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    said = workload.model_dump_json(
-        exclude={"name"}, exclude_defaults=True
-    )  # a key that comes later changes nothing
-    digest = hashlib.sha256(said.encode()).hexdigest()
+    # Without defaults, so that a key that comes later changes nothing.
+    content = workload.model_dump_json(exclude={"name"}, exclude_defaults=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()
     return Profile(
         device=cluster.nodes[0].device,
         model=workload.actor.shape,
-        versions=versions,
+        versions=software.versions(),
         date=datetime.now(UTC).strftime("%Y-%m-%d"),
         command=command or f"plan profile --cluster {cluster.name} (workload {workload.name})",
         workload=f"{workload.name} {digest[:12]}",

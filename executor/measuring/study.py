@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from executor.fleet import driver, pools
 from executor.fleet.asking import Rank
 from executor.fleet.session import ray_session
 from executor.fleet.worker import Worker
+from executor.measuring import software
 from executor.measuring.groups import PEERS_START_SECONDS
 from executor.rollout.engines import kind_of
 from executor.running import preflight
@@ -39,7 +39,6 @@ from planner.spec.plan import Gpu, Plan
 from planner.spec.study import CellResult, GpuMemory
 from planner.spec.timeline import Timeline, step_seconds
 
-PACKAGES = ("torch", "transformers", "ray", "vllm")
 SAMPLE_SECONDS = 0.05
 CELL_FLOOR_SECONDS = 20.0  # of a call's deadline: a study's time is short
 # Seconds that a cell takes beside its steps, first step's compiling included: with engines to
@@ -327,10 +326,7 @@ class HostFacts:
         boot = Path("/proc/sys/kernel/random/boot_id")
         booted = boot.read_text() if boot.exists() else ""
         self._host = hashlib.sha256(f"{platform.node()} {booted}".encode()).hexdigest()[:12]
-        self._versions = {"splitplan": __version__, "python": platform.python_version()}
-        for name in PACKAGES:
-            with contextlib.suppress(PackageNotFoundError):
-                self._versions[name] = version(name)
+        self._versions = {"splitplan": __version__, **software.versions()}
         self._gpu = platform.machine()
         with contextlib.suppress(UserError):  # cores are measured without a driver too
             for gpu in driver.gpus()[:1]:

@@ -6,12 +6,17 @@ graph, of the cycle's total duration by its total step distance (Baccelli, Cohen
 Synchronization and Linearity, 1992, theorem 3.28).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
+
+from planner.predict.edges import PoolsOf
+from planner.predict.schedule import steady_edges
+from planner.spec.dataflow import Dataflow
+from planner.spec.plan import Issue, Plan, Wait
 
 SLACK = 1e-12  # relative; differences that only rounding makes
 Edges = Mapping[tuple[str, str], int]
@@ -35,6 +40,16 @@ class Cycles:
         """The calls of the cycle that binds at durations [calls]."""
         row = self.counts[np.argmax(self.counts @ seconds / self.distance)]
         return tuple(call for call, on in zip(self.calls, row, strict=True) if on)
+
+
+def plan_cycles(plan: Plan) -> Cycles:
+    """The cycles of a plan's event graph in the steady state."""
+    return program_cycles(plan.dataflow, plan.program, plan.pools_of)
+
+
+def program_cycles(flow: Dataflow, program: Sequence[Issue | Wait], pools_of: PoolsOf) -> Cycles:
+    """The cycles of a program's event graph in the steady state, over all of its calls."""
+    return cycles(flow.steady.names, steady_edges(flow, program, pools_of))
 
 
 def cycles(calls: tuple[str, ...], edges: Edges) -> Cycles:

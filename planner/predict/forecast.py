@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from planner.predict.cost import CostModel, Estimate
-from planner.predict.cycle import cycles
+from planner.predict.cycle import plan_cycles
 from planner.predict.memory import plan_memory
 from planner.predict.objective import Objective
 from planner.predict.profile import Profile
-from planner.predict.schedule import Task, steady_edges, tasks_of
+from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.plan import Plan, Predicted, Proof
 from planner.spec.timeline import Span, Timeline
@@ -87,45 +87,42 @@ def predict(
     percentile. `bound` is one of what the proof's objective says.
 
     Evaluations and other monitors are left out of the step time."""
-    estimates = durations(plan, profiles, model)
+    model = model or CostModel(plan.workload, plan.cluster, profiles)
+    estimates = durations(plan, model=model)
     names = plan.dataflow.steady.names
-    drawn = np.stack(
-        [np.broadcast_to(estimates[name].seconds, _scenarios(estimates)) for name in names]
-    )
-    edges = steady_edges(plan.dataflow, plan.program, plan.pools_of)
-    periods = cycles(names, edges).periods(drawn)
+    drawn = np.stack([estimates[name].seconds for name in names])
+    periods = plan_cycles(plan).periods(drawn)
     step, p95 = (float(Objective(name).of(periods)) for name in ("mean", "p95"))
     minimised = float(Objective(proof.objective if proof else "mean").of(periods))
-    mean = dict(zip(names, drawn.mean(axis=1).tolist(), strict=True))
-    calls = {call.name: call for call in plan.dataflow.calls}
-    busy = {
-        pool: sum(mean[n] for n in names if pool in plan.pools_of(calls[n])) / step
-        for pool in plan.pools
-    }
-    by_source: dict[str, float] = {}
-    for name in names:
-        source = estimates[name].source
-        by_source[source] = by_source.get(source, 0.0) + mean[name] / sum(mean.values())
+    call_seconds = dict(zip(names, drawn.mean(axis=1).tolist(), strict=True))
     return Predicted(
         step_seconds=step,
         step_seconds_p95=p95,
-        tokens_per_second=(float(model.tokens.mean()) if model else tokens_per_step(plan)) / step,
+        tokens_per_second=float(model.tokens.mean()) / step,
         lower_bound_seconds=bound,
         gap=max(0.0, minimised / bound - 1.0) if bound else 0.0,
-        proof=proof or Proof(status="none", scenarios=drawn.shape[1]),
+        proof=proof or Proof(status="none", scenarios=model.scenarios),
         memory_bytes={pool: memory.peak for pool, memory in plan_memory(plan).items()},
-        call_seconds=mean,
-        busy=busy,
-        sources=by_source,
+        call_seconds=call_seconds,
+        busy=_busy(plan, call_seconds, step),
+        sources=_sources(estimates, call_seconds),
     )
 
 
-def _scenarios(estimates: dict[str, Estimate]) -> tuple[int]:
-    return (max(len(estimate.seconds) for estimate in estimates.values()),)
+def _busy(plan: Plan, call_seconds: dict[str, float], step: float) -> dict[str, float]:
+    """The share of a step in which each pool runs a call."""
+    calls = {call.name: call for call in plan.dataflow.calls}
+    found = {}
+    for pool in plan.pools:
+        used = sum(call_seconds[n] for n in call_seconds if pool in plan.pools_of(calls[n]))
+        found[pool] = used / step
+    return found
 
 
-def tokens_per_step(plan: Plan) -> float:
-    """Prompt and response tokens that one step trains on, as expected from the length
-    distributions."""
-    model = CostModel(plan.workload, plan.cluster)
-    return float(model.tokens.mean())
+def _sources(estimates: dict[str, Estimate], call_seconds: dict[str, float]) -> dict[str, float]:
+    """The share of all calls' seconds that comes from each source."""
+    found: dict[str, float] = {}
+    for name, seconds in call_seconds.items():
+        source = estimates[name].source
+        found[source] = found.get(source, 0.0) + seconds / sum(call_seconds.values())
+    return found

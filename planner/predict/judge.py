@@ -32,7 +32,7 @@ from planner.spec.lengths import Fixed
 from planner.spec.plan import RolloutRole
 from planner.spec.workload import Model, Ppo, Shape, Workload
 
-CALLS = ("generate", "infer", "train", "transfer", "wake", "offload", "host")
+CALL_ORDER = ("generate", "infer", "train", "transfer", "wake", "offload", "host")
 TURNS = 3  # in which points are held out
 
 
@@ -95,11 +95,11 @@ def judge(profiles: Sequence[Profile], cluster: Cluster) -> list[Judged]:
 
 
 def errors_of(judged: Sequence[Judged]) -> list[Errors]:
-    """The errors of each call and role, in the order of CALLS."""
+    """The errors of each call and role, in the order of CALL_ORDER."""
     groups: dict[tuple[str, str], list[Judged]] = {}
     for each in judged:
         groups.setdefault((each.point.call, each.point.role), []).append(each)
-    in_order = sorted(groups, key=lambda group: CALLS.index(group[0]))
+    in_order = sorted(groups, key=lambda group: CALL_ORDER.index(group[0]))
     return [_errors(groups[group]) for group in in_order]
 
 

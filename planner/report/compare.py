@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.predict.cycle import cycles
-from planner.predict.schedule import steady_edges, tasks_of
+from planner.predict.cycle import plan_cycles
+from planner.predict.schedule import tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -156,10 +156,8 @@ def critical_seconds(plan: Plan, call_seconds: Mapping[str, float]) -> dict[str,
     """Seconds per step of each call on the cycle that binds the plan's steady state at these
     durations, longest first; their sum is its period. A cycle over several steps counts each call
     by its share."""
-    edges = steady_edges(plan.dataflow, plan.program, plan.pools_of)
-    calls = plan.dataflow.steady.names
-    seconds = np.array([call_seconds.get(call, 0.0) for call in calls])
-    found = cycles(calls, edges)
+    found = plan_cycles(plan)
+    seconds = np.array([call_seconds.get(call, 0.0) for call in found.calls])
     critical = found.critical(seconds)
     total = sum(call_seconds.get(call, 0.0) for call in critical)
     share = float(found.periods(seconds)) / total if total else 0.0

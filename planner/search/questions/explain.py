@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.cost import CostModel
-from planner.predict.cycle import Cycles
+from planner.predict.cycle import Cycles, plan_cycles
 from planner.predict.profile import Profile
 from planner.predict.schedule import unroll
-from planner.search.questions.ladder import Rung, cycles_of, ladder, seconds_of, step_of, waits_of
+from planner.search.questions.ladder import Rung, ladder, seconds_of, step_of, waits_of
 from planner.search.solver.problem import problem_of, scenarios_of
 from planner.spec.plan import Issue, Plan, Wait
 
@@ -95,7 +95,7 @@ def explain(plan: Plan, profiles: Sequence[Profile] = ()) -> Explanation:
 
 def _critical(plan: Plan, seconds: NDArray[np.float64]) -> tuple[Critical, ...]:
     """The cycles that bind in some scenario, the most frequent first."""
-    found = cycles_of(plan)
+    found = plan_cycles(plan)
     binding = Counter((found.counts @ seconds / found.distance[:, None]).argmax(axis=0).tolist())
     return tuple(
         Critical(
@@ -115,7 +115,7 @@ def effects(plan: Plan, model: CostModel, change: float = 0.1) -> tuple[Effect, 
     A period is the largest of (sum over a cycle's calls of their seconds) / (its steps), so its
     derivative by a call's seconds is 1 / steps where the call is on the cycle that binds, and 0
     elsewhere; the mean over the scenarios."""
-    found, seconds = cycles_of(plan), seconds_of(plan, model)
+    found, seconds = plan_cycles(plan), seconds_of(plan, model)
     rates = found.counts / found.distance[:, None]
     shares = rates[(rates @ seconds).argmax(axis=0)].mean(axis=0)
     listed = []

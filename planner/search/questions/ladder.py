@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.cost import CostModel
-from planner.predict.cycle import Cycles, cycles
-from planner.predict.schedule import steady_edges
+from planner.predict.cycle import plan_cycles
 from planner.search.questions.baselines import best_of
 from planner.search.solver.best_program import SAME
 from planner.search.solver.evaluate import Candidate, evaluate_structure
@@ -48,15 +47,9 @@ def seconds_of(plan: Plan, model: CostModel) -> NDArray[np.float64]:
     return np.stack([np.broadcast_to(seconds, (model.scenarios,)) for seconds in drawn])
 
 
-def cycles_of(plan: Plan) -> Cycles:
-    """The cycles of a plan's event graph."""
-    edges = steady_edges(plan.dataflow, plan.program, plan.pools_of)
-    return cycles(plan.dataflow.steady.names, edges)
-
-
 def step_of(plan: Plan, model: CostModel) -> float:
     """A plan's mean step time in seconds, as `forecast.predict` has it."""
-    return float(cycles_of(plan).periods(seconds_of(plan, model)).mean())
+    return float(plan_cycles(plan).periods(seconds_of(plan, model)).mean())
 
 
 def ladder(plan: Plan, problem: Problem) -> tuple[Rung, ...]:

@@ -22,7 +22,7 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.predict.cycle import Cycles, cycles
+from planner.predict.cycle import Cycles, program_cycles
 from planner.predict.edges import (
     Turn,
     before_overwriting,
@@ -30,7 +30,6 @@ from planner.predict.edges import (
     pool_needs,
     steps_behind,
 )
-from planner.predict.schedule import steady_edges
 from planner.search.space.placements import Sharing
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import Issue, Wait
@@ -480,7 +479,7 @@ def _cliques(near: tuple[int, ...]) -> Array:
 def cycles_of(flow: Dataflow, sharing: Sharing, items: Items) -> Cycles:
     """The cycles of a program's event graph over all calls of the flow."""
     pools = dict(sharing)
-    return cycles(tuple(pools), steady_edges(flow, items, lambda call: pools[call.name]))
+    return program_cycles(flow, items, lambda call: pools[call.name])
 
 
 def rates(found: Cycles) -> Array:
