@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from planner.predict.columns import Seconds
 
 ObjectiveName = Literal["mean", "p95", "cost"]
 
@@ -25,7 +24,7 @@ class Objective:
         allows to bound the summands one by one; it does not hold for percentiles."""
         return self.name != "p95"
 
-    def of(self, periods: Array) -> Array:
+    def of(self, periods: Seconds) -> Seconds:
         """The objective in seconds [...] of step times [..., S] in S scenarios.
 
         >>> float(Objective("mean").of(np.array([1.0, 3.0])))
@@ -35,7 +34,7 @@ class Objective:
             return np.asarray(periods.mean(axis=-1))
         return np.asarray(np.percentile(periods, 95, axis=-1))
 
-    def of_bounds(self, bounds: Array) -> Array:
+    def of_bounds(self, bounds: Seconds) -> Seconds:
         """A bound [...] on the objective, from bounds [..., S + 1] on the step times in each
         scenario and, last, on the step time at the mean durations (see `with_mean`).
 
@@ -51,7 +50,7 @@ class Objective:
 MEAN = Objective("mean")
 
 
-def with_mean(seconds: Array) -> Array:
+def with_mean(seconds: Seconds) -> Seconds:
     """Seconds [..., S + 1]: those [..., S] in each scenario, and last their mean. A single scenario
     is its own mean, and gets no second column.
 

@@ -30,11 +30,11 @@ from planner.predict.edges import (
     pool_needs,
     steps_behind,
 )
+from planner.search.space.arrays import Array
 from planner.search.space.placements import Sharing
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import Issue, Wait
 
-Array = NDArray[np.float64]
 Items = tuple[Issue | Wait, ...]
 # seconds [...] of periods [..., S + 1] in each scenario and at the mean
 OfPeriods = Callable[[Array], Array]

@@ -15,16 +15,16 @@ from planner.search.solver.threshold import Threshold
 from planner.search.space.arrays import Array, Indices
 from planner.spec.plan import TrainerRole
 
-Rows = dict[str, Indices]  # of each role the rows [n] in its layout table
-Kept = dict[str, LayoutTable]  # of each role the layouts that may be part of a better plan
+RowsOfRoles = dict[str, Indices]  # of each role the rows [n] in its layout table
+KeptLayouts = dict[str, LayoutTable]  # of each role the layouts that may be part of a better plan
 
 
 class LayoutCombinations(NamedTuple):
     """n combinations of layouts: of each role the `rows` [n] in its table of `layouts`. The layout
     of the rollout is the same in all of them."""
 
-    layouts: Kept
-    rows: Rows
+    layouts: KeptLayouts
+    rows: RowsOfRoles
 
     def __len__(self) -> int:
         return min(map(len, self.rows.values()))
@@ -45,7 +45,7 @@ class LayoutCombinations(NamedTuple):
 # --- which layouts to combine ---
 
 
-def kept_layouts(placement: Placement, option: RolloutOption, threshold: Threshold) -> Kept:
+def kept_layouts(placement: Placement, option: RolloutOption, threshold: Threshold) -> KeptLayouts:
     """The layouts of each role that fit next to the engine and do not exceed the threshold by
     themselves, without those that others dominate."""
     kept = {}
@@ -90,15 +90,17 @@ def _below(
 # --- one combination that is surely good ---
 
 
-def lightest(placement: Placement, option: RolloutOption, kept: Kept) -> LayoutCombinations:
+def lightest(placement: Placement, option: RolloutOption, kept: KeptLayouts) -> LayoutCombinations:
     """The combination with the least load on each pool; none if nothing fits."""
-    rows: Rows = {}
+    rows: RowsOfRoles = {}
     for pool in range(len(placement.structure)):
         rows |= _lightest_on(placement, pool, option, kept)
     return LayoutCombinations(kept, {role: rows[role] for role in kept})
 
 
-def _lightest_on(placement: Placement, pool: int, option: RolloutOption, kept: Kept) -> Rows:
+def _lightest_on(
+    placement: Placement, pool: int, option: RolloutOption, kept: KeptLayouts
+) -> RowsOfRoles:
     """The joint layouts [1] of a pool's roles with the least seconds of all their calls together;
     empty if none fit.
 
@@ -106,7 +108,7 @@ def _lightest_on(placement: Placement, pool: int, option: RolloutOption, kept: K
     both in memory and in load."""
     memory = placement.engine_on(pool, option.memory)[None]
     load = np.zeros(1)
-    rows: Rows = {}
+    rows: RowsOfRoles = {}
     for role in placement.held(pool):
         layouts = kept[role]
         before, added = _pairs(len(load), len(layouts.memory))
@@ -129,7 +131,7 @@ class _Partial(NamedTuple):
     """n combinations of the layouts of some roles: their `rows`, the mean durations [n, calls] with
     the least ones for the roles that are not yet part of them, and the memory [n, pools, 3]."""
 
-    rows: Rows
+    rows: RowsOfRoles
     means: Array
     memory: Array
 
@@ -139,7 +141,7 @@ class _Partial(NamedTuple):
 
 
 def promising(
-    placement: Placement, option: RolloutOption, kept: Kept, threshold: Threshold
+    placement: Placement, option: RolloutOption, kept: KeptLayouts, threshold: Threshold
 ) -> LayoutCombinations:
     """All combinations that fit and whose bounds are below the threshold.
 
@@ -159,7 +161,7 @@ def promising(
     return LayoutCombinations(kept, {role: partial.rows[role] for role in kept})
 
 
-def _least_means(placement: Placement, option: RolloutOption, kept: Kept) -> Array:
+def _least_means(placement: Placement, option: RolloutOption, kept: KeptLayouts) -> Array:
     """The least mean seconds [calls] of each call, each by itself."""
     problem = placement.problem
     means = np.zeros(len(problem.calls))
@@ -172,7 +174,7 @@ def _least_means(placement: Placement, option: RolloutOption, kept: Kept) -> Arr
     return means
 
 
-def _busiest_first(placement: Placement, kept: Kept, means: Array) -> list[str]:
+def _busiest_first(placement: Placement, kept: KeptLayouts, means: Array) -> list[str]:
     """The roles, those of the pool with the most work first."""
     problem = placement.problem
     busy = {}

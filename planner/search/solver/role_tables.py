@@ -15,7 +15,7 @@ import numpy as np
 from planner.predict.objective import with_mean
 from planner.search.solver.problem import Problem
 from planner.search.solver.rollout_table import LEVELS, level_of
-from planner.search.space.arrays import Array, Kinds, Levels, Sizes, Steps
+from planner.search.space.arrays import Array, Kinds, Levels, Sizes, SizeStepNumbers
 from planner.search.space.size_boxes import NEVER
 
 
@@ -36,11 +36,11 @@ class SizeSteps:
             self._first[kind, : len(ranks)] = ranks
             self._step[kind] = np.searchsorted(ranks, np.arange(most + 1), "right") - 1
 
-    def of(self, kind: Kinds, sizes: Sizes) -> Steps:
+    def of(self, kind: Kinds, sizes: Sizes) -> SizeStepNumbers:
         """The steps of pools of these sizes; -1 of a pool without GPUs."""
         return np.asarray(self._step[kind, sizes])
 
-    def first(self, kind: Kinds | int, step: Steps) -> Sizes:
+    def first(self, kind: Kinds | int, step: SizeStepNumbers) -> Sizes:
         """The smallest sizes of these steps; more GPUs than there are after the last step."""
         return np.asarray(self._first[kind, step])
 
@@ -149,7 +149,7 @@ def _subsets(calls: Sequence[str]) -> list[tuple[str, ...]]:
     return [some for size in range(1, len(calls) + 1) for some in combinations(calls, size)]
 
 
-def _least(seconds: Array, step: Steps, level: Levels, steps: int) -> Array:
+def _least(seconds: Array, step: SizeStepNumbers, level: Levels, steps: int) -> Array:
     """The least seconds [sets, steps, levels, S + 1] among the layouts, with seconds [sets, n,
     S + 1], of at most a step and at most a level."""
     sets, _, columns = seconds.shape

@@ -11,5 +11,5 @@ Sizes = NDArray[np.int64]  # GPUs of pools, [n, P]; 0 where a family has fewer t
 Families = NDArray[np.int64]  # places in the list of families that a search looks at
 Kinds = NDArray[np.int64]  # places in the list of the cluster's kinds of GPU
 Pools = NDArray[np.int64]  # places in the list of pools that differ in their tables
-Steps = NDArray[np.int64]  # see `SizeSteps`
+SizeStepNumbers = NDArray[np.int64]  # see `SizeSteps`
 Levels = NDArray[np.int64]  # of memory: see `level_of`
