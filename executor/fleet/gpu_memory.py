@@ -12,7 +12,7 @@ SEGMENT_MB = 256
 
 
 def limit(count: int) -> None:
-    """Let this process's tensors take so many bytes of its GPU at most, in segments that grow: of
+    """Let this process's tensors take at most this many bytes of its GPU, in segments that grow: of
     packed micro-batches no two are of one size, and segments of fixed sizes would lie about
     unused."""
     _grow(True)

@@ -49,7 +49,7 @@ def resource_of(plan: Plan) -> str:
 
 class Fleet:
     """The GPUs of a plan, reserved, and the processes started on them. One plan after another may
-    use a fleet, if it was made for all of their GPUs: processes stay, and are configured anew."""
+    use a fleet, if it was made for all of their GPUs: processes stay, and are configured again."""
 
     def __init__(
         self, gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str] | None = None
@@ -85,7 +85,7 @@ class Fleet:
         stays = {(worker, *kept) for kept in keep}
         for key in list(
             self._processes
-        ):  # a copy, for another plan may be starting its processes beside
+        ):  # a copy, for another plan may be starting its processes meanwhile
             if key[0] is worker and key not in stays and {*key[1]} & {*gpus}:
                 stop([self._processes.pop(key)])
 

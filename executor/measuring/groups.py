@@ -18,7 +18,8 @@ from planner.spec.machine import memory_bytes
 from planner.spec.plan import Gpu, Issue, Plan, Pool, RolloutRole, TrainerRole
 from planner.spec.workload import Workload
 
-# Seconds beside the calls themselves, as they were on hosts of 1 to 4 H200 and on a laptop's cores.
+# Seconds in addition to the calls themselves, as they were on hosts of 1 to 4 H200 and on the cores
+# of a laptop.
 SESSION_START_SECONDS = {"cuda": 25.0, "cpu": 8.0}  # Ray, and importing libraries in all processes
 ENGINE_START_SECONDS = {"cuda": 60.0, "cpu": 1.0}  # to start some side by side
 PEERS_START_SECONDS = 15.0  # beyond that, if an engine has several GPUs

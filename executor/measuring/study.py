@@ -41,8 +41,8 @@ from planner.spec.timeline import Timeline, step_seconds
 
 SAMPLE_SECONDS = 0.05
 CELL_FLOOR_SECONDS = 20.0  # of a call's deadline: a study's time is short
-# Seconds that a cell takes beside its steps, first step's compiling included: with engines to
-# start, and without.
+# Seconds that a cell takes in addition to its steps, first step's compiling included: with engines
+# to start, and without.
 BESIDE = {"GPU": (120.0, 20.0), "CPU": (15.0, 5.0)}
 
 Engines = frozenset[tuple[tuple[Gpu, ...], str]]  # the GPUs of each, and what it is made for

@@ -41,7 +41,7 @@ class TransformersEngine:
 
     The token at a position is drawn by inverting the distribution function at a uniform number that
     the request's key and the position fix. So a sequence depends on neither the batch nor the
-    engine it is generated in, but for rounding."""
+    engine it is generated in, except for rounding."""
 
     def __init__(self, model: PreTrainedModel, eos: Sequence[int], concurrency: int) -> None:
         self.model, self.concurrency = model.eval().requires_grad_(False), concurrency

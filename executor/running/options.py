@@ -1,4 +1,4 @@
-"""How a plan is run: what `plan execute` is told beside the plan."""
+"""The options of `plan execute`: how a plan is run."""
 
 from dataclasses import dataclass
 

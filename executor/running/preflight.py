@@ -92,7 +92,7 @@ def check_machine(plan: Plan) -> None:
 
 
 def check_host(plan: Plan, there: int) -> None:
-    """Whether so many bytes of memory on one machine hold what the plan's hosts are to hold."""
+    """Whether this many bytes of memory on one machine hold what the plan's hosts are to hold."""
     needed = sum(host_bytes(plan).values())
     if needed > there:
         raise UserError(

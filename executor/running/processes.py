@@ -87,7 +87,7 @@ class Processes:
 
     def revive(self, number: int) -> Rank[EngineWorker]:
         """Start an engine again that died, with the weights that it had. They lie in the object
-        store; those that come from GPU to GPU are sent anew, as long as the trainers have no
+        store; those that come from GPU to GPU are sent again, as long as the trainers have no
         others. Raises WorkerError if they have."""
         pool, gpus = self.plan.engine_gpus()[number]
         name = self.engines[number].name
@@ -160,7 +160,7 @@ class Processes:
 
     def _set_up(self) -> None:
         """Clocks, then the groups, then the models. Engines start while the trainers load and
-        compile; but those that sleep in a run have no room beside the trainers while they are
+        compile; but those that sleep in a run have no room next to the trainers while they are
         awake, and start when the trainers have done."""
         plan = self.plan
         for ranks in self.trainers.values():

@@ -68,8 +68,8 @@ class RunDirectory:
     def __init__(
         self, path: Path, *, tensorboard: bool, track: Sequence[str] = (), again: bool = False
     ) -> None:
-        """`track`: trackers beside TensorBoard. `again`: the directory is there, and the run goes
-        on in it."""
+        """`track`: trackers in addition to TensorBoard. `again`: the directory is there, and the
+        run goes on in it."""
         self.path = path
         self._files = contextlib.ExitStack()
         self._trackers: trackers.Trackers | None = None

@@ -69,7 +69,7 @@ class StepData:
             self.scores = np.where(unscored, np.float32(0), self.scores)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """What a checkpoint keeps of it, beside the metrics; prompts can be had again."""
+        """The data that a checkpoint keeps of it, without the metrics; prompts can be had again."""
         found = {f"sequences/{f.name}": getattr(self.sequences, f.name) for f in fields(Sequences)}
         found |= {f"columns/{name}": column for name, column in self.columns.items()}
         return found if self.scores is None else {**found, "scores": self.scores}

@@ -1,6 +1,6 @@
-"""Where metrics go beside metrics.jsonl: TensorBoard always; Weights & Biases and MLflow, which are
-loaded when asked for. Where those two send what they are told, and with which key, is said by their
-own environment variables."""
+"""The trackers that get metrics in addition to metrics.jsonl: TensorBoard always; Weights & Biases
+and MLflow, which are loaded when asked for. Their own environment variables say where these two
+send the metrics, and with which key."""
 
 import json
 import logging

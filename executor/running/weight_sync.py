@@ -61,7 +61,7 @@ class WeightSync:
         return [engine for engine, way in pairs if way == channel]
 
     def replace(self, number: int, engine: Rank[VllmWorker]) -> None:
-        """Another process in the place of an engine that died. The group over NCCL is formed anew
+        """Another process in the place of an engine that died. The group over NCCL is formed again
         without that one, as soon as the other engines in it have done what they are doing; windows
         can be opened by whoever comes."""
         self.engines[number] = engine

@@ -87,7 +87,7 @@ def profiles_of(
     plan: Plan, path: Path, given: Sequence[Path], console: Console
 ) -> tuple[Profile, ...]:
     """The profiles to simulate a plan with: those given, else those that it was searched with,
-    looked for where its provenance says and beside it. One that is gone or has changed is named,
+    looked for where its provenance says and next to it. One that is gone or has changed is named,
     and left out. Raises UserError."""
     if given or plan.provenance is None:
         loaded = _load(given, console)

@@ -33,9 +33,9 @@ from planner.spec.workload import Shape
 # their share of the requests.
 FOLLOWED_ENGINES = 64
 
-# What a decoding step takes besides the roofline (scheduling, sampling with log-probabilities,
-# launching the graph), and what each sequence in it does. On a GPU as engines of 1.5B and 7B models
-# with 64 to 512 sequences each had it (profiles/h200/README.md).
+# Seconds of a decoding step in addition to the roofline (scheduling, sampling with
+# log-probabilities, launching the graph), and those of each sequence in it. On a GPU as engines of
+# 1.5B and 7B models with 64 to 512 sequences each had it (profiles/h200/README.md).
 STEP_SECONDS = {"cuda": 1.5e-3, "cpu": 4e-3}
 SEQUENCE_SECONDS = {"cuda": 1e-5, "cpu": 1e-4}
 
@@ -127,7 +127,7 @@ class BatchLengths:
         self._levels = self._rising[0, [int(share * responses.shape[1]) for share in self.LEVELS]]
 
     def floors(self, speed: Speed, engines: Integers, concurrency: Integers) -> Seconds:
-        """Seconds [n, S] that generation on so many engines with so many slots each [n] is not
+        """Seconds [n, S] that generation with `engines` [n] of `concurrency` [n] slots each is not
         below: the larger of two floors.
 
         Work: what all engines take on average. An engine's steps are no fewer than its tokens over

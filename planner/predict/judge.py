@@ -5,7 +5,7 @@ Two judgements. Each third of the points in turn is held out, and estimated from
 points of the same layout and number of sequences are held out together, for one role's would tell
 the other's. And a profile's own `held_out` points, of a batch and lengths that nothing else was
 measured with, are estimated from all of its points. An estimate comes from the cost model that the
-search uses, beside that of the same model without any profile.
+search uses. It is compared with that of the same model without any profile.
 """
 
 from collections.abc import Sequence

@@ -26,9 +26,9 @@ LOGIT_CHUNK_TOKENS = 4096
 COMMUNICATION_BYTES = 1_000_000_000
 # The actor's window through which weights reach the engines; a larger weight fills one alone.
 SYNC_BYTES = 2**30
-# What a vLLM engine takes besides weights and KV cache: CUDA graphs, sampling, activations.
+# What a vLLM engine takes in addition to weights and KV cache: CUDA graphs, sampling, activations.
 ENGINE_WORKSPACE_BYTES = 4_000_000_000
-# What stays of an engine on the GPU while it sleeps, besides its weights.
+# What stays of an engine on the GPU while it sleeps, in addition to its weights.
 ENGINE_ASLEEP_BYTES = 1_500_000_000
 # One in this many bytes of a role that runs is held unused by its allocator, between its tensors.
 SPARE = 32
@@ -73,7 +73,7 @@ def activation_bytes(shape: Shape, device: Device) -> tuple[int, int]:
     """Bytes that one token leaves for the backward pass in one block: (everything, with
     recomputation its input only).
 
-    Counted as Korthikanti et al. 2022 (arXiv:2205.05198, equation 1) do, but for grouped-query
+    Counted as Korthikanti et al. 2022 (arXiv:2205.05198, equation 1) do, but with grouped-query
     attention, a gated MLP, RMS norms and flash attention, and for a block that is compiled whole:
     what matrix products and attention need is kept, what lies between them is computed again. So
     there are the residual stream before the block; what both norms and the attention's output

@@ -81,7 +81,7 @@ LAID_OUT: dict[str, object] = {
 
 
 def _with_keys_of_others(schema: dict[str, Any], kind: type[Spec]) -> None:
-    """Add to a kind's JSON Schema the keys that a file has besides, with their only value."""
+    """Add to a kind's JSON Schema the other keys that a file has, with their only value."""
     for key, value in LAID_OUT.items():
         if key not in kind.model_fields:
             schema["properties"][key] = {"const": value}

@@ -10,7 +10,7 @@ the collectives of a sharded one), and FSDP moves all weights through the GPU's 
 
 FSDP gathers the weights in their compute type for every micro-batch, once for inference, twice for
 an update (forward and backward), which also reduces and scatters gradients in fp32. Of s shards a
-ring moves (s - 1) / s of the bytes through every GPU. This runs beside the arithmetic: a
+ring moves (s - 1) / s of the bytes through every GPU. This runs during the arithmetic: a
 micro-batch takes the longer of the two. (Its two ends, embedding and first block, are not hidden in
 truth: 1 to 4% of a 7B model's micro-batch on one node.)
 """

@@ -1,4 +1,4 @@
-"""A predicted timeline beside a measured one: pure numbers, no drawing and no printing."""
+"""A predicted timeline compared with a measured one: pure numbers, no drawing and no printing."""
 
 from collections import defaultdict
 from collections.abc import Mapping

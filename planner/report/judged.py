@@ -1,4 +1,4 @@
-"""How good estimates are, as tables: on the terminal, and as the page that lies beside profiles."""
+"""How good estimates are, as tables: on the terminal, and as the page that lies next to profiles."""
 
 from collections.abc import Iterable, Sequence
 
@@ -58,7 +58,7 @@ def page(
     judged: Sequence[Judged],
     command: str,
 ) -> str:
-    """Profiles that lie beside the page, each with its file's name and device, as Markdown."""
+    """Profiles that lie next to the page, each with its file's name and device, as Markdown."""
     parts = [f"# Measured costs: {', '.join(sorted({profile.device for _, profile in named}))}"]
     parts += [f"Made by\n\n```\n{command}\n```", EXPLAINED]
     for (name, profile), device in zip(named, devices, strict=True):

@@ -1,4 +1,4 @@
-"""What a study found: each cell's prediction beside its measurement, and the sums over all of them.
+"""The result of a study: each cell's prediction with its measurement, and sums over all cells.
 Numbers only; `study_page.py` writes them down."""
 
 import hashlib

@@ -206,7 +206,7 @@ def calls_table(plan: Plan, call_seconds: Mapping[str, float]) -> Table:
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:
-    """Predicted beside measured: per call, per pool and per step."""
+    """Predicted and measured figures: per call, per pool and per step."""
     calls = _errors_table(
         "call", "on", comparison.calls, lambda row: ", ".join(map(escape, row.pools)) or HOST
     )

@@ -113,7 +113,8 @@ class VllmEngine:
     def generate(
         self, requests: Requests, temperature: float | None
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
-        """What `LLM.generate` does, but for an object per sequence that grows with every token."""
+        """Generate as `LLM.generate` does, without its object per sequence that grows with every
+        token."""
         first = self._add(requests, temperature)
         tokens: list[list[int]] = [[] for _ in range(len(requests))]
         log_probs: list[list[float]] = [[] for _ in range(len(requests))]
@@ -197,7 +198,7 @@ class VllmEngine:
 
     def install(self, arrays: Arrays) -> None:
         """All weights. On a CPU vLLM computes with another format than theirs, so it builds its
-        layers anew."""
+        layers again."""
         tensors = [(name, torch.tensor(array)) for name, array in arrays.items()]
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
 

@@ -1,5 +1,5 @@
-"""What an engine asks of its processes on the GPUs besides what vLLM knows. Imports vLLM, so it is
-imported there."""
+"""The methods that an engine needs of its processes on the GPUs and vLLM does not have. Imports
+vLLM, so it is imported there."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""vLLM's scheduler, but for what it makes of log-probs. Imports vLLM, so it is imported where an
+"""vLLM's scheduler, except for its handling of log-probs. Imports vLLM, so it is imported where an
 engine runs."""
 
 from typing import Any

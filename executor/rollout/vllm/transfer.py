@@ -1,9 +1,10 @@
 """How a vLLM engine takes weights over: vLLM's own ways, but straight into the parameters that it
 computes with.
 
-vLLM itself builds each layer anew beside the old one, because a quantized layer has another format
-than a checkpoint. Ours are bf16 and have the checkpoint's format, so the copy can be spared: most
-of a transfer's time was spent on it. Imports vLLM, so it is imported where an engine runs.
+vLLM itself builds each layer again next to the old one, because a quantized layer has another
+format than a checkpoint. Ours are bf16 and have the checkpoint's format, so the copy can be
+spared: most of a transfer's time was spent on it. Imports vLLM, so it is imported where an engine
+runs.
 """
 
 from collections import deque
@@ -20,10 +21,10 @@ from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
 
 class OverNccl(NCCLWeightTransferEngine):
     """One broadcast per weight, all on the stream that loads them: nothing is packed, and nothing
-    allocated anew for streams that come and go."""
+    allocated again for streams that come and go."""
 
     def init_transfer_engine(self, init_info: Any) -> None:
-        self.shutdown()  # a group is formed anew when an engine in it was started again
+        self.shutdown()  # a group is formed again when an engine in it was started again
         super().init_transfer_engine(init_info)
 
     def shutdown(self) -> None:

@@ -47,7 +47,7 @@ def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
             "pins"
         )
     found = best_of_families(problem, listed, 1, [program] * len(listed))
-    if found.ended:  # a baseline that is not the best of its kind would flatter the plan beside it
+    if found.ended:  # a baseline that is not the best of its kind would flatter the plan
         raise KeyboardInterrupt
     if not found.best:
         from planner.search.questions.why_nothing_fits import (

@@ -55,7 +55,7 @@ def step_of(plan: Plan, model: CostModel) -> float:
 def ladder(plan: Plan, problem: Problem) -> tuple[Rung, ...]:
     """Rungs from a baseline to `plan`, which is the last; only that one if no baseline fits.
 
-    First the baseline's waits go; then its calls are ordered and its layouts chosen anew. From
+    First the baseline's waits go; then its calls are ordered and its layouts chosen again. From
     there on each rung is one move of a role, one pool merged or split off, one more step of
     staleness, or the plan's pool sizes: each time the decision that leads to the shortest step, of
     those that lead towards the plan. A move keeps the pools' sizes; a merged pool has both, a new

@@ -456,7 +456,7 @@ def _exclusive(least: Array, shared: NDArray[np.bool_]) -> Array:
     them."""
     near = (shared | (least + least.T <= 1)) & ~np.eye(len(least), dtype=bool)
     rows = _cliques(tuple((near @ (1 << np.arange(len(near)))).tolist()))
-    free = ~shared.diagonal()  # a host call may run beside itself, of another step
+    free = ~shared.diagonal()  # a host call may run at the same time as itself, of another step
     return np.asarray(rows[(rows.sum(axis=1) > 1) | ~(rows[:, free] > 0).any(axis=1)])
 
 

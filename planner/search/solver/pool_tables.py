@@ -1,5 +1,5 @@
 """The least seconds of the roles that share a pool, by the pool's size: each role has the layouts
-that fit beside the leanest ones of the others."""
+that fit next to the leanest ones of the others."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

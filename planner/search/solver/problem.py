@@ -128,7 +128,7 @@ class Problem:
         return self._largest_node[kind]
 
     def allowed(self, roles: bool, engine: bool, kind: str) -> int:
-        """Bytes of a GPU that are left beside the contexts of its processes: those of `roles` that
+        """Bytes of a GPU that are left next to the contexts of its processes: those of `roles` that
         train or infer, and that of an `engine`."""
         device = self.device(kind)
         return device.memory_bytes - pool_peak((), roles, engine, device)

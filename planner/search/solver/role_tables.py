@@ -88,7 +88,7 @@ class CallSets:
 
 
 class ActorKey(NamedTuple):
-    """What the actor's table depends on besides the kind of its pool: whether its shards lie
+    """What the actor's table depends on in addition to the kind of its pool: whether its shards lie
     `within` a node, and the seconds of a sync per second of gathering (`Problem.gathers`)."""
 
     within: bool | None

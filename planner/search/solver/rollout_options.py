@@ -21,7 +21,7 @@ QUICK_SIMULATIONS = 9
 class RolloutOption(NamedTuple):
     """A layout of the rollout at a placement, the memory [3] of an engine on each GPU, and the
     `least` seconds [calls, S] of all calls with it: of generation exact, of the others what no
-    layout that fits beside such an engine undercuts."""
+    layout that fits next to such an engine undercuts."""
 
     layout: RolloutRole
     memory: Array
@@ -135,7 +135,7 @@ def _each_role_may_be_below(placement: Placement, threshold: Threshold, least: A
 
 
 def least_seconds(placement: Placement, engine: Array) -> Array | None:
-    """Seconds [calls, S] that no layouts of the other roles undercut beside an engine of such
+    """Seconds [calls, S] that no layouts of the other roles undercut next to an engine of such
     memory [3]; 0 for generation. None if some role has no layout that fits."""
     problem = placement.problem
     least = np.zeros((len(problem.calls), problem.model.scenarios))
