@@ -20,7 +20,7 @@ from planner.predict.schedule import Task, check, staleness, tasks_of
 from planner.report.compare import compare
 from planner.search import find
 from planner.search.questions.explain import explain
-from planner.search.solver.best_program import choices_of
+from planner.search.solver.choices import choices_of
 from planner.search.space.enumerate_programs import orders
 from planner.search.space.placements import sharing_of, structures
 from planner.spec.dataflow import Call, Dataflow, Read

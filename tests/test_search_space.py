@@ -19,9 +19,10 @@ from planner.predict.points import point_of
 from planner.predict.profile import Profile
 from planner.predict.schedule import staleness, steady_edges, unroll
 from planner.search.solver import layout_table, placement
-from planner.search.solver.best_program import best_program, bound_rates, choices_of, cycles_of
+from planner.search.solver.best_program import Program, best_program, cycles_of
 from planner.search.solver.bounds import Bounds
 from planner.search.solver.branch_and_bound import solve
+from planner.search.solver.choices import bound_rates, choices_of
 from planner.search.solver.evaluate import Trial, evaluate, ruled_out_by_ideal, ruled_out_by_roles
 from planner.search.solver.problem import problem_of
 from planner.search.space import placements
@@ -30,7 +31,7 @@ from planner.search.space.pins import parse_pins, restriction
 from planner.search.space.placements import families, gpus_of, pack, sizes, structures
 from planner.search.space.size_boxes import Boxes
 from planner.spec.cluster import Cluster, Node, make_cluster
-from planner.spec.dataflow import ppo
+from planner.spec.dataflow import Call, Dataflow, Read, ppo
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Issue
@@ -186,6 +187,43 @@ def test_the_best_program_equals_all_programs_one_by_one():
                 cycles_of(flow, sharing, items).periods(seconds[:, :-1]).mean() for items in every
             ]
             assert _best(flow, sharing, k, seconds).seconds == pytest.approx(min(periods), rel=1e-9)
+
+
+def test_the_example_of_best_program():
+    """Without the transfer on both pools a step would take as long as generation; on policy, all
+    three calls together."""
+    weights = Read(data="weights", lag=1)
+    calls = (
+        Call(
+            name="generate",
+            roles=("rollout",),
+            kind="generate",
+            reads=(Read(data="served", latest=True),),
+            writes=("sequences",),
+        ),
+        Call(
+            name="train",
+            roles=("actor",),
+            kind="train",
+            reads=(Read(data="sequences"), weights),
+            writes=("weights",),
+        ),
+        Call(
+            name="transfer",
+            roles=("actor", "rollout"),
+            kind="transfer",
+            reads=(Read(data="weights"),),
+            writes=("served",),
+        ),
+    )
+    sharing = (("generate", ("r",)), ("train", ("t",)), ("transfer", ("r", "t")))
+    seconds = np.array([[6.0], [4.0], [1.0]])
+    found = [_best(Dataflow(calls=calls), sharing, k, seconds) for k in (0, 1)]
+    assert [result.seconds for result in found] == [11.0, 7.0]
+    assert found[1].program == Program(
+        (Issue(call="generate", offset=1), Issue(call="train"), Issue(call="transfer")), 1
+    )
+    assert found[1].cut.bound(seconds[None], _only) == [7.0]
 
 
 def test_event_graphs_made_at_once_are_those_of_the_one_rule():

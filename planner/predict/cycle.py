@@ -109,3 +109,77 @@ def undominated(rates: NDArray[np.float64]) -> NDArray[np.int64]:
             ~(rates[left[1:]] <= rates[left[0]] + SLACK * np.abs(rates[left[0]])).all(axis=1)
         ]
     return np.array(sorted(kept), dtype=np.int64)
+
+
+# --- event graphs that change ---
+
+
+def tightened(
+    lags: NDArray[np.float64], rows: NDArray[np.float64], seconds: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """The periods of an event graph, given as the steps [u, v] by which v lags behind u (inf: by
+    none), at durations [calls, S].
+
+    `rows` [n, calls] are rates that the periods are not below. Returned are (rows, periods, paths):
+    the rows with those of the cycles that bind, the periods [S], and the longest paths [S, u, v] at
+    that period, from the start of u to that of v.
+
+    Newton's method: a cycle that is longer than the period so far raises it to its own ratio. For
+    example a call of 3 s and one of 4 s on one pool lag 0 steps and 1 step behind each other. Their
+    cycle of 7 s spans one step, and adds the row (1, 1) to rows that say less."""
+    while True:
+        periods = (rows @ seconds).max(axis=0)
+        paths = seconds.T[:, :, None] - periods[:, None, None] * lags
+        for via in range(len(lags)):  # Floyd 1962
+            np.maximum(paths, paths[:, :, via, None] + paths[:, None, via, :], out=paths)
+        above = paths.diagonal(axis1=1, axis2=2).max(axis=1) / periods
+        worst = int(above.argmax())
+        if above[worst] <= 1e-11:
+            return rows, periods, paths
+        on, distance = longest_cycle(lags, seconds[:, worst].tolist(), float(periods[worst]))
+        row = np.zeros((1, len(lags)))
+        row[0, on] = 1 / distance
+        rows = np.concatenate([rows, row])
+
+
+def longest_cycle(
+    lags: NDArray[np.float64], seconds: list[float], period: float
+) -> tuple[list[int], float]:
+    """A cycle whose ratio is the greatest, and above `period`: its calls and the steps that it
+    spans. Bellman and Ford's search for a cycle that is longer than the period is repeated at that
+    cycle's ratio until there is none."""
+    edges = [(int(u), int(v), float(lags[u, v])) for u, v in np.argwhere(np.isfinite(lags))]
+    found: tuple[list[int], float] | None = None
+    while True:
+        weighted = [(u, v, seconds[u] - period * lag) for u, v, lag in edges]
+        cycle = _longer_cycle(len(seconds), weighted, 1e-12 * period)
+        if cycle is None:
+            assert found is not None, "no cycle is longer"
+            return found
+        pairs = zip(cycle, [*cycle[1:], cycle[0]], strict=True)
+        distance = float(sum(lags[u, v] for u, v in pairs))
+        ratio = sum(seconds[u] for u in cycle) / distance
+        if found is not None and ratio <= period:
+            return found
+        found, period = (cycle, distance), ratio
+
+
+def _longer_cycle(
+    size: int, edges: list[tuple[int, int, float]], tolerance: float
+) -> list[int] | None:
+    """A cycle of positive length, if there is one."""
+    length, before = [0.0] * size, [-1] * size
+    for _ in range(size):
+        changed = -1
+        for u, v, weight in edges:
+            if length[u] + weight > length[v] + tolerance:
+                length[v], before[v], changed = length[u] + weight, u, v
+        if changed < 0:
+            return None
+    at = changed
+    for _ in range(size):
+        at = before[at]
+    cycle = [at]
+    while (at := before[at]) != cycle[0]:
+        cycle.append(at)
+    return cycle[::-1]

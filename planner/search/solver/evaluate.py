@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.predict.objective import with_mean
-from planner.search.solver.best_program import SAME, Program, best_program, choices_of
+from planner.search.solver.best_program import SAME, Program, best_program
+from planner.search.solver.choices import choices_of
 from planner.search.solver.layout_combinations import (
     LayoutCombinations,
     durations_of,

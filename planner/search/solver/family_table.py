@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.search.solver.best_program import Program, bound_rates, cycles_of, rates
+from planner.search.solver.best_program import Program, cycles_of, rates
+from planner.search.solver.choices import bound_rates
 from planner.search.solver.pool_tables import PoolTables, pool_keys
 from planner.search.solver.problem import Problem, sync_path
 from planner.search.solver.role_tables import CallSets

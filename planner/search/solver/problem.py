@@ -12,7 +12,7 @@ from planner.predict.memory import pool_peak
 from planner.predict.objective import MEAN, Objective, ObjectiveName
 from planner.predict.profile import Profile, check_profiles
 from planner.predict.roofline import hand_over_seconds
-from planner.search.solver.best_program import Choices, choices_of
+from planner.search.solver.choices import Choices, choices_of
 from planner.search.solver.layout_table import LayoutTable, LayoutTables
 from planner.search.solver.rollout_table import RolloutTable
 from planner.search.space.arrays import Array
