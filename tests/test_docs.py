@@ -15,6 +15,11 @@ PAGES = sorted(
     for pattern in ("*.md", "docs/*.md", "reports/**/README.md", "profiles/*/README.md")
     for page in ROOT.glob(pattern)
 )
+BY_HAND = [  # the pages of `plan study` and `plan judge` have a line per paragraph
+    page
+    for page in PAGES
+    if not (page.parent / "results.json").exists() and "profiles" not in page.parts
+]
 FENCED = re.compile(r"^ *```.*?^ *```$", re.MULTILINE | re.DOTALL)
 EXTERNAL = ("https://", "http://", "mailto:")
 
@@ -50,6 +55,13 @@ def test_commands_in_sentences_have_the_options_that_they_name(page: Path) -> No
         known = {name for option in command_of(words).params for name in option.opts}
         named = {word.split("=")[0] for word in words if word.startswith("--")}
         assert named - {"--help"} <= known
+
+
+@pytest.mark.parametrize("page", BY_HAND, ids=lambda page: str(page.relative_to(ROOT)))
+def test_prose_is_wrapped_at_100_columns(page: Path) -> None:
+    prose = re.sub(r"\]\([^)]*\)", "]", FENCED.sub("", page.read_text()))
+    lines = [line for line in prose.splitlines() if not line.lstrip().startswith(("|", "!["))]
+    assert not [line for line in lines if len(line) > 100]
 
 
 @pytest.mark.slow
