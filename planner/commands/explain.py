@@ -28,7 +28,7 @@ def explain(plan: Path, profiles: Sequence[Path]) -> None:
     found = profiles_of(checked, plan, profiles, errors)
     model = CostModel(checked.workload, checked.cluster, found, scenarios_of(checked))
     predicted = predict(checked, found, model=model)
-    checked = checked.model_copy(update={"predicted": predicted})
+    checked = checked.changed(predicted=predicted)
     with errors.status("explaining"):
         explanation = explaining.explain(checked, found)
     start = explanation.ladder[0].what

@@ -88,7 +88,7 @@ def resimulate(plan: Plan, measured: Timeline) -> Timeline:
     spans = simulate(
         tasks_of(plan, measured.steps), lambda task: seconds[task.call.name, task.step]
     )
-    return measured.model_copy(update={"source": "simulated", "spans": spans})
+    return measured.changed(source="simulated", spans=spans)
 
 
 def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
@@ -122,7 +122,7 @@ def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
     last = min(steps, timeline.steps - timeline.drain)
     begun = min(steps + plan.staleness, timeline.steps)
     spans = tuple(span for span in timeline.spans if span.step < begun)
-    return timeline.model_copy(update={"steps": begun, "drain": begun - last, "spans": spans})
+    return timeline.changed(steps=begun, drain=begun - last, spans=spans)
 
 
 def steps_of(timeline: Timeline) -> dict[int, float]:

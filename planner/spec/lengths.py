@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from planner.spec.files import Spec, Tokens
 
+MOST_SIGMA = 10.0
+
 
 class Fixed(Spec):
     """Every sequence has the same length."""
@@ -29,7 +31,7 @@ class Lognormal(Spec):
 
     kind: Literal["lognormal"] = "lognormal"
     mean: Annotated[float, Field(gt=0, le=2**24)]
-    sigma: Annotated[float, Field(gt=0, le=10)]
+    sigma: Annotated[float, Field(gt=0, le=MOST_SIGMA)]
     max: Tokens
 
     @model_validator(mode="after")

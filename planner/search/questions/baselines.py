@@ -3,11 +3,12 @@ are searched."""
 
 from collections.abc import Sequence
 
+from planner.search.questions.why_nothing_fits import what_binds_pools
 from planner.search.solver.best_program import Program
 from planner.search.solver.branch_and_bound import best_of_families
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem
-from planner.search.space.pins import parse_pins, restriction
+from planner.search.space.pins import Restrict, parse_pins, restriction
 from planner.search.space.placements import PlacementFamily, Structure, families
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
@@ -26,38 +27,37 @@ def best_of(name: str, problem: Problem, pins: Sequence[str] = ()) -> Candidate:
         raise UserError(f"{name}: its {len(structure)} pools need a GPU each, and {there}")
     if name == "one-step-off" and problem.max_staleness < 1:
         raise UserError(f"{name}: trains on sequences 1 update old, and the workload allows 0")
-    program, cluster = _program(name, problem), problem.cluster
-    listed: list[PlacementFamily] = []
-    for a in families(structure, cluster):
-        halves = _halves(name, a, cluster)
-        listed += (
-            [a._replace(given=dict(enumerate(halves)))] if halves else [] if halves == () else [a]
-        )
+    cluster = problem.cluster
+    listed = []
+    for family in families(structure, cluster):
+        given = _given_sizes(name, family, cluster)
+        if given is not None:
+            listed.append(family._replace(given=given))
     if pins:
-        meet = restriction(parse_pins(pins, problem.workload.roles, cluster))
-        met = [(a, meet(a)) for a in listed]
-        listed = [
-            b._replace(given={**a.given, **b.given})
-            for a, b in met
-            if b is not None and _agree(a, b)
-        ]
+        listed = _pinned(listed, restriction(parse_pins(pins, problem.workload.roles, cluster)))
     if not listed:
-        raise UserError(
-            f"{name}: its pools cannot meet {' '.join(f'--pin {pin}' for pin in pins)}; change the "
-            "pins"
-        )
-    found = best_of_families(problem, listed, 1, [program] * len(listed))
-    if found.ended:  # a baseline that is not the best of its kind would flatter the plan
+        told = " ".join(f"--pin {pin}" for pin in pins)
+        raise UserError(f"{name}: its pools cannot meet {told}; change the pins")
+    found = best_of_families(problem, listed, 1, [_program(name, problem)] * len(listed))
+    if found.ended:  # a baseline that is not the best of its kind would flatter the best plan
         raise KeyboardInterrupt
     if not found.best:
-        from planner.search.questions.why_nothing_fits import (
-            what_binds_pools,  # which itself searches
-        )
-
-        raise UserError(
-            f"{name}: {what_binds_pools(problem, listed[0])}; use more GPUs or smaller models"
-        )
+        reason = what_binds_pools(problem, listed[0])
+        raise UserError(f"{name}: {reason}; use more GPUs or smaller models")
     return found.best[0]
+
+
+def _pinned(listed: Sequence[PlacementFamily], meet: Restrict) -> list[PlacementFamily]:
+    """The families of a baseline that pins allow, with the sizes that both of them give."""
+    found = []
+    for family in listed:
+        met = meet(family)
+        if met is None:
+            continue
+        agreed = {**family.given, **met.given}
+        if all(agreed[pool] == size for pool, size in family.given.items()):
+            found.append(met._replace(given=agreed))
+    return found
 
 
 def _structure(name: str, roles: Sequence[str]) -> Structure:
@@ -76,25 +76,23 @@ def _structure(name: str, roles: Sequence[str]) -> Structure:
     return tuple(frozenset(pool & set(roles)) for pool in wanted[name] if pool & set(roles))
 
 
-def _halves(name: str, a: PlacementFamily, cluster: Cluster) -> tuple[int, ...] | None:
-    """The sizes of a split's pools; None where they are free. Each half has whole nodes (or half of
-    the only one); what is odd stays idle. With two kinds of GPU each half is one of them."""
+def _given_sizes(name: str, family: PlacementFamily, cluster: Cluster) -> dict[int, int] | None:
+    """The sizes of pools that a baseline gives (none where they are free), or None if it cannot be.
+    Each half of a split has whole nodes (or half of the only one); an odd node stays idle. With two
+    kinds of GPU each half is one of them."""
     if name == "colocated":
-        return (a.limits[0][1],)
-    if name not in ("split", "split-parallel") or len(a.structure) != 2:
-        return None
-    if len(a.limits) == 2:
-        return tuple(next(most for pools, most in a.limits if i in pools) for i in range(2))
-    nodes = sorted((node.gpus for node in cluster.nodes if node.device == a.kinds[0]), reverse=True)
+        return {0: family.limits[0][1]}
+    if name not in ("split", "split-parallel") or len(family.structure) != 2:
+        return {}
+    if len(family.limits) == 2:
+        return {pools[0]: most for pools, most in family.limits}
+    nodes = [node.gpus for node in cluster.nodes if node.device == family.kinds[0]]
     if len(nodes) == 1:
-        return (nodes[0] // 2,) * 2 if nodes[0] > 1 else ()
+        half = nodes[0] // 2
+        return {0: half, 1: half} if half else None
+    nodes.sort(reverse=True)
     half = len(nodes) // 2
-    return sum(nodes[:half]), sum(nodes[half : 2 * half])
-
-
-def _agree(a: PlacementFamily, pinned: PlacementFamily) -> bool:
-    """Whether pins leave the sizes that a split has."""
-    return all(pinned.given.get(i, count) == count for i, count in a.given.items())
+    return {0: sum(nodes[:half]), 1: sum(nodes[half : 2 * half])}
 
 
 def _program(name: str, problem: Problem) -> Program:

@@ -62,35 +62,43 @@ def ladder(plan: Plan, problem: Problem) -> tuple[Rung, ...]:
     one the plan's or else half of where it comes from. Every rung has the best layouts and order of
     its calls."""
     own = Rung("the plan's own layouts and order", plan, step_of(plan, problem.model))
+    known = {_key(structure) for structure in structures(problem.workload.roles)}
+    target = _state_of(plan)
     strict = replace(problem, max_staleness=0)
     rungs = list(_without_waits(strict))
-    target = _state_of(plan)
-    if not rungs or _key(target.structure) not in {
-        _key(s) for s in structures(problem.workload.roles)
-    }:
+    if not rungs or _key(target.structure) not in known:
         return (own,)
     state = _aligned(_state_of(rungs[-1].plan), target)
     rungs += _improved("order the calls and choose the layouts anew", state, strict)
     left = distances(problem.workload.roles, target.structure)
     while state != target:
-        options = [
-            (what, after, candidate)
-            for what, after in _decisions(state, target, left)
-            for candidate in [
-                evaluate_structure(replace(problem, max_staleness=after.staleness), *after[:2])
-            ]
-            if candidate is not None
-        ]
-        if not options:  # what lies between does not fit
+        step = _next_rung(problem, state, target, left)
+        if step is None:  # what lies between does not fit
             break
-        what, state, candidate = min(options, key=lambda option: option[2].seconds)
-        rungs.append(_rung(what, candidate, replace(problem, max_staleness=state.staleness)))
-    if abs(rungs[-1].seconds - own.seconds) <= SAME * own.seconds and state == target:
+        rung, state = step
+        rungs.append(rung)
+    if state != target:
+        return (*rungs, own._replace(what="move the roles to the plan's pools"))
+    if abs(rungs[-1].seconds - own.seconds) <= SAME * own.seconds:
         return (*rungs[:-1], own._replace(what=rungs[-1].what))
-    return (
-        *rungs,
-        own if state == target else own._replace(what="move the roles to the plan's pools"),
-    )
+    return (*rungs, own)
+
+
+def _next_rung(
+    problem: Problem, state: State, target: State, left: dict[object, int]
+) -> tuple[Rung, State] | None:
+    """The decision towards the target that leads to the shortest step, and where it leads; None if
+    nothing that could be decided fits."""
+    found: list[tuple[str, State, Candidate]] = []
+    for what, after in _decisions(state, target, left):
+        allowed = replace(problem, max_staleness=after.staleness)
+        candidate = evaluate_structure(allowed, after.structure, after.counts)
+        if candidate is not None:
+            found.append((what, after, candidate))
+    if not found:
+        return None
+    what, after, candidate = min(found, key=lambda option: option[2].seconds)
+    return _rung(what, candidate, replace(problem, max_staleness=after.staleness)), after
 
 
 def _without_waits(problem: Problem) -> Iterator[Rung]:
@@ -102,12 +110,9 @@ def _without_waits(problem: Problem) -> Iterator[Rung]:
             continue
         plan = assemble(candidate, name, problem)
         yield Rung(name, plan, candidate.seconds)
-        free = [
-            item.model_copy(update={"blocking": False})
-            for item in plan.program
-            if isinstance(item, Issue)
-        ]
-        plan = plan.model_copy(update={"name": "rung", "program": tuple(free)})
+        issues = [item for item in plan.program if isinstance(item, Issue)]
+        free = tuple(issue.changed(blocking=False) for issue in issues)
+        plan = plan.changed(name="rung", program=free)
         yield Rung("drop the waits", plan, step_of(plan, problem.model))
         return
 
@@ -117,16 +122,10 @@ def waits_of(plan: Plan) -> Iterator[tuple[str, Plan]]:
     for at, item in enumerate(plan.program):
         before, after = plan.program[:at], plan.program[at + 1 :]
         if isinstance(item, Wait):
-            yield (
-                f"wait for {', '.join(item.wait)}",
-                plan.model_copy(update={"program": (*before, *after)}),
-            )
+            yield f"wait for {', '.join(item.wait)}", plan.changed(program=(*before, *after))
         elif item.blocking:
-            free = item.model_copy(update={"blocking": False})
-            yield (
-                f"wait for {item.call}",
-                plan.model_copy(update={"program": (*before, free, *after)}),
-            )
+            free = item.changed(blocking=False)
+            yield f"wait for {item.call}", plan.changed(program=(*before, free, *after))
 
 
 def _rung(what: str, candidate: Candidate, problem: Problem) -> Rung:

@@ -2,7 +2,7 @@
 job fit."""
 
 from planner.spec.cluster import Cluster, Node
-from planner.spec.lengths import Empirical, Fixed, Lognormal
+from planner.spec.lengths import MOST_SIGMA, Empirical, Fixed, Lognormal
 from planner.spec.workload import MODEL_ROLES, Model, Workload
 
 
@@ -12,10 +12,10 @@ def resized(cluster: Cluster, gpus: int) -> Cluster:
     nodes: list[Node] = []
     while gpus:
         node = cluster.nodes[len(nodes) % len(cluster.nodes)]
-        nodes.append(node.model_copy(update={"gpus": min(gpus, node.gpus)}))
+        nodes.append(node.changed(gpus=min(gpus, node.gpus)))
         gpus -= nodes[-1].gpus
     count = sum(node.gpus for node in nodes)
-    return cluster.model_copy(update={"name": f"{count}x{nodes[0].device}", "nodes": tuple(nodes)})
+    return cluster.changed(name=f"{count}x{nodes[0].device}", nodes=tuple(nodes))
 
 
 def with_response(workload: Workload, factor: float) -> Workload:
@@ -30,18 +30,16 @@ def with_response(workload: Workload, factor: float) -> Workload:
     else:
         values = tuple(max(1, round(factor * value)) for value in lengths.values)
         scaled = Empirical(values=values, max=max(1, round(factor * lengths.max)))
-    return workload.model_copy(update={"response": scaled})
+    return workload.changed(response=scaled)
 
 
 def with_tail(workload: Workload, factor: float) -> Workload | None:
     """The workload with a longer tail of the responses: `factor` times the sigma, at the same mean
     and limit. None if they have no tail."""
     lengths = workload.response
-    if not isinstance(lengths, Lognormal):
+    if not isinstance(lengths, Lognormal) or factor * lengths.sigma > MOST_SIGMA:
         return None
-    return workload.model_copy(
-        update={"response": lengths.model_copy(update={"sigma": factor * lengths.sigma})}
-    )
+    return workload.changed(response=lengths.changed(sigma=factor * lengths.sigma))
 
 
 def with_models(workload: Workload, other: Workload) -> Workload:
@@ -49,9 +47,9 @@ def with_models(workload: Workload, other: Workload) -> Workload:
     gets its actor's shape."""
     shapes = {role: other.models.get(role, other.actor).shape for role in MODEL_ROLES}
     models = {role: Model(shape=shapes[role], random_weights=True) for role in workload.models}
-    return workload.model_copy(update=models)
+    return workload.changed(**models)
 
 
 def with_network(cluster: Cluster, factor: float) -> Cluster:
     """The cluster with links between nodes that carry `factor` times as much."""
-    return cluster.model_copy(update={"network_bandwidth": factor * cluster.network_bandwidth})
+    return cluster.changed(network_bandwidth=factor * cluster.network_bandwidth)

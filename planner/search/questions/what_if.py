@@ -20,6 +20,7 @@ from planner.search.solver.write_plan import assemble
 from planner.search.space.placements import PlacementFamily
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
+from planner.spec.limits import MOST_GPUS, MOST_STALENESS
 from planner.spec.plan import Plan
 from planner.spec.wording import counted
 from planner.spec.workload import Workload
@@ -75,15 +76,16 @@ def conditions(plan: Plan, gpus: Sequence[int], others: Sequence[Workload]) -> I
         )
     for other in others:
         yield Condition(f"models of {other.name}", with_models(workload, other), cluster)
-    staler = workload.model_copy(update={"max_staleness": workload.max_staleness + 1})
-    yield Condition(f"staleness up to {staler.max_staleness}", staler, cluster)
+    if workload.max_staleness < MOST_STALENESS:
+        staler = workload.changed(max_staleness=workload.max_staleness + 1)
+        yield Condition(f"staleness up to {staler.max_staleness}", staler, cluster)
 
 
 def _usual_gpus(cluster: Cluster) -> list[int]:
     """Half, one node less, one node more, double."""
     there, node = len(cluster.gpus), cluster.nodes[-1].gpus
     counts = {there // 2, there - node, there + cluster.nodes[0].gpus, 2 * there}
-    return sorted(count for count in counts if count > 0 and count != there)
+    return sorted(count for count in counts if 0 < count <= MOST_GPUS and count != there)
 
 
 def what_if(plan: Plan, condition: Condition, profiles: Sequence[Profile] = ()) -> Replanned:

@@ -27,7 +27,7 @@ from planner.search.solver.problem import Problem
 from planner.search.solver.write_plan import assemble
 from planner.search.space.placements import PlacementFamily, Structure, sizes, structures
 from planner.spec.cluster import Cluster, Device
-from planner.spec.limits import MOST_GPUS_ASKED
+from planner.spec.limits import MOST_GPUS, MOST_GPUS_ASKED
 from planner.spec.wording import counted, gigabytes
 from planner.spec.workload import Workload
 
@@ -257,6 +257,8 @@ def _more_gpus(problem: Problem) -> int | None:
         return None
 
     def enough(gpus: int) -> bool:
+        if gpus > MOST_GPUS:
+            return False
         return fits(_with(problem, workload, resized(cluster, gpus))) is not None
 
     return _fewest(enough, len(cluster.gpus))

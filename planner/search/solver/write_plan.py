@@ -18,10 +18,10 @@ def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
         pools["+".join(members)] = Pool(gpus=gpus)
     layouts: dict[str, TrainerRole | RolloutRole] = dict(candidate.trainers)
     layouts["rollout"] = candidate.rollout
-    roles = {}
+    roles: dict[str, TrainerRole | RolloutRole] = {}
     for role in workload.roles:
         renamed = tuple(names[pool] for pool in layouts[role].pools)
-        roles[role] = layouts[role].model_copy(update={"pools": renamed})
+        roles[role] = layouts[role].changed(pools=renamed)
     return Plan(
         name=name,
         workload=workload,
@@ -55,13 +55,13 @@ def trimmed(plan: Plan) -> Plan:
             if home == name:
                 used.update(gpus)
         left = tuple(gpu for gpu in pool.gpus if gpu in used)
-        pools[name] = pool.model_copy(update={"gpus": left})
-    if any(not pool.gpus for pool in pools.values()):
-        return plan
+        if not left:
+            return plan
+        pools[name] = Pool(gpus=left)
     handing = {*plan.trainers["actor"].pools, *plan.rollout.pools}
     if _nodes(handing, plan.pools) != _nodes(handing, pools):
         return plan
-    return plan.model_copy(update={"pools": pools})
+    return plan.changed(pools=pools)
 
 
 def _nodes(names: Iterable[str], pools: Mapping[str, Pool]) -> set[int]:
@@ -79,7 +79,5 @@ def complete(
 ) -> Plan:
     """The plan with its predicted figures and its provenance: the `proof` that it is the best, the
     `bound` that no plan is below, and the `seconds` that the search took."""
-    predicted = predict(plan, (), proof, bound, problem.model).model_copy(
-        update={"search_seconds": seconds}
-    )
-    return plan.model_copy(update={"predicted": predicted, "provenance": provenance})
+    predicted = predict(plan, (), proof, bound, problem.model).changed(search_seconds=seconds)
+    return plan.changed(predicted=predicted, provenance=provenance)
