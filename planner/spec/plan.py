@@ -1,5 +1,4 @@
-"""What is decided: pools of GPUs, where each role lives and in what layout, and the program of
-calls."""
+"""A decision: pools of GPUs, the pool and the layout of each role, and the program of calls."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -83,8 +82,8 @@ Role = Annotated[TrainerRole | RolloutRole, Field(discriminator="engine")]
 
 
 class Issue(Spec):
-    """Issue `call` for step (round + `offset`). `blocking` is shorthand for a wait on it right
-    after."""
+    """An entry of a program: issue `call` for step (round + `offset`). `blocking` is shorthand for
+    a wait on it right after."""
 
     call: str
     offset: NonNegativeInt = 0
@@ -92,7 +91,8 @@ class Issue(Spec):
 
 
 class Wait(Spec):
-    """Nothing later is started before the latest instances of these calls have ended."""
+    """An entry of a program: start nothing later before the latest instances of these calls have
+    ended."""
 
     wait: Annotated[tuple[str, ...], Field(min_length=1)]
 
@@ -103,7 +103,8 @@ Item = Annotated[
 
 
 class Proof(Spec):
-    """`optimal` is meant for these costs, scenarios and this space, never more."""
+    """What is proven of a plan. `optimal` holds for these costs, scenarios and this space, never
+    for more."""
 
     status: Literal["optimal", "gap", "time_limit", "none"]
     objective: str = "mean"
@@ -112,8 +113,8 @@ class Proof(Spec):
 
 
 class Predicted(Spec):
-    """What the planner expects. Shares of the cost figures by source are fractions of the busy
-    time."""
+    """The planner's figures for a plan. `sources` are shares of the busy time, by the source of the
+    costs."""
 
     step_seconds: PositiveFloat
     step_seconds_p95: PositiveFloat
@@ -136,7 +137,7 @@ class Provenance(Spec):
 
 
 class Plan(File):
-    """A self-contained decision that can be simulated and executed."""
+    """A complete decision that can be simulated and executed."""
 
     SCHEMA: ClassVar[str] = "splitplan/plan/1"
 

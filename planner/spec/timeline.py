@@ -1,5 +1,4 @@
-"""What happened, or is expected to: spans of calls on pools. One type for simulated and for
-measured runs."""
+"""Spans of calls on pools, simulated or measured. Both have one type."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, Self
@@ -40,9 +39,10 @@ STEP_ENDS_WITH = "update_actor"  # where a file does not say otherwise
 
 
 class Timeline(File):
-    """Spans in order of their issue. A step ends when its call `step_ends_with` does. In the step
-    time the first `warmup` steps do not count, in which a pipeline fills, nor the last `drain`: in
-    a study those in which it generates nothing more; in a run none, which are few of many."""
+    """Spans in the order of their issue. A step ends when its call `step_ends_with` does. Two kinds
+    of steps do not count in the step time: the first `warmup` steps, in which a pipeline fills, and
+    the last `drain` steps. In a study those are the steps in which nothing more is generated; in a
+    run there are none, because they would be few of many."""
 
     SCHEMA: ClassVar[str] = "splitplan/timeline/1"
 

@@ -1,4 +1,4 @@
-"""What is asked: the models, the batch, the lengths and the PPO settings of one training job."""
+"""The question: the models, the batch, the lengths and the PPO settings of one training job."""
 
 import json
 from pathlib import Path
@@ -66,7 +66,7 @@ class Shape(Spec):
         return self.vocab * self.hidden
 
     def parameters(self, head: Head = "lm") -> int:
-        """All parameters; a critic or a reward model has a scalar head instead of the
+        """The number of all parameters. A critic or a reward model has a scalar head instead of the
         vocabulary's."""
         output = (
             self.hidden
