@@ -18,7 +18,7 @@ from planner.predict.objective import with_mean
 from planner.predict.points import point_of
 from planner.predict.profile import Profile
 from planner.predict.schedule import staleness, steady_edges, unroll
-from planner.search.solver import layout_table, placement
+from planner.search.solver import branch_and_bound, layout_table, placement
 from planner.search.solver.best_program import Program, best_program, cycles_of
 from planner.search.solver.bounds import Bounds
 from planner.search.solver.branch_and_bound import solve
@@ -263,6 +263,17 @@ def best_of_all_placements(problem, restrict):
     return best
 
 
+def uneven_cluster(nodes, host_memory, network, device):
+    """Nodes with these numbers of GPUs and bytes of host memory, and what is changed of a GPU."""
+    pairs = zip(nodes, host_memory, strict=True)
+    return Cluster(
+        name="uneven",
+        nodes=tuple(Node(gpus=n, device="g", host_memory_bytes=int(h)) for n, h in pairs),
+        devices={"g": tiny_cluster(1).devices["g"].model_copy(update=device)},
+        network_bandwidth=network,
+    )
+
+
 LITTLE = {"memory_bytes": 22_810 * 10**6, "flops": 5e13, "host_bandwidth": 2e11}
 
 
@@ -299,18 +310,28 @@ def test_no_smaller_pools_are_left_out_that_are_better(
     monkeypatch.setattr(layouts, "MICRO_BATCH_TOKENS", (8192,))
     monkeypatch.setattr(layouts, "CONCURRENCY", (16, 32))
     monkeypatch.setattr(layouts, "TENSOR_PARALLEL", (1, 2))
-    pairs = zip(nodes, host_memory, strict=True)
-    cluster = Cluster(
-        name="uneven",
-        nodes=tuple(Node(gpus=n, device="g", host_memory_bytes=int(h)) for n, h in pairs),
-        devices={"g": tiny_cluster(1).devices["g"].model_copy(update=device)},
-        network_bandwidth=network,
-    )
+    cluster = uneven_cluster(nodes, host_memory, network, device)
     workload = small_workload(**changes)
     restrict = restriction(parse_pins(pins, workload.roles, cluster))
     found = solve(problem_of(workload, cluster, (), None), 1, restrict)
     best = best_of_all_placements(problem_of(workload, cluster, (), None), restrict)
     assert found.best[0].seconds == pytest.approx(best, rel=1e-9)
+
+
+def test_a_placement_that_an_interrupt_leaves_unevaluated_still_bounds(monkeypatch):
+    """The quick plan of this cluster is the best, and known to be only after some placement has
+    been evaluated."""
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    cluster = uneven_cluster((3, 2, 2, 2), (1e12,) * 4, 50e9, {"memory_bytes": 40 * 10**9})
+    problem = problem_of(small_workload(tensor_parallel=2, max_staleness=0), cluster, (), None)
+    proven = solve(problem, 1)
+    assert not proven.ended and proven.bound == proven.best[0].seconds
+    monkeypatch.setattr(branch_and_bound, "evaluate", interrupted)
+    ended = solve(problem, 1)
+    assert ended.ended and 0 < ended.bound < ended.best[0].seconds == proven.best[0].seconds
 
 
 def some_profile(workload):
