@@ -12,7 +12,7 @@ from planner.spec.limits import MOST_GPUS
 # Wide enough for any machine, and no quotient of them is infinite.
 Rate = Annotated[float, Field(ge=1, le=1e21)]  # FLOP/s or bytes/s
 Efficiency = Annotated[float, Field(ge=1e-6, le=1e3)]
-Seconds = Annotated[float, Field(ge=0, le=1e6)]
+Delay = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class Device(Spec):
@@ -30,8 +30,8 @@ class Device(Spec):
     efficiency_compute: Efficiency = 0.5
     efficiency_memory: Efficiency = 0.7
     efficiency_link: Efficiency = 0.7
-    overhead_seconds: Seconds = 0.0  # of each call: dispatch, collation, optimizer launch
-    launch_seconds: Seconds = (
+    overhead_seconds: Delay = 0.0  # of each call: dispatch, collation, optimizer launch
+    launch_seconds: Delay = (
         0.0  # of a layer's forward pass, however few its tokens, its gathering or sending
     )
     context_bytes: Bytes = 0  # of each process on the GPU
@@ -55,7 +55,7 @@ class Cluster(File):
     nodes: tuple[Node, ...]
     devices: dict[str, Device]
     network_bandwidth: Rate = 50e9
-    network_latency_seconds: Seconds = 20e-6
+    network_latency_seconds: Delay = 20e-6
 
     @model_validator(mode="after")
     def _known_devices(self) -> Self:

@@ -34,7 +34,7 @@ from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.workload import Model
 
-ENVIRONMENT = {
+ENGINE_ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine dies with the process it is in
     "VLLM_USE_FLASHINFER_SAMPLER": "0",  # it returns no processed log-probs
     "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",  # NVLink multicast is not everywhere allowed
@@ -247,7 +247,9 @@ def graph_sizes(concurrency: int) -> list[int]:
 
 def load_library() -> None:
     """Takes long, and needs no GPU."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    os.environ.update(
+        {name: os.environ.get(name, value) for name, value in ENGINE_ENVIRONMENT.items()}
+    )
     import vllm  # noqa: F401
 
 
