@@ -132,7 +132,7 @@ def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, stu
     study.write_text(text.replace("steps = 3", "steps = 4"))
     for command in (("study", study), ("study", study, "--report")):
         assert (
-            f"delete {directory / 'colocated' / 'result.json'} and write it anew"
+            f"delete {directory / 'colocated' / 'result.json'} and write it again"
             in plan(*command).stderr
         )
     study.write_text(text)

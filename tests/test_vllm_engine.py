@@ -105,6 +105,24 @@ def started(
     fleet.close()
 
 
+def test_vllm_has_the_private_names_that_are_used() -> None:
+    from vllm import LLM
+
+    from executor.rollout.vllm import private
+
+    transfers = (private.NCCLWeightTransferEngine, private.IPCWeightTransferEngine)
+    used = {
+        LLM: ("collective_rpc", "init_weight_transfer_engine", "start_weight_update",
+              "update_weights", "finish_weight_update", "reset_prefix_cache"),
+        private.AsyncScheduler: ("update_from_output",),
+        **dict.fromkeys(transfers, ("init_transfer_engine", "receive_weights", "shutdown",
+                                    "start_weight_update", "finish_weight_update")),
+    }  # fmt: skip
+    missing = [(o, name) for o, names in used.items() for name in names if not hasattr(o, name)]
+    assert not missing
+    assert hasattr(private.NCCLWeightTransferEngine, "trainer_init")
+
+
 @pytest.fixture
 def engine(started: Remote, model: PreTrainedModel) -> Remote:
     """The same one, with the model's weights."""
@@ -216,7 +234,7 @@ class Mortal(Recording):
         if number == 1:
             ray.get(
                 engine.__ray_call__.remote(
-                    lambda worker: worker.engine._executor.workers[0].proc.kill()
+                    lambda worker: worker.engine.internals.executor.workers[0].proc.kill()
                 )
             )
         else:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from executor.fleet import torch_private
+
 # Mapped at a time: by 20, torch's default, an update that finds nothing cached took up to 1 s
 # longer.
 SEGMENT_MB = 256
@@ -30,10 +32,9 @@ def shareable() -> Iterator[None]:
 
 
 def _grow(on: bool) -> None:
-    size = (
-        f",large_segment_size_mb:{SEGMENT_MB}" if on else ""
-    )  # a call resets what it does not name
-    torch._C._accelerator_setAllocatorSettings(f"expandable_segments:{on}{size}")
+    # A call resets what it does not name.
+    size = f",large_segment_size_mb:{SEGMENT_MB}" if on else ""
+    torch_private.set_allocator(f"expandable_segments:{on}{size}")
 
 
 def forget_peak() -> None:

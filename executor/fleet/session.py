@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 
+from executor.fleet import ray_private
 from executor.fleet.signals import unrepeated
 from planner.spec.errors import UserError
 
@@ -56,12 +57,10 @@ def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
 def last_words() -> str:
     """What the processes that Ray started on this host wrote to stderr lately, which goes when Ray
     does: a crash says there why it came."""
-    node = ray._private.worker._global_node
-    if node is None:
+    directory = ray_private.logs_directory()
+    if directory is None:
         return ""
-    files = sorted(
-        Path(node.get_logs_dir_path()).glob("worker-*.err"), key=lambda file: file.stat().st_mtime
-    )
+    files = sorted(directory.glob("worker-*.err"), key=lambda file: file.stat().st_mtime)
     lines = {file.name: file.read_text(errors="replace").splitlines() for file in files}
     written = {
         name: [line for line in each if not line.startswith(RAYS_OWN)]
@@ -73,40 +72,31 @@ def last_words() -> str:
 
 def _start_private(cpus: int | None, directory: Path) -> None:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    for (
-        key,
-        value,
-    ) in ENVIRONMENT.items():  # inherited by the processes, which a runtime_env would start anew
+    # Inherited by the processes, which a runtime_env would start again.
+    for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     # Ray asks for a token. One that lives as long as this process leaves nothing in the user's
     # home.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    _init(
-        address="local",
-        num_cpus=cpus,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(
-            directory / RAY
-        ),  # which Ray opens to everybody; the directory above it stays closed
-        # By default as many processes start at a time as there are cores, which sixteen light ones
-        # find slow.
-        _system_config={"worker_maximum_startup_concurrency": 32},
-    )
+    # Ray opens its directory to everybody; the one above it stays closed. By default as many
+    # processes start at a time as there are cores, which is slow for sixteen light ones.
+    private = ray_private.start_options("127.0.0.1", directory / RAY, starts_at_once=32)
+    _init(address="local", num_cpus=cpus, **private)
 
 
 @contextlib.contextmanager
 def _this_host_only() -> Iterator[None]:
     """Ray turns 127.0.0.1 into the host's outward address unless it is told that there are no other
     hosts. Not for longer: this process, or what it starts, may join a cluster next."""
-    before = os.environ.get(NO_CLUSTER), ray._private.ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[NO_CLUSTER], ray._private.ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    before = os.environ.get(NO_CLUSTER)
+    os.environ[NO_CLUSTER] = "0"
     try:
-        yield
+        with ray_private.without_other_hosts():
+            yield
     finally:
         os.environ.pop(NO_CLUSTER)
-        if before[0] is not None:
-            os.environ[NO_CLUSTER] = before[0]
-        ray._private.ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        if before is not None:
+            os.environ[NO_CLUSTER] = before
 
 
 def _connect(address: str) -> None:

@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import ray
+from typing import Any, TypeVar
 
 from executor.data.batch import PromptSource
 from executor.fleet import driver, pools
-from executor.fleet.asking import Rank
+from executor.fleet.asking import Rank, ask, to_each
 from executor.fleet.session import ray_session
 from executor.fleet.worker import Worker
 from executor.measuring import software
@@ -45,6 +43,7 @@ CELL_FLOOR_SECONDS = 20.0  # of a call's deadline: a study's time is short
 # to start, and without.
 BESIDE = {"GPU": (120.0, 20.0), "CPU": (15.0, 5.0)}
 
+R = TypeVar("R")
 Engines = frozenset[tuple[tuple[Gpu, ...], str]]  # the GPUs of each, and what it is made for
 
 
@@ -204,11 +203,11 @@ class Bench:
         with one_line(job.plan, "the start", tuple(job.plan.pools), "start"):
             backend = _Measured(job.plan, prompts, fleet, deadlines)
         start = time.monotonic() - began
-        _on_processes(backend, _forget_peak)
+        _on_processes(backend, Worker.forget_peak)
         with MemoryWatch(fleet.devices) as watch:
             directory = RunDirectory(scratch, tensorboard=False)
             Run(job.plan, job.steps, backend, directory, Silent()).finish()
-        found = _memory(watch.peaks, _on_processes(backend, _peak))
+        found = _memory(watch.peaks, _on_processes(backend, Worker.peak))
         backend.close()  # the processes stay
         (scratch / "metrics.jsonl").replace(job.directory / "metrics.jsonl")
         timeline = Timeline.read(scratch / "timeline.json")
@@ -243,9 +242,7 @@ def _keep_log(directory: Path, scratch: Path) -> None:
 # --- memory ---
 
 
-def _on_processes(
-    backend: Training, ask: Callable[[Any], dict[str, int]]
-) -> list[tuple[Gpu, str, dict[str, int]]]:
+def _on_processes(backend: Training, method: Callable[[Worker], R]) -> list[tuple[Gpu, str, R]]:
     """What trainers and engines answer, with their (first) GPU and their kind."""
     plan, processes = backend.plan, backend.processes
     places: list[tuple[Gpu, str, Rank[Any]]] = [
@@ -255,19 +252,8 @@ def _on_processes(
     ]
     engines = zip(plan.engine_gpus(), processes.engines, strict=True)
     places += [(gpus[0], "engine", rank) for (_, gpus), rank in engines]
-    answers: list[dict[str, int]] = ray.get(
-        [rank.handle.__ray_call__.remote(ask) for _, _, rank in places]
-    )
+    answers = ask(to_each([rank for _, _, rank in places], method)).results
     return [(gpu, kind, answer) for (gpu, kind, _), answer in zip(places, answers, strict=True)]
-
-
-def _forget_peak(worker: Worker) -> dict[str, int]:
-    worker.forget_peak()
-    return {}
-
-
-def _peak(worker: Worker) -> dict[str, int]:
-    return worker.peak()
 
 
 def _memory(

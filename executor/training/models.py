@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from executor.fleet import torch_private
 from executor.training import lm_head, loading
 from executor.training.packing import Packed, hidden_states, use_packed_attention
 from planner.spec.workload import Model, Shape
@@ -143,7 +144,7 @@ def _compute_buffers(model: PreTrainedModel) -> None:
     transformers does the same when it loads."""
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            assert name in module._non_persistent_buffers_set, (
+            assert not torch_private.is_stored(module, name), (
                 f"{name}: buffers that are stored are not supported"
             )
             setattr(module, name, torch.empty_like(buffer, device="cpu"))
@@ -223,7 +224,7 @@ def _cast_output(module: nn.Module, dtype: torch.dtype) -> None:
 def compile_blocks(model: PreTrainedModel) -> None:
     """Fuse the operations between the matrix products. Each block is compiled whole, inside of
     FSDP's and recomputation's wrappers, for any number of tokens."""
-    torch._dynamo.config.recompile_limit = 64  # roles, modes and devices share the code of a block
+    torch_private.allow_recompiling(64)  # roles, modes and devices share the code of a block
     for block in blocks(model):
         block.forward = torch.compile(block.forward, dynamic=True)
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.distributed.tensor import DTensor
 
+from executor.fleet import torch_private
+
 
 class Parking:
     """Holds tensors' data on the host while they are parked; its buffers stay for the next time."""
@@ -48,7 +50,7 @@ class Parking:
         """A tensor's data (this rank's) where they are now: on the host while it is parked."""
         local = _local(tensor)
         for storage, buffer in self._parked:
-            if storage._cdata == local.untyped_storage()._cdata:
+            if torch_private.is_same_storage(storage, local.untyped_storage()):
                 host = buffer[: len(buffer) // local.element_size() * local.element_size()].view(
                     local.dtype
                 )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from executor.fleet import gpu_memory
+from executor.fleet import gpu_memory, torch_private
 from planner.predict.memory import SYNC_BYTES
 
 Arrays = dict[str, NDArray[np.float32]]
@@ -154,13 +154,11 @@ class Window:
     time."""
 
     def __init__(self, chunks: Sequence[Sequence[Described]]) -> None:
-        from torch.multiprocessing.reductions import reduce_tensor
-
         size = max(sum(weight.bytes for weight in chunk) for chunk in chunks)
         with gpu_memory.shareable():
             self.buffer = torch.empty(size, dtype=torch.uint8, device="cuda")
         gpu = str(torch.cuda.get_device_properties(self.buffer.device).uuid)
-        self.handles: dict[str, Any] = {gpu: reduce_tensor(self.buffer)[1]}
+        self.handles: dict[str, Any] = {gpu: torch_private.ipc_handle(self.buffer)}
 
     def fill(self, module: nn.Module, chunk: Sequence[Described]) -> None:
         """Gather a chunk's weights into the buffer. A collective."""

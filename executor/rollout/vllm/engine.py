@@ -89,26 +89,20 @@ class VllmEngine:
                 enable_prefix_caching=False,
                 weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
             )
-        self._executor: Any = self.llm.llm_engine.model_executor
-        self._unlink_queues()
-        core: Any = self.llm.llm_engine.engine_core
-        self._scheduler = core.engine_core.scheduler
+        from executor.rollout.vllm.private import Internals
+
+        self.internals = Internals(self.llm)
+        # All processes have opened their files by now, which would outlive processes that are
+        # killed.
+        self.internals.unlink_queues()
+        self.llm.collective_rpc("unlink_queues")
         # What the engine consists of stays; collecting must not look at it at every step.
         gc.freeze()
-
-    def _unlink_queues(self) -> None:
-        """All processes have opened their files by now, which would outlive processes that are
-        killed."""
-        from executor.rollout.vllm.extension import unlink
-
-        for queue in (self._executor.rpc_broadcast_mq, *self._executor.response_mqs):
-            unlink(queue)
-        self.llm.collective_rpc("unlink_queues")
 
     @property
     def failed(self) -> bool:
         """Whether a process of a GPU has ended."""
-        return bool(self._executor.is_failed)
+        return self.internals.failed
 
     def generate(
         self, requests: Requests, temperature: float | None
@@ -121,11 +115,10 @@ class VllmEngine:
         left = len(requests)
         with _no_collecting():
             while left:
-                if not (outputs := self.llm.llm_engine.engine_core.get_output().outputs):
-                    continue  # the first step's come when the second has been queued
-                for output, log_prob in zip(
-                    outputs, self._scheduler.log_probs.tolist(), strict=True
-                ):
+                if not (outputs := self.internals.step()):
+                    continue
+                of_outputs = self.internals.scheduler.log_probs.tolist()
+                for output, log_prob in zip(outputs, of_outputs, strict=True):
                     number = int(output.request_id) - first
                     assert number >= 0, "an output of a call that was cut short"
                     tokens[number] += output.new_token_ids
@@ -141,13 +134,12 @@ class VllmEngine:
 
     def _add(self, requests: Requests, temperature: float | None) -> int:
         """Queue requests; the number of the first one."""
-        engine, first = self.llm.llm_engine, self._asked
+        first = self._asked
         self._asked += len(requests)
-        prompts, tasks = requests.prompts(), engine.get_supported_tasks()
-        for number, params in enumerate(self._sampling(requests, temperature), start=first):
-            prompt: Any = {"type": "token", "prompt_token_ids": prompts[number - first].tolist()}
-            request = engine.input_processor.process_inputs(str(number), prompt, params, tasks)
-            engine.engine_core.add_request(request)
+        names = map(str, range(first, self._asked))
+        prompts = [prompt.tolist() for prompt in requests.prompts()]
+        params = self._sampling(requests, temperature)
+        self.internals.add(zip(names, prompts, params, strict=True))
         return first
 
     def _sampling(self, requests: Requests, temperature: float | None) -> list[Any]:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.distributed.parallel_state import get_tp_group
 
 from executor.fleet import gpu_memory
+from executor.rollout.vllm import private
 from executor.rollout.vllm.transfer import TRANSFERS
 
 PR_SET_PDEATHSIG = 1  # Linux: the signal that a process gets when the thread that started it ends
@@ -42,9 +42,7 @@ class Extension:
 
     def unlink_queues(self) -> None:
         """Once all have opened them: they would outlive processes that are killed."""
-        queue = get_tp_group().mq_broadcaster
-        if queue is not None and queue.buffer.is_creator:
-            unlink(queue)
+        private.unlink_broadcaster()
 
     def receive_by(self, channel: str) -> None:
         """Take weights over by this channel from here on."""
@@ -61,13 +59,6 @@ class Extension:
 
     def peak(self) -> dict[str, int]:
         return gpu_memory.peak()
-
-
-def unlink(queue: Any) -> None:
-    """The names of a message queue's shared memory and sockets; who has opened them goes on."""
-    queue.buffer.shared_memory.unlink()
-    for address in (queue.handle.local_subscribe_addr, queue.handle.local_notify_addr):
-        Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
 
 
 class _Failures(logging.Handler):

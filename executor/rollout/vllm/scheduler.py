@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+from executor.rollout.vllm.private import AsyncScheduler
 
 
 class Scheduler(AsyncScheduler):

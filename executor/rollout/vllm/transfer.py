@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import rebuild_cuda_tensor
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
+
+from executor.fleet import torch_private
+from executor.rollout.vllm.private import (
+    IPCWeightTransferEngine,
+    NCCLWeightTransferEngine,
+    unpack_tensor,
+)
 
 
 class OverNccl(NCCLWeightTransferEngine):
@@ -64,9 +67,8 @@ class OverIpc(IPCWeightTransferEngine):
     @torch.no_grad()
     def receive_weights(self, update_info: Any) -> None:
         gpu = str(torch.cuda.get_device_properties(self.device.index).uuid)
-        handle = list(update_info.ipc_handles[gpu])
-        handle[6] = self.device.index  # the window's GPU as this process numbers it
-        window = rebuild_cuda_tensor(*handle)[: sum(update_info.tensor_sizes)]
+        window = torch_private.open_ipc(update_info.ipc_handles[gpu], self.device.index)
+        window = window[: sum(update_info.tensor_sizes)]
         dtypes = [torch.bfloat16] * len(update_info.names)
         self.model.load_weights(
             unpack_tensor(

@@ -1,0 +1,36 @@
+"""All that is used of Ray besides its documented interface. `tests/test_private.py` says whether it
+is there; pyproject.toml bounds the versions."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray._private import ray_constants, worker
+
+
+def logs_directory() -> Path | None:
+    """Where the processes of this host write their logs; None without a session."""
+    node = worker._global_node
+    return None if node is None else Path(node.get_logs_dir_path())
+
+
+def start_options(address: str, directory: Path, starts_at_once: int) -> dict[str, Any]:
+    """Options of `ray.init`: listen at this address of the host only, keep all files in this
+    directory, and start so many processes at a time."""
+    return {
+        "_node_ip_address": address,
+        "_temp_dir": str(directory),
+        "_system_config": {"worker_maximum_startup_concurrency": starts_at_once},
+    }
+
+
+@contextmanager
+def without_other_hosts() -> Iterator[None]:
+    """Let Ray keep an address of the loopback, which it takes for that of a cluster of one host."""
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before

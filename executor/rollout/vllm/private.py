@@ -1,0 +1,69 @@
+"""All that is used of vLLM besides its documented interface. `tests/test_vllm_engine.py` says
+whether it is there; pyproject.toml bounds the versions. Imports vLLM, so it is imported where an
+engine runs."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vllm.distributed.parallel_state import get_tp_group
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+
+__all__ = [
+    "AsyncScheduler",
+    "IPCWeightTransferEngine",
+    "Internals",
+    "NCCLWeightTransferEngine",
+    "unlink_broadcaster",
+    "unpack_tensor",
+]
+
+
+class Internals:
+    """The inside of an `LLM` whose engine runs in this process."""
+
+    def __init__(self, llm: Any) -> None:
+        self._engine: Any = llm.llm_engine
+        self.executor: Any = self._engine.model_executor
+        self.scheduler: Any = self._engine.engine_core.engine_core.scheduler
+
+    @property
+    def failed(self) -> bool:
+        """Whether a process of a GPU has ended."""
+        return bool(self.executor.is_failed)
+
+    def add(self, requests: Iterable[tuple[str, list[int], Any]]) -> None:
+        """Queue requests: the name of each, the tokens of its prompt, and its SamplingParams."""
+        tasks = self._engine.get_supported_tasks()
+        for name, tokens, params in requests:
+            prompt = {"type": "token", "prompt_token_ids": tokens}
+            request = self._engine.input_processor.process_inputs(name, prompt, params, tasks)
+            self._engine.engine_core.add_request(request)
+
+    def step(self) -> list[Any]:
+        """What the next step yields: some tokens of each sequence in it. Nothing for a first step,
+        whose tokens come when the second one has been queued."""
+        outputs: list[Any] = self._engine.engine_core.get_output().outputs
+        return outputs
+
+    def unlink_queues(self) -> None:
+        """Remove the names of the queues between this process and those of the GPUs."""
+        for queue in (self.executor.rpc_broadcast_mq, *self.executor.response_mqs):
+            _unlink(queue)
+
+
+def unlink_broadcaster() -> None:
+    """In the process of a GPU: remove the names of the queue to its peers, if it made them."""
+    queue = get_tp_group().mq_broadcaster
+    if queue is not None and queue.buffer.is_creator:
+        _unlink(queue)
+
+
+def _unlink(queue: Any) -> None:
+    """The names of a message queue's shared memory and sockets; who has opened them goes on."""
+    queue.buffer.shared_memory.unlink()
+    for address in (queue.handle.local_subscribe_addr, queue.handle.local_notify_addr):
+        Path(address.removeprefix("ipc://")).unlink(missing_ok=True)
