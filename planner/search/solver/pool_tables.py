@@ -10,9 +10,10 @@ from planner.search.solver.layout_table import columns_of
 from planner.search.solver.problem import Problem, sync_path
 from planner.search.solver.role_tables import ActorKey, CallSets, RoleTable, RoleTables, SizeSteps
 from planner.search.solver.rollout_table import ALONE, RolloutTable, level_of
-from planner.search.space.arrays import Array, Levels, Pools, Sizes
+from planner.search.space.arrays import Array, Levels, Mask, Pools, Sizes
 from planner.search.space.placements import PlacementFamily
 from planner.search.space.size_boxes import NEVER
+from planner.spec.cluster import Device
 
 
 class PoolKey(NamedTuple):
@@ -56,42 +57,44 @@ class PoolTables:
         self.seconds = np.full(shape, NEVER)
         self.room = np.zeros((len(ordered), self.steps.steps), dtype=np.int64)
         for number, key in enumerate(ordered):
-            self._fill(self.seconds[number], self.room[number], key)
+            steps = len(problem.ranks(key.kind))
+            pool = self._pool(key)
+            self._fill_seconds(self.seconds[number, :, :steps], pool)
+            self.room[number, :steps] = pool.room_of_engine()
         self._load = self._loads()
 
     def numbers(self, keys: Sequence[PoolKey]) -> list[int]:
         """The numbers of some pools."""
         return [self._number[key] for key in keys]
 
-    def _fill(self, seconds: Array, room: Levels, key: PoolKey) -> None:
-        """Fill in the least seconds [call sets, steps, S + 1] and the room [steps] of a pool."""
+    def _pool(self, key: PoolKey) -> "_Pool":
         problem = self._problem
-        device = problem.device(key.kind)
-        steps = len(problem.ranks(key.kind))
+        roles = [role for role in problem.trained_or_inferred if role in key.roles]
         generates = "rollout" in key.roles
-        engine = self._leanest_engine[key.kind] if generates else np.zeros(2)
-        held = [role for role in problem.trained_or_inferred if role in key.roles]
-        allowed = problem.allowed(bool(held), generates, key.kind)
-        tables = [
-            self._roles.of(role, key.kind, key.actor if role == "actor" else None) for role in held
-        ]
-        leanest = np.array([table.memory for table in tables]).reshape(-1, steps, 2)
-        resident = leanest[:, :, 0].sum(axis=0) + engine[0]
+        tables = []
+        for role in roles:
+            actor = key.actor if role == "actor" else None
+            tables.append(self._roles.of(role, key.kind, actor))
+        memory = [table.memory for table in tables]
+        return _Pool(
+            device=problem.device(key.kind),
+            roles=roles,
+            tables=tables,
+            leanest=np.array(memory).reshape(-1, len(problem.ranks(key.kind)), 2),
+            engine=self._leanest_engine[key.kind] if generates else np.zeros(2),
+            allowed=problem.allowed(bool(roles), generates, key.kind),
+        )
+
+    def _fill_seconds(self, seconds: Array, pool: "_Pool") -> None:
+        """Fill in the least seconds [call sets, steps, S + 1] of a pool."""
         seconds[:] = 0.0
-        for number, role in enumerate(held):
-            left = allowed - (resident - leanest[number, :, 0])
-            others = np.delete(leanest[:, :, 1], number, axis=0)
-            surplus = np.maximum(others.max(axis=0, initial=0.0), engine[1])
+        too_small = np.flatnonzero(~pool.fits())
+        for number, role in enumerate(pool.roles):
             columns = self._call_sets.columns_of_role(role)
-            seconds[columns, :steps] = _least_in(
-                tables[number], level_of(left, device), level_of(left - surplus, device)
-            )
-        surplus = np.maximum(leanest[:, :, 1].max(axis=0, initial=0.0), engine[1])
-        too_much = np.flatnonzero(resident + surplus > allowed)
-        own = [column for role in held for column in self._call_sets.columns_of_role(role)]
-        seconds[np.ix_(np.array(own or range(len(seconds))), too_much)] = NEVER
-        seconds[:, steps:] = NEVER
-        room[:steps] = level_of(allowed - (resident - engine[0]), device) if held else ALONE
+            seconds[columns] = pool.least(number)
+            seconds[np.array(columns)[:, None], too_small] = NEVER
+        if not pool.roles:
+            seconds[:, too_small] = NEVER
 
     def _loads(self) -> Array:
         """Seconds [pools, steps] of all calls of a pool together, each role's in one layout. They
@@ -137,13 +140,52 @@ class PoolTables:
         return found
 
 
-def _least_in(table: RoleTable, while_running: Levels, while_idle: Levels) -> Array:
-    """The least seconds [sets, steps, S + 1] of a role that has these levels of memory [steps]: so
-    much while it runs, and so much while another role of the pool does."""
-    step = np.arange(len(while_running))
-    return np.asarray(
-        np.maximum(table.running[:, step, while_running], table.idle[:, step, while_idle])
-    )
+class _Pool(NamedTuple):
+    """The roles of one pool that train or infer, with their tables. `leanest` [roles, steps, 2] are
+    the least resident bytes and the least surplus of any of a role's layouts, and `engine` [2]
+    those of any engine (0 if the rollout is not on the pool). A GPU has `allowed` bytes for all of
+    them together: the residents, and the surplus of the one that runs."""
+
+    device: Device
+    roles: list[str]
+    tables: list[RoleTable]
+    leanest: Array
+    engine: Array
+    allowed: int
+
+    def _resident(self) -> Array:
+        """The resident bytes [steps] of all roles and the engine, each at its leanest."""
+        return np.asarray(self.leanest[:, :, 0].sum(axis=0) + self.engine[0])
+
+    def fits(self) -> Mask:
+        """Whether all of them fit [steps], each at its leanest."""
+        surplus = np.maximum(self.leanest[:, :, 1].max(axis=0, initial=0.0), self.engine[1])
+        return np.asarray(self._resident() + surplus <= self.allowed)
+
+    def least(self, role: int) -> Array:
+        """The least seconds [sets of the role's calls, steps, S + 1] of one of the roles.
+
+        While it runs itself, it may take what the residents of the others leave. While another role
+        runs, its own resident bytes have to leave room for that one's surplus too. No layout is
+        faster than the fastest that meets the first condition, and none is faster than the fastest
+        that meets the second one; so the slower of the two bounds those that meet both."""
+        table = self.tables[role]
+        others = self._resident() - self.leanest[role, :, 0]
+        surpluses = np.delete(self.leanest[:, :, 1], role, axis=0)
+        surplus = np.maximum(surpluses.max(axis=0, initial=0.0), self.engine[1])
+        while_running = level_of(self.allowed - others, self.device)
+        while_idle = level_of(self.allowed - others - surplus, self.device)
+        step = np.arange(len(others))
+        running = table.running[:, step, while_running]
+        idle = table.idle[:, step, while_idle]
+        return np.asarray(np.maximum(running, idle))
+
+    def room_of_engine(self) -> Levels | int:
+        """The level of memory [steps] that the roles leave to an engine."""
+        if not self.roles:
+            return ALONE
+        others = self._resident() - self.engine[0]
+        return level_of(self.allowed - others, self.device)
 
 
 def _leanest(table: RolloutTable) -> Array:
