@@ -49,6 +49,14 @@ def test_shown_commands_parse(page: Path) -> None:
             command_of(words).make_context(words[0], words[1:])  # raises UsageError
 
 
+def test_the_tutorial_shows_what_the_search_prints() -> None:
+    shown = (ROOT / "docs" / "tutorial.md").read_text().split("```")[5].splitlines()
+    printed = (ROOT / "tests" / "golden" / "search-7b" / "stdout.txt").read_text().splitlines()
+    lines = [line for line in shown if line]
+    assert len(lines) == 6
+    assert set(lines) <= {line.rstrip() for line in printed}
+
+
 @page
 def test_commands_in_sentences_have_the_options_that_they_name(page: Path) -> None:
     prose = FENCED.sub("", page.read_text())
