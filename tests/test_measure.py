@@ -8,7 +8,9 @@ from conftest import cpu_cluster, make_workload
 
 from executor.fleet.pools import Fleet
 from executor.measuring.groups import BatchSize, Group, fitting, groups_here, groups_of
-from executor.measuring.profile import Sample, measure, profile, summed_up
+from executor.measuring.measure import measure
+from executor.measuring.profile import profile
+from executor.measuring.samples import Sample, summed_up
 from planner.predict.cost import CostModel
 from planner.predict.layouts import trainer_layouts
 from planner.predict.memory import host_bytes
