@@ -7,7 +7,8 @@ import pytest
 from conftest import cpu_cluster, make_workload
 
 from executor.fleet.pools import Fleet
-from executor.measuring.groups import BatchSize, Group, fitting, groups_here, groups_of
+from executor.measuring.group import BatchSize, Group, fitting
+from executor.measuring.groups import groups_here, groups_of
 from executor.measuring.measure import measure
 from executor.measuring.profile import profile
 from executor.measuring.samples import Sample, summed_up

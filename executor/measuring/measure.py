@@ -13,7 +13,7 @@ from executor.data.batch import Ints, Prompts, PromptSource, Sequences, Syntheti
 from executor.fleet import pools
 from executor.fleet.asking import ask, to_each
 from executor.fleet.worker import Worker, WorkerError
-from executor.measuring.groups import BatchSize, Group
+from executor.measuring.group import BatchSize, Group
 from executor.measuring.samples import Sample, samples_of, summed_up
 from executor.running import preflight
 from executor.running.loop import Silent, loop

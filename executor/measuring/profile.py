@@ -14,7 +14,8 @@ import numpy as np
 from executor.fleet import pools
 from executor.fleet.session import ray_session
 from executor.measuring import software
-from executor.measuring.groups import BatchSize, Group, fitting, groups_here
+from executor.measuring.group import BatchSize, Group, fitting
+from executor.measuring.groups import groups_here
 from executor.measuring.measure import Say, measure
 from executor.running import preflight
 from executor.running.processes import fleet_for

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from executor.data.batch import Sequences
-from executor.measuring.groups import BatchSize
+from executor.measuring.group import BatchSize
 from planner.predict.likeness import MoveCall
 from planner.predict.points import (
     HostPoint,

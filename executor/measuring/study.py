@@ -20,7 +20,7 @@ from executor.fleet.asking import Rank, ask, to_each
 from executor.fleet.session import ray_session
 from executor.fleet.worker import Worker
 from executor.measuring import software
-from executor.measuring.groups import PEERS_START_SECONDS
+from executor.measuring.timing import PEERS_START_SECONDS
 from executor.rollout.engines import kind_of
 from executor.running import preflight
 from executor.running.loop import Silent
