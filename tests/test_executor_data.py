@@ -10,23 +10,15 @@ from conftest import make_workload
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.data.batch import (
+from executor.data.batch import Generated, Sequences, assign, collate, join, minibatches, spread
+from executor.data.prompts import Dataset, Synthetic, read_lines
+from executor.data.requests import (
     MINIBATCHES,
     ORDER,
     PROMPT_LENGTHS,
     RESPONSE_LENGTHS,
     SAMPLING,
     TOKENS,
-    Dataset,
-    Generated,
-    Sequences,
-    Synthetic,
-    assign,
-    collate,
-    join,
-    minibatches,
-    read_lines,
-    spread,
 )
 from planner.spec.errors import UserError
 

@@ -16,7 +16,8 @@ from conftest import ROLES, SHAPE, colocated, make_plan, make_workload, nearly, 
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-from executor.data.batch import Generated, Sequences, Synthetic, collate
+from executor.data.batch import Generated, Sequences, collate
+from executor.data.prompts import Synthetic
 from executor.fleet.pools import Fleet
 from executor.running import preflight
 from executor.running.execute import execute

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import SHAPE
 
-from executor.data.batch import Requests, make_requests
+from executor.data.requests import Requests, make_requests
 from executor.rollout.engine import Engine
 from executor.rollout.transformers_engine import TransformersEngine, _invert
 from executor.rollout.vllm.engine import graph_sizes

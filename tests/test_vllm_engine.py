@@ -19,7 +19,7 @@ from recording import Recording
 from test_rollout import PROMPTS, requests, responses
 from transformers import PreTrainedModel
 
-from executor.data.batch import Ints, Requests
+from executor.data.requests import Ints, Requests
 from executor.fleet import pools
 from executor.fleet.asking import Rank, ask
 from executor.rollout.transformers_engine import TransformersEngine

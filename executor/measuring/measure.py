@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from executor.data.batch import Ints, Prompts, PromptSource, Sequences, Synthetic
+from executor.data.batch import Sequences
+from executor.data.prompts import Prompts, PromptSource, Synthetic
+from executor.data.requests import Ints
 from executor.fleet import pools
 from executor.fleet.asking import ask, to_each
 from executor.fleet.worker import Worker, WorkerError

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from executor.data.batch import PromptSource
+from executor.data.prompts import PromptSource
 from executor.fleet import driver, pools
 from executor.fleet.asking import Rank, ask, to_each
 from executor.fleet.session import ray_session

@@ -8,7 +8,8 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from executor.data.batch import Generated, Ints, Requests
+from executor.data.batch import Generated
+from executor.data.requests import Ints, Requests
 from executor.fleet import gpu_memory
 from executor.fleet.worker import Worker
 from executor.training.weights import Arrays

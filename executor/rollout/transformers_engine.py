@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from executor.data.batch import Ints, Requests, pad
+from executor.data.requests import Ints, Requests, pad
 from executor.rollout.engine import Channel, EngineWorker
 from executor.training import models, weights
 from planner.spec.plan import Plan

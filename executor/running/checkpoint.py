@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from pydantic import NonNegativeInt
 from safetensors.numpy import load_file, save_file
 
-from executor.data.batch import PromptSource
+from executor.data.prompts import PromptSource
 from executor.fleet.asking import ask, to_each
 from executor.running.processes import Processes
 from executor.running.run_directory import log

@@ -9,7 +9,7 @@ from typing import Any
 import ray
 
 from executor.data import reward
-from executor.data.batch import Dataset, PromptSource, Synthetic
+from executor.data.prompts import Dataset, PromptSource, Synthetic
 from executor.fleet import driver, gpus, pools
 from planner.predict.memory import host_bytes
 from planner.spec.engines import ENGINES

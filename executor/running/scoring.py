@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.data.batch import Prompts
+from executor.data.prompts import Prompts
 from executor.data.reward import RewardWorker
 from executor.fleet.asking import Answers, ask, to_each
 from executor.fleet.worker import Died, Record

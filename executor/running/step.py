@@ -14,17 +14,8 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from executor.data.batch import (
-    Generated,
-    Prompts,
-    PromptSource,
-    Sequences,
-    assign,
-    collate,
-    join,
-    minibatches,
-    spread,
-)
+from executor.data.batch import Generated, Sequences, assign, collate, join, minibatches, spread
+from executor.data.prompts import Prompts, PromptSource
 from executor.fleet.asking import Answers, ask, to_each
 from executor.fleet.pools import Fleet
 from executor.fleet.worker import Record

@@ -18,7 +18,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from executor.data.batch import Rows, Sequences
+from executor.data.batch import Sequences
+from executor.data.requests import Rows
 
 ATTENTION = "packed"  # the name under which transformers finds it
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from executor.data.batch import Rows, Sequences
+from executor.data.batch import Sequences
+from executor.data.requests import Rows
 from executor.training import models, nccl_sender, ppo, shards, weights
 from executor.training.host import Host, Hosted
 from executor.training.packing import Packed, pack

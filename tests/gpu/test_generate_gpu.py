@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from executor.data.batch import Requests, Synthetic
+from executor.data.prompts import Synthetic
+from executor.data.requests import Requests
 from planner.search import baseline
 from planner.spec.cluster import make_cluster
 from planner.spec.files import profiles_dir

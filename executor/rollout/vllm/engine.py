@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoConfig, GenerationConfig
 
-from executor.data.batch import Ints, Requests
+from executor.data.requests import Ints, Requests
 from executor.fleet import gpus
 from executor.rollout.engine import Channel
 from executor.training import models

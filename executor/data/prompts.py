@@ -1,0 +1,179 @@
+"""Where prompts come from: the lines of a dataset, or random tokens."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from executor.data.requests import (
+    ORDER,
+    PROMPT_LENGTHS,
+    RESPONSE_LENGTHS,
+    TOKENS,
+    Ints,
+    Requests,
+    keys_of,
+    make_requests,
+    permutation,
+)
+from planner.spec.errors import UserError
+from planner.spec.lengths import sample
+from planner.spec.workload import Workload
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompts:
+    """The prompts of one batch, with the texts that a reward function and an evaluation need."""
+
+    requests: Requests
+    texts: list[str]
+    answers: list[str | None]
+
+
+class PromptSource(Protocol):
+    """Where the prompts of a step come from, and how responses read."""
+
+    def step(self, step: int) -> Prompts: ...
+    def evaluation(self) -> Prompts: ...
+    def decode(self, responses: Sequence[Ints]) -> list[str]: ...
+    def save_tokenizer(self, directory: Path) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    prompt: str
+    answer: str | None
+    where: str  # file:line
+
+
+def read_lines(path: Path, *, need_answer: bool = False) -> list[Line]:
+    """The lines of a JSONL file of `{"prompt": str, "answer": str}`. Raises UserError naming file
+    and line."""
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: the dataset cannot be read ({reason}); check the path") from None
+    if not text:
+        raise UserError(f"{path}: the dataset is empty; it needs lines of {_EXAMPLE}")
+    lines = text.removesuffix("\n").split(
+        "\n"
+    )  # splitlines() would also split at characters that JSON strings hold
+    return [
+        _line(f"{path}:{number}", line, need_answer) for number, line in enumerate(lines, start=1)
+    ]
+
+
+_EXAMPLE = '{"prompt": "...", "answer": "..."}'
+
+
+def _line(where: str, text: str, need_answer: bool) -> Line:
+    if not text.strip():
+        raise UserError(f"{where}: empty line; remove it or write {_EXAMPLE}")
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); a line is {_EXAMPLE}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"]:
+        raise UserError(f'{where}: needs a "prompt" that is a non-empty string, like {_EXAMPLE}')
+    answer = data.get("answer")
+    if not isinstance(answer, str) and (answer is not None or need_answer):
+        raise UserError(f'{where}: needs an "answer" that is a string, like {_EXAMPLE}')
+    return Line(prompt=data["prompt"], answer=answer, where=where)
+
+
+class Dataset:
+    """Prompts from the workload's files: each once per epoch, in an order that the seed and the
+    epoch fix."""
+
+    def __init__(self, workload: Workload, tokenizer: Any) -> None:
+        assert workload.data is not None
+        self._workload, self._tokenizer = workload, tokenizer
+        self._train = self._encode(read_lines(workload.data.train))
+        file = workload.data.evaluation
+        self._evaluation = self._encode(read_lines(file, need_answer=True)) if file else []
+
+    def _encode(self, lines: list[Line]) -> list[tuple[Line, Ints]]:
+        longest = self._workload.prompt.longest
+        ids = self._tokenizer([line.prompt for line in lines], return_attention_mask=False)[
+            "input_ids"
+        ]
+        for line, tokens in zip(lines, ids, strict=True):
+            if not 0 < len(tokens) <= longest:
+                raise UserError(
+                    f"{line.where}: the prompt has {len(tokens)} tokens, and the workload allows 1 "
+                    f"to {longest}; "
+                    "shorten it or raise the prompt length"
+                )
+        return [
+            (line, np.asarray(tokens, dtype=np.int32))
+            for line, tokens in zip(lines, ids, strict=True)
+        ]
+
+    def step(self, step: int) -> Prompts:
+        batch, seed = self._workload.batch, self._workload.seed
+        position = np.arange(step * batch, (step + 1) * batch)
+        epochs, places = np.divmod(position, len(self._train))
+        orders = {
+            epoch: permutation(len(self._train), seed, epoch, ORDER)
+            for epoch in set(epochs.tolist())
+        }
+        chosen = [
+            self._train[orders[e][p]] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)
+        ]
+        return self._prompts(chosen, (seed, step))
+
+    def evaluation(self) -> Prompts:
+        return self._prompts(self._evaluation, (self._workload.seed,))
+
+    def _prompts(self, chosen: list[tuple[Line, Ints]], key: tuple[int, ...]) -> Prompts:
+        count = len(chosen)
+        longest = np.full(count, self._workload.response.longest)
+        tokens = [tokens for _, tokens in chosen]
+        requests = make_requests(tokens, keys_of(count, *key), longest, np.zeros(count, dtype=bool))
+        lines = [line for line, _ in chosen]
+        return Prompts(
+            requests=requests, texts=[x.prompt for x in lines], answers=[x.answer for x in lines]
+        )
+
+    def decode(self, responses: Sequence[Ints]) -> list[str]:
+        texts: list[str] = self._tokenizer.batch_decode(
+            [list(map(int, r)) for r in responses], skip_special_tokens=True
+        )
+        return texts
+
+    def save_tokenizer(self, directory: Path) -> None:
+        self._tokenizer.save_pretrained(directory)
+
+
+class Synthetic:
+    """Random tokens of the workload's lengths, for workloads without data: what benchmarks run
+    on."""
+
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
+
+    def step(self, step: int) -> Prompts:
+        workload = self._workload
+        prompts = sample(workload.prompt, workload.batch, workload.seed, step, PROMPT_LENGTHS)
+        responses = sample(workload.response, workload.batch, workload.seed, step, RESPONSE_LENGTHS)
+        rng = np.random.default_rng((workload.seed, step, TOKENS))
+        tokens = [
+            rng.integers(workload.actor.shape.vocab, size=n, dtype=np.int32)
+            for n in prompts.tolist()
+        ]
+        keys = keys_of(workload.batch, workload.seed, step)
+        requests = make_requests(tokens, keys, responses, np.ones(workload.batch, dtype=bool))
+        return Prompts(requests=requests, texts=self.decode(tokens), answers=[None] * len(tokens))
+
+    def evaluation(self) -> Prompts:
+        raise AssertionError("a workload without data has nothing to evaluate on")
+
+    def decode(self, responses: Sequence[Ints]) -> list[str]:
+        return [" ".join(map(str, response)) for response in responses]
+
+    def save_tokenizer(self, directory: Path) -> None:
+        """There is none."""
