@@ -13,7 +13,8 @@ alone; the other two are known once a program says which call is issued last bef
                                     q: of b, issued last before it
 
 `schedule` turns needs into tasks and into the event graph of a program, `enumerate_programs` into
-the event graphs of many programs, and `best_program` into what all programs have in common.
+the event graphs of many programs, and `choices` into what all programs have in common. Waits,
+which belong to a program and not to a dataflow, are added by `schedule`.
 """
 
 from collections.abc import Callable
@@ -59,24 +60,25 @@ def data_needs(flow: Dataflow) -> Needs:
     """What each call needs of what it reads. Data from outside, such as prompts, are there."""
     found: Needs = {}
     for call in flow.calls:
-        read = [(read, writer) for read in call.reads if (writer := flow.writer(read.data))]
-        found[call.name] = tuple(
-            Need(read.data, (writer.name,), None if read.latest else read.lag)
-            for read, writer in read
-        )
+        wanted = []
+        for read in call.reads:
+            writer = flow.writer(read.data)
+            if writer is not None:
+                lag = None if read.latest else read.lag
+                wanted.append(Need(read.data, (writer.name,), lag))
+        found[call.name] = tuple(wanted)
     return found
 
 
 def pool_needs(flow: Dataflow, pools_of: PoolsOf) -> Needs:
     """What each call needs of its pools: the call on the pool that was issued last before it, which
     may be itself, of the step before."""
-    users: dict[str, list[str]] = {}
+    users: dict[str, tuple[str, ...]] = {}
     for call in flow.calls:
         for pool in pools_of(call):
-            users.setdefault(pool, []).append(call.name)
+            users[pool] = (*users.get(pool, ()), call.name)
     return {
-        call.name: tuple(Need(pool, tuple(users[pool])) for pool in pools_of(call))
-        for call in flow.calls
+        call.name: tuple(Need(pool, users[pool]) for pool in pools_of(call)) for call in flow.calls
     }
 
 
@@ -88,8 +90,9 @@ def before_overwriting(flow: Dataflow) -> Needs:
     found: dict[str, list[Need]] = {call: [] for call in flow.names}
     for reader, wanted in data_needs(flow).items():
         for need in wanted:
-            if need.lag is not None and need.what in flow.state:
-                found[need.by[0]].append(Need(need.what, (reader,), 1 - need.lag))
+            writer = need.by[0]
+            if need.lag is not None and need.what in flow.state and reader != writer:
+                found[writer].append(Need(need.what, (reader,), 1 - need.lag))
     return {call: tuple(wanted) for call, wanted in found.items()}
 
 

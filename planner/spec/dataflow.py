@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-import networkx as nx
-
 if TYPE_CHECKING:  # a workload has a dataflow
     from planner.spec.workload import Workload
 
@@ -55,7 +53,8 @@ class Dataflow:
 
     One call that is no monitor generates. It reads the latest weights, which a transfer installs
     from those of the update that ends the step. All other calls but monitors lie on a way from
-    generation to that transfer, or lead there by the weights of the next step."""
+    generation to that transfer, or lead there by the weights of the next step. State, which is read
+    with a lag, belongs to a role: whatever reads or overwrites it is a call of that role."""
 
     calls: tuple[Call, ...]
 
@@ -106,19 +105,6 @@ class Dataflow:
         writer = self.writer(read.data)
         assert writer is not None, f"no call writes {read.data}"
         return writer
-
-    def graph(self) -> nx.MultiDiGraph:
-        """Calls as nodes; an edge per datum from its writer to each reader, with `data`, `lag` and
-        `latest`."""
-        graph = nx.MultiDiGraph()
-        graph.add_nodes_from(self.names)
-        for call in self.calls:
-            for read in call.reads:
-                if writer := self.writer(read.data):
-                    graph.add_edge(
-                        writer.name, call.name, data=read.data, lag=read.lag, latest=read.latest
-                    )
-        return graph
 
 
 def ppo(workload: "Workload") -> Dataflow:

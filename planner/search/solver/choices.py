@@ -55,6 +55,8 @@ def choices_of(flow: Dataflow, sharing: Sharing, k: int) -> Choices:
     generated before this one's are scored."""
     calls = tuple(call for call, _ in sharing)
     shared = _shared(flow, sharing)
+    connected = np.isfinite(_least_lags(flow, calls, k)).all()
+    assert connected, "a call leads from generation to nowhere; make it a monitor"
     lags = _data_lags(flow, calls, k)
     np.fill_diagonal(lags, np.where(shared.diagonal(), 1.0, np.inf))
     sharing_pairs = [(u, v) for u, v in combinations(range(len(calls)), 2) if shared[u, v]]
@@ -96,10 +98,9 @@ def _data_lags(flow: Dataflow, calls: tuple[str, ...], k: int) -> Array:
     most k.
 
     The latest weights are at most k updates old, so generation lags k + 1 steps behind their
-    transfer. A state is read before it is overwritten: that holds back the call that overwrites it
-    where both are calls of one role, hence on one pool, which they have in the order of their
-    issue. For example `old_logprobs` reads the actor's weights of the step before (lag 1 behind
-    `update_actor`), and `update_actor` comes after it (lag 0)."""
+    transfer. State is read before it is overwritten. Both are calls of one role, hence on one pool,
+    so the second waits for the first. For example `old_logprobs` reads the actor's weights of the
+    step before (lag 1 behind `update_actor`), and `update_actor` comes after it (lag 0)."""
     lags = np.full((len(calls), len(calls)), np.inf)
     index = {call: at for at, call in enumerate(calls)}
 
@@ -112,7 +113,9 @@ def _data_lags(flow: Dataflow, calls: tuple[str, ...], k: int) -> Array:
     for v, needed in before_overwriting(flow).items():
         for need in needed:
             u = need.by[0]
-            if need.lag is not None and set(flow[u].roles) & set(flow[v].roles):
+            common = set(flow[u].roles) & set(flow[v].roles)
+            assert common, f"{v} overwrites {need.what}, which {u} reads as another role"
+            if need.lag is not None:
                 add(u, v, need.lag)
     return lags
 
