@@ -81,7 +81,7 @@ def test_plan_of_another_kind_or_version(tmp_path):
     assert_refused(
         tmp_path,
         plan_json(schema="splitplan/plan/9"),
-        "make it anew, or use the splitplan that made it",
+        "regenerate it, or use the splitplan version that wrote it",
     )
     assert_refused(
         tmp_path,

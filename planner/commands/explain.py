@@ -40,8 +40,8 @@ def explain(plan: Path, profiles: Sequence[Path]) -> None:
             console.print(waits_table(explanation.waits, start, explanation.ladder[0].seconds))
     else:
         console.print(
-            "No ladder: neither split nor colocated fits these GPUs, or the plan's pools are of "
-            "its own kind."
+            "No ladder: neither split nor colocated fits these GPUs, or the plan shares pools in a "
+            "way that the search does not know."
         )
     console.print(
         f"\n[bold]What binds {plan.stem}: {seconds(explanation.step_seconds)} s per step[/bold]"

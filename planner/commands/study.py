@@ -18,7 +18,7 @@ from planner.predict.profile import check_profiles, load_profiles
 from planner.predict.schedule import check, load_plan
 from planner.report import study_page
 from planner.report.judged import with_notes
-from planner.report.study import Row, read_result, rows_of, same_plan, sha256_of
+from planner.report.study import CellRow, measured_rows, read_result, rows_of, same_plan, sha256_of
 from planner.report.tables import pools_text, seconds
 from planner.search import Result, SearchOptions, find
 from planner.search import baseline as find_baseline
@@ -296,8 +296,8 @@ def _report(asked: StudyRequest, console: Console) -> None:
     )
 
 
-def _draw(study: Study, rows: Sequence[Row], directory: Path) -> None:
-    done = [(row, row.figures) for row in rows if row.figures is not None and row.same_as is None]
+def _draw(study: Study, rows: Sequence[CellRow], directory: Path) -> None:
+    done = measured_rows(rows)
     if not done:
         return
     from planner.report import gantt, steps  # matplotlib is slow to load

@@ -220,8 +220,8 @@ def check(plan: Plan) -> None:
     most = plan.workload.max_staleness + len(offsets)
     if max(offsets) > most:
         raise UserError(
-            f"plan {plan.name!r}: its program has an offset of {max(offsets)}; none above {most} "
-            "is of use"
+            f"plan {plan.name!r}: its program has an offset of {max(offsets)}; offsets above "
+            f"{most} have no effect"
         )
     every = max(call.every for call in plan.dataflow.calls)
     found = staleness(tasks_of(plan, 2 * max(offsets) + max(4, every + 1)))

@@ -9,6 +9,7 @@ from planner.predict.judge import Errors, Judged, errors_of
 from planner.predict.layouts import MICRO_BATCH_TOKENS, TENSOR_PARALLEL
 from planner.predict.points import MovePoint, OnGpus, RolloutPoint, TrainerPoint
 from planner.predict.profile import Profile
+from planner.report.markdown import markdown_list, markdown_table
 from planner.spec.cluster import Device
 
 KEPT = "\n## Notes\n"  # from here on a page is written by hand
@@ -34,7 +35,7 @@ dash: no point like these was left."""
 
 
 def tables(judged: Sequence[Judged]) -> list[Table]:
-    """One for the thirds and one for the unseen, as far as there are points."""
+    """A table for the thirds and one for the unseen, as far as there are points."""
     found = []
     for title, rows in _rows(judged):
         table = Table(
@@ -59,19 +60,19 @@ def page(
     command: str,
 ) -> str:
     """Profiles that lie next to the page, each with its file's name and device, as Markdown."""
-    parts = [f"# Measured costs: {', '.join(sorted({profile.device for _, profile in named}))}"]
-    parts += [f"Made by\n\n```\n{command}\n```", EXPLAINED]
+    device_names = sorted({profile.device for _, profile in named})
+    parts = [
+        f"# Measured costs: {', '.join(device_names)}",
+        f"Made by\n\n```\n{command}\n```",
+        EXPLAINED,
+    ]
     for (name, profile), device in zip(named, devices, strict=True):
         parts.append(f"## {name}\n\n{_conditions(profile)}")
         for title, rows in _rows([each for each in judged if each.profile is profile]):
-            parts.append(f"{title}:\n\n{_markdown(rows)}")
-        parts.append(
-            "Measured:\n\n"
-            + "\n".join(f"- {line}" for line in profile.measured or ("see its points",))
-        )
-        parts.append(
-            "Not measured:\n\n" + "\n".join(f"- {line}" for line in not_measured(profile, device))
-        )
+            parts.append(f"{title}:\n\n{markdown_table(TITLES, rows)}")
+        measured = profile.measured or ("see its points",)
+        parts.append(f"Measured:\n\n{markdown_list(measured)}")
+        parts.append(f"Not measured:\n\n{markdown_list(not_measured(profile, device))}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -124,37 +125,37 @@ def _layouts_not_measured(profile: Profile) -> list[str]:
 def _missing(
     before: str, after: str, wanted: Iterable[int], there: Iterable[int | None]
 ) -> list[str]:
+    """The wanted values that are not there, in one line (none if all are)."""
     known = set(there)
     left = [f"{value:,}" for value in wanted if value not in known]
-    return [f"{before} {_listed(left)}{after}"] if left else []
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+    if not left:
+        return []
+    *most, last = left
+    listed = f"{', '.join(most)} or {last}" if most else last
+    return [f"{before} {listed}{after}"]
 
 
 def _conditions(profile: Profile) -> str:
     shape = profile.model
+    heads = f"{shape.heads} heads ({shape.kv_heads} of keys and values)"
     versions = ", ".join(f"{name} {version}" for name, version in profile.versions.items())
     return (
-        f"Hidden {shape.hidden}, {shape.layers} layers, {shape.heads} heads ({shape.kv_heads} of "
-        "keys and values), "
-        f"intermediate {shape.intermediate}, vocabulary {shape.vocab}; {len(profile.points)} "
-        "points and "
+        f"Hidden {shape.hidden}, {shape.layers} layers, {heads}, intermediate "
+        f"{shape.intermediate}, vocabulary {shape.vocab}; {len(profile.points)} points and "
         f"{len(profile.held_out)} held out. Measured {profile.date}; {versions}; workload "
-        f"{profile.workload}; sha256 "
-        f"of the content {profile.sha256[:12]}.\n\n```\n{profile.command}\n```"
+        f"{profile.workload}; sha256 of the content {profile.sha256[:12]}."
+        f"\n\n```\n{profile.command}\n```"
     )
 
 
 def _rows(judged: Sequence[Judged]) -> list[tuple[str, list[list[str]]]]:
+    """The title and the rows of each table that has some."""
     found = []
     for title, unseen in ((THIRDS, False), (UNSEEN, True)):
-        rows = [
-            _cells(errors)
-            for errors in errors_of([each for each in judged if each.unseen == unseen])
-        ]
-        found += [(title, rows)] if rows else []
+        own = [each for each in judged if each.unseen == unseen]
+        rows = [_cells(errors) for errors in errors_of(own)]
+        if rows:
+            found.append((title, rows))
     return found
 
 
@@ -172,8 +173,3 @@ def _cells(errors: Errors) -> list[str]:
 
 def _pair(errors: tuple[float, float]) -> list[str]:
     return [f"{errors[0]:.1%}", f"{errors[1]:+.1%}"]
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    lines = [TITLES, ["---"] * 2 + ["---:"] * (len(TITLES) - 2), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -4,7 +4,7 @@ Numbers only; `study_page.py` writes them down."""
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +85,7 @@ class Figures:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class CellRow:
     """One cell: its plan and prediction, and what was measured, if it was. `same_as` names an
     earlier cell that has the same plan, and so its measurement."""
 
@@ -102,7 +102,7 @@ class Row:
     )  # reference -> (predicted, measured)
 
 
-class Measured(NamedTuple):
+class MeasuredCell(NamedTuple):
     """What was measured of a cell, as it lies in its directory."""
 
     result: CellResult
@@ -129,28 +129,12 @@ def read_result(directory: Path) -> CellResult | None:
     return result if result.plan_sha256 == sha256_of(directory / "plan.json") else None
 
 
-def rows_of(study: Study, directory: Path) -> list[Row]:
+def rows_of(study: Study, directory: Path) -> list[CellRow]:
     """All cells that are planned, in the study's order. Raises UserError."""
-    rows: list[Row] = []
+    rows: list[CellRow] = []
     for cell in study.cells:
-        place = directory / cell.name
-        if not (place / "plan.json").exists():
-            continue
-        plan, predicted = Plan.read(place / "plan.json"), Timeline.read(place / "predicted.json")
-        twin = next(
-            (row for row in rows if row.same_as is None and same_plan(row.plan, plan)), None
-        )
-        rows.append(
-            Row(
-                cell=cell,
-                plan=plan,
-                predicted=predicted,
-                predicted_seconds=step_seconds(predicted),
-                result=(result := read_result(place)),
-                changed=result is None and (place / "result.json").exists(),
-                same_as=twin.cell.name if twin else None,
-            )
-        )
+        if (directory / cell.name / "plan.json").exists():
+            rows.append(_row_of(cell, directory / cell.name, rows))
     if not rows:
         raise UserError(
             f"{directory} holds no plans of this study; write them with plan study --plan-only"
@@ -158,28 +142,47 @@ def rows_of(study: Study, directory: Path) -> list[Row]:
     return _with_figures(study, rows, directory)
 
 
-def _with_figures(study: Study, rows: Sequence[Row], directory: Path) -> list[Row]:
-    measured: dict[str, Measured] = {}
-    for row in rows:
-        if row.result is not None and row.result.status == "done":
-            place = directory / row.cell.name
-            compared = any(call.name == "old_logprobs" for call in row.plan.dataflow.calls)
-            gap = log_prob_gap(place / "metrics.jsonl") if compared else None
-            measured[row.cell.name] = Measured(
-                row.result, Timeline.read(place / "timeline.json"), gap
-            )
+def _row_of(cell: Cell, directory: Path, before: Sequence[CellRow]) -> CellRow:
+    """The plan and the prediction of a cell, and how its run ended. `before` are earlier cells."""
+    plan = Plan.read(directory / "plan.json")
+    predicted = Timeline.read(directory / "predicted.json")
+    result = read_result(directory)
+    firsts = [row for row in before if row.same_as is None]
+    twin = next((row for row in firsts if same_plan(row.plan, plan)), None)
+    return CellRow(
+        cell=cell,
+        plan=plan,
+        predicted=predicted,
+        predicted_seconds=step_seconds(predicted),
+        result=result,
+        changed=result is None and (directory / "result.json").exists(),
+        same_as=twin.cell.name if twin else None,
+    )
+
+
+def _with_figures(study: Study, rows: Sequence[CellRow], directory: Path) -> list[CellRow]:
+    """The rows with what was measured. A cell that has the plan of an earlier one has its
+    measurement."""
+    measured: dict[str, MeasuredCell] = {}
     for row in rows:
         if row.same_as in measured:
             measured[row.cell.name] = measured[row.same_as]
+        elif row.result is not None and row.result.status == "done":
+            measured[row.cell.name] = _measured(row, row.result, directory / row.cell.name)
     alone = _alone(rows, measured)
     found = []
     for row in rows:
-        figures = None
         if row.cell.name in measured:
             here = measured[row.cell.name]
-            figures = _figures(study, row, here, alone.get(here.result.host, {}))
-        found.append(Row(**{**vars(row), "figures": figures}))
-    return [Row(**{**vars(row), "speed_ups": _speed_ups(row, found)}) for row in found]
+            row = replace(row, figures=_figures(study, row, here, alone.get(here.result.host, {})))
+        found.append(row)
+    return [replace(row, speed_ups=_speed_ups(row, found)) for row in found]
+
+
+def _measured(row: CellRow, result: CellResult, directory: Path) -> MeasuredCell:
+    compared = any(call.name == "old_logprobs" for call in row.plan.dataflow.calls)
+    gap = log_prob_gap(directory / "metrics.jsonl") if compared else None
+    return MeasuredCell(result, Timeline.read(directory / "timeline.json"), gap)
 
 
 def log_prob_gap(metrics: Path) -> float | None:
@@ -197,7 +200,9 @@ def log_prob_gap(metrics: Path) -> float | None:
     return gap if isinstance(gap, float) and np.isfinite(gap) else None
 
 
-def _alone(rows: Sequence[Row], measured: dict[str, Measured]) -> dict[str, dict[str, float]]:
+def _alone(
+    rows: Sequence[CellRow], measured: dict[str, MeasuredCell]
+) -> dict[str, dict[str, float]]:
     """Host -> call -> measured over predicted seconds where every call runs alone."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
@@ -227,7 +232,7 @@ def _counted(timeline: Timeline) -> dict[str, list[Span]]:
     return found
 
 
-def _figures(study: Study, row: Row, found: Measured, alone: dict[str, float]) -> Figures:
+def _figures(study: Study, row: CellRow, found: MeasuredCell, alone: dict[str, float]) -> Figures:
     result, measured, gap = found
     comparison = compare(row.plan, row.predicted, measured)
     spans = _counted(measured)
@@ -343,19 +348,19 @@ def _flops_shares(
     return whole / rate, computed / rate
 
 
-def _speed_ups(row: Row, rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+def _speed_ups(row: CellRow, rows: Sequence[CellRow]) -> dict[str, tuple[float, float]]:
     """The predicted and the measured speed-up of a row against each reference that was measured on
     the same host, since the host was started."""
-    found = {}
+    found: dict[str, tuple[float, float]] = {}
+    if row.figures is None:
+        return found
     for reference in rows:
-        if reference.cell.baseline in REFERENCES and reference.figures and row.figures:
-            if reference.figures.result.host != row.figures.result.host:
-                continue
+        name, figures = reference.cell.baseline, reference.figures
+        if name not in REFERENCES or figures is None:
+            continue
+        if figures.result.host == row.figures.result.host:
             predicted = reference.predicted_seconds / row.predicted_seconds
-            found[reference.cell.baseline] = (
-                predicted,
-                reference.figures.step_seconds / row.figures.step_seconds,
-            )
+            found[name] = (predicted, figures.step_seconds / row.figures.step_seconds)
     return found
 
 
@@ -373,25 +378,25 @@ class Summary:
     worst: str
     fastest_predicted: str
     fastest_measured: str
-    # Measured seconds of the one predicted fastest over those of the one measured fastest, less 1.
-    behind: float
+    behind: float  # seconds of the plan predicted fastest over those of the fastest, less 1
     worst_overhead: float
     log_prob_gaps: tuple[float, float] | None  # least and most
     memory_error: float | None  # worst
     memory_above: tuple[str, ...]  # cells that used more than was allowed
 
 
-def summary_of(rows: Sequence[Row]) -> Summary | None:
+def summary_of(rows: Sequence[CellRow]) -> Summary | None:
     """None if nothing has been measured."""
-    done = [(row, row.figures) for row in rows if row.figures is not None and row.same_as is None]
+    done = measured_rows(rows)
     if not done:
         return None
     errors = {row.cell.name: abs(figures.error) for row, figures in done}
+    worst = max(errors, key=lambda name: errors[name])
     chosen, figures_of_chosen = min(done, key=lambda pair: pair[0].predicted_seconds)
     quickest, figures_of_quickest = min(done, key=lambda pair: pair[1].step_seconds)
     memory = [(row.cell.name, memory) for row, figures in done for memory in figures.memory]
+    above = [name for name, found in memory if found.measured > found.allowed]
     gaps = [figures.log_prob_gap for _, figures in done if figures.log_prob_gap is not None]
-    worst = max(errors, key=lambda name: errors[name])
     return Summary(
         plans=len(done),
         median_error=float(np.median(list(errors.values()))),
@@ -403,7 +408,10 @@ def summary_of(rows: Sequence[Row]) -> Summary | None:
         worst_overhead=max(figures.overhead for _, figures in done),
         log_prob_gaps=(min(gaps), max(gaps)) if gaps else None,
         memory_error=max((abs(found.error) for _, found in memory), default=None),
-        memory_above=tuple(
-            dict.fromkeys(name for name, found in memory if found.measured > found.allowed)
-        ),
+        memory_above=tuple(dict.fromkeys(above)),
     )
+
+
+def measured_rows(rows: Sequence[CellRow]) -> list[tuple[CellRow, Figures]]:
+    """The cells that were measured, without those that share a measurement."""
+    return [(row, row.figures) for row in rows if row.figures is not None and row.same_as is None]

@@ -3,19 +3,30 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from planner.report.study import REFERENCES, UPDATES, Figures, Row, Summary, summary_of
+from planner.report.markdown import markdown_list, markdown_table
+from planner.report.study import (
+    REFERENCES,
+    UPDATES,
+    CellRow,
+    Figures,
+    MemoryRow,
+    Summary,
+    measured_rows,
+    summary_of,
+)
 from planner.report.tables import pools_text, seconds
-from planner.spec.study import Study
+from planner.spec.study import CellResult, Study
+from planner.spec.wording import counted
 
 PICTURE = "steps.png"
 SCHEMA = "splitplan/study-results/1"
 
 
-def page(study: Study, rows: Sequence[Row], path: str) -> str:
+def page(study: Study, rows: Sequence[CellRow], path: str) -> str:
     """The study, which lies at `path`, as Markdown."""
     parts = [
         f"# {study.name}",
@@ -34,31 +45,32 @@ def page(study: Study, rows: Sequence[Row], path: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _conditions(study: Study, rows: Sequence[Row], path: str) -> str:
+def _conditions(study: Study, rows: Sequence[CellRow], path: str) -> str:
     workload, cluster = rows[0].plan.workload, rows[0].plan.cluster
     drained = ", ".join(f"`{row.cell.name}`" for row in rows if row.predicted.drain)
-    behind = (
-        f"; of {drained} as many as the staleness follow, which do not count either"
-        if drained
-        else ""
-    )
+    behind = ""
+    if drained:
+        behind = f"; of {drained} as many as the staleness follow, which do not count either"
     text = (
         f"Workload `{workload.name}`: batch {workload.batch}, minibatch {workload.minibatch}, "
-        "prompts "
-        f"{_lengths(workload.prompt)}, responses {_lengths(workload.response)}; "
-        f"{len(cluster.gpus)} GPUs "
-        f"({cluster.name}). {study.steps} measured steps of each plan, after {study.warmup} (or "
-        "staleness + 1) before"
-        f"{behind}. Each plan and its predicted timeline were written before anything was measured."
+        f"prompts {_lengths(workload.prompt)}, responses {_lengths(workload.response)}; "
+        f"{len(cluster.gpus)} GPUs ({cluster.name}). {study.steps} measured steps of each plan, "
+        f"after {study.warmup} (or staleness + 1) before{behind}. Each plan and its predicted "
+        "timeline were written before anything was measured."
     )
     results = [row.figures.result for row in rows if row.figures]
     if results:
-        dates = sorted(result.date for result in results)
-        hosts = list(dict.fromkeys(result.host for result in results))
-        versions = ", ".join(f"{name} {version}" for name, version in results[-1].versions.items())
-        when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        text += f" Measured {when} on {results[-1].gpu}, host {' and '.join(hosts)}; {versions}."
+        text += _measured_where(results)
     return f"{text}\n\n```\nplan study {path} --plan-only\nplan study {path}\n```"
+
+
+def _measured_where(results: Sequence[CellResult]) -> str:
+    dates = sorted(result.date for result in results)
+    hosts = dict.fromkeys(result.host for result in results)
+    last = results[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last.versions.items())
+    when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+    return f" Measured {when} on {last.gpu}, host {' and '.join(hosts)}; {versions}."
 
 
 def _lengths(lengths: Any) -> str:
@@ -70,23 +82,23 @@ def _lengths(lengths: Any) -> str:
     return f"{kind} ({', '.join(f'{key} {value:g}' for key, value in known.items())}) tokens"
 
 
-def _summary(rows: Sequence[Row]) -> str:
-    return "\n".join(f"- {line}" for line in summary_lines(rows))
+def _summary(rows: Sequence[CellRow]) -> str:
+    return markdown_list(summary_lines(rows))
 
 
-def summary_lines(rows: Sequence[Row]) -> list[str]:
+def summary_lines(rows: Sequence[CellRow]) -> list[str]:
     """Sentences over all cells."""
     found = summary_of(rows)
     if found is None:
         return ["Nothing has been measured yet."]
     lines = [
-        f"{found.plans} plan{'s' * (found.plans != 1)} measured. Step time, predicted against "
-        "measured: median error "
-        f"{found.median_error:.1%}, worst {found.worst_error:.1%} (`{found.worst}`).",
-        *([_ranking(found)] if found.plans > 1 else []),
-        *_ratios(rows, found),
-        f"Controller overhead: {found.worst_overhead:.1%} at most.",
+        f"{counted(found.plans, 'plan')} measured. Step time, predicted against measured: median "
+        f"error {found.median_error:.1%}, worst {found.worst_error:.1%} (`{found.worst}`)."
     ]
+    if found.plans > 1:
+        lines.append(_ranking(found))
+    lines += _ratios(rows, found)
+    lines.append(f"Controller overhead: {found.worst_overhead:.1%} at most.")
     if found.log_prob_gaps is not None:
         least, most = (f"{gap:.3g}" for gap in found.log_prob_gaps)
         apart = least if least == most else f"{least} to {most}"
@@ -95,11 +107,9 @@ def summary_lines(rows: Sequence[Row]) -> list[str]:
             "tokens."
         )
     if found.memory_error is not None:
-        above = ", ".join(f"`{name}`" for name in found.memory_above)
-        lines.append(
-            f"Peak memory: worst error {found.memory_error:.1%}; "
-            + (f"above what was allowed in {above}." if above else "never above what was allowed.")
-        )
+        cells = ", ".join(f"`{name}`" for name in found.memory_above)
+        above = f"above what was allowed in {cells}" if cells else "never above what was allowed"
+        lines.append(f"Peak memory: worst error {found.memory_error:.1%}; {above}.")
     return lines
 
 
@@ -110,43 +120,37 @@ def _ranking(found: Summary) -> str:
         )
     return (
         f"Predicted fastest: `{found.fastest_predicted}`; measured fastest: "
-        f"`{found.fastest_measured}`, by "
-        f"{found.behind:.1%}."
+        f"`{found.fastest_measured}`, by {found.behind:.1%}."
     )
 
 
-def _ratios(rows: Sequence[Row], found: Summary) -> list[str]:
+def _ratios(rows: Sequence[CellRow], found: Summary) -> list[str]:
+    """The speed-ups of the plan that was predicted fastest."""
     winner = next(row for row in rows if row.cell.name == found.fastest_predicted)
-    return [
-        f"`{winner.cell.name}` against `{reference}`: predicted {predicted:.2f}×, measured "
-        f"{measured:.2f}× "
-        f"(error {predicted / measured - 1:+.1%})."
-        for reference, (predicted, measured) in winner.speed_ups.items()
-        if reference != winner.cell.baseline
-    ]
+    lines = []
+    for reference, (predicted, measured) in winner.speed_ups.items():
+        if reference != winner.cell.baseline:
+            lines.append(
+                f"`{winner.cell.name}` against `{reference}`: predicted {predicted:.2f}×, measured "
+                f"{measured:.2f}× (error {predicted / measured - 1:+.1%})."
+            )
+    return lines
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The first two columns are words, the others figures."""
-    right = ["---"] * 2 + ["---:"] * (len(titles) - 2)
-    lines = [titles, right, *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def ranks(rows: Sequence[Row]) -> tuple[dict[str, int], dict[str, int]]:
+def ranks(rows: Sequence[CellRow]) -> tuple[dict[str, int], dict[str, int]]:
     """Places of the measured cells by predicted and by measured step time."""
-    done = [
-        (row.cell.name, row.predicted_seconds, row.figures.step_seconds)
-        for row in rows
-        if row.figures
-    ]
-    predicted = {
-        name: place for place, (name, _, _) in enumerate(sorted(done, key=lambda x: x[1]), start=1)
-    }
-    measured = {
-        name: place for place, (name, _, _) in enumerate(sorted(done, key=lambda x: x[2]), start=1)
-    }
-    return predicted, measured
+    predicted, measured = {}, {}
+    for row in rows:
+        if row.figures:
+            predicted[row.cell.name] = row.predicted_seconds
+            measured[row.cell.name] = row.figures.step_seconds
+    return _places(predicted), _places(measured)
+
+
+def _places(seconds_of: Mapping[str, float]) -> dict[str, int]:
+    """The shortest is first."""
+    ordered = sorted(seconds_of, key=lambda name: seconds_of[name])
+    return {name: place for place, name in enumerate(ordered, start=1)}
 
 
 PLANS = (
@@ -165,51 +169,35 @@ PLANS = (
 )
 
 
-def _main_table(rows: Sequence[Row]) -> str:
+def _main_table(rows: Sequence[CellRow]) -> str:
     predicted, measured = ranks(rows)
-    titles = [
-        "plan",
-        "GPUs of each pool: its roles",
-        "stale",
-        "predicted s",
-        "measured s",
-        "error",
-        "rank",
-    ]
-    titles += [
-        "overhead",
-        *(f"vs {name}" for name in REFERENCES),
-        "generate tokens/s",
-        "actor MFU",
-        "critic MFU",
-    ]
+    titles = ["plan", "GPUs of each pool: its roles", "stale", "predicted s", "measured s", "error"]
+    titles += ["rank", "overhead", *(f"vs {name}" for name in REFERENCES)]
+    titles += ["generate tokens/s", "actor MFU", "critic MFU"]
     lines = []
     for row in rows:
         name, figures = row.cell.name, row.figures
         line = [
             f"`{name}`" + (f" (= `{row.same_as}`)" if row.same_as else ""),
             pools_text(row.plan, "; "),
+            str(row.plan.staleness),
+            seconds(row.predicted_seconds),
         ]
-        line += [str(row.plan.staleness), seconds(row.predicted_seconds)]
         if figures is None:
-            lines.append([*line, *["–"] * 9])
-            continue
-        line += [
-            seconds(figures.step_seconds),
-            f"{figures.error:+.1%}",
-            f"{predicted[name]} → {measured[name]}",
-        ]
-        line += [
-            f"{figures.overhead:+.1%}",
-            *(_ratio(row.speed_ups.get(name)) for name in REFERENCES),
-        ]
-        line += [f"{figures.tokens_per_second:,.0f}"]
-        line += [
-            f"{figures.flops_share[call]:.0%}" if call in figures.flops_share else "–"
-            for call in UPDATES
-        ]
+            line += ["–"] * (len(titles) - len(line))
+        else:
+            rank = f"{predicted[name]} → {measured[name]}"
+            line += [seconds(figures.step_seconds), f"{figures.error:+.1%}", rank]
+            line.append(f"{figures.overhead:+.1%}")
+            line += [_ratio(row.speed_ups.get(reference)) for reference in REFERENCES]
+            line.append(f"{figures.tokens_per_second:,.0f}")
+            line += [_share(figures.flops_share.get(call)) for call in UPDATES]
         lines.append(line)
-    return f"{_table(titles, lines)}\n\n{PLANS}"
+    return f"{markdown_table(titles, lines)}\n\n{PLANS}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def _ratio(speed_up: tuple[float, float] | None) -> str:
@@ -231,106 +219,108 @@ MEMORY = (
 RETRIES = " Retries: how often an allocator had to give back what it held before it got more."
 
 
-def _calls_table(rows: Sequence[Row]) -> str:
+def _calls_table(rows: Sequence[CellRow]) -> str:
     lines = []
-    for row in _own(rows):
-        assert row.figures is not None
-        for call in row.figures.calls:
-            overlap = "–" if call.overlap is None else f"{call.overlap:+.1%}"
-            cells = [
-                f"`{row.cell.name}`",
-                call.call,
-                seconds(call.predicted),
-                seconds(call.measured),
-            ]
-            lines.append([*cells, f"{call.error:+.1%}", f"{call.beside:.0%}", overlap])
-    titles = [
-        "plan",
-        "call",
-        "predicted s",
-        "measured s",
-        "error",
-        "beside others",
-        "cost of overlap",
-    ]
-    return f"## Calls\n\n{_table(titles, lines)}\n\n{CALLS}" if lines else ""
-
-
-def _memory_table(rows: Sequence[Row]) -> str:
-    lines = []
-    for row in _own(rows):
-        assert row.figures is not None
-        for found in row.figures.memory:
-            held = {kind: f" of {_gb(count)}" for kind, count in found.reserved.items()}
-            held |= {
-                kind: f"{held.get(kind, '')} (retries: {count})"
-                for kind, count in found.retries.items()
-            }
-            parts = ", ".join(
-                f"{kind} {_gb(count)}{held.get(kind, '')}"
-                for kind, count in found.allocated.items()
+    for row, figures in measured_rows(rows):
+        for call in figures.calls:
+            lines.append(
+                [
+                    f"`{row.cell.name}`",
+                    call.call,
+                    seconds(call.predicted),
+                    seconds(call.measured),
+                    f"{call.error:+.1%}",
+                    f"{call.beside:.0%}",
+                    "–" if call.overlap is None else f"{call.overlap:+.1%}",
+                ]
             )
-            cells = [
-                f"`{row.cell.name}`",
-                found.pool,
-                _gb(found.predicted),
-                _gb(found.measured),
-                f"{found.error:+.1%}",
-            ]
-            lines.append([*cells, _gb(found.allowed), parts or "–"])
+    if not lines:
+        return ""
+    titles = ["plan", "call", "predicted s", "measured s", "error"]
+    titles += ["beside others", "cost of overlap"]
+    return f"## Calls\n\n{markdown_table(titles, lines)}\n\n{CALLS}"
+
+
+def _memory_table(rows: Sequence[CellRow]) -> str:
+    lines = []
+    retried = False
+    for row, figures in measured_rows(rows):
+        for memory in figures.memory:
+            retried = retried or bool(memory.retries)
+            lines.append(
+                [
+                    f"`{row.cell.name}`",
+                    memory.pool,
+                    _gb(memory.predicted),
+                    _gb(memory.measured),
+                    f"{memory.error:+.1%}",
+                    _gb(memory.allowed),
+                    _torchs_own(memory) or "–",
+                ]
+            )
+    if not lines:
+        return ""
     titles = ["plan", "pool", "predicted GB", "measured GB", "error", "allowed GB", "torch's own"]
-    counted = any(
-        found.retries for row in _own(rows) if row.figures for found in row.figures.memory
-    )
-    return (
-        f"## Memory\n\n{_table(titles, lines)}\n\n{MEMORY}{RETRIES if counted else ''}"
-        if lines
-        else ""
-    )
+    explained = MEMORY + (RETRIES if retried else "")
+    return f"## Memory\n\n{markdown_table(titles, lines)}\n\n{explained}"
+
+
+def _torchs_own(memory: MemoryRow) -> str:
+    """What tensors took in the trainer and in the engine, what the allocators held, and how often
+    they had to give it back."""
+    parts = []
+    for process, allocated in memory.allocated.items():
+        text = f"{process} {_gb(allocated)}"
+        if process in memory.reserved:
+            text += f" of {_gb(memory.reserved[process])}"
+        if process in memory.retries:
+            text += f" (retries: {memory.retries[process]})"
+        parts.append(text)
+    return ", ".join(parts)
 
 
 def _gb(count: int) -> str:
+    """Gigabytes to a tenth, as in every table of a report."""
     return f"{count / 1e9:.1f}"
 
 
-def _own(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.figures is not None and row.same_as is None]
+def _pictures(rows: Sequence[CellRow]) -> str:
+    names = [row.cell.name for row, _ in measured_rows(rows)]
+    if not names:
+        return ""
+    links = markdown_list(f"[{name}]({name}/gantt.png)" for name in names)
+    return f"## Timelines\n\nPredicted above, measured below, on one time axis.\n\n{links}"
 
 
-def _pictures(rows: Sequence[Row]) -> str:
-    lines = [f"- [{row.cell.name}]({row.cell.name}/gantt.png)" for row in _own(rows)]
-    return (
-        "## Timelines\n\nPredicted above, measured below, on one time axis.\n\n" + "\n".join(lines)
-        if lines
-        else ""
+def _not_measured(rows: Sequence[CellRow]) -> str:
+    left = [row for row in rows if row.figures is None]
+    if not left:
+        return ""
+    return "## Not measured\n\n" + markdown_list(
+        f"`{row.cell.name}`: {_why_not(row)}" for row in left
     )
 
 
-def _not_measured(rows: Sequence[Row]) -> str:
-    lines = [f"- `{row.cell.name}`: {_why_not(row)}" for row in rows if row.figures is None]
-    return "## Not measured\n\n" + "\n".join(lines) if lines else ""
-
-
-def _why_not(row: Row) -> str:
+def _why_not(row: CellRow) -> str:
     if row.result:
         return f"failed: {row.result.reason}"
     return "not run since its plan changed" if row.changed else "not run yet"
 
 
-def _provenance(rows: Sequence[Row]) -> str:
+def _provenance(rows: Sequence[CellRow]) -> str:
     found: dict[str, str] = {}
     for row in rows:
         found.update(row.plan.provenance.profiles if row.plan.provenance else {})
     if not found:
         return "## Profiles\n\nNone: all costs are the roofline model's."
-    lines = [f"- `{name}`, sha256 `{sha256}`" for name, sha256 in found.items()]
-    return "## Profiles\n\nThe predictions use only these.\n\n" + "\n".join(lines)
+    used = markdown_list(f"`{name}`, sha256 `{sha256}`" for name, sha256 in found.items())
+    return f"## Profiles\n\nThe predictions use only these.\n\n{used}"
 
 
 # --- data ---
 
 
-def as_json(study: Study, rows: Sequence[Row]) -> str:
+def as_json(study: Study, rows: Sequence[CellRow]) -> str:
     """Everything that the page says, and more."""
     found = summary_of(rows)
     body = {
@@ -342,7 +332,7 @@ def as_json(study: Study, rows: Sequence[Row]) -> str:
     return json.dumps(body, indent=1, allow_nan=False) + "\n"
 
 
-def _cell(row: Row, predicted: dict[str, int], measured: dict[str, int]) -> dict[str, Any]:
+def _cell(row: CellRow, predicted: dict[str, int], measured: dict[str, int]) -> dict[str, Any]:
     name, figures, result = row.cell.name, row.figures, row.result
     base: dict[str, Any] = {
         "name": name,
@@ -360,7 +350,7 @@ def _cell(row: Row, predicted: dict[str, int], measured: dict[str, int]) -> dict
 
 
 def _measured(
-    row: Row, figures: Figures, predicted_rank: int, measured_rank: int
+    row: CellRow, figures: Figures, predicted_rank: int, measured_rank: int
 ) -> dict[str, Any]:
     result = figures.result
     return {
@@ -406,20 +396,17 @@ CSV_COLUMNS = (
 )
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[CellRow]) -> str:
     """One line per cell."""
     text = io.StringIO()
     extra = [f"{kind}_vs_{name}" for name in REFERENCES for kind in ("predicted", "measured")]
-    writer = csv.DictWriter(
-        text, (*CSV_COLUMNS, *extra), extrasaction="ignore", lineterminator="\n"
-    )
+    columns = (*CSV_COLUMNS, *extra)
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        cell = _cell(row, *ranks(rows))
-        speed_ups = {
-            f"{kind}_vs_{name}": x
-            for name, both in cell.get("speed_up", {}).items()
-            for kind, x in both.items()
-        }
-        writer.writerow({**cell, **speed_ups})
+        line = _cell(row, *ranks(rows))
+        for name, both in line.get("speed_up", {}).items():
+            for kind, speed_up in both.items():
+                line[f"{kind}_vs_{name}"] = speed_up
+        writer.writerow(line)
     return text.getvalue()

@@ -88,7 +88,7 @@ class File(Spec):
         if schema != cls.SCHEMA:
             same_kind = str(schema).startswith(cls.SCHEMA.rpartition("/")[0] + "/")
             what = (
-                "make it anew, or use the splitplan that made it"
+                "regenerate it, or use the splitplan version that wrote it"
                 if same_kind
                 else "name a file of that kind"
             )
@@ -186,7 +186,7 @@ def read_data(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         kind = "TOML" if path.suffix == ".toml" else "JSON"
         raise UserError(
-            f"{path}: not valid {kind} ({error}); mend it there, or write the file again"
+            f"{path}: not valid {kind} ({error}); fix it there, or write the file again"
         ) from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: holds a {type(data).__name__}, not a mapping of keys")
