@@ -70,7 +70,8 @@ class Rank(Generic[W_co]):
 
 @dataclass(frozen=True, kw_only=True)
 class Order(Generic[R]):
-    """What one process is to do, and will answer with an R."""
+    """A method that one process is to run, with its arguments. The process will answer with an
+    R."""
 
     rank: Rank[Any]
     method: str

@@ -1,5 +1,5 @@
-"""What a process may take of its GPU's memory, and how much it and its GPU had in use while a call
-ran."""
+"""The part of a GPU's memory that a process may take, and the bytes that it and its GPU had in use
+while a call ran."""
 
 import contextlib
 from collections.abc import Iterator

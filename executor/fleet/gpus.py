@@ -21,7 +21,7 @@ def found() -> list[LocalGpu]:
 
 
 def _as_torch_sees() -> list[LocalGpu]:
-    """Where the driver's library is missing."""
+    """The GPUs as torch sees them, where the driver's library is missing."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

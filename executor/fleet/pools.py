@@ -42,7 +42,8 @@ def needed(plan: Plan) -> int:
 
 
 def resource_of(plan: Plan) -> str:
-    """What a GPU of the plan is to Ray: a GPU, or a CPU slot where cores stand in for them."""
+    """The resource of Ray that stands for a GPU of the plan: a GPU, or a CPU slot where cores stand
+    in for GPUs."""
     kinds = {plan.device_of(pool).kind for pool in plan.pools}
     return "GPU" if "cuda" in kinds else "CPU"
 

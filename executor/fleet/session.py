@@ -55,8 +55,8 @@ def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
 
 
 def last_words() -> str:
-    """What the processes that Ray started on this host wrote to stderr lately, which goes when Ray
-    does: a crash says there why it came."""
+    """The last lines that the processes of Ray on this host wrote to stderr. They are lost when Ray
+    ends, and a crash says there why it came."""
     directory = ray_private.logs_directory()
     if directory is None:
         return ""

@@ -83,7 +83,7 @@ class Worker:
         self._parts[name] = self._parts.get(name, 0.0) + time.perf_counter() - start
 
     def fetch(self, refs: list[ray.ObjectRef[Any]]) -> list[Any]:
-        """What references stand for, their way here counted as transfer. They come in a list
+        """Fetch the values of references, and count their way here as transfer. They come in a list
         because Ray would fetch bare ones before the method starts."""
         with self.part("transfer"):
             return ray.get(refs)
@@ -114,7 +114,7 @@ class OutOfMemory(WorkerError):
 
 
 def _out_of_memory(error: BaseException | None) -> str | None:
-    """What an error says if it, or what it comes from, is about memory."""
+    """The text of an error if it, or the error that it comes from, is about memory."""
     while error is not None:
         text = " ".join(str(error).split())
         if isinstance(error, MemoryError) or any(words in text.lower() for words in EXHAUSTED):

@@ -120,7 +120,7 @@ def in_order(jobs: Sequence[Job]) -> list[Job]:
 
 
 def engines_of(plan: Plan) -> Engines:
-    """What the plan's engines are made for, each with its GPUs."""
+    """The plan's engines: the GPUs of each, and the traits that it was made for."""
     made_for = kind_of(plan).fits(plan)
     return frozenset((gpus, made_for) for _, gpus in plan.engine_gpus())
 
@@ -233,7 +233,7 @@ class Bench:
 
 
 def _keep_log(directory: Path, scratch: Path) -> None:
-    """What a failed cell said, and where it failed."""
+    """Keep the log of a failed cell, and the place where it failed."""
     ran = scratch / "log.txt"
     text = ran.read_text(encoding="utf-8") if ran.exists() else ""
     (directory / "log.txt").write_text(text + traceback.format_exc(), encoding="utf-8")
@@ -243,7 +243,7 @@ def _keep_log(directory: Path, scratch: Path) -> None:
 
 
 def _on_processes(backend: Training, method: Callable[[Worker], R]) -> list[tuple[Gpu, str, R]]:
-    """What trainers and engines answer, with their (first) GPU and their kind."""
+    """The answers of trainers and engines, with their (first) GPU and their kind."""
     plan, processes = backend.plan, backend.processes
     places: list[tuple[Gpu, str, Rank[Any]]] = [
         (gpu, "trainer", rank)
@@ -259,8 +259,8 @@ def _on_processes(backend: Training, method: Callable[[Worker], R]) -> list[tupl
 def _memory(
     watched: dict[Gpu, int], told: Sequence[tuple[Gpu, str, dict[str, int]]]
 ) -> list[GpuMemory]:
-    """What the driver counted, or where nobody could ask it what the processes saw of it after
-    their last call."""
+    """The memory that the driver counted or, where nobody could ask it, that the processes saw
+    after their last call."""
     seen = dict(watched)
     for gpu, _, peak in told:
         if gpu not in watched and "used" in peak:
@@ -306,7 +306,7 @@ class MemoryWatch:
 
 
 class HostFacts:
-    """What is said of the machine."""
+    """The facts about the machine that a result holds."""
 
     def __init__(self) -> None:
         boot = Path("/proc/sys/kernel/random/boot_id")

@@ -23,7 +23,7 @@ class EngineKind:
     starts_empty: bool = False
 
     def fits(self, plan: Plan) -> str:
-        """What a process has to be made for to serve a plan."""
+        """The settings that a process has to be made for to serve a plan."""
         return self.made_for(plan) if self.made_for is not None else ""
 
 

@@ -1,9 +1,9 @@
-"""What a run leaves of its models, and checkpoints: from where it can be gone on with, as if
+"""Checkpoints, and the models that a run leaves behind. A run goes on from a checkpoint as if
 nothing had happened.
 
-A checkpoint is taken at a stop of the program, right after a `sync_weights`: what was issued before
-it has ended and nothing behind it has begun. There the rollout has the actor's weights, and what is
-in flight is the controller's.
+A checkpoint is taken at a stop of the program, right after a `sync_weights`: the calls that were
+issued before it have ended, and none behind it has begun. At that moment the rollout has the
+actor's weights, and all data in flight are on the controller.
 """
 
 import contextlib
@@ -72,11 +72,10 @@ def export(processes: Processes, prompts: PromptSource, directory: Path) -> None
 
 
 class Manifest(File):
-    """What a checkpoint holds. It is written last: a directory without it is no checkpoint.
-
-    `step` updates of the actor are in it. `done`: the calls that have ended of the steps that have
-    not; `metrics` and `evaluations` of these steps; `skipped`: optimizer steps in a row without
-    finite gradients, by role; `sha256` of the manifest itself without it."""
+    """The contents of a checkpoint. The manifest is written last: a directory without it is no
+    checkpoint. `step` updates of the actor are in it. `done`: the calls that have ended of the
+    steps that have not; `metrics` and `evaluations` of these steps; `skipped`: optimizer steps in a
+    row without finite gradients, by role; `sha256` of the manifest itself without it."""
 
     SCHEMA: ClassVar[str] = "splitplan/checkpoint/1"
 

@@ -39,8 +39,8 @@ def check(plan: Plan, *, local: bool) -> PromptSource:
 
 
 def problems(plan: Plan) -> list[str]:
-    """What `check` would refuse on this machine, one line each; a plan of somebody else's is only
-    looked at, so its reward function is not run."""
+    """The problems for which `check` would refuse the plan on this machine, one line each. The plan
+    may be somebody else's, so it is only looked at, and its reward function is not run."""
     workload, found = plan.workload, []
     for step in (
         lambda: check_machine(plan),

@@ -60,10 +60,9 @@ class _Log(logging.FileHandler):
 
 
 class RunDirectory:
-    """What a run writes, as it goes. Metrics are appended a line at a time, files are written whole
-    or not at all.
-
-    The directory exists when this is constructed; `open` puts into it what a run begins with."""
+    """The files of a run, written as it goes. Metrics are appended a line at a time; other files
+    are written whole or not at all. The directory exists when this is constructed; `open` writes
+    the files that a run begins with."""
 
     def __init__(
         self, path: Path, *, tensorboard: bool, track: Sequence[str] = (), again: bool = False
@@ -134,13 +133,14 @@ class RunDirectory:
 
 
 def _log_thread(raised: threading.ExceptHookArgs) -> None:
-    """What a thread of a library raises, such as TensorBoard's on a full disk, is for the log."""
+    """Write into the log what a thread of a library raises, such as TensorBoard's on a full
+    disk."""
     log.error("a thread ended by %s: %s", raised.exc_type.__name__, raised.exc_value)
 
 
 def timeline_of(plan: Plan, steps: int, spans: Iterable[Span]) -> Timeline:
-    """What was measured of `steps` steps that were asked for. The pipeline fills for `staleness`
-    steps, and the first calls load libraries."""
+    """The measured timeline of a run of `steps` steps. The pipeline fills for `staleness` steps,
+    and the first calls load libraries."""
     found = tuple(spans)
     first = min((span.step for span in found), default=0)
     warmup = min(first + plan.staleness + 1, max(0, steps - 1))

@@ -93,7 +93,7 @@ def one_line(
 
 
 def memory_of(plan: Plan, pools: Sequence[str], error: OutOfMemory) -> str:
-    """What was measured, predicted and allowed, per GPU."""
+    """The measured, the predicted and the allowed memory per GPU, in words."""
     found, told = plan_memory(plan), []
     for pool in pools:
         predicted = found[pool].peak

@@ -283,7 +283,8 @@ class Trainer(Host):
         self.writer = shards.Writer(copies, directory)
 
     def written(self) -> tuple[dict[str, shards.RoleState], dict[str, shards.FileEntry]] | None:
-        """What came of it, None while it is being written. Raises UserError if it could not be."""
+        """The roles and the files of the checkpoint that was written; None while it is being
+        written. Raises UserError if it failed."""
         return self.writer.finished()
 
     def _columns(self, column: NDArray[np.float32], rows: Rows, batch: Packed) -> Tensor:

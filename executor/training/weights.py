@@ -65,8 +65,8 @@ def install(model: nn.Module, arrays: Arrays) -> None:
 
 
 def describe(module: nn.Module) -> list[Described]:
-    """What `compute_weights` yields, in its order; `module.model` is the Hugging Face model that
-    names it."""
+    """Describe the tensors that `compute_weights` yields, in its order. `module.model` is the
+    Hugging Face model that names them."""
     return [
         Described(name=name, shape=tuple(getattr(owner, attribute).shape))
         for _, parameters in _units(module)

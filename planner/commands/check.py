@@ -66,7 +66,7 @@ def check(plan: Path, here: bool) -> None:
 
 
 def _missing_here(plan: Plan) -> list[str]:
-    """What a run on this machine would end with before it starts anything."""
+    """The problems that would end a run on this machine before it starts anything."""
     if missing := missing_extra():
         return [f"{', '.join(missing)} not installed; pip install 'splitplan[execute]'"]
     from executor.running.preflight import problems  # torch and ray are slow to load

@@ -33,7 +33,7 @@ def need_extra(command: str) -> None:
 
 
 def missing_extra() -> list[str]:
-    """What the executor runs on and is not installed."""
+    """The packages that the executor needs and that are not installed."""
     return [name for name in NEEDED if find_spec(name) is None]
 
 

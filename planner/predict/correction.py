@@ -32,7 +32,7 @@ SAME_SIZE = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class KnownRatio:
-    """What a point says: measured over roofline seconds, at a logarithm of the size."""
+    """The ratio of a point: measured over roofline seconds, at a logarithm of the size."""
 
     like: Likeness
     size: float

@@ -54,7 +54,7 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
 
 
 def forecast_of(plan: Plan, measured: Timeline, profiles: Sequence[Profile] = ()) -> Timeline:
-    """What was to be expected of a measured timeline: as many steps, of which the same ones
+    """The forecast to compare a measured timeline with: as many steps, of which the same ones
     count."""
     counted = {"warmup": measured.warmup, "drain": measured.drain}
     return forecast(plan, measured.steps, profiles).model_copy(update=counted)

@@ -17,12 +17,13 @@ MoveCall = Literal["wake", "offload"]
 
 
 class Likeness(NamedTuple):
-    """Where a call is looked up among the points, and what is compared there.
+    """The place where a call is looked up among the points, and the values that are compared there.
 
-    Only points with the same `key` count. Of them those with the nearest `split` (the shard size,
-    or the tensor-parallel size of engines) are taken; of those the ones of the same `role`, and
-    then with each of the `preferred` values, the most important first, as far as there are any. A
-    point that has all of this and the `exact` values too is a measurement of this very call."""
+    Only points with the same `key` count. Those with the nearest `split` (the shard size, or the
+    tensor-parallel size of engines) are taken; of these the ones of the same `role`; then those
+    with each of the `preferred` values, the most important first, as far as there are any. A point
+    that has all of this and the `exact` values too is a measurement of this very call.
+    """
 
     key: Hashable
     role: str

@@ -357,9 +357,9 @@ class TransferPoint(Measurement, Sharded):
 
 
 class MovePoint(Measurement, Sharded):
-    """What a role keeps in host memory, on its way to the GPUs (`wake`) or back (`offload`): of an
-    update, so the optimizer counts. An engine's has a `tensor_parallel` size, that of another role
-    a `shard` size, and what its layout offloads."""
+    """A move of what a role keeps in host memory, to the GPUs (`wake`) or back (`offload`). It is
+    that of an update, so the optimizer counts. An engine has a `tensor_parallel` size; another role
+    has a `shard` size, and the `offload` of its layout."""
 
     call: Literal["wake", "offload"]
     offload: Offload = "none"

@@ -84,8 +84,8 @@ def sharding_of(grid: Grid, place: Place) -> Sharding:
 
 
 class Ring(NamedTuple):
-    """What groups of `ranks` reach together: bytes/s per GPU, and seconds of latency of one
-    collective. Arrays [n], or without axes for one group."""
+    """The speed of groups of `ranks`: bytes/s per GPU, and seconds of latency of one collective.
+    Arrays [n], or without axes for one group."""
 
     ranks: Integers
     bandwidth: Seconds

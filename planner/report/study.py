@@ -121,8 +121,7 @@ def same_plan(one: Plan, other: Plan) -> bool:
 
 
 def read_result(directory: Path) -> CellResult | None:
-    """What a cell's directory says of its run, if it is one of the plan that lies there. Raises
-    UserError."""
+    """The result in a cell's directory, if it is of the plan that lies there. Raises UserError."""
     if not (directory / "result.json").exists():
         return None
     result = CellResult.read(directory / "result.json")

@@ -53,7 +53,7 @@ class Estimates:
 
     @classmethod
     def corrected(cls, cost: Cost, ratios: Ratios) -> "Estimates":
-        """What the roofline says, times what was measured."""
+        """The roofline's seconds times the measured ratio."""
         compute, transfer = cost.compute * ratios.values, cost.transfer * ratios.values
         return cls(compute=compute, transfer=transfer, sources=ratios.sources)
 

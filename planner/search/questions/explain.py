@@ -22,8 +22,8 @@ SETTLED, STEPS = 8, 16
 
 
 class Effect(NamedTuple):
-    """What a call costs and what that does to the step: mean seconds, its shortest and longest
-    scenario, where the figure comes from, seconds of a step per second of the call, and the step if
+    """The cost of a call and its effect on the step: mean seconds, its shortest and longest
+    scenario, the source of the figure, seconds of a step per second of the call, and the step if
     the call took 10% more or less."""
 
     call: str

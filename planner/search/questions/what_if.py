@@ -29,7 +29,7 @@ LONGER, TAIL, SLOWER = 2.0, 1.5, 0.25
 
 
 class Condition(NamedTuple):
-    """What is changed, in words, and what is then asked."""
+    """A change in words, and the workload and the cluster with it."""
 
     what: str
     workload: Workload

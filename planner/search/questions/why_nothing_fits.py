@@ -119,7 +119,7 @@ def _most_gpus(family: PlacementFamily, number: int) -> int:
 def _leanest(
     workload: Workload, cluster: Cluster, role: str, device: Device, gpus: int
 ) -> RoleMemory:
-    """What a role needs in the layout that needs least while it runs, and of those while it
+    """The need of a role in the layout that needs least while it runs, and of those while it
     idles."""
     widest = _widest(cluster, device)
     if role != "rollout":
