@@ -31,7 +31,8 @@ def is_stored(module: nn.Module, buffer: str) -> bool:
 
 
 def ipc_handle(tensor: Tensor) -> tuple[Any, ...]:
-    """By which another process can open a tensor on a GPU, as long as this one keeps it."""
+    """The handle by which another process can open a tensor on a GPU, as long as this one keeps
+    it."""
     handle: tuple[Any, ...] = reduce_tensor(tensor)[1]
     return handle
 

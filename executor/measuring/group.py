@@ -1,4 +1,4 @@
-"""What is measured together: small plans that run side by side on the GPUs, with batches of several
+"""A group of a profile: small plans that run side by side on the GPUs, with batches of several
 sizes that the same processes run one after the other."""
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a profile measures: which small plans, in which groups, with which batches."""
+"""The groups of a profile: which small plans, in which groups, with which batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 

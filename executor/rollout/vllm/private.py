@@ -56,7 +56,7 @@ class Internals:
 
 
 def unlink_broadcaster() -> None:
-    """In the process of a GPU: remove the names of the queue to its peers, if it made them."""
+    """Remove the names of the queue to its peers, if this process of a GPU made them."""
     queue = get_tp_group().mq_broadcaster
     if queue is not None and queue.buffer.is_creator:
         _unlink(queue)
