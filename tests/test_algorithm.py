@@ -15,7 +15,7 @@ import planner.predict.layouts as layouts
 from executor.running.execute import rehearse
 from executor.running.options import RunOptions
 from planner.predict.forecast import forecast
-from planner.predict.memory import check_memory
+from planner.predict.memory_check import check_memory
 from planner.predict.schedule import Task, check, staleness, tasks_of
 from planner.report.compare import compare
 from planner.search import find
