@@ -23,7 +23,6 @@ from planner.search.solver.threshold import Cuts, threshold_for
 from planner.search.space.arrays import Array, Indices
 from planner.search.space.placements import (
     PlacementFamily,
-    Sharing,
     Structure,
     families,
     gpus_of,
@@ -159,47 +158,40 @@ class _Evaluator:
     def _try_lightest(self, option: RolloutOption, quick: bool) -> None:
         kept = kept_layouts(self.placement, option, self.threshold)
         if all(len(layouts.memory) for layouts in kept.values()):
-            self._try(option, lightest(self.placement, option, kept), quick)
+            self._try(lightest(self.placement, option, kept), quick)
 
     def _try_promising(self, option: RolloutOption, quick: bool) -> None:
         kept = kept_layouts(self.placement, option, self.threshold)
         if all(len(layouts.memory) for layouts in kept.values()):
-            self._try(option, promising(self.placement, option, kept, self.threshold), quick)
+            self._try(promising(self.placement, option, kept, self.threshold), quick)
 
-    def _try(self, option: RolloutOption, combinations: LayoutCombinations, quick: bool) -> None:
+    def _try(self, combinations: LayoutCombinations, quick: bool) -> None:
         """Look for a better plan among some combinations of layouts."""
         if not self.placement.ideal and len(combinations):
-            held = hosts_hold(self.placement, option, combinations)
+            held = hosts_hold(self.placement, combinations)
             self.hosts_bind |= len(held) < len(combinations)
             combinations = combinations.take(held)
         if not len(combinations):
             return
-        seconds = durations_of(self.placement, option, combinations)
-        durations = with_mean(seconds.swapaxes(0, 1))
+        seconds = durations_of(self.placement, combinations)  # [calls, n, S]
+        durations = with_mean(seconds.swapaxes(0, 1))  # [n, calls, S + 1]
         if self.fixed:
-            self._try_fixed(option, combinations, durations, self.fixed)
+            self._try_fixed(combinations, durations, self.fixed)
         else:
-            self._try_programs(option, combinations, durations, quick)
+            self._try_programs(combinations, durations, quick)
 
     def _try_fixed(
-        self,
-        option: RolloutOption,
-        combinations: LayoutCombinations,
-        durations: Array,
-        fixed: Program,
+        self, combinations: LayoutCombinations, durations: Array, fixed: Program
     ) -> None:
-        """The combination with which a given program is the fastest: its rates are exact."""
+        """Take the combination with which a given program is the fastest, if it is better. The
+        program's own rates are exact."""
         seconds = self.threshold.bound_by_rates(durations)
         n = int(seconds.argmin())
         if seconds[n] < self.threshold.seconds:
-            self._improve(float(seconds[n]), option, combinations, n, fixed, durations[n])
+            self._improve(float(seconds[n]), combinations, n, fixed, durations[n])
 
     def _try_programs(
-        self,
-        option: RolloutOption,
-        combinations: LayoutCombinations,
-        durations: Array,
-        quick: bool,
+        self, combinations: LayoutCombinations, durations: Array, quick: bool
     ) -> None:
         """Find the best program for the combination with the lowest bound, again and again, until
         no bound is below the threshold.
@@ -224,28 +216,28 @@ class _Evaluator:
             )
             self.threshold.learn(found.cut)
             if found.program:
-                self._improve(found.seconds, option, combinations, n, found.program, durations[n])
+                self._improve(found.seconds, combinations, n, found.program, durations[n])
             bound[n] = np.inf
 
     def _improve(
         self,
         seconds: float,
-        option: RolloutOption,
         combinations: LayoutCombinations,
         n: int,
         program: Program,
         durations: Array,
     ) -> None:
-        """Take combination `n` as the best so far."""
+        """Take combination `n` with a program, at its durations [calls, S + 1], as the best so
+        far."""
         placement = self.placement
         self.threshold.lower_to(seconds)
         self.durations = durations
         self.best = Candidate(
             seconds,
             placement.structure,
-            tuple(map(gpus_of, placement.packing)),
+            tuple(gpus_of(parts) for parts in placement.packing),
             combinations.trainers(n, placement.pool_of),
-            option.layout,
+            combinations.rollout.layout,
             program,
         )
 
@@ -253,14 +245,18 @@ class _Evaluator:
         """The best candidate, with the least stale of the programs that are as fast."""
         if self.best is None or self.fixed:
             return self.best
-        program = _freshest(
-            self.problem,
-            self.placement.sharing,
-            self.durations,
-            self.best.program,
-            self.best.seconds,
-        )
-        return self.best._replace(program=program)
+        as_fast = self.best.seconds * (1 + 2 * SAME)
+        for staleness in range(self.best.program.staleness):
+            found = best_program(
+                choices_of(self.problem.flow, self.placement.sharing, staleness),
+                self.durations,
+                self.problem.objective.of_bounds,
+                as_fast,
+                any_below=True,
+            )
+            if found.program:
+                return self.best._replace(program=found.program)
+        return self.best
 
 
 def _lowest(bound: Array) -> Indices:
@@ -268,22 +264,3 @@ def _lowest(bound: Array) -> Indices:
     if len(bound) <= PROGRAMS_AT_ONCE:
         return np.arange(len(bound))
     return np.sort(np.argpartition(bound, PROGRAMS_AT_ONCE)[:PROGRAMS_AT_ONCE])
-
-
-def _freshest(
-    problem: Problem, sharing: Sharing, durations: Array, program: Program, seconds: float
-) -> Program:
-    """The least stale program that is as fast at durations [calls, S + 1] as this one, which takes
-    `seconds`."""
-    as_fast = seconds * (1 + 2 * SAME)
-    for staleness in range(program.staleness):
-        found = best_program(
-            choices_of(problem.flow, sharing, staleness),
-            durations,
-            problem.objective.of_bounds,
-            as_fast,
-            any_below=True,
-        )
-        if found.program:
-            return found.program
-    return program

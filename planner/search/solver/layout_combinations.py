@@ -20,9 +20,10 @@ KeptLayouts = dict[str, LayoutTable]  # of each role the layouts that may be par
 
 
 class LayoutCombinations(NamedTuple):
-    """n combinations of layouts: of each role the `rows` [n] in its table of `layouts`. The layout
-    of the rollout is the same in all of them."""
+    """n combinations of layouts: of each role the `rows` [n] in its table of `layouts`, all with
+    the same layout of the `rollout`."""
 
+    rollout: RolloutOption
     layouts: KeptLayouts
     rows: RowsOfRoles
 
@@ -30,16 +31,16 @@ class LayoutCombinations(NamedTuple):
         return min(map(len, self.rows.values()))
 
     def take(self, which: Indices) -> "LayoutCombinations":
-        return LayoutCombinations(
-            self.layouts, {role: rows[which] for role, rows in self.rows.items()}
-        )
+        rows = {role: rows[which] for role, rows in self.rows.items()}
+        return LayoutCombinations(self.rollout, self.layouts, rows)
 
     def trainers(self, which: int, pool_of: dict[str, int]) -> dict[str, TrainerRole]:
-        """The layouts of one combination."""
-        return {
-            role: self.layouts[role].layout(int(rows[which]), f"p{pool_of[role]}")
-            for role, rows in self.rows.items()
-        }
+        """The layouts of one combination, without the rollout's."""
+        trainers = {}
+        for role, rows in self.rows.items():
+            row = int(rows[which])
+            trainers[role] = self.layouts[role].layout(row, f"p{pool_of[role]}")
+        return trainers
 
 
 # --- which layouts to combine ---
@@ -95,7 +96,7 @@ def lightest(placement: Placement, option: RolloutOption, kept: KeptLayouts) -> 
     rows: RowsOfRoles = {}
     for pool in range(len(placement.structure)):
         rows |= _lightest_on(placement, pool, option, kept)
-    return LayoutCombinations(kept, {role: rows[role] for role in kept})
+    return LayoutCombinations(option, kept, {role: rows[role] for role in kept})
 
 
 def _lightest_on(
@@ -158,7 +159,7 @@ def promising(
         to_come = [kept[later] for later in _on_the_same_pool(placement, role, order[number + 1 :])]
         partial = partial.take(_that_fit(placement, partial, placement.pool_of[role], to_come))
         partial = partial.take(threshold.admits_means(partial.means))
-    return LayoutCombinations(kept, {role: partial.rows[role] for role in kept})
+    return LayoutCombinations(option, kept, {role: partial.rows[role] for role in kept})
 
 
 def _least_means(placement: Placement, option: RolloutOption, kept: KeptLayouts) -> Array:
@@ -224,9 +225,7 @@ def _needed(memory: Array) -> Array:
 # --- hosts ---
 
 
-def hosts_hold(
-    placement: Placement, option: RolloutOption, combinations: LayoutCombinations
-) -> Indices:
+def hosts_hold(placement: Placement, combinations: LayoutCombinations) -> Indices:
     """The combinations with which every node's host memory holds what the pools offload and the
     batches in flight."""
     problem = placement.problem
@@ -243,34 +242,30 @@ def hosts_hold(
     pinned = np.zeros((len(combinations), pools))  # bytes of the host per GPU
     for role, rows in combinations.rows.items():
         pinned[:, placement.pool_of[role]] += combinations.layouts[role].memory[rows, 2]
-    pinned[:, list(placement.generating)] += option.memory[2]
+    pinned[:, list(placement.generating)] += combinations.rollout.memory[2]
     return np.flatnonzero((pinned @ gpus + batches <= memory).all(axis=1))
 
 
 # --- what they take ---
 
 
-def durations_of(
-    placement: Placement, option: RolloutOption, combinations: LayoutCombinations
-) -> Array:
+def durations_of(placement: Placement, combinations: LayoutCombinations) -> Array:
     """Seconds [calls, n, S] of every call with each combination."""
     problem = placement.problem
     shape = len(problem.calls), len(combinations), problem.model.scenarios
     durations = np.zeros(shape)
     for row, seconds in problem.host_seconds.items():
         durations[row] = seconds
-    durations[problem.generate] = option.least[problem.generate]
+    durations[problem.generate] = combinations.rollout.least[problem.generate]
     for role, rows in combinations.rows.items():
         of_role = combinations.layouts[role].seconds
         for call, seconds in zip(problem.calls_of(role), of_role, strict=True):
             durations[problem.row[call]] = seconds[rows]
-    durations[problem.sync] = _sync_seconds(placement, option, combinations)
+    durations[problem.sync] = _sync_seconds(placement, combinations)
     return durations
 
 
-def _sync_seconds(
-    placement: Placement, option: RolloutOption, combinations: LayoutCombinations
-) -> Array:
+def _sync_seconds(placement: Placement, combinations: LayoutCombinations) -> Array:
     """Seconds [n, S] of the weight sync. It is the same for layouts of the actor that differ only
     in their micro-batches and recomputation."""
     layouts, rows = combinations.layouts["actor"], combinations.rows["actor"]
@@ -282,7 +277,7 @@ def _sync_seconds(
         placement.problem.model.sync(
             layouts.layout(row, "p"),
             placement.places[home],
-            option.layout,
+            combinations.rollout.layout,
             [placement.places[pool] for pool in placement.generating],
             same_node=placement.same_node,
             shared=home in placement.generating,
