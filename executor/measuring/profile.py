@@ -24,6 +24,7 @@ from planner.predict.profile import Profile
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
+from planner.spec.wording import counted
 from planner.spec.workload import Workload
 
 
@@ -125,7 +126,7 @@ def _announce(missing: Sequence[Group], there: int, minutes: float | None, progr
 
 
 def _count(groups: int) -> str:
-    return f"{groups} group{'s' * (groups != 1)} of measurements"
+    return f"{counted(groups, 'group')} of measurements"
 
 
 # --- the file ---

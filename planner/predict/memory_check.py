@@ -12,6 +12,7 @@ from planner.predict.memory import (
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
+from planner.spec.wording import gigabytes
 from planner.spec.workload import TRAINED
 
 
@@ -32,8 +33,8 @@ def check_memory(plan: Plan) -> None:
         there = plan.cluster.nodes[node].host_memory_bytes
         if used > there:
             raise UserError(
-                f"node {node} needs {_gb(used)} of host memory for what is offloaded and the "
-                f"batches in flight, but {_gb(there)} are there; offload less or lower "
+                f"node {node} needs {gigabytes(used)} of host memory for what is offloaded and the "
+                f"batches in flight, but {gigabytes(there)} are there; offload less or lower "
                 "max_staleness"
             )
 
@@ -45,12 +46,16 @@ def _too_much(plan: Plan, pool: str, memory: PoolMemory) -> str:
     is_engine = worst == "rollout"
     size, changes = _changes(plan, worst, pool)
     use = ", ".join(changes)
-    available = f"but {_gb(memory.allowed)} are there"
+    available = f"but {gigabytes(memory.allowed)} are there"
     alone = pool_peak([roles[worst]], not is_engine, is_engine, plan.device_of(pool))
     if alone > memory.allowed:
-        return f"{worst} needs {_gb(alone)} per GPU at {size}, {available}; use {use} or offload"
-    others = [f"{role} keeps {_gb(found.idle)}" for role, found in roles.items() if role != worst]
-    needs = f"pool {pool!r} needs {_gb(memory.peak)} per GPU while {worst} runs at {size}"
+        return (
+            f"{worst} needs {gigabytes(alone)} per GPU at {size}, {available}; use {use} or offload"
+        )
+    others = [
+        f"{role} keeps {gigabytes(found.idle)}" for role, found in roles.items() if role != worst
+    ]
+    needs = f"pool {pool!r} needs {gigabytes(memory.peak)} per GPU while {worst} runs at {size}"
     kept = f"({', '.join(others)})"
     return f"{needs} {kept}, {available}; offload the other roles, or use {use}"
 
@@ -80,7 +85,3 @@ def _fitting_shard(plan: Plan, role: str, layout: TrainerRole, pool: str) -> int
             return shard
         shard *= 2
     return None
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.0f} GB" if count >= 10e9 else f"{count / 1e9:.2g} GB"

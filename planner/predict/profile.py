@@ -12,6 +12,7 @@ from planner.predict.points import Batched, HostPoint, OnGpus, Point, RolloutPoi
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.files import File
+from planner.spec.wording import counted
 from planner.spec.workload import Shape, Workload
 
 # Keys of a point that say what was measured, and how much work that was.
@@ -156,7 +157,7 @@ def _named(point: BatchPoint) -> str:
 
 def _gpus(point: BatchPoint) -> str:
     gpus, _ = _machines(point)
-    return f"{gpus} GPU" + "s" * (gpus != 1)
+    return counted(gpus, "GPU")
 
 
 def _tokens(point: BatchPoint) -> str:

@@ -52,22 +52,9 @@ def compare(plan: Plan, predicted: Timeline, measured: Timeline) -> Comparison:
     """Compare two timelines of one plan. Steps that the run did not finish do not count. Raises
     UserError."""
     measured = whole_steps(plan, measured)
-    calls_predicted, calls_measured = mean_call_seconds(predicted), mean_call_seconds(measured)
-    pools = {span.call: span.pools for span in predicted.spans}
-    times_predicted, times_measured = steps_of(predicted), steps_of(measured)
     return Comparison(
-        calls=tuple(
-            SecondsCompared(
-                name=call, pools=pools[call], predicted=seconds, measured=calls_measured[call]
-            )
-            for call, seconds in calls_predicted.items()
-            if call in calls_measured
-        ),
-        steps=tuple(
-            SecondsCompared(name=str(step), predicted=times_predicted[step], measured=seconds)
-            for step, seconds in times_measured.items()
-            if measured.counts(step) and step in times_predicted
-        ),
+        calls=_calls_compared(predicted, measured),
+        steps=_steps_compared(predicted, measured),
         step=SecondsCompared(
             name="step", predicted=step_seconds(predicted), measured=step_seconds(measured)
         ),
@@ -75,6 +62,31 @@ def compare(plan: Plan, predicted: Timeline, measured: Timeline) -> Comparison:
         predicted_busy=pool_busy(predicted),
         measured_busy=pool_busy(measured),
     )
+
+
+def _calls_compared(predicted: Timeline, measured: Timeline) -> tuple[SecondsCompared, ...]:
+    """The calls that both timelines have."""
+    pools = {span.call: span.pools for span in predicted.spans}
+    taken = mean_call_seconds(measured)
+    rows = []
+    for call, seconds in mean_call_seconds(predicted).items():
+        if call in taken:
+            row = SecondsCompared(
+                name=call, pools=pools[call], predicted=seconds, measured=taken[call]
+            )
+            rows.append(row)
+    return tuple(rows)
+
+
+def _steps_compared(predicted: Timeline, measured: Timeline) -> tuple[SecondsCompared, ...]:
+    """The steps that count and that both timelines have."""
+    expected = steps_of(predicted)
+    rows = []
+    for step, seconds in steps_of(measured).items():
+        if measured.counts(step) and step in expected:
+            row = SecondsCompared(name=str(step), predicted=expected[step], measured=seconds)
+            rows.append(row)
+    return tuple(rows)
 
 
 def resimulate(plan: Plan, measured: Timeline) -> Timeline:
@@ -93,36 +105,42 @@ def resimulate(plan: Plan, measured: Timeline) -> Timeline:
 
 def whole_steps(plan: Plan, timeline: Timeline) -> Timeline:
     """The leading steps of which every call was run, from the first one that is there (a run that
-    was resumed under another plan begins with that). Of a run that ended early those that it had
+    was resumed under another plan begins with that). If a run ended early, the steps that it had
     begun ahead stay, as its `drain`. Raises UserError if no whole step follows the warm-up, or if
     the timeline is of another program."""
-    calls = {call.name for call in plan.dataflow.calls}
-    if unknown := {span.call for span in timeline.spans} - calls:
-        raise UserError(
-            f"the timeline has a call {min(unknown)!r} that plan {plan.name!r} does not have; give "
-            "the plan of that run"
-        )
-    if other := {pool for span in timeline.spans for pool in span.pools} - plan.pools.keys():
-        raise UserError(
-            f"the timeline has a pool {min(other)!r} that plan {plan.name!r} does not have; give "
-            "the plan of that run"
-        )
+    _check_program(plan, timeline)
     ran = {(span.call, span.step) for span in timeline.spans}
+
+    def whole(step: int) -> bool:
+        return all((c.name, step) in ran for c in plan.dataflow.calls if c.runs_at(step))
+
     first = steps = min((span.step for span in timeline.spans), default=0)
-    while steps < timeline.steps and all(
-        (c.name, steps) in ran for c in plan.dataflow.calls if c.runs_at(steps)
-    ):
+    while steps < timeline.steps and whole(steps):
         steps += 1
     if steps <= timeline.warmup:
         raise UserError(
             f"the run finished {steps - first} steps, of which {timeline.warmup - first} are "
-            "warm-up; there is nothing "
-            "to compare, execute more steps"
+            "warm-up; there is nothing to compare, execute more steps"
         )
     last = min(steps, timeline.steps - timeline.drain)
     begun = min(steps + plan.staleness, timeline.steps)
     spans = tuple(span for span in timeline.spans if span.step < begun)
     return timeline.changed(steps=begun, drain=begun - last, spans=spans)
+
+
+def _check_program(plan: Plan, timeline: Timeline) -> None:
+    """Raise UserError unless the plan has the calls and pools of a timeline."""
+    ran = {span.call for span in timeline.spans}
+    used = {pool for span in timeline.spans for pool in span.pools}
+    for what, there, known in (
+        ("call", ran, plan.dataflow.names),
+        ("pool", used, plan.pools),
+    ):
+        if unknown := there.difference(known):
+            raise UserError(
+                f"the timeline has a {what} {min(unknown)!r} that plan {plan.name!r} does not "
+                "have; give the plan of that run"
+            )
 
 
 def steps_of(timeline: Timeline) -> dict[int, float]:
@@ -136,13 +154,14 @@ def steps_of(timeline: Timeline) -> dict[int, float]:
 def pool_busy(timeline: Timeline) -> dict[str, float]:
     """Share of a step in which each pool runs a call, from the steps that count."""
     steps = timeline.steps - timeline.warmup - timeline.drain
-    counted = [span for span in timeline.spans if steps <= 0 or timeline.counts(span.step)]
+    none_counts = steps <= 0  # then all do
     seconds = {pool: 0.0 for span in timeline.spans for pool in span.pools}
-    for span in counted:
-        for pool in span.pools:
-            seconds[pool] += span.seconds
-    period = step_seconds(timeline) * (steps if steps > 0 else max(1, timeline.steps))
-    return {pool: min(1.0, busy / period) if period else 0.0 for pool, busy in seconds.items()}
+    for span in timeline.spans:
+        if none_counts or timeline.counts(span.step):
+            for pool in span.pools:
+                seconds[pool] += span.seconds
+    length = step_seconds(timeline) * (max(1, timeline.steps) if none_counts else steps)
+    return {pool: min(1.0, busy / length) if length else 0.0 for pool, busy in seconds.items()}
 
 
 def occupancy(plan: Plan, busy: Mapping[str, float]) -> float:

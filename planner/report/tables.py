@@ -8,6 +8,7 @@ from rich.table import Table
 
 from planner.report.compare import Comparison, SecondsCompared, critical_seconds, occupancy
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
+from planner.spec.wording import plural
 
 SOURCES = ("measured", "interpolated", "extrapolated", "roofline")
 HOST = "host"  # stands where a call has no pool
@@ -115,9 +116,10 @@ def _where(plan: Plan, pool: str) -> str:
     alike: dict[str, list[int]] = {}
     for node, indices in sorted(on.items()):
         alike.setdefault(_ranges(sorted(indices)), []).append(node)
-    return "; ".join(
-        f"node{'s' * (len(nodes) > 1)} {_ranges(nodes)}: {gpus}" for gpus, nodes in alike.items()
-    )
+    texts = []
+    for gpus, nodes in alike.items():
+        texts.append(f"{plural('node', len(nodes))} {_ranges(nodes)}: {gpus}")
+    return "; ".join(texts)
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -137,9 +139,8 @@ def layout_text(layout: TrainerRole | RolloutRole) -> str:
         text = f"{layout.engine}, {layout.replicas} × tensor-parallel {layout.tensor_parallel}, "
         text += f"{layout.concurrency} sequences at once, {layout.memory_fraction:.0%} of memory"
         return text + (", sleeps while idle" if layout.offload else "")
-    text = f"FSDP {layout.shard}" + (
-        f" × {layout.replicas} replicas" if layout.replicas > 1 else ""
-    )
+    text = f"FSDP {layout.shard}"
+    text += f" × {layout.replicas} replicas" if layout.replicas > 1 else ""
     text += f", micro-batch {layout.micro_batch_tokens:,} tokens"
     text += ", recomputes" if layout.recompute else ""
     return text + (f", offloads {layout.offload}" if layout.offload != "none" else "")
@@ -151,20 +152,17 @@ def bottleneck(plan: Plan) -> str:
     assert plan.predicted is not None
     calls = critical_seconds(plan, plan.predicted.call_seconds)
     total = sum(calls.values())
-    shares = [
-        f"{call} {seconds / total:.0%}"
-        for call, seconds in calls.items()
-        if seconds >= 0.02 * total > 0
-    ]
+    shares = []
+    for call, value in calls.items():
+        if value >= 0.02 * total > 0:
+            shares.append(f"{call} {value / total:.0%}")
     parts = ", ".join(shares) + (", the rest little" if len(shares) < len(calls) else "")
-    occupied = [set(pools) for call in calls if (pools := plan.pools_of(plan.dataflow[call]))]
-    shared = set.intersection(*occupied) if occupied else set()
+    occupied = [set(plan.pools_of(plan.dataflow[call])) for call in calls]
+    shared = set.intersection(*filter(None, occupied)) if any(occupied) else set()
     for pool in plan.pools:
         if pool in shared:
-            return (
-                f"Bottleneck: the GPUs of {roles_of(plan, pool)} ({len(plan.pools[pool].gpus)}) "
-                f"always work: {parts}."
-            )
+            gpus = len(plan.pools[pool].gpus)
+            return f"Bottleneck: the GPUs of {roles_of(plan, pool)} ({gpus}) always work: {parts}."
     return f"Bottleneck: no pool on its own, but calls that wait for each other: {parts}."
 
 
@@ -172,22 +170,23 @@ def figures(plan: Plan) -> list[str]:
     """Sentences on the lower bound and on where the costs come from."""
     expected = plan.predicted
     assert expected is not None
+    space = f" in its space ({expected.proof.space})" if expected.proof.space else ""
     proof = {
-        "optimal": f"proven optimal in its space ({expected.proof.space})"
-        if expected.proof.space
-        else "proven optimal",
+        "optimal": f"proven optimal{space}",
         "gap": "not proven optimal",
         "time_limit": "not proven optimal in the time given",
         "none": "not searched",
     }[expected.proof.status]
-    bound = (
-        f"Lower bound {seconds(expected.lower_bound_seconds)} s, gap {expected.gap:.1%}; {proof}."
-    )
-    known = (*SOURCES, *sorted(expected.sources.keys() - set(SOURCES)))
-    shares = ", ".join(
-        f"{share:.0%} {s}" for s in known if (share := expected.sources.get(s, 0.0)) >= 0.005
-    )
-    return [bound, *([f"Costs by busy time: {shares}."] if shares else [])]
+    bound = seconds(expected.lower_bound_seconds)
+    sentences = [f"Lower bound {bound} s, gap {expected.gap:.1%}; {proof}."]
+    shares = []
+    for source in (*SOURCES, *sorted(expected.sources.keys() - set(SOURCES))):
+        share = expected.sources.get(source, 0.0)
+        if share >= 0.005:
+            shares.append(f"{share:.0%} {source}")
+    if shares:
+        sentences.append(f"Costs by busy time: {', '.join(shares)}.")
+    return sentences
 
 
 def calls_table(plan: Plan, call_seconds: Mapping[str, float]) -> Table:
@@ -232,8 +231,8 @@ def verdict(comparison: Comparison) -> list[str]:
         f"Step time: predicted {seconds(step.predicted)} s, measured {seconds(step.measured)} s, "
         f"error {step.error:+.1%}.",
         f"Controller overhead: {comparison.controller_overhead:+.1%} over the same program "
-        "re-simulated with the "
-        f"measured durations ({seconds(comparison.resimulated_step_seconds)} s).",
+        "re-simulated with the measured durations "
+        f"({seconds(comparison.resimulated_step_seconds)} s).",
     ]
 
 
@@ -273,6 +272,7 @@ def memory_table(rows: Mapping[str, tuple[int, int]]) -> Table:
 
 
 def roles_of(plan: Plan, pool: str) -> str:
+    """The roles of a pool, or its name if it has none."""
     return "+".join(role for role, layout in plan.roles.items() if pool in layout.pools) or pool
 
 
@@ -285,10 +285,7 @@ def seconds(value: float) -> str:
 
 
 def gigabytes(value: int) -> str:
-    return (
-        f"{value / 1e9:.0f}"
-        if value >= 99.95e9
-        else f"{value / 1e9:.1f}"
-        if value >= 1e9
-        else f"{value / 1e9:.2g}"
-    )
+    """Bytes as a figure of a table in GB: three significant digits, two below one."""
+    if value >= 99.95e9:
+        return f"{value / 1e9:.0f}"
+    return f"{value / 1e9:.1f}" if value >= 1e9 else f"{value / 1e9:.2g}"
