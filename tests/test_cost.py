@@ -6,12 +6,12 @@ import pytest
 
 from planner.predict import roofline
 from planner.predict.cost import CostModel, Place, place_of
+from planner.predict.dealing import shares
 from planner.predict.roofline import (
     forward_flops,
     matrix_parameters,
     nodes_spanned,
     ring_of,
-    shares,
 )
 from planner.spec.cluster import load_device, make_cluster
 from planner.spec.files import profiles_dir

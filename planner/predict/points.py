@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from planner.predict.columns import Grid, Integers, Seconds
+from planner.predict.dealing import Work, shares
 from planner.predict.generation import engine_speed, generation_seconds
 from planner.predict.likeness import (
     Likeness,
@@ -34,11 +35,9 @@ from planner.predict.likeness import (
 from planner.predict.memory import engine_weight_bytes, moved_bytes
 from planner.predict.roofline import (
     Place,
-    Work,
     host_seconds,
     infer_cost,
     sharding_of,
-    shares,
     sync_cost,
     train_cost,
 )

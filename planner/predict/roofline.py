@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.predict.columns import Booleans, Grid, Integers, Seconds
+from planner.predict.dealing import Work
 from planner.predict.memory import SYNC_BYTES, compute_bytes
 from planner.spec.cluster import Cluster, Device
 from planner.spec.workload import Head, Shape
@@ -41,7 +42,8 @@ HOST_SECONDS_PER_TOKEN = 5e-8  # collecting, GAE and handing out again; profiles
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a role computes: GPUs per node in the order of its ranks, all of one kind."""
+    """The GPUs that a role computes on, all of one kind: `parts` are the numbers on each node, in
+    the order of its ranks."""
 
     parts: tuple[int, ...]
     device: Device
@@ -97,68 +99,25 @@ class Ring(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
-    """The busiest rank's tokens and squared sequence lengths in each minibatch, [S, M] (or [n, S,
-    M])."""
-
-    tokens: NDArray[np.int64]
-    squares: NDArray[np.int64]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Seconds [S] (or [n, S]) of a call by what it waits for: arithmetic and memory, and
-    communication that neither hides."""
+    """Seconds [n, S] of a call by its parts: arithmetic and memory, and communication that neither
+    hides."""
 
     compute: Seconds
     transfer: Seconds
 
 
-def shares(lengths: NDArray[np.int64], minibatch: int, ranks: int) -> Work:
-    """Spread each minibatch of `lengths` [S, B] over ranks: longest first, back and forth, so that
-    sequences are even to one and tokens nearly so. With fewer sequences than ranks some ranks
-    idle."""
-    return dealt(longest_first(lengths, minibatch), ranks)
-
-
-def longest_first(lengths: NDArray[np.int64], minibatch: int) -> NDArray[np.int32]:
-    """The minibatches [S, M, sequences] of `lengths` [S, B], each with its longest sequence
-    first."""
-    scenarios, batch = lengths.shape
-    rows = lengths.astype(np.int32).reshape(scenarios, batch // minibatch, minibatch)
-    return np.ascontiguousarray(np.sort(rows, axis=2)[..., ::-1])
-
-
-def dealt(rows: NDArray[np.int32], ranks: int) -> Work:
-    """The busiest of some ranks that the rows [S, M, sequences] are dealt to, back and forth."""
-    turns = -(-rows.shape[2] // ranks)
-    padded = rows
-    if turns * ranks > rows.shape[2]:
-        padded = np.zeros((*rows.shape[:2], turns * ranks), dtype=np.int32)
-        padded[..., : rows.shape[2]] = rows
-    turned = padded.reshape(*rows.shape[:2], turns, ranks)
-    tokens = turned[:, :, ::2].sum(axis=2, dtype=np.int32)  # below 2^31: a batch has fewer tokens
-    tokens += turned[:, :, 1::2].sum(axis=2, dtype=np.int32)[..., ::-1]
-    busiest = tokens.argmax(axis=2)[..., None]
-    turn = np.arange(turns)
-    places = turn * ranks + np.where(turn % 2, ranks - 1 - busiest, busiest)
-    held = np.take_along_axis(padded, places, axis=2).astype(np.int64)
-    return Work(tokens=held.sum(axis=2), squares=(held**2).sum(axis=2))
-
-
 def matrix_parameters(shape: Shape, head: Head) -> int:
     """Parameters that every token is multiplied with."""
-    return shape.layers * shape.block_parameters + (
-        shape.hidden if head == "scalar" else shape.embedding_parameters
-    )
+    output = shape.hidden if head == "scalar" else shape.embedding_parameters
+    return shape.layers * shape.block_parameters + output
 
 
 def forward_flops(shape: Shape, head: Head, work: Work) -> Seconds:
-    """FLOPs [S, M] of one forward pass over each minibatch's share."""
-    attention = 2 * shape.layers * shape.heads * shape.head_dim
-    return np.asarray(
-        2.0 * matrix_parameters(shape, head) * work.tokens + float(attention) * work.squares
-    )
+    """FLOPs [..., S, M] of one forward pass over each minibatch's share."""
+    matrices = 2.0 * matrix_parameters(shape, head) * work.tokens
+    attention = float(2 * shape.layers * shape.heads * shape.head_dim) * work.squares
+    return np.asarray(matrices + attention)
 
 
 # --- rings ---

@@ -7,6 +7,7 @@ from planner.predict.columns import Integers
 from planner.predict.correction import Corrections
 from planner.predict.costs.estimates import Estimates, Moves, moves_of
 from planner.predict.costs.lengths import SampledLengths
+from planner.predict.dealing import Lengths32, Work, dealt, longest_first
 from planner.predict.likeness import (
     Likeness,
     MoveCall,
@@ -14,15 +15,7 @@ from planner.predict.likeness import (
     like_trainer,
     like_trainer_move,
 )
-from planner.predict.roofline import (
-    Cost,
-    Sharding,
-    Work,
-    dealt,
-    infer_cost,
-    longest_first,
-    train_cost,
-)
+from planner.predict.roofline import Cost, Sharding, infer_cost, train_cost
 from planner.spec.cluster import Cluster, Device
 from planner.spec.workload import Workload, head_of
 
@@ -39,7 +32,7 @@ class TrainerCosts:
     ) -> None:
         self._workload, self._cluster = workload, cluster
         self._lengths, self._corrections = lengths, corrections
-        self._minibatches: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int32]]] = {}
+        self._minibatches: dict[int, Lengths32] = {}
         self._dealt: dict[tuple[int, int], Work] = {}
 
     def calls(self, call: TrainerCall, role: str, sharding: Sharding, device: Device) -> Estimates:
