@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from test_fuzz import documents
 
 from executor.fleet.pools import Fleet
-from executor.running import checkpoint
+from executor.running import checkpoint, saving
 from executor.running.checkpoint import Manifest
 from executor.running.execute import execute, resume
 from executor.running.options import RunOptions
@@ -163,7 +163,7 @@ def test_another_plan_goes_on_from_resharded_weights(
 def two(tmp_path: Path) -> Path:
     """A run with two small checkpoints, as `Saver` writes them."""
     plan, run = one_step_off(), tmp_path / "run"
-    saver = checkpoint.Saver(run / "checkpoints", every=2, keep=2)
+    saver = saving.Saver(run / "checkpoints", every=2, keep=2)
     run.mkdir()
     tasks = tasks_of(plan, 9)
     for step in (2, 4, 6):
@@ -188,7 +188,7 @@ def two(tmp_path: Path) -> Path:
     return run
 
 
-def snapshot(directory: Path, step: int, rows: int = 8) -> checkpoint.Snapshot:
+def snapshot(directory: Path, step: int, rows: int = 8) -> saving.Snapshot:
     writers = []
     for rank in range(2):
         model = torch.nn.Linear(3, rows, bias=False)
@@ -201,7 +201,7 @@ def snapshot(directory: Path, step: int, rows: int = 8) -> checkpoint.Snapshot:
         return None if None in parts else parts
 
     arrays = {f"{step}/scores": np.arange(4, dtype=np.float32)}
-    return checkpoint.Snapshot(
+    return saving.Snapshot(
         arrays=arrays,
         metrics={step: {"kl": float("nan")}},
         evaluations={},
@@ -311,10 +311,10 @@ import resource, sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 from test_checkpoint import one_step_off, snapshot
-from executor.running import checkpoint
+from executor.running import checkpoint, saving
 from executor.running.run_directory import timeline_of
 run = Path({run!r})
-saver = checkpoint.Saver(run / "checkpoints", every=2, keep=2)
+saver = saving.Saver(run / "checkpoints", every=2, keep=2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 plan = one_step_off()
 saver.save(lambda d: snapshot(d, 8, rows=10_000), step=8, done=(), plan=plan,

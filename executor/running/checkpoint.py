@@ -1,5 +1,4 @@
-"""Checkpoints, and the models that a run leaves behind. A run goes on from a checkpoint as if
-nothing had happened.
+"""Checkpoints: a run goes on from one as if nothing had happened.
 
 A checkpoint is taken at a stop of the program, right after a `sync_weights`: the calls that were
 issued before it have ended, and none behind it has begun. At that moment the rollout has the
@@ -10,35 +9,25 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import Thread
 from typing import Any, ClassVar
 
-import numpy as np
 from numpy.typing import NDArray
 from pydantic import NonNegativeInt
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
-from executor.data.prompts import PromptSource
-from executor.fleet.asking import ask, to_each
-from executor.running.processes import Processes
-from executor.running.run_directory import log
+from executor.running.export import EXPORTED, FINAL
 from executor.running.stops import EndedCall, in_flight
-from executor.training.shards import FileEntry, RoleState, Saved, entry_of, merge
-from executor.training.trainer import Trainer
+from executor.training.shards import FileEntry, RoleState, Saved
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
-from planner.spec.files import File, write_atomic
+from planner.spec.files import File
 from planner.spec.plan import Plan
 from planner.spec.timeline import Span, Timeline
 
-EXPORTED, FINAL = ("actor", "critic"), "final"
 MANIFEST, PLAN, TIMELINE, METRICS, IN_FLIGHT = (
     "checkpoint.json",
     "plan.json",
@@ -46,29 +35,6 @@ MANIFEST, PLAN, TIMELINE, METRICS, IN_FLIGHT = (
     "metrics.jsonl",
     "in_flight.safetensors",
 )
-POLL_SECONDS = 0.05
-
-
-def export(processes: Processes, prompts: PromptSource, directory: Path) -> None:
-    """Write actor and critic as Hugging Face directories `directory/<role>` that `from_pretrained`
-    loads, the actor with its tokenizer. Each appears whole or not at all. Raises UserError."""
-    for role in EXPORTED:
-        if role not in processes.plan.trainers:
-            continue
-        unfinished = directory / f".{role}"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            ask(to_each(processes.of(role), Trainer.export, role, unfinished.resolve()))
-            if role == "actor":
-                prompts.save_tokenizer(unfinished)
-            shutil.rmtree(directory / role, ignore_errors=True)  # of an attempt before
-            os.replace(unfinished, directory / role)
-        except OSError as error:
-            raise UserError(
-                f"{directory}: the {role} cannot be written ({error.strerror}); make room there"
-            ) from None
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 class Manifest(File):
@@ -91,147 +57,6 @@ class Manifest(File):
     def digest(self) -> str:
         body = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), sort_keys=True)
         return hashlib.sha256(body.encode()).hexdigest()
-
-
-# --- what is saved ---
-
-
-@dataclass(frozen=True, kw_only=True)
-class Snapshot:
-    """The state of a run at a stop. `written` asks the ranks what came of their files, None as long
-    as they write."""
-
-    arrays: dict[str, NDArray[Any]]
-    metrics: dict[int, dict[str, Any]]
-    evaluations: dict[int, dict[str, float]]
-    skipped: dict[str, int]
-    written: Callable[[], list[tuple[dict[str, RoleState], dict[str, FileEntry]]] | None]
-
-
-class Saver:
-    """Writes checkpoints into `directory` in a thread, one at a time, and keeps the last `keep` of
-    them. `every` is the number of steps between two of them.
-
-    One that cannot be written leaves a line in the log and those before it as they are."""
-
-    def __init__(self, directory: Path, *, every: int, keep: int) -> None:
-        self._directory, self._keep = directory, keep
-        self.every = every
-        self._thread: Thread | None = None
-        for unfinished in directory.glob(".step-*"):  # of a run that was killed
-            shutil.rmtree(unfinished, ignore_errors=True)
-        self.error: Exception | None = None  # of the latest one
-
-    def save(
-        self,
-        snapshot: Callable[[Path], Snapshot],
-        *,
-        step: int,
-        done: tuple[EndedCall, ...],
-        plan: Plan,
-        timeline: Timeline,
-        metrics: Path,
-    ) -> None:
-        """Take a snapshot, for which the trainers stop, and begin to write it. The one before is
-        waited for."""
-        self.wait()
-        began = time.perf_counter()
-        name, self.error = f"step-{step:06d}", None
-        unfinished = self._directory / f".{name}"
-        try:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-            small = {METRICS: metrics.read_bytes()}
-        except OSError as error:
-            return self._failed(name, unfinished, error)
-        taken = snapshot(unfinished.resolve())
-        log.info("checkpoint %s: copied in %.3g s", name, time.perf_counter() - began)
-
-        def write() -> None:
-            try:
-                small.update({PLAN: plan.to_json().encode(), TIMELINE: timeline.to_json().encode()})
-                _write(unfinished, step, done, taken, small)
-                final = self._directory / name
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(unfinished, final)
-                prune(self._directory, self._keep)
-                log.info("checkpoint %s: written after %.3g s", name, time.perf_counter() - began)
-            except Exception as error:
-                self._failed(name, unfinished, error)
-
-        self._thread = Thread(target=write, daemon=True)
-        self._thread.start()
-
-    def _failed(self, name: str, unfinished: Path, error: Exception) -> None:
-        self.error = error
-        reason = " ".join(str(error).split())[:300]
-        log.error(
-            "checkpoint %s could not be written (%s); those before it are as they were",
-            name,
-            reason,
-        )
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-    def wait(self, seconds: float | None = None) -> None:
-        """Wait until the checkpoint that is being written is whole, or has failed."""
-        if self._thread is not None:
-            self._thread.join(seconds)
-
-
-def _write(
-    directory: Path,
-    step: int,
-    done: tuple[EndedCall, ...],
-    taken: Snapshot,
-    small: dict[str, bytes],
-) -> None:
-    """All files, the manifest last."""
-    files: dict[str, FileEntry] = {}
-    for name, content in small.items():
-        write_atomic(directory / name, content)
-        files[name] = entry_of(directory / name)
-    if taken.arrays:
-        save_file(
-            {name: np.ascontiguousarray(array) for name, array in taken.arrays.items()},
-            directory / IN_FLIGHT,
-        )
-        files[IN_FLIGHT] = entry_of(directory / IN_FLIGHT)
-    while (parts := taken.written()) is None:
-        time.sleep(POLL_SECONDS)
-    roles: dict[str, list[RoleState]] = {}
-    for states, entries in parts:
-        files |= entries
-        for role, state in states.items():
-            roles.setdefault(role, []).append(state)
-    manifest = Manifest(
-        step=step,
-        done=done,
-        metrics={number: _finite(metrics) for number, metrics in taken.metrics.items()},
-        evaluations=taken.evaluations,
-        skipped=taken.skipped,
-        roles={role: merge(states) for role, states in roles.items()},
-        files=files,
-    )
-    manifest.changed(sha256=manifest.digest()).write(directory / MANIFEST)
-
-
-def _finite(metrics: dict[str, Any]) -> dict[str, float | None]:
-    return {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def prune(directory: Path, keep: int) -> None:
-    for path in listed(directory)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def listed(directory: Path) -> list[Path]:
-    """The directories that look like checkpoints, the newest last."""
-    if not directory.is_dir():
-        return []
-    return sorted(path for path in directory.iterdir() if re.fullmatch(r"step-\d{6,}", path.name))
-
-
-# --- what is resumed ---
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -407,3 +232,10 @@ def _read(directory: Path) -> Checkpoint:
 
 def metric(value: float | None) -> float:
     return math.nan if value is None else value
+
+
+def listed(directory: Path) -> list[Path]:
+    """The directories that look like checkpoints, the newest last."""
+    if not directory.is_dir():
+        return []
+    return sorted(path for path in directory.iterdir() if re.fullmatch(r"step-\d{6,}", path.name))

@@ -104,6 +104,7 @@ def _train(
     from executor.running import (  # torch, transformers: a rehearsal does without
         checkpoint,
         preflight,
+        saving,
         step,
         trackers,
     )
@@ -114,7 +115,7 @@ def _train(
     steps = options.steps or plan.workload.steps
     saver = None
     if options.save_every:
-        saver = checkpoint.Saver(path / "checkpoints", every=options.save_every, keep=options.keep)
+        saver = saving.Saver(path / "checkpoints", every=options.save_every, keep=options.keep)
     cpus = pools.needed(plan) if pools.resource_of(plan) == "CPU" else None
 
     def start() -> Backend:

@@ -18,7 +18,7 @@ from planner.predict.schedule import Task
 from planner.spec.timeline import Span
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
-    from executor.running.checkpoint import Snapshot
+    from executor.running.saving import Snapshot
 
 
 class Progress(Protocol):

@@ -20,7 +20,8 @@ from planner.spec.plan import Plan
 from planner.spec.timeline import Span, Timeline
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
-    from executor.running.checkpoint import Checkpoint, Saver
+    from executor.running.checkpoint import Checkpoint
+    from executor.running.saving import Saver
 
 
 class Run:

@@ -21,8 +21,10 @@ from executor.fleet.pools import Fleet
 from executor.fleet.worker import Record
 from executor.rollout.engine import EngineWorker
 from executor.running import checkpoint
-from executor.running.checkpoint import Checkpoint, Snapshot
+from executor.running.checkpoint import Checkpoint
+from executor.running.export import export_models
 from executor.running.processes import Processes
+from executor.running.saving import Snapshot
 from executor.running.scoring import judge
 from executor.running.supervise import Deadlines
 from executor.training import ppo
@@ -341,7 +343,7 @@ class Training:
 
     def export(self, directory: Path) -> None:
         """Actor and critic as Hugging Face directories under `directory`."""
-        checkpoint.export(self.processes, self.prompts, directory)
+        export_models(self.processes, self.prompts, directory)
 
     def close(self) -> None:
         self.processes.close()
