@@ -21,7 +21,9 @@ from planner.predict.cost import CostModel, Place
 from planner.predict.layouts import rollout_layouts, trainer_layouts
 from planner.predict.memory import batch_bytes, pool_peak, rollout_memory, trainer_memory
 from planner.search.space.placements import gpus_of, pack, sizes, structures
+from planner.spec.cluster import Cluster
 from planner.spec.dataflow import ppo
+from planner.spec.workload import Workload
 
 UNITS = 10**6  # of time in a step: what rounding to whole numbers leaves is below TOLERANCE
 TOLERANCE = 2e-5
@@ -82,8 +84,8 @@ class Option:
 class Given:
     """What the auditor takes from the project: the listed layouts with their seconds and bytes."""
 
-    workload: object
-    cluster: object
+    workload: Workload
+    cluster: Cluster
     model: CostModel
 
     @cached_property
@@ -115,19 +117,18 @@ class Given:
             return
         (on_nodes,) = parts
         node = max(node.gpus for node in self.cluster.nodes)
-        for layout in chain.from_iterable(
+        for trained in chain.from_iterable(
             trainer_layouts(self.workload, role, ranks, "p", self.device, node)
             for ranks in range(1, min(sum(on_nodes), self.workload.minibatch) + 1)
         ):
-            seconds = {
+            by_call = {
                 call: getattr(self.model, self.flow[call].kind)(
-                    role, layout, self.place(on_nodes)
+                    role, trained, self.place(on_nodes)
                 ).seconds
                 for call in self.calls_of(role)
             }
-            yield Option(
-                parts, layout, trainer_memory(self.workload, role, layout, self.device), seconds
-            )
+            memory = trainer_memory(self.workload, role, trained, self.device)
+            yield Option(parts, trained, memory, by_call)
 
     def sync(self, actor, rollout, same_node, shared):
         return self.model.sync(
@@ -338,9 +339,9 @@ class Auditor:
             ]
             if not pools:
                 continue
-            lags = range(-stale - 1, stale + 2)
+            lags = list(range(-stale - 1, stale + 2))
             if (u.name, v.name) == ("generate", "sync_weights"):
-                lags = range(-stale, 1)  # generation uses weights that are -lag updates old
+                lags = list(range(-stale, 1))  # generation uses weights that are -lag updates old
             elif (u.name, v.name) in fixed:
                 lags = [fixed[u.name, v.name]]
             elif (v.name, u.name) in fixed:

@@ -69,7 +69,7 @@ def test_between_two_sizes_the_logarithm_counts_and_beyond_them_nothing_changes(
 
 def test_without_a_like_point_the_roofline_is_all_there_is() -> None:
     like = measured(1.0).likeness(SHAPE, H200)
-    other = like._replace(key=("train", *like.key[1:]))  # type: ignore[index]
+    other = like._replace(key=("train", *like.key[1:]))
     found = corrections(measured(1.2)).ratios(other, np.zeros((2, 3)))
     assert (found.values == 1).all() and found.sources.tolist() == ["roofline", "roofline"]
 

@@ -163,8 +163,8 @@ def test_a_failed_call_ends_the_loop_and_what_was_done_is_kept() -> None:
 class Interrupted(RunDirectory):
     """Ctrl-C comes before the run has begun."""
 
-    def open(self, plan: Plan) -> None:
-        super().open(plan)
+    def open(self, plan: Plan, *, metrics: bytes = b"", step: int = 0) -> None:
+        super().open(plan, metrics=metrics, step=step)
         raise KeyboardInterrupt
 
 
@@ -184,8 +184,8 @@ def files_of_log() -> list[logging.FileHandler]:
 class Full(RunDirectory):
     """Its disk is full."""
 
-    def open(self, plan: Plan) -> None:
-        super().open(plan)
+    def open(self, plan: Plan, *, metrics: bytes = b"", step: int = 0) -> None:
+        super().open(plan, metrics=metrics, step=step)
         with Path("/dev/full").open("w") as full:
             for file in (self._metrics, *(handler.stream for handler in files_of_log())):
                 os.dup2(full.fileno(), file.fileno())
@@ -266,8 +266,14 @@ def test_an_interrupt_leaves_no_process(
     ]
     command += ["--steps", "5000", *(["--rehearse"] if rehearse else [])]
     root = Path(__file__).parents[1]
-    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, start_new_session=True, cwd=root, text=True, **both)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        cwd=root,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     children: list[int] = []
     try:
         deadline = time.monotonic() + PATIENCE

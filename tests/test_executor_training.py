@@ -73,10 +73,10 @@ def on_one_core(train: Train) -> Recording:
 def assert_equal(a: Recording, b: Recording) -> None:
     for ours, theirs in zip(a.tokens, b.tokens, strict=True):
         assert np.array_equal(ours, theirs)
-    for ours, theirs in zip(a.metrics, b.metrics, strict=True):
-        assert ours.keys() == theirs.keys()
-        for name in ours:
-            assert ours[name] == nearly(theirs[name], rel=1e-5, abs=1e-5), name
+    for our, their in zip(a.metrics, b.metrics, strict=True):
+        assert our.keys() == their.keys()
+        for name in our:
+            assert our[name] == nearly(their[name], rel=1e-5, abs=1e-5), name
 
 
 def test_the_metrics_say_that_something_was_learned_from(on_one_core: Recording) -> None:

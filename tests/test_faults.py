@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_a_killed_controller_leaves_a_run_that_can_be_resumed(whole: Path, tmp_p
         "--runs",
         str(tmp_path),
     ]
-    temporary = set(Path("/tmp").glob("splitplan-*"))
+    temporary = set(Path(tempfile.gettempdir()).glob("splitplan-*"))
     process = subprocess.Popen(
         [*command, "--save-every", "1"], start_new_session=True, cwd=Path(__file__).parents[1]
     )
@@ -176,8 +177,8 @@ def test_a_killed_controller_leaves_a_run_that_can_be_resumed(whole: Path, tmp_p
         assert len(children) > 5 and not left  # Ray's agents notice later
     finally:
         end([process.pid, *children])
-        for left in set(Path("/tmp").glob("splitplan-*")) - temporary:
-            shutil.rmtree(left, ignore_errors=True)
+        for directory in set(Path(tempfile.gettempdir()).glob("splitplan-*")) - temporary:
+            shutil.rmtree(directory, ignore_errors=True)
     assert not (tmp_path / "r/timeline.json").exists()
     found = checkpoint.find(tmp_path / "r")
     assert 1 <= found.manifest.step < 4

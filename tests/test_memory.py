@@ -217,7 +217,7 @@ def plan(workload: Workload = SEVEN_B, **layouts: TrainerRole | RolloutRole) -> 
         workload=workload,
         cluster=make_cluster(8),
         pools={"a": Pool(gpus=tuple((0, i) for i in range(8)))},
-        roles=roles,  # type: ignore[arg-type]
+        roles=roles,
         program=tuple(Issue(call=name) for name in names),
         staleness=0,
     )

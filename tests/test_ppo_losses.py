@@ -101,7 +101,8 @@ def test_clipping_is_against_the_proximal_policy():
 
 def test_no_gradient_into_proximal_behaviour_or_advantages():
     tensors = [tensor([[-1.0]], requires_grad=True) for _ in range(4)]
-    policy(*tensors, tensor([[True]]))[0].backward()
+    log_p, proximal, behaviour, advantages = tensors
+    policy(log_p, proximal, behaviour, advantages, tensor([[True]]))[0].backward()
     assert tensors[0].grad is not None and all(t.grad is None for t in tensors[1:])
 
 
@@ -153,6 +154,7 @@ def test_a_gradient_step_raises_good_tokens_and_lowers_bad_ones():
     before = lm_head.log_probs(logits, torch.eye(5), tokens, 1.0)[None]
     loss, _ = policy(before, before, before, tensor([[1.0, -1.0]]), mask)
     loss.backward()
+    assert logits.grad is not None
     with torch.no_grad():
         after = lm_head.log_probs(logits - 0.1 * logits.grad, torch.eye(5), tokens, 1.0)[None]
     assert after[0, 0] > before[0, 0] and after[0, 1] < before[0, 1]
@@ -228,6 +230,7 @@ def test_entropy_loss_rewards_entropy():
         entropy=entropy, mask=tensor([[True, True]]), coef=0.1, normalizer=3
     )
     loss.backward()
+    assert entropy.grad is not None
     assert loss.item() == pytest.approx(-0.2) and (entropy.grad < 0).all() and stats["entropy"] == 6
 
 

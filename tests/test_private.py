@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from ray._private import ray_constants, worker
 from torch import nn
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from executor.fleet import ray_private, torch_private
 
@@ -56,5 +57,5 @@ def test_buffers_that_no_file_holds() -> None:
 
 
 def test_a_handle_names_the_device_where_it_is_expected() -> None:
-    names = torch_private.rebuild_cuda_tensor.__code__.co_varnames
+    names = rebuild_cuda_tensor.__code__.co_varnames
     assert names[torch_private.DEVICE] == "storage_device"

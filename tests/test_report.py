@@ -305,7 +305,7 @@ def test_the_picture_shows_bars_in_proportion_to_their_time() -> None:
     assert update_actor / update_critic == pytest.approx(wanted, rel=0.2)
     assert share_of(image, gantt.CALL_COLORS["generate"]) > update_actor
     assert share_of(image, gantt.EMPTY) > 0.1
-    assert heights["g"] > heights["t"] > heights["c"] > heights[gantt.HOST]
+    assert heights["g"] > heights["t"] > heights["c"] > heights[tables.HOST]
 
 
 def test_two_timelines_share_a_time_axis() -> None:

@@ -154,8 +154,9 @@ def test_the_best_program_is_the_best_of_all(k):
     flow, rng = ppo(make_workload()).steady, np.random.default_rng(k)
     for structure in structures(ROLES)[5::24]:
         sharing = pools_of_calls(flow, structure)
-        every = [p for each in range(k + 1) for p in all_programs(flow, sharing, each).items]
-        every = [cycles_of(flow, sharing, items) for items in every[:: max(1, len(every) // 150)]]
+        programs = [p for each in range(k + 1) for p in all_programs(flow, sharing, each).items]
+        some = programs[:: max(1, len(programs) // 150)]
+        every = [cycles_of(flow, sharing, items) for items in some]
         seconds = with_mean(
             rng.uniform(0.1, 9, (len(flow.names), 1)) * rng.uniform(0.8, 1.2, (len(flow.names), 4))
         )

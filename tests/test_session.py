@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from ray._private import ray_constants
 
 from executor.fleet import session
 
@@ -54,13 +55,7 @@ def test_a_private_ray_leaves_nothing_that_would_keep_the_process_from_joining_a
     monkeypatch.delenv(
         session.NO_CLUSTER, raising=False
     )  # other tests share a private Ray that is still open
-    known = session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
+    known = ray_constants.ENABLE_RAY_CLUSTER
     with session._this_host_only():
-        assert (
-            os.environ[session.NO_CLUSTER] == "0"
-            and not session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
-        )
-    assert (
-        session.NO_CLUSTER not in os.environ
-        and known is session.ray._private.ray_constants.ENABLE_RAY_CLUSTER
-    )
+        assert os.environ[session.NO_CLUSTER] == "0" and not ray_constants.ENABLE_RAY_CLUSTER
+    assert session.NO_CLUSTER not in os.environ and known is ray_constants.ENABLE_RAY_CLUSTER

@@ -48,8 +48,15 @@ def chain(second_pool):
     return Dataflow(calls=(a, b)), (Issue(call="a"), Issue(call="b")), lambda call: pools[call.name]
 
 
+def of_the_chain(task):
+    return {"a": 2.0, "b": 3.0}[task.call.name]
+
+
 def test_two_calls_on_one_pool_follow_each_other():
-    spans = simulate(unroll(*chain("p"), 3), lambda task: {"a": 2.0, "b": 3.0}[task.call.name])
+    flow, program, pools_of = chain("p")
+    spans = simulate(
+        unroll(flow, program, pools_of, 3), lambda task: {"a": 2.0, "b": 3.0}[task.call.name]
+    )
     assert [(span.start, span.end) for span in spans] == [
         (0, 2),
         (2, 5),
@@ -61,7 +68,10 @@ def test_two_calls_on_one_pool_follow_each_other():
 
 
 def test_two_calls_on_two_pools_form_a_pipeline():
-    spans = simulate(unroll(*chain("q"), 3), lambda task: {"a": 2.0, "b": 3.0}[task.call.name])
+    flow, program, pools_of = chain("q")
+    spans = simulate(
+        unroll(flow, program, pools_of, 3), lambda task: {"a": 2.0, "b": 3.0}[task.call.name]
+    )
     assert [(s.call, s.start, s.end) for s in spans] == [
         ("a", 0, 2),
         ("b", 2, 5),

@@ -178,8 +178,12 @@ class Crashing(Worker):
 def test_a_process_that_crashes_leaves_its_last_words(ray_two: None, tmp_path: Path) -> None:
     plan = colocated(WORKLOAD)
     ranks = pools.connect([replace(pools.start(Crashing), name="it")])
+
+    def crash() -> Any:
+        return ask(to_each(ranks, Crashing.crash))
+
     with pytest.raises(UserError, match=r"^the start: it died in crash"):
-        started(Deadlines(plan=plan), tmp_path / "r", lambda: ask(to_each(ranks, Crashing.crash)))
+        started(Deadlines(plan=plan), tmp_path / "r", crash)
     said = (tmp_path / "r" / "log.txt").read_text()
     assert "a fatal error" in said and ":actor_name:" not in said
 

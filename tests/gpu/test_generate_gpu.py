@@ -72,7 +72,7 @@ def bare(requests: Requests) -> Generates:
     return {"bare": lambda: generate(0), "bare without log-probs": lambda: generate(None)}
 
 
-def workload():  # type: ignore[no-untyped-def]
+def workload():
     return load_workload(profiles_dir() / "workloads" / "h200-1.5b.toml")
 
 
