@@ -10,6 +10,7 @@ for the largest sizes of a box holds for all of it.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -43,15 +44,16 @@ class Bounds:
     ) -> None:
         self.problem, self.families = problem, families
         self.call_sets = CallSets(problem)
-        keys = [key for family in families for key in pool_keys(problem, family)]
-        self.pools = PoolTables(problem, self.call_sets, keys)
+        keys = [pool_keys(problem, family) for family in families]
+        self.pools = PoolTables(problem, self.call_sets, chain.from_iterable(keys))
+        pools = [self.pools.numbers(of_family) for of_family in keys]
         self.rollout = [problem.rollout_table(kind) for kind in problem.gpus]
         self._synced = [
             column
             for column, calls in enumerate(self.call_sets.listed)
             if problem.calls[problem.sync] in calls
         ]
-        self.table = family_table(problem, families, programs, self.call_sets, self.pools)
+        self.table = family_table(problem, families, programs, self.call_sets, pools)
 
     # --- bounds ---
 

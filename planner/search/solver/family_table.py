@@ -7,7 +7,6 @@ import numpy as np
 
 from planner.search.solver.best_program import Program, cycles_of, rates
 from planner.search.solver.choices import bound_rates
-from planner.search.solver.pool_tables import PoolTables, pool_keys
 from planner.search.solver.problem import Problem, sync_path
 from planner.search.solver.role_tables import CallSets
 from planner.search.space.arrays import Array, Kinds, Mask, Pools, Sizes
@@ -51,22 +50,23 @@ def family_table(
     families: Sequence[PlacementFamily],
     programs: Sequence[Program] | None,
     call_sets: CallSets,
-    tables: PoolTables,
+    pools: Sequence[list[int]],
 ) -> FamilyTable:
-    """Describe the families, each with any program or with only its own of `programs`."""
+    """Describe the families, each with any program or with only its own of `programs`. `pools` are
+    the numbers of each family's pools in the pool tables."""
     most = max(len(family.structure) for family in families)
     known: dict[tuple[Structure, tuple[str, ...]], _Description] = {}
-    pools, described = [], []
-    for family in families:
+    roles = [_role_of(problem, calls) for calls in call_sets.listed]
+    padded, described = [], []
+    for family, numbers in zip(families, pools, strict=True):
         key = family.structure, family.kinds
         if key not in known:
-            known[key] = _describe(problem, family, call_sets, most)
+            known[key] = _describe(problem, family, roles, most)
         described.append(known[key])
-        numbers = tables.numbers(pool_keys(problem, family))
         padding = [0] * (most - len(numbers))
-        pools.append(numbers + padding)
+        padded.append(numbers + padding)
     return FamilyTable(
-        pools=np.array(pools),
+        pools=np.array(padded),
         home=np.array([family.home for family in described]),
         generates=np.array([family.generates for family in described]),
         acts=np.array([family.acts for family in described]),
@@ -78,13 +78,13 @@ def family_table(
 
 
 def _describe(
-    problem: Problem, family: PlacementFamily, call_sets: CallSets, most: int
+    problem: Problem, family: PlacementFamily, roles: Sequence[str | None], most: int
 ) -> _Description:
-    """Describe a family, with room for `most` pools."""
+    """Describe a family, with room for `most` pools; `roles` are those of the call sets."""
     path = sync_path(family)
     actor = family.pool_of("actor")
     return _Description(
-        home=[_home(problem, family, calls) for calls in call_sets.listed],
+        home=[family.pool_of(role) if role else 0 for role in roles],
         generates=[pool in family.generating for pool in range(most)],
         acts=[pool == actor for pool in range(most)],
         kind=list(problem.gpus).index(path.rollout),
@@ -93,10 +93,10 @@ def _describe(
     )
 
 
-def _home(problem: Problem, family: PlacementFamily, calls: tuple[str, ...]) -> int:
-    """The pool of the role that runs some calls; any pool for calls on the host."""
+def _role_of(problem: Problem, calls: tuple[str, ...]) -> str | None:
+    """The role that runs the calls of a set (of a sync the one that sends); None on the host."""
     roles = problem.flow[calls[0]].roles
-    return family.pool_of(roles[0]) if roles else 0
+    return roles[0] if roles else None
 
 
 def _rates(
