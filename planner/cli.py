@@ -338,10 +338,10 @@ def explain(plan: Path, profiles: tuple[Path, ...]) -> None:
 )
 @profiles_of_plan
 def what_if(plan: Path, gpus: tuple[int, ...], profiles: tuple[Path, ...]) -> None:
-    """Plan again under other conditions, and say where the decision flips.
+    """Show under which conditions the decision flips.
 
-    Tries other numbers of GPUs, longer responses, a longer tail, slower links, other models and
-    more staleness."""
+    Plans again with other numbers of GPUs, longer responses, a longer tail, slower links, other
+    models and more staleness."""
     from planner.commands.whatif import what_if
 
     what_if(plan, gpus, profiles)
@@ -436,8 +436,8 @@ def simulate(
     show_default=True,
     metavar="SECONDS",
     help=(
-        "The least time that a call may take. Above it, a call may take ten times its predicted "
-        "time; the first calls may take ten times longer still."
+        "A call fails after ten times its predicted time, but never before this. While a run "
+        "begins, both are ten times as long."
     ),
 )
 @click.option(
@@ -629,7 +629,7 @@ def judge(profiles: tuple[Path, ...], cluster: str | None, out: Path | None) -> 
 def study(
     study: Path, out: Path | None, minutes: float | None, plan_only: bool, report: bool
 ) -> None:
-    """Run a list of plans and compare each prediction with its measurement.
+    """Measure a list of plans and compare with the predictions.
 
     Cells that have been measured are skipped. Plans that exist already are run as they are."""
     from planner.commands import study as commands
@@ -670,7 +670,7 @@ def task(name: str, out: Path, seed: int) -> None:
 @inputs
 @max_staleness
 def space(job: JobOptions, max_staleness: int | None) -> None:
-    """Count what a search chooses from: placements, layouts and programs."""
+    """Count the placements, layouts and programs of a search."""
     from planner.commands.search import space
 
     space(job, max_staleness)

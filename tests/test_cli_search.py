@@ -162,7 +162,7 @@ def test_wrong_inputs_are_refused(
 @pytest.mark.parametrize(
     ("before", "after", "says"),
     [
-        ("batch = 8", "batch = 9", "batch = 9 is no multiple of minibatch = 4"),
+        ("batch = 8", "batch = 9", "batch = 9 is not a multiple of minibatch = 4"),
         ("tokens = 5", "tokens = -5", "greater than 0"),
         ("steps = 3", "stepz = 3", "stepz: unknown key"),
         ("workload/1", "workload/7", "splitplan/workload/1"),

@@ -119,7 +119,7 @@ def test_a_gpu_in_two_pools_or_outside_the_cluster(tmp_path):
     assert_refused(tmp_path, data, "GPU [0, 0] is in both 'a' and 'b'")
     data = plan_json()
     data["pools"]["b"]["gpus"] = [[0, 1], [0, 1]]
-    assert_refused(tmp_path, data, "pools.b: GPU [0, 1] is there twice")
+    assert_refused(tmp_path, data, "pools.b: GPU [0, 1] is listed twice")
     data["pools"]["b"]["gpus"] = [[3, 0]]
     assert_refused(tmp_path, data, "GPU [3, 0] is not in the cluster of 2 GPUs")
 
@@ -156,20 +156,20 @@ def test_a_key_that_is_there_twice(tmp_path):
     assert_refused(
         tmp_path,
         text.replace('"batch": 8', '"batch": 8, "batch": 16'),
-        "key 'batch' is there twice",
+        "key 'batch' appears twice",
     )
 
 
 def test_numbers_that_are_none(tmp_path):
     text = split(make_workload()).to_json()
-    assert_refused(tmp_path, text.replace('"batch": 8', '"batch": NaN'), "NaN is no number")
+    assert_refused(tmp_path, text.replace('"batch": 8', '"batch": NaN'), "NaN is not a number")
     assert_refused(tmp_path, text.replace('"batch": 8', '"batch": -8'), "workload.batch")
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
-        ({"batch": 10}, "batch = 10 is no multiple of minibatch = 4"),
+        ({"batch": 10}, "batch = 10 is not a multiple of minibatch = 4"),
         ({"response": {"kind": "fixed", "tokens": -3}}, "greater than 0"),
         (
             {"response": {"kind": "empirical", "values": [9, 8], "max": 4}},

@@ -250,7 +250,7 @@ def test_company_is_the_share_of_time_beside_other_calls() -> None:
     ("edit", "says"),
     [
         (("study/1", "study/9"), "'splitplan/study/1' is needed"),
-        (('name = "again"', 'name = "split"'), "'split' is there twice"),
+        (('name = "again"', 'name = "split"'), "'split' is used twice"),
         (('baseline = "split"', ""), "needs one of baseline, search and plan"),
         (("rollout=1", "rollout=2"), "cannot meet --pin rollout=2"),
         (('baseline = "split"', "search = 0\nrunner_up = 99"), "there is no runner-up 99"),

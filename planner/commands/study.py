@@ -42,8 +42,9 @@ class StudyRequest:
 
 def read_study(path: Path, out: Path | None, command: str) -> StudyRequest:
     """Read a study. Raises UserError."""
+    study = load_study(path)
     directory = out or path.with_suffix("")
-    return StudyRequest(study=load_study(path), path=path, directory=directory, command=command)
+    return StudyRequest(study=study, path=path, directory=directory, command=command)
 
 
 def plan_cells(asked: StudyRequest) -> None:

@@ -98,9 +98,7 @@ def make_cluster(
     """`gpus` GPUs of a shipped device in full nodes, the last one perhaps smaller. Raises
     UserError."""
     if gpus < 1 or gpus_per_node < 1:
-        raise UserError(
-            f"{gpus} GPUs in nodes of {gpus_per_node} is no cluster; both must be at least 1"
-        )
+        raise UserError(f"{gpus} GPUs in nodes of {gpus_per_node}: both must be at least 1")
     if gpus > MOST_GPUS:
         raise UserError(
             f"{gpus:,} GPUs are more than the {MOST_GPUS:,} that a plan may be for; choose fewer"

@@ -87,11 +87,9 @@ class File(Spec):
             )
         if schema != cls.SCHEMA:
             same_kind = str(schema).startswith(cls.SCHEMA.rpartition("/")[0] + "/")
-            what = (
-                "regenerate it, or use the splitplan version that wrote it"
-                if same_kind
-                else "name a file of that kind"
-            )
+            what = "name a file of that kind"
+            if same_kind:
+                what = "regenerate it, or use the splitplan version that wrote it"
             raise UserError(
                 f"{path}: schema is {schema!r}, but {cls.SCHEMA!r} is needed here; {what}"
             )
@@ -108,10 +106,8 @@ def first_problem(error: ValidationError, data: Any) -> str:
     """The most telling problem of a pydantic error with `data`, in one line: `key.path:
     message`."""
     problems = error.errors(include_url=False)
-    telling = {
-        "value_error": 0,
-        "extra_forbidden": 1,
-    }  # ours have advice, and a misspelt key explains a missing one
+    # Our own messages have advice, and a misspelt key explains a missing one.
+    telling = {"value_error": 0, "extra_forbidden": 1}
     problem = min(problems, key=lambda each: telling.get(each["type"], 2))
     path = ".".join(_keys(problem["loc"], data, missing=problem["type"] == "missing"))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -161,9 +157,8 @@ def by_key(key: str, tag: str, otherwise: str) -> Discriminator:
     key."""
 
     def choose(value: Any) -> str:
-        return (
-            tag if (key in value if isinstance(value, dict) else hasattr(value, key)) else otherwise
-        )
+        has_key = key in value if isinstance(value, dict) else hasattr(value, key)
+        return tag if has_key else otherwise
 
     return Discriminator(choose)
 
@@ -199,15 +194,16 @@ def _json(text: str) -> Any:
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build an object and refuse keys that stand twice. TOML forbids them by itself."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} appears twice")
+        found[key] = value
     return found
 
 
 def _not_a_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

@@ -226,7 +226,7 @@ def _check_pools(plan: Plan) -> None:
                     f"pools.{name}: GPU {list(gpu)} is not in the cluster of {len(known)} GPUs"
                 )
             if owner.get(gpu) == name:
-                raise ValueError(f"pools.{name}: GPU {list(gpu)} is there twice; name it once")
+                raise ValueError(f"pools.{name}: GPU {list(gpu)} is listed twice; list it once")
             if gpu in owner:
                 raise ValueError(
                     f"pools: GPU {list(gpu)} is in both {owner[gpu]!r} and {name!r}; give it to one"
@@ -289,5 +289,5 @@ def _check_program(plan: Plan) -> None:
     for call in names:
         if calls.count(call) != 1:
             raise ValueError(
-                f"program: {call} is issued {calls.count(call)} times a round; it must be once"
+                f"program: {call} is issued {calls.count(call)} times a round; issue it once"
             )

@@ -28,7 +28,7 @@ class Cell(Spec):
             raise ValueError(f"cell {self.name!r} needs one of baseline, search and plan")
         if self.runner_up and self.search is None:
             raise ValueError(
-                f"cell {self.name!r}: runner_up counts the plans of a search; give search = 1, say"
+                f"cell {self.name!r}: runner_up needs a search; add one, such as search = 1"
             )
         return self
 
@@ -56,9 +56,7 @@ class Study(File):
     def _names_differ(self) -> Self:
         names = [cell.name for cell in self.cells]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(
-                f"cells: {min(twice)!r} is there twice; a cell's name is its directory"
-            )
+            raise ValueError(f"cells: {min(twice)!r} is used twice; a cell's name is its directory")
         return self
 
     def warmup_of(self, staleness: int) -> int:

@@ -47,10 +47,12 @@ class Shape(Spec):
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads = {self.heads} is no multiple of kv_heads = {self.kv_heads}")
+            raise ValueError(
+                f"heads = {self.heads} is not a multiple of kv_heads = {self.kv_heads}"
+            )
         if (parameters := self.parameters()) > MOST_PARAMETERS:
             raise ValueError(
-                f"{parameters:.2g} parameters are more than the {MOST_PARAMETERS:.0g} that can be "
+                f"{parameters:.2g} parameters are too many; at most {MOST_PARAMETERS:.0g} can be "
                 "planned for"
             )
         return self
@@ -190,8 +192,8 @@ class Workload(File):
     def _consistent(self) -> Self:
         if self.batch % self.minibatch:
             raise ValueError(
-                f"batch = {self.batch} is no multiple of minibatch = {self.minibatch}; change one "
-                "of them"
+                f"batch = {self.batch} is not a multiple of minibatch = {self.minibatch}; change "
+                "one of them"
             )
         for key, built in (("samples_per_prompt", 1), ("advantage", "gae"), ("sync", "boundary")):
             if getattr(self, key) != built:
