@@ -17,7 +17,14 @@ from planner.spec.errors import UserError
 from planner.spec.files import read_data
 from planner.spec.machine import memory_bytes
 from planner.spec.plan import Plan
-from planner.spec.workload import Model, RewardFunction, Shape, Workload, shape_of
+from planner.spec.workload import (
+    Model,
+    RewardFunction,
+    Shape,
+    Workload,
+    check_lengths,
+    shape_of,
+)
 
 ARCHITECTURES = {
     "actor": "ForCausalLM",
@@ -164,6 +171,7 @@ def _check_reach(plan: Plan) -> None:
 
 
 def check_models(workload: Workload) -> None:
+    check_lengths(workload)
     for role, model in workload.models.items():
         if model.path is not None:
             _check_directory(role, model, model.path)

@@ -12,13 +12,12 @@ from planner.predict.memory import rollout_fraction
 from planner.spec.cluster import Device
 from planner.spec.engines import engine_for
 from planner.spec.plan import RolloutRole, TrainerRole
-from planner.spec.workload import TRAINED, Workload
+from planner.spec.workload import TENSOR_PARALLEL, TRAINED, Workload
 
 # 18k rather than 16k: a rank's share is often about a power of two, and half of such shares would
 # need one micro-batch more.
 MICRO_BATCH_TOKENS = (4096, 8192, 18432, 32768)
 CONCURRENCY = (64, 128, 256, 512)
-TENSOR_PARALLEL = (1, 2, 4, 8)
 LARGE_BATCH = 1024  # sequences
 # Up to this many ranks any number is considered, above only those that gain something.
 EVERY_COUNT = 64
@@ -144,7 +143,7 @@ def tensor_parallels(workload: Workload, device: Device) -> list[int]:
     """The GPUs that an engine may have."""
     sizes = (1,) if device.kind == "cpu" else TENSOR_PARALLEL
     wanted = workload.tensor_parallel
-    return [t for t in sizes if workload.actor.shape.heads % t == 0 and wanted in (None, t)]
+    return [t for t in sizes if workload.actor.shape.splits_into(t) and wanted in (None, t)]
 
 
 def concurrencies(

@@ -6,11 +6,12 @@ from rich import box
 from rich.table import Table
 
 from planner.predict.judge import Errors, Judged, errors_of
-from planner.predict.layouts import MICRO_BATCH_TOKENS, TENSOR_PARALLEL
+from planner.predict.layouts import MICRO_BATCH_TOKENS
 from planner.predict.points import MovePoint, OnGpus, RolloutPoint, TrainerPoint
 from planner.predict.profile import Profile
 from planner.report.markdown import markdown_list, markdown_table
 from planner.spec.cluster import Device
+from planner.spec.workload import TENSOR_PARALLEL
 
 KEPT = "\n## Notes\n"  # from here on a page is written by hand
 TITLES = (
@@ -107,7 +108,7 @@ def _layouts_not_measured(profile: Profile) -> list[str]:
         point for point in profile.points if isinstance(point, MovePoint) and point.call == "wake"
     ]
     micro_batches = [point.micro_batch_tokens for point in trainers]
-    splits = [size for size in TENSOR_PARALLEL if profile.model.heads % size == 0]
+    splits = [size for size in TENSOR_PARALLEL if profile.model.splits_into(size)]
     found = [
         *_missing("micro-batches of", " tokens", MICRO_BATCH_TOKENS, micro_batches),
         *_missing("shard", "", (1, 2, 4, 8), [point.shard for point in trainers]),

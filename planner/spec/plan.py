@@ -245,11 +245,11 @@ def _check_role(plan: Plan, name: str, role: TrainerRole | RolloutRole) -> None:
                 f"roles.{name}: there is no pool {pool!r}; there are {', '.join(plan.pools)}"
             )
     if isinstance(role, RolloutRole):
-        heads = plan.workload.actor.shape.heads
-        if heads % role.tensor_parallel:
+        shape = plan.workload.actor.shape
+        if not shape.splits_into(role.tensor_parallel):
             raise ValueError(
-                f"roles.{name}: tensor_parallel {role.tensor_parallel} does not divide {heads} "
-                "heads"
+                f"roles.{name}: tensor_parallel {role.tensor_parallel} does not divide "
+                f"{shape.heads} heads with {shape.kv_heads} of keys"
             )
         engines = len(_engine_gpus(plan, role))
         if role.replicas > engines:

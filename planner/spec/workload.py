@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag, model_validator
 
+from planner.spec.architectures import check_length, read_config, sizes
 from planner.spec.dataflow import Dataflow, ppo
 from planner.spec.errors import UserError
 from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_key, read_data
@@ -16,6 +17,7 @@ MODEL_ROLES = ("actor", "critic", "reference", "reward")
 MOST_PARAMETERS = 10**15
 Epochs = Annotated[int, Field(gt=0, le=1000)]
 ROLES = ("actor", "rollout", "critic", "reference", "reward")
+TENSOR_PARALLEL = (1, 2, 4, 8)  # GPUs that an engine may have
 TRAINED = ("actor", "critic")  # the others of MODEL_ROLES only infer
 Head = Literal["lm", "scalar"]
 
@@ -56,6 +58,12 @@ class Shape(Spec):
                 "planned for"
             )
         return self
+
+    def splits_into(self, gpus: int) -> bool:
+        """Whether an engine can divide the heads among GPUs: query heads evenly, key heads
+        evenly or each on as many GPUs as any other."""
+        even_keys = self.kv_heads % gpus == 0 or gpus % self.kv_heads == 0
+        return self.heads % gpus == 0 and even_keys
 
     @property
     def block_parameters(self) -> int:
@@ -179,7 +187,7 @@ class Workload(File):
     data: Data | None = None
     proximal: Literal["recompute", "rollout"] = "recompute"
     max_staleness: Annotated[int, Field(ge=0, le=MOST_STALENESS)] = 1
-    tensor_parallel: Literal[1, 2, 4, 8] | None = (
+    tensor_parallel: Literal[1, 2, 4, 8] | None = (  # TENSOR_PARALLEL
         None  # of the rollout's engines, where it is not to be searched
     )
     steps: Steps = 100
@@ -194,6 +202,14 @@ class Workload(File):
             raise ValueError(
                 f"batch = {self.batch} is not a multiple of minibatch = {self.minibatch}; change "
                 "one of them"
+            )
+        wanted, shape = self.tensor_parallel or 1, self.actor.shape
+        if not shape.splits_into(wanted):
+            works = [str(gpus) for gpus in TENSOR_PARALLEL if shape.splits_into(gpus)]
+            raise ValueError(
+                f"tensor_parallel = {wanted}: as many GPUs cannot divide the actor's {shape.heads} "
+                f"heads with {shape.kv_heads} of keys; set it to {' or '.join(works)}, or leave "
+                "it out"
             )
         for key, built in (("samples_per_prompt", 1), ("advantage", "gae"), ("sync", "boundary")):
             if getattr(self, key) != built:
@@ -230,7 +246,8 @@ class Workload(File):
 
 def load_workload(path: Path) -> Workload:
     """Read a workload from TOML or JSON. Relative paths start at the file's folder; a model that is
-    given by path alone gets its shape from its `config.json`. Raises UserError."""
+    given by path alone gets its shape from its `config.json`. Raises UserError, also for a model
+    that is not supported or has no positions for the longest sequence."""
     data = read_data(path)
     base = path.resolve().parent
     for role in MODEL_ROLES:
@@ -242,39 +259,39 @@ def load_workload(path: Path) -> Workload:
             model["function"] = f"{base / file}:{name}" if file else model["function"]
         if isinstance(model.get("path"), str):
             model["path"] = str(base / model["path"])
+            directory, named_by = Path(model["path"]), f"{path}: {role}.path"
             if "shape" not in model:
-                model["shape"] = shape_of(Path(model["path"]), f"{path}: {role}.path").model_dump()
+                model["shape"] = shape_of(directory, named_by).model_dump()
+            elif (directory / "config.json").is_file():
+                read_config(directory, named_by)
     files = data.get("data")
     if isinstance(files, dict):
         for key in ("train", "evaluation"):
             if isinstance(files.get(key), str):
                 files[key] = str(base / files[key])
     Workload.check_schema(data, path)
-    return Workload.parse(data, path)
+    workload = Workload.parse(data, path)
+    check_lengths(workload)
+    return workload
 
 
 def shape_of(directory: Path, named_by: str) -> Shape:
-    """The shape of a Hugging Face model directory, from its `config.json`. Raises UserError."""
-    config_file = directory / "config.json"
-    if not config_file.is_file():
-        raise UserError(
-            f"{named_by}: no model directory at {directory} (config.json is missing); check the "
-            "path"
-        )
-    config = read_data(config_file)
+    """The shape of a Hugging Face model directory, from its `config.json`. Raises UserError, also
+    for a model that is not supported."""
+    config = read_config(directory, named_by)
     try:
-        return Shape(
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=config["num_attention_heads"],
-            kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-            intermediate=config["intermediate_size"],
-            vocab=config["vocab_size"],
-            head_dim=config.get("head_dim") or 0,
-            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-        )
-    except (KeyError, ValueError) as error:
+        return Shape(**sizes(config))
+    except (KeyError, TypeError, ValueError) as error:
         problem = json.dumps(str(error).splitlines()[0])
         raise UserError(
-            f"{config_file}: not a decoder-only transformer that splitplan knows ({problem})"
+            f"{directory / 'config.json'}: not a decoder-only transformer that splitplan knows "
+            f"({problem})"
         ) from None
+
+
+def check_lengths(workload: Workload) -> None:
+    """Whether the models have positions for the longest sequence; of a directory that is not here
+    nothing is known. Raises UserError."""
+    for role, model in workload.models.items():
+        if model.path is not None and (model.path / "config.json").is_file():
+            check_length(model.path, role, workload.longest, workload.prompt.longest)

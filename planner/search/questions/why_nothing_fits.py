@@ -7,7 +7,6 @@ from typing import NamedTuple
 from planner.predict.cost import CostModel
 from planner.predict.layouts import (
     CONCURRENCY,
-    TENSOR_PARALLEL,
     rollout_layouts,
     tensor_parallels,
     trainer_layouts,
@@ -29,7 +28,7 @@ from planner.search.space.placements import PlacementFamily, Structure, sizes, s
 from planner.spec.cluster import Cluster, Device
 from planner.spec.limits import MOST_GPUS, MOST_GPUS_ASKED
 from planner.spec.wording import counted, gigabytes
-from planner.spec.workload import Workload
+from planner.spec.workload import TENSOR_PARALLEL, Workload
 
 EVERY_PLACEMENT = 3  # GPUs up to which all placements are tried, and not the leanest only
 SHORTEST = 1 / 64  # of the given response length

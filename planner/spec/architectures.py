@@ -1,0 +1,163 @@
+"""What a Hugging Face `config.json` says of a model, and whether splitplan computes models of that
+kind right. `docs/models.md` lists the model types; `tests/test_models.py` tries each of them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planner.spec.errors import UserError
+from planner.spec.files import read_data
+
+Config = Mapping[str, Any]
+
+ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers
+FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
+ROPE_BY_LENGTH = {"dynamic", "longrope"}  # another scaling from some length on
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """What a model type does where its config.json is silent (0 key heads: one for each query
+    head; head size 0: hidden / heads), and whether its MLP is gated."""
+
+    tied: bool = False
+    kv_heads: int = 0
+    head_dim: int = 0
+    gated: bool = True
+
+
+KINDS = {
+    "cohere": Kind(tied=True),
+    "cohere2": Kind(tied=True),
+    "gemma": Kind(tied=True, kv_heads=16, head_dim=256),
+    "gemma2": Kind(tied=True, kv_heads=4, head_dim=256),
+    "gemma3_text": Kind(tied=True, kv_heads=4, head_dim=256),
+    "glm": Kind(kv_heads=2, head_dim=128),
+    "glm4": Kind(kv_heads=2, head_dim=128),
+    "gpt_neox": Kind(gated=False),
+    "granite": Kind(),
+    "helium": Kind(kv_heads=20, head_dim=128),
+    "llama": Kind(),
+    "mistral": Kind(kv_heads=8),
+    "olmo": Kind(),
+    "olmo2": Kind(),
+    "olmo3": Kind(),
+    "phi": Kind(gated=False),
+    "phi3": Kind(),
+    "qwen2": Kind(kv_heads=32),
+    "qwen3": Kind(kv_heads=32, head_dim=128),
+    "seed_oss": Kind(kv_heads=8, head_dim=128),
+    "smollm3": Kind(tied=True, kv_heads=4),
+    "starcoder2": Kind(tied=True, kv_heads=2, gated=False),
+}
+
+
+def sizes(config: Config) -> dict[str, Any]:
+    """The fields of a `Shape`, of a model that is supported. An MLP without a gate has two matrices
+    instead of three; it counts as a gated one with as many parameters. Raises KeyError."""
+    kind = KINDS[config["model_type"]]
+    heads, width = config["num_attention_heads"], config["intermediate_size"]
+    return {
+        "hidden": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads", kind.kv_heads) or heads,
+        "intermediate": width if kind.gated else -(-2 * width // 3),
+        "vocab": config["vocab_size"],
+        "head_dim": config.get("head_dim", kind.head_dim) or 0,
+        "tied_embeddings": bool(config.get("tie_word_embeddings", kind.tied)),
+    }
+
+
+def obstacle(config: Config) -> str | None:
+    """Why a model of this configuration is refused, and what to do; None if it is supported."""
+    layers = set(config.get("layer_types") or ())
+    if config.get("quantization_config") or config.get("compression_config"):
+        return "its weights are quantised (quantization_config); use a checkpoint in bf16 or fp32"
+    if any(config.get(key) for key in ("vision_config", "audio_config", "text_config")):
+        return (
+            "it is more than a language model (vision or audio parts); save its language model "
+            "alone and name that"
+        )
+    if any("expert" in key and value for key, value in config.items()):
+        return f"it is a mixture of experts, which is not supported; {_use_another()}"
+    if config.get("kv_lora_rank"):
+        return f"its attention is latent (kv_lora_rank), which is not supported; {_use_another()}"
+    if layers - ATTENTION or any(key.startswith(("mamba_", "ssm_", "conv_")) for key in config):
+        others = ", ".join(sorted(map(str, layers - ATTENTION))) or "state spaces or convolutions"
+        return f"it has layers without softmax attention ({others}); {_use_another()}"
+    if config.get("is_encoder_decoder") or config.get("use_bidirectional_attention"):
+        return f"its attention is not causal; {_use_another()}"
+    if config.get("model_type") not in KINDS:
+        return f"model_type {config.get('model_type')!r} is not supported; {_use_another()}"
+    unknown = {rope["kind"] for rope in _ropes(config)} - FIXED_ROPE - ROPE_BY_LENGTH
+    if unknown:
+        return f"its rotary scaling {min(unknown)!r} is not supported; {_use_another()}"
+    return None
+
+
+def _use_another() -> str:
+    return f"use a dense model ({', '.join(KINDS)})"
+
+
+def positions(config: Config) -> tuple[int, str] | None:
+    """The tokens up to which a model's positions are meant, and the key that says so; None where
+    nothing does. Scaling that depends on the length of a batch is the same for all sequences only
+    up to the length where it begins."""
+    most = config.get("max_position_embeddings")
+    if not isinstance(most, int):
+        return None
+    limit, key = most, "max_position_embeddings"
+    for rope in _ropes(config):
+        original = rope.get("original_max_position_embeddings") or config.get(
+            "original_max_position_embeddings"
+        )
+        if rope["kind"] == "longrope":
+            limit = min(limit, original or most)
+            key = "original_max_position_embeddings" if limit < most else key
+        elif rope["kind"] in ("linear", "yarn"):
+            limit = max(limit, int((original or most) * rope.get("factor", 1)))
+    return limit, key
+
+
+def _ropes(config: Config) -> Iterator[dict[str, Any]]:
+    """The rotary scalings, with their `kind`: one, or one for each kind of layers."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    for each in [found, *found.values()]:
+        if isinstance(each, dict) and (kind := each.get("rope_type") or each.get("type")):
+            yield {**each, "kind": str(kind)}
+
+
+def read_config(directory: Path, named_by: str) -> Config:
+    """The `config.json` of a model directory. Raises UserError where there is none, or for a model
+    that is not supported."""
+    file = directory / "config.json"
+    if not file.is_file():
+        raise UserError(
+            f"{named_by}: no model directory at {directory} (config.json is missing); check the "
+            "path"
+        )
+    config = read_data(file)
+    reason = obstacle(config)
+    if reason is not None:
+        raise UserError(f"{file}: {reason}")
+    return config
+
+
+def check_length(directory: Path, role: str, longest: int, longest_prompt: int) -> None:
+    """Whether a model has positions for the longest sequence. Raises UserError."""
+    found = positions(read_config(directory, role))
+    if found is None or longest <= found[0]:
+        return
+    limit, key = found
+    response = limit - longest_prompt
+    advice = (
+        f"let responses have at most {response:,}"
+        if response > 0
+        else f"prompts alone have up to {longest_prompt:,}; shorten both"
+    )
+    raise UserError(
+        f"{role}: a prompt and its response may have {longest:,} tokens, and {directory}/"
+        f"config.json allows {limit:,} ({key}); {advice}"
+    )
