@@ -409,7 +409,7 @@ def test_bounds_are_never_above_what_a_placement_takes():
     assert ran > 15
 
 
-def test_what_is_dismissed_is_no_better_on_any_smaller_pools():
+def test_what_is_ruled_out_is_no_better_on_any_smaller_pools():
     workload, cluster = default()
     problem = problem_of(workload, cluster, (), None)
     rng, tests = np.random.default_rng(1), {ruled_out_by_roles: 0, ruled_out_by_ideal: 0}
