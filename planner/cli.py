@@ -1,26 +1,34 @@
 """The command line: parsing only. Each command imports what it needs when it runs, so that `plan
 --help` is instant."""
 
-import functools
-import math
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 import click
 from click.exceptions import NoArgsIsHelpError
 
 from planner import __version__
-from planner.commands.options import JobOptions
+from planner.commands.options import (
+    COUNT,
+    COUNT_OR_NONE,
+    STEP_COUNT,
+    Duration,
+    JobOptions,
+    file_path,
+    gpu_counts,
+    inputs,
+    inputs_but_gpus,
+    max_staleness,
+    minutes,
+    profiles_of_plan,
+)
 from planner.spec.errors import UserError
-from planner.spec.limits import MOST_GPUS_ASKED, MOST_STALENESS, MOST_STEPS
+from planner.spec.limits import MOST_STEPS
 
 FILE_KINDS = ("plan", "timeline", "profile", "workload", "cluster", "study", "cell")
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class Commands(click.Group):
@@ -62,143 +70,6 @@ def _end(message: str, code: int = 2) -> NoReturn:
 def main() -> None:
     """Decide how a PPO job is split over GPUs, run it that way, and compare what was predicted with
     what happened."""
-
-
-# --- kinds of values, and options that several commands share ---
-
-
-class Duration(click.FloatRange):
-    """A number of seconds or minutes above 0."""
-
-    def __init__(self) -> None:
-        super().__init__(min=0, min_open=True)
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        number: float = super().convert(value, param, ctx)
-        if math.isnan(number):
-            self.fail(f"{value!r} is not a number.", param, ctx)
-        return number
-
-
-def gpu_counts(
-    context: click.Context, parameter: click.Parameter, text: str | None
-) -> tuple[int, ...]:
-    """Numbers of GPUs, written with commas between them, in rising order."""
-    if text is None:
-        return ()
-    try:
-        counts = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise click.BadParameter(
-            f"{text!r}: write numbers with commas between them, such as 4,8,16."
-        ) from None
-    if counts[0] < 1 or counts[-1] > MOST_GPUS_ASKED:
-        raise click.BadParameter(f"{text!r}: each number must be 1 to {MOST_GPUS_ASKED:,}.")
-    return tuple(counts)
-
-
-COUNT = click.IntRange(min=1)
-COUNT_OR_NONE = click.IntRange(min=0)
-STALENESS = click.IntRange(0, MOST_STALENESS)
-STEP_COUNT = click.IntRange(1, MOST_STEPS)
-
-
-def _file(name: str = "FILE") -> click.Path:
-    """A path that the command itself checks, for one clear line."""
-    kind = click.Path(path_type=Path)
-    kind.name = name
-    return kind
-
-
-def inputs(command: Command) -> Command:
-    """Adds the options that say which job is planned and on which GPUs. The command receives them
-    as one `job`."""
-    gpus = click.option(
-        "--gpus", type=COUNT, metavar="N", help="Number of GPUs (with --cluster local: of cores)."
-    )
-    return gpus(inputs_but_gpus(command))
-
-
-def inputs_but_gpus(command: Command) -> Command:
-    """Adds the options of `inputs` except --gpus, for a command that takes several numbers."""
-
-    @functools.wraps(command)
-    def gathered(
-        *,
-        device: str | None,
-        gpus_per_node: int | None,
-        cluster: str | None,
-        workload: str,
-        profiles: tuple[Path, ...],
-        gpus: int | None = None,
-        **others: Any,
-    ) -> Any:
-        job = JobOptions(
-            gpus=gpus,
-            device=device,
-            gpus_per_node=gpus_per_node,
-            cluster=cluster,
-            workload=workload,
-            profiles=profiles,
-        )
-        return command(job=job, **others)
-
-    options = (
-        click.option("--device", metavar="NAME", help="Kind of GPU: h200 (default), h100 or a100."),
-        click.option(
-            "--gpus-per-node", type=COUNT, metavar="N", help="GPUs of a full node (default 8)."
-        ),
-        click.option(
-            "--cluster", metavar="FILE|local", help="A cluster file, or this machine's cores."
-        ),
-        click.option(
-            "--workload",
-            metavar="FILE|NAME",
-            default="7b",
-            show_default=True,
-            help="A workload file, or the name of a shipped workload.",
-        ),
-        click.option(
-            "--profile",
-            "profiles",
-            type=_file(),
-            multiple=True,
-            help="Costs that `plan profile` measured. May be given more than once.",
-        ),
-    )
-    decorated: Any = gathered
-    for option in reversed(options):
-        decorated = option(decorated)
-    result: Command = decorated
-    return result
-
-
-def profiles_of_plan(command: Command) -> Command:
-    """Adds `--profile` to a command that takes a plan."""
-    return click.option(
-        "--profile",
-        "profiles",
-        type=_file(),
-        multiple=True,
-        help="Measured costs (default: the profiles that the plan was searched with).",
-    )(command)
-
-
-def max_staleness(command: Command) -> Command:
-    """Adds `--max-staleness`."""
-    return click.option(
-        "--max-staleness",
-        type=STALENESS,
-        metavar="K",
-        help="How many updates old sequences may be (default: the workload's).",
-    )(command)
-
-
-def minutes(text: str) -> Callable[[Command], Command]:
-    """Adds `--minutes` with its help text."""
-    return click.option("--minutes", type=Duration(), metavar="M", help=text)
 
 
 # --- from inputs to a plan ---
@@ -255,7 +126,7 @@ def minutes(text: str) -> Callable[[Command], Command]:
 )
 @click.option(
     "--out",
-    type=_file(),
+    type=file_path(),
     default=Path("best.json"),
     show_default=True,
     help="Where to write the plan.",
@@ -264,7 +135,7 @@ def minutes(text: str) -> Callable[[Command], Command]:
 def search(
     job: JobOptions,
     max_staleness: int | None,
-    objective: Any,
+    objective: Literal["mean", "p95", "cost"],
     scenarios: int,
     time_limit: float | None,
     runners_up: int,
@@ -292,7 +163,7 @@ def search(
 @main.command()
 @click.argument("name")
 @inputs
-@click.option("--out", type=_file(), required=True, help="Where to write the plan.")
+@click.option("--out", type=file_path(), required=True, help="Where to write the plan.")
 def baseline(job: JobOptions, name: str, out: Path) -> None:
     """Write a named baseline as a plan.
 
@@ -303,7 +174,7 @@ def baseline(job: JobOptions, name: str, out: Path) -> None:
 
 
 @main.command()
-@click.argument("plan", type=_file("PLAN"))
+@click.argument("plan", type=file_path("PLAN"))
 @click.option("--here", is_flag=True, help="Fail if this machine cannot run it.")
 def check(plan: Path, here: bool) -> None:
     """Check a plan as a whole, memory included.
@@ -316,7 +187,7 @@ def check(plan: Path, here: bool) -> None:
 
 
 @main.command()
-@click.argument("plan", type=_file("PLAN"))
+@click.argument("plan", type=file_path("PLAN"))
 @profiles_of_plan
 def explain(plan: Path, profiles: tuple[Path, ...]) -> None:
     """Say why a plan is as fast as it is.
@@ -329,7 +200,7 @@ def explain(plan: Path, profiles: tuple[Path, ...]) -> None:
 
 
 @main.command("what-if")
-@click.argument("plan", type=_file("PLAN"))
+@click.argument("plan", type=file_path("PLAN"))
 @click.option(
     "--gpus",
     callback=gpu_counts,
@@ -359,9 +230,13 @@ def what_if(plan: Path, gpus: tuple[int, ...], profiles: tuple[Path, ...]) -> No
 @inputs_but_gpus
 @max_staleness
 @click.option(
-    "--out", type=_file(), default=Path("pareto.png"), show_default=True, help="Where to draw it."
+    "--out",
+    type=file_path(),
+    default=Path("pareto.png"),
+    show_default=True,
+    help="Where to draw it.",
 )
-@click.option("--csv", "table", type=_file(), help="Where to write the figures.")
+@click.option("--csv", "table", type=file_path(), help="Where to write the figures.")
 def pareto(
     job: JobOptions,
     counts: tuple[int, ...],
@@ -381,13 +256,13 @@ def pareto(
 
 
 @main.command()
-@click.argument("plan", type=_file("PLAN"))
+@click.argument("plan", type=file_path("PLAN"))
 @click.option(
     "--steps", type=STEP_COUNT, default=8, show_default=True, metavar="N", help="Steps to simulate."
 )
-@click.option("--gantt", type=_file(), help="Draw the steady-state steps (.png, .svg or .pdf).")
-@click.option("--trace", type=_file(), help="Write a trace that opens in Perfetto.")
-@click.option("--timeline", type=_file(), help="Write the simulated timeline.")
+@click.option("--gantt", type=file_path(), help="Draw the steady-state steps (.png, .svg or .pdf).")
+@click.option("--trace", type=file_path(), help="Write a trace that opens in Perfetto.")
+@click.option("--timeline", type=file_path(), help="Write the simulated timeline.")
 @profiles_of_plan
 def simulate(
     plan: Path,
@@ -404,7 +279,7 @@ def simulate(
 
 
 @main.command()
-@click.argument("plan", type=_file("PLAN"), required=False)
+@click.argument("plan", type=file_path("PLAN"), required=False)
 @click.option("--name", default="", metavar="NAME", help="Name of the run (default: the plan's).")
 @click.option(
     "--steps",
@@ -419,7 +294,7 @@ def simulate(
 )
 @click.option(
     "--runs",
-    type=_file("DIR"),
+    type=file_path("DIR"),
     default=Path("runs"),
     show_default=True,
     help="Where runs are kept.",
@@ -473,8 +348,12 @@ def simulate(
         "variables."
     ),
 )
-@click.option("--resume", type=_file("RUN_DIR"), help="Continue a run, or one of its checkpoints.")
-@click.option("--plan", "other_plan", type=_file(), help="With --resume: continue under this plan.")
+@click.option(
+    "--resume", type=file_path("RUN_DIR"), help="Continue a run, or one of its checkpoints."
+)
+@click.option(
+    "--plan", "other_plan", type=file_path(), help="With --resume: continue under this plan."
+)
 @profiles_of_plan
 def execute(
     plan: Path | None,
@@ -524,10 +403,12 @@ def execute(
 
 
 @main.command()
-@click.argument("plan", type=_file("PLAN"))
-@click.argument("run", type=_file("RUN_DIR"))
+@click.argument("plan", type=file_path("PLAN"))
+@click.argument("run", type=file_path("RUN_DIR"))
 @click.option(
-    "--out", type=_file(), help="The picture of both (default: compare.png in the run directory)."
+    "--out",
+    type=file_path(),
+    help="The picture of both (default: compare.png in the run directory).",
 )
 @profiles_of_plan
 def compare(plan: Path, run: Path, out: Path | None, profiles: tuple[Path, ...]) -> None:
@@ -565,7 +446,7 @@ def compare(plan: Path, run: Path, out: Path | None, profiles: tuple[Path, ...])
 )
 @click.option(
     "--out",
-    type=_file(),
+    type=file_path(),
     required=True,
     help="Where to write the profile; measurements that it already has are kept.",
 )
@@ -589,7 +470,7 @@ def profile(
 
 
 @main.command()
-@click.argument("profiles", type=_file("PROFILE"), nargs=-1, required=True)
+@click.argument("profiles", type=file_path("PROFILE"), nargs=-1, required=True)
 @click.option(
     "--cluster",
     metavar="FILE|local",
@@ -597,7 +478,7 @@ def profile(
 )
 @click.option(
     "--out",
-    type=_file(),
+    type=file_path(),
     help="Write a page (.md) about them; what the file has under '## Notes' is kept.",
 )
 def judge(profiles: tuple[Path, ...], cluster: str | None, out: Path | None) -> None:
@@ -611,10 +492,10 @@ def judge(profiles: tuple[Path, ...], cluster: str | None, out: Path | None) -> 
 
 
 @main.command()
-@click.argument("study", type=_file("STUDY"))
+@click.argument("study", type=file_path("STUDY"))
 @click.option(
     "--out",
-    type=_file("DIR"),
+    type=file_path("DIR"),
     help="Directory of plans and results (default: STUDY without its suffix).",
 )
 @minutes("Start no cell that would not end within M minutes.")
@@ -649,7 +530,7 @@ def study(
 @click.argument("name", type=click.Choice(["digits"]))
 @click.option(
     "--out",
-    type=_file("DIR"),
+    type=file_path("DIR"),
     required=True,
     help="Directory for the models, prompts and workload file.",
 )
