@@ -123,7 +123,8 @@ def _reserve(gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str]) -> di
             return _with_devices(seats) if resource == "GPU" else seats
         remove_placement_group(group)
     raise UserError(
-        f"Ray did not free {len(gpus)} {resource}s within {PLACING_SECONDS:.0f} s; are they in use?"
+        f"Ray did not free {len(gpus)} {resource}s within {PLACING_SECONDS:.0f} s; check what else "
+        "uses them"
     )
 
 
@@ -185,7 +186,8 @@ def _with_devices(seats: dict[Gpu, Seat]) -> dict[Gpu, Seat]:
         found = ray.get(asked, timeout=PLACING_SECONDS)
     except ray.exceptions.GetTimeoutError:
         raise UserError(
-            f"Ray's nodes did not name their GPUs within {PLACING_SECONDS:.0f} s; are they alive?"
+            f"Ray's nodes did not name their GPUs within {PLACING_SECONDS:.0f} s; check that they "
+            "are alive"
         ) from None
     given = {
         gpu: replace(seat, device=device)

@@ -41,13 +41,13 @@ def groups_here(
     every = [group.name for group in groups_of(workload, cluster, only)]
     here = [group for group in _all(workload, smaller) if only in group.name]
     left_out = [name for name in every if name not in {group.name for group in here}]
-    why = f"this machine's {there / 1e9:.0f} GB of memory do not hold what it offloads"
+    why = f"needs more host memory than this machine's {there / 1e9:.0f} GB"
     if left_out and not here:
         raise UserError(
-            f"{'; '.join(left_out)}: {why}; measure something else, or on a machine that has more"
+            f"{'; '.join(left_out)} {why}; measure something else, or on a machine that has more"
         )
     for name in left_out:
-        say(f"left out, for {why}: {name}")
+        say(f"skipped ({why}): {name}")
     return estimated(here, workload, cluster)
 
 

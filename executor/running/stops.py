@@ -65,8 +65,8 @@ class Stops:
                 raise KeyboardInterrupt
             self.asked = True
             say(
-                "stopping after this step with a last checkpoint; interrupt again to end at once "
-                "without"
+                "stopping after this step with a last checkpoint; interrupt again to stop "
+                "immediately, without a checkpoint"
             )
 
         before = {
