@@ -186,7 +186,7 @@ def test_what_the_host_does_not_hold_is_not_measured(monkeypatch: pytest.MonkeyP
     assert names(230) == both[1:]
     assert said == [f"skipped (needs more host memory than this machine's 230 GB): {both[0]}"]
     monkeypatch.setattr("executor.measuring.groups.memory_bytes", lambda: 230 * 10**9)
-    with pytest.raises(UserError, match="needs more host memory than .*; measure something else"):
+    with pytest.raises(UserError, match=r"needs more host memory than .*; measure something else"):
         groups_here(large, make_cluster(2, gpus_per_node=2), "shard 2", said.append)
     monkeypatch.setattr("executor.measuring.groups.memory_bytes", lambda: 2000 * 10**9)
     for only in ("", "that sleep"):
