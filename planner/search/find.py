@@ -15,7 +15,7 @@ from planner.search.options import DEFAULTS, SearchOptions
 from planner.search.questions.baselines import NAMES, best_of
 from planner.search.questions.why_nothing_fits import nothing_fits
 from planner.search.solver.best_program import SAME
-from planner.search.solver.branch_and_bound import solve
+from planner.search.solver.branch_and_bound import IsOver, solve
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem, problem_of
 from planner.search.solver.write_plan import assemble, complete, trimmed
@@ -82,21 +82,21 @@ def find(
     '38.8 s per step, optimal'
     """
     start = time.perf_counter()
+    deadline = inf if options.time_limit is None else start + options.time_limit
     problem = problem_of(
         workload, cluster, profiles, options.max_staleness, options.objective, options.scenarios
     )
-    solution = solved(problem, options, start)
+    solution = solved(problem, options, start, lambda _: time.perf_counter() > deadline)
     return write_up(solution, provenance or _provenance(workload))
 
 
-def solved(problem: Problem, options: SearchOptions, start: float) -> Solved:
+def solved(problem: Problem, options: SearchOptions, start: float, is_over: IsOver) -> Solved:
     """Solve a problem. Time is counted from `start` on (of `time.perf_counter`). If the search was
-    ended before the proof, a baseline that is faster than the best plan takes its place. Raises
+    over before the proof, a baseline that is faster than the best plan takes its place. Raises
     UserError as `find` does."""
     pins = parse_pins(options.pins, problem.workload.roles, problem.cluster)
-    deadline = inf if options.time_limit is None else start + options.time_limit
     keep = options.runners_up + 1
-    found = solve(problem, keep, restriction(pins) if pins else None, deadline)
+    found = solve(problem, keep, restriction(pins) if pins else None, is_over)
     if not found.best and found.ended:
         raise UserError("the search was ended before it found any plan; give it more time")
     if not found.best:

@@ -41,6 +41,7 @@ PATIENCE = 8
 LEAVES_TOGETHER = 8  # leaves of a family that are ruled out together at first
 
 Test = Callable[[Trial], Verdict]
+IsOver = Callable[[int], bool]  # of the placements evaluated so far: whether to end the search
 
 
 class SolverResult(NamedTuple):
@@ -56,11 +57,14 @@ class SolverResult(NamedTuple):
 
 
 def solve(
-    problem: Problem, keep: int, restrict: Restrict | None = None, deadline: float = np.inf
+    problem: Problem,
+    keep: int,
+    restrict: Restrict | None = None,
+    is_over: IsOver = lambda evaluated: False,
 ) -> SolverResult:
     """Find the best plan, and good ones of other structures, `keep` in all; none if nothing fits.
     `restrict` adds limits to the sizes of a family, or refuses it. The search ends with what it has
-    at the `deadline` (of time.perf_counter) or on Ctrl-C."""
+    when it `is_over`, which is asked before each step, or on Ctrl-C."""
     several_nodes = len(problem.cluster.nodes) > 1
     listed = [
         family._replace(within=within)
@@ -70,7 +74,7 @@ def solve(
     ]
     if restrict is not None:
         listed = [met for family in listed if (met := restrict(family)) is not None]
-    return best_of_families(problem, listed, keep, deadline=deadline)
+    return best_of_families(problem, listed, keep, is_over=is_over)
 
 
 def best_of_families(
@@ -78,28 +82,28 @@ def best_of_families(
     listed: Sequence[PlacementFamily],
     keep: int,
     programs: Sequence[Program] | None = None,
-    deadline: float = np.inf,
+    is_over: IsOver = lambda evaluated: False,
 ) -> SolverResult:
     """Solve for these families only. If there are `programs`, each family has only its own, and the
     best is found to within a thousandth."""
     if not listed:
         return SolverResult((), 0.0, 0)
-    solver = Solver(problem, listed, programs, deadline)
+    solver = Solver(problem, listed, programs, is_over)
     ended = False
     try:
         solver.branch()
-    except (_TimeUp, KeyboardInterrupt):
+    except (_Over, KeyboardInterrupt):
         ended = True
     bound, proven = solver.bound, time.perf_counter()
     if solver.incumbents.best and keep > 1 and not ended:
-        with contextlib.suppress(_TimeUp, KeyboardInterrupt):
+        with contextlib.suppress(_Over, KeyboardInterrupt):
             solver.widen(keep)
             solver.branch(most=solver.evaluated + PLACEMENTS_PER_RUNNER_UP * keep)
     best = tuple(solver.incumbents.candidates)
     return SolverResult(best, bound, solver.evaluated, proven, ended)
 
 
-class _TimeUp(Exception):
+class _Over(Exception):
     pass
 
 
@@ -112,10 +116,10 @@ class Solver:
         problem: Problem,
         listed: Sequence[PlacementFamily],
         programs: Sequence[Program] | None,
-        deadline: float,
+        is_over: IsOver,
     ) -> None:
         self.problem, self.families = problem, listed
-        self.programs, self.deadline = programs, deadline
+        self.programs, self.is_over = programs, is_over
         self.bounds = Bounds(problem, listed, programs)
         self.incumbents = Incumbents(listed, CLOSE_ENOUGH if programs else SAME)
         self.frontier = Frontier(listed, self.bounds, self.incumbents)
@@ -140,11 +144,11 @@ class Solver:
     def branch(self, most: float = np.inf) -> None:
         """Halve the boxes with the lowest bounds until none is below the best; evaluate placements
         in the order of their bounds, as soon as no box has a lower one. Evaluate at most `most`
-        placements in all. Raises _TimeUp at the deadline."""
+        placements in all. Raises _Over when the search is over."""
         frontier = self.frontier
         while self.evaluated < most:
-            if time.perf_counter() > self.deadline:
-                raise _TimeUp
+            if self.is_over(self.evaluated):
+                raise _Over
             frontier.drop_dominated()
             opened, leaf = frontier.open.lowest, frontier.leaves.lowest
             nothing_below = min(opened, leaf) >= NEVER
