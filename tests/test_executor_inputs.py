@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +216,79 @@ def test_a_reward_file_that_hangs_when_it_is_imported(tmp_path: Path) -> None:
     hanging = write_reward(tmp_path, "import time\ntime.sleep(1000)\n")
     impatient = hanging.model_copy(update={"timeout_seconds": 0.2})
     assert "its file took longer than 0.2 s to import" in refuse(make_workload(reward=impatient))
+
+
+ORDINARY = """
+from __future__ import annotations
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from beside import one
+
+@dataclass
+class Graded:
+    text: str
+
+def length(graded):
+    return float(len(graded.text) + one())
+
+def f(prompts, responses, answers):
+    with ProcessPoolExecutor(2, mp_context=get_context(METHOD)) as pool:
+        return list(pool.map(length, map(Graded, responses)))
+"""
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_reward_file_is_ordinary_python(tmp_path: Path, method: str) -> None:
+    """It has dataclasses under postponed annotations, a process pool, and a module beside it."""
+    (tmp_path / "beside.py").write_text("def one():\n    return 1\n")
+    asked = write_reward(tmp_path, ORDINARY.replace("METHOD", repr(method)))
+    reward.check(asked)
+    script = (
+        "from executor.data import reward\nfrom planner.spec.workload import RewardFunction\n"
+        f"asked = RewardFunction(function={asked.function!r})\n"
+        "print(reward.score(asked, reward.import_function(asked), ['a'], ['four'], [None]))\n"
+    )
+    command = [sys.executable, "-c", script]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == "[5.0]\n"
+
+
+def test_an_import_leaves_nothing_in_our_process_and_none_behind(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    asked = write_reward(
+        tmp_path,
+        "import multiprocessing, os\n"
+        "pool = multiprocessing.get_context('fork').Pool(1)\n"
+        f"open({str(pids)!r}, 'w').write(str(pool.apply(os.getpid)))\n{GOOD}",
+    )
+    before = dict(sys.modules), list(sys.path)
+    reward.check(asked)
+    assert (dict(sys.modules), list(sys.path)) == before
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{pids.read_text()}").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pids.read_text()}").exists()
+
+
+def test_a_reward_file_that_crashes_when_it_is_imported(tmp_path: Path) -> None:
+    crash = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n"
+    line = refuse(make_workload(reward=write_reward(tmp_path, crash)))
+    assert "importing its file ended the process (SIGSEGV)" in line
+
+
+def test_an_exception_of_a_reward_function_is_told_with_file_and_line(tmp_path: Path) -> None:
+    (tmp_path / "beside2.py").write_text("def half(x):\n    return 1 / x\n")
+    code = "import beside2\n\ndef f(p, r, a):\n    return [beside2.half(0)]\n"
+    asked = write_reward(tmp_path, code)
+    with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero \(reward\.py:4\)"):
+        reward.score(asked, reward.import_function(asked), ["a"], ["x"], [None])
+    with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero \(reward\.py:2\)"):
+        reward.import_function(write_reward(tmp_path, "x = 1\n1 / 0\n"))
+
+
+@pytest.mark.parametrize("value", ["1e39", "-1e39", "10**400", "numpy.float64(1e300)"])
+def test_a_score_that_float32_does_not_hold_is_no_finite_score(tmp_path: Path, value: str) -> None:
+    asked = write_reward(tmp_path, f"import numpy\ndef f(p, r, a):\n    return [1.0, {value}]\n")
+    with pytest.raises(UserError, match="for prompt 'b'; it must be a finite number of float32"):
+        reward.score(asked, reward.import_function(asked), ["a", "b"], ["x", "y"], [None] * 2)

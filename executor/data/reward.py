@@ -1,100 +1,70 @@
-"""A reward function of the user's: `file.py:name`, called with prompts, responses and answers."""
+"""The processes of a reward function: one that tries whether its file can be imported, and those
+that score."""
 
-import ast
-import importlib.util
-import inspect
-import math
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from numbers import Real
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from executor.data.reward_file import import_function, look, score
 from executor.fleet.worker import Worker
 from planner.spec.errors import UserError
 from planner.spec.workload import RewardFunction
 
-Function = Callable[[list[str], list[str], list[str | None]], Sequence[float]]
+__all__ = ["RewardWorker", "check", "import_function", "import_hangs", "look", "score"]
 
-
-def look(reward: RewardFunction) -> None:
-    """Whether there is a Python file of that name, without running it. Raises UserError."""
-    path, _ = _named(reward)
-    try:
-        ast.parse(path.read_bytes(), str(path))
-    except (OSError, SyntaxError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"reward function {reward.function!r} cannot be imported: {_one_line(error)}"
-        ) from None
-
-
-def _named(reward: RewardFunction) -> tuple[Path, str]:
-    file, _, name = reward.function.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise UserError(
-            f"reward function {reward.function!r}: there is no file {path}; check the path"
-        )
-    return path, name
-
-
-def import_function(reward: RewardFunction) -> Function:
-    """Import the function from the file that the user named. Raises UserError."""
-    path, name = _named(reward)
-    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(
-            f"reward function {reward.function!r}: {path} is no Python file; name one that ends in "
-            ".py"
-        )
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UserError(
-            f"reward function {reward.function!r} cannot be imported: {_one_line(error)}"
-        ) from None
-    function: Function | None = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(
-            f"reward function {reward.function!r}: {path} has no function {name!r}; check its name"
-        )
-    _check_takes(reward, function)
-    return function
-
-
-def _check_takes(reward: RewardFunction, function: Function) -> None:
-    """Raise UserError for a function that cannot be called with what it will be given."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # what is not written in Python may not tell
-        return
-    try:
-        signature.bind([], [], [])
-    except TypeError:
-        raise UserError(
-            f"reward function {reward.function!r} takes {signature}, and is called with (prompts, "
-            "responses, answers); "
-            "let it take these three lists"
-        ) from None
+STARTING_SECONDS = 60.0  # of a process that imports no more than our own modules
+TRY_IMPORT = """
+import json, sys
+sys.path[:], function, seconds, reply = json.loads(sys.argv[1])
+from executor.data.reward_file import try_import
+try_import(function, seconds, reply)
+"""
 
 
 def check(reward: RewardFunction) -> None:
-    """Import the function once, within the time that the user gives it. Raises UserError."""
-    outcome: Future[Function] = Future()
+    """Import the function once, within the time that the user gives it, in a process of its own:
+    what the file does then is not done to ours. Raises UserError."""
+    with tempfile.TemporaryDirectory() as directory:
+        reply = Path(directory) / "reply.json"
+        given = json.dumps([sys.path, reward.function, reward.timeout_seconds, str(reply)])
+        ended_by = _run([sys.executable, "-P", "-c", TRY_IMPORT, given], reward.timeout_seconds)
+        if reply.exists():
+            if problem := json.loads(reply.read_text(encoding="utf-8")):
+                raise UserError(problem)
+            return
+    if ended_by in (None, signal.SIGALRM):
+        raise import_hangs(reward)
+    raise UserError(
+        f"reward function {reward.function!r}: importing its file ended the process "
+        f"({getattr(ended_by, 'name', ended_by)}); run the file with python alone to see why"
+    )
 
-    def run() -> None:
-        try:
-            outcome.set_result(import_function(reward))
-        except BaseException as error:
-            outcome.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()  # one that hangs must not keep us from ending
+def _run(command: list[str], seconds: float) -> signal.Signals | str | None:
+    """What ended the process of a command: a signal or, in words, a status; None if it did not
+    end. What it has started is ended with it."""
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
-        outcome.result(reward.timeout_seconds)
-    except TimeoutError:
-        raise import_hangs(reward) from None
+        status = process.wait(seconds + STARTING_SECONDS)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return signal.Signals(-status) if status < 0 else f"exit status {status}"
 
 
 def import_hangs(reward: RewardFunction) -> UserError:
@@ -103,50 +73,6 @@ def import_hangs(reward: RewardFunction) -> UserError:
         f"{reward.timeout_seconds:g} s to import; "
         "load what is slow in the function, or raise timeout_seconds"
     )
-
-
-def score(
-    reward: RewardFunction,
-    function: Function,
-    prompts: list[str],
-    responses: list[str],
-    answers: list[Any],
-) -> list[float]:
-    """The function's rewards, one finite number per response. Raises UserError if it fails or
-    returns anything else."""
-    called = f"reward function {reward.function!r}"
-    try:
-        rewards = list(function(prompts, responses, answers))
-    except (Exception, SystemExit) as error:
-        raise UserError(
-            f"{called} failed: {_one_line(error)}; it takes (prompts, responses, answers)"
-        ) from None
-    if len(rewards) != len(responses):
-        raise UserError(
-            f"{called} returned {len(rewards)} rewards for {len(responses)} responses; one each is "
-            "needed"
-        )
-    for row, value in enumerate(rewards):
-        if not (isinstance(value, Real) or hasattr(value, "item")) or not math.isfinite(
-            _number(value)
-        ):
-            shown = repr(value)[:60]
-            raise UserError(
-                f"{called} returned {shown} for prompt {prompts[row][:60]!r}; it must be a finite "
-                "number"
-            )
-    return [_number(value) for value in rewards]
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return math.nan
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 class RewardWorker(Worker):

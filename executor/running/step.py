@@ -50,10 +50,10 @@ class StepData:
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def drop_unscored(self) -> None:
-        """Sequences without a score become prompts with empty responses, from which nothing is
-        learned."""
+        """Sequences without a finite score become prompts with empty responses, from which nothing
+        is learned."""
         assert self.scores is not None
-        unscored = np.isnan(self.scores)
+        unscored = ~np.isfinite(self.scores)
         self.metrics["dropped"] = int(unscored.sum())
         if unscored.any():
             lengths = np.where(unscored, 0, self.sequences.response_lengths).astype(np.int32)

@@ -1,0 +1,183 @@
+"""The file of a user's reward function: imported and called as ordinary Python.
+
+Loads little, for it also runs in a process of its own that only tries whether a file can be
+imported (`reward.check`)."""
+
+import ast
+import importlib.util
+import inspect
+import json
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from numbers import Real
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from planner.spec.errors import UserError
+from planner.spec.workload import RewardFunction
+
+Function = Callable[[list[str], list[str], list[str | None]], Sequence[float]]
+
+
+def look(reward: RewardFunction) -> None:
+    """Whether there is a Python file of that name, without running it. Raises UserError."""
+    path, _ = _named(reward)
+    try:
+        ast.parse(path.read_bytes(), str(path))
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
+        raise _not_imported(reward, error) from None
+
+
+def import_function(reward: RewardFunction) -> Function:
+    """Import the function from the file that the user named. Raises UserError."""
+    path, name = _named(reward)
+    function: Function | None = getattr(_module(reward, path), name, None)
+    if not callable(function):
+        raise UserError(
+            f"reward function {reward.function!r}: {path} has no function {name!r}; check its name"
+        )
+    _check_takes(reward, function)
+    return function
+
+
+def _named(reward: RewardFunction) -> tuple[Path, str]:
+    file, _, name = reward.function.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(
+            f"reward function {reward.function!r}: there is no file {path}; check the path"
+        )
+    return path, name
+
+
+def _module(reward: RewardFunction, path: Path) -> ModuleType:
+    """The file as a module that it finds itself under in `sys.modules`, as dataclasses and pickling
+    ask for, with its folder where imports look first, as that of a script."""
+    name = _module_name(path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(
+            f"reward function {reward.function!r}: {path} is no Python file; name one that ends in "
+            ".py"
+        )
+    folder = str(path.resolve().parent)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise _not_imported(reward, error) from None
+    return module
+
+
+def _module_name(path: Path) -> str:
+    """The file's own name, by which a fresh process can import it too, unless that means another
+    module."""
+    name = path.stem
+    there = sys.modules.get(name)
+    taken = name in sys.stdlib_module_names or (
+        there is not None and getattr(there, "__file__", None) != str(path)
+    )
+    return name if name.isidentifier() and not taken else f"reward_{name.replace('.', '_')}"
+
+
+def _check_takes(reward: RewardFunction, function: Function) -> None:
+    """Raise UserError for a function that cannot be called with what it will be given."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # what is not written in Python may not tell
+        return
+    try:
+        signature.bind([], [], [])
+    except TypeError:
+        raise UserError(
+            f"reward function {reward.function!r} takes {signature}, and is called with (prompts, "
+            "responses, answers); "
+            "let it take these three lists"
+        ) from None
+
+
+def score(
+    reward: RewardFunction,
+    function: Function,
+    prompts: list[str],
+    responses: list[str],
+    answers: list[Any],
+) -> list[float]:
+    """The function's rewards, one finite number per response. Raises UserError if it fails or
+    returns anything else."""
+    called = f"reward function {reward.function!r}"
+    try:
+        rewards = list(function(prompts, responses, answers))
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"{called} failed: {_told(reward, error)}; it takes (prompts, responses, answers)"
+        ) from None
+    if len(rewards) != len(responses):
+        raise UserError(
+            f"{called} returned {len(rewards)} rewards for {len(responses)} responses; one each is "
+            "needed"
+        )
+    numbers = [_number(value) for value in rewards]
+    for prompt, value, number in zip(prompts, rewards, numbers, strict=True):
+        if not math.isfinite(number):
+            raise UserError(
+                f"{called} returned {repr(value)[:60]} for prompt {prompt[:60]!r}; it must be a "
+                "finite number of float32"
+            )
+    return numbers
+
+
+def _number(value: Any) -> float:
+    """The value, NaN or infinity where float32, in which scores are kept, holds no such number."""
+    if not isinstance(value, Real) and not hasattr(value, "item"):
+        return math.nan
+    try:
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return math.nan
+    with np.errstate(over="ignore"):
+        return found if np.isfinite(np.float32(found)) else math.inf
+
+
+def _not_imported(reward: RewardFunction, error: BaseException) -> UserError:
+    return UserError(
+        f"reward function {reward.function!r} cannot be imported: {_told(reward, error)}"
+    )
+
+
+def _told(reward: RewardFunction, error: BaseException) -> str:
+    """An error in one line, with the last line of the user's file that it came through, or where
+    it was raised."""
+    line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    path, _ = _named(reward)
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if Path(frame.filename) == path]
+    if own:
+        line += f" ({path.name}:{own[-1].lineno})"
+    elif frames and Path(frames[-1].filename).parent == path.parent:
+        line += f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
+    return line
+
+
+def try_import(function: str, seconds: float, reply: str) -> None:
+    """Import a function and write what is wrong with it, if anything, into the file `reply`. The
+    kernel ends this process if that takes longer than so many seconds."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    problem = ""
+    try:
+        import_function(RewardFunction(function=function))
+    except UserError as error:
+        problem = str(error)
+    Path(reply).write_text(json.dumps(problem), encoding="utf-8")
+    os._exit(0)  # whatever threads the file has started
