@@ -184,7 +184,7 @@ def two(tmp_path: Path) -> Path:
             metrics=run / "metrics.jsonl",
         )
     saver.wait()
-    assert saver.error is None
+    assert not saver.error
     return run
 
 

@@ -45,6 +45,10 @@ class Words:
         ('{"prompt": ""}', "prompt"),
         ('{"prompt": 3}', "prompt"),
         ('{"prompt": "1", "answer": 2}', "answer"),
+        ('{"question": "1", "answer": "2"}', 'it has "question", "answer": rename'),
+        ('{"prompt": [{"role": "user", "content": "1"}]}', "chat template"),
+        (r'{"prompt": "a\ud83d", "answer": "1"}', r"prompt: character 2 is \\ud83d, half of a"),
+        (r'{"prompt": "a", "answer": "\ude00"}', r"answer: character 1 is \\ude00, half of a"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, bad: str, what: str) -> None:
@@ -65,6 +69,13 @@ def test_a_dataset_that_is_empty_or_missing_or_lacks_answers(tmp_path: Path) -> 
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="cannot be read"):
         read_lines(file)
+    for content, what in ((b"PAR1\x15", "Parquet"), (b"\x1f\x8b\x08", "compressed")):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"is {what}; .*lines of"):
+            read_lines(file)
+    file.write_text('[{"prompt": "1"}]')
+    with pytest.raises(UserError, match="one JSON list; write its items as lines"):
+        read_lines(file)
     file.write_text('{"prompt": "1"}\n')
     assert read_lines(file)[0].answer is None
     with pytest.raises(UserError, match=r":1: .*answer"):
@@ -84,9 +95,12 @@ def dataset(tmp_path: Path, prompts: list[str], **changes: Any) -> Dataset:
     return Dataset(make_workload(data={"train": file}, **changes), Words())
 
 
-def test_a_prompt_that_is_too_long_is_named(tmp_path: Path) -> None:
+def test_prompts_that_are_too_long_are_named_and_counted(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.jsonl:2: the prompt has 6 tokens"):
         dataset(tmp_path, ["1 2 3 4 5", "1 2 3 4 5 6"])
+    others = r"allows 1 to 5 \(and 2 more of 4; the longest has 8\)"
+    with pytest.raises(UserError, match=others):
+        dataset(tmp_path, ["1 2 3 4 5 6", "1 2 3 4 5 6 7 8", "1 2 3 4 5 6 7", "1"])
 
 
 def test_each_prompt_comes_once_per_epoch_in_an_order_that_the_seed_fixes(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Bad input to a run: one clear line, before anything is started, and nothing half-written."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from executor.fleet.pools import Fleet
 from executor.running import preflight
 from executor.running.execute import execute, rehearse
 from executor.running.options import RunOptions
+from executor.running.run_directory import claimed
+from planner.commands.execute import free_name
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -129,6 +132,45 @@ def test_model_directories_are_checked(tmp_path: Path, model_directories: dict[s
     assert "auto_map" in refuse(with_path(tmp_path / "custom"))
 
 
+def test_files_that_may_not_be_read_are_named(
+    tmp_path: Path, model_directories: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests may run as root, who may read everything: the modes are looked at instead."""
+    monkeypatch.setattr(os, "access", lambda path, how: os.stat(path).st_mode & 0o400)
+    actor = tmp_path / "actor"
+    shutil.copytree(model_directories["actor"], actor)
+    (actor / "model.safetensors").chmod(0)
+    line = refuse(with_path(actor))
+    assert f"actor: {actor}/model.safetensors may not be read by this user" in line
+    actor.chmod(0o100)
+    assert f"actor: {actor} may not be read by this user" in refuse(with_path(actor))
+    actor.chmod(0o700)
+
+
+def test_a_run_claims_its_directory_before_it_starts(tmp_path: Path) -> None:
+    with claimed(tmp_path / "runs", "r") as path:
+        assert path.is_dir() and free_name(tmp_path / "runs", "r") == "r-2"
+        with pytest.raises(UserError, match="exists already"), claimed(tmp_path / "runs", "r"):
+            pass
+    assert not list(tmp_path.iterdir())
+    with claimed(tmp_path / "runs", "r") as path:
+        (path / "log.txt").touch()
+    assert path.is_dir()
+
+
+def test_cores_that_a_process_may_not_use_do_not_count() -> None:
+    """As under taskset(1)."""
+    every = os.sched_getaffinity(0)
+    if len(every) < 2:
+        pytest.skip("needs two cores")
+    try:
+        os.sched_setaffinity(0, {min(every)})
+        with pytest.raises(UserError, match=r"needs 2 cores, and this process may use 1 of"):
+            preflight.check_machine(colocated(make_workload(), cores=2))
+    finally:
+        os.sched_setaffinity(0, every)
+
+
 def test_data_needs_a_tokenizer(tmp_path: Path, model_directories: dict[str, Path]) -> None:
     (tmp_path / "train.jsonl").write_text('{"prompt": "1 2"}\n')
     data: dict[str, Any] = {"train": tmp_path / "train.jsonl"}
@@ -173,6 +215,11 @@ def test_an_engine_that_cannot_run_here_is_named() -> None:
     [
         ({"steps": 0}, "--steps 0: must be at least 1"),
         ({"keep": 10**6}, "--keep 1000000: must be at most 100,000"),
+        (
+            {"address": "127.0.0.1"},
+            "--address 127.0.0.1: write host:port, such as 127.0.0.1:6379 (the port that `ray "
+            "start --head` names), or auto for the cluster of this machine",
+        ),
         ({"save_every": -1}, "--save-every -1: must be at least 0"),
         ({"deadline_floor": 0.0}, "--deadline-floor 0: choose a number of seconds, at most 1e+06"),
     ],

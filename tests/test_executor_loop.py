@@ -23,6 +23,7 @@ from executor.running.options import RunOptions
 from executor.running.rehearse import Rehearsal
 from executor.running.run import Run
 from executor.running.run_directory import RunDirectory, log
+from executor.running.saving import Saver
 from executor.running.supervise import Deadlines
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
@@ -205,6 +206,20 @@ def test_a_disk_too_full_for_metrics_ends_the_run_in_one_line(
     assert not files_of_log()
 
 
+def test_a_last_checkpoint_that_cannot_be_written_is_told_at_the_end(tmp_path: Path) -> None:
+    """A file stands where the checkpoints' directory would be."""
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "checkpoints").touch()
+    saver = Saver(tmp_path / "r" / "checkpoints", every=1, keep=2)
+    directory = RunDirectory(tmp_path / "r", tensorboard=False)
+    with pytest.raises(
+        UserError,
+        match=r"all 2 steps are done .* the last checkpoint could not be written \(.*Not a",
+    ):
+        Run(colocated(make_workload()), 2, Quick(), directory, Silent(), saver=saver).finish()
+    assert Timeline.read(tmp_path / "r" / "timeline.json").steps == 2
+
+
 def test_what_a_thread_of_a_library_raises_is_for_the_log(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -246,15 +261,27 @@ def test_a_signal_that_comes_twice_is_handled_once(monkeypatch: pytest.MonkeyPat
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("number", "rehearse"),
-    [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGTERM, False)],
+    [
+        (signal.SIGINT, False),
+        (signal.SIGTERM, True),
+        (signal.SIGTERM, False),
+        (signal.SIGHUP, False),
+    ],
 )
 def test_an_interrupt_leaves_no_process(
     tmp_path: Path, number: signal.Signals, rehearse: bool
 ) -> None:
+    """In a working directory with a package of our name, and with a long path for temporary
+    files, as Slurm sets it."""
     plan = tmp_path / "plan.json"
+    (tmp_path / "planner").mkdir()
+    (tmp_path / "planner" / "__init__.py").touch()
+    temporary = tmp_path / "slurm-job-1234567"
+    temporary.mkdir()
     colocated(make_workload(), cores=1).write(plan)
     command = [
         sys.executable,
+        "-P",
         "-m",
         "planner.cli",
         "execute",
@@ -269,7 +296,8 @@ def test_an_interrupt_leaves_no_process(
     process = subprocess.Popen(
         command,
         start_new_session=True,
-        cwd=root,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root), "TMPDIR": str(temporary)},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -282,13 +310,14 @@ def test_an_interrupt_leaves_no_process(
             time.sleep(0.2)
         children = descendants(process.pid)
         open_at = listening([process.pid, *children])
-        if number == signal.SIGINT:
+        if number in (signal.SIGINT, signal.SIGHUP):  # as a terminal sends them
             os.killpg(process.pid, number)
         else:
             os.kill(process.pid, number)
             os.kill(process.pid, number)  # timeout(1) sends it twice
         said, errors = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 130 and errors.strip() == "plan: interrupted", errors
+        told = "" if number == signal.SIGHUP else "plan: interrupted"  # there is no terminal
+        assert process.returncode == 130 and errors.strip() == told, errors
         assert len(children) > 5 and not still_there(children)
         assert open_at == {"127.0.0.1"}  # of all of them, Ray's and torch's
         timeline = Timeline.read(tmp_path / "r" / "timeline.json")
@@ -296,7 +325,11 @@ def test_an_interrupt_leaves_no_process(
         if not rehearse:  # all that was begun before the last checkpoint has ended
             ended = max(span.step for span in timeline.spans if span.call == "sync_weights")
             assert checkpoint.find(tmp_path / "r").manifest.step == ended + 1
-            assert "plan execute --resume" in said and said.split()[-2:] == ["--steps", "5000"]
+            log = (tmp_path / "r" / "log.txt").read_text()
+            assert "stopping after this step with a last checkpoint" in log
+            if number != signal.SIGHUP:
+                assert "plan execute --resume" in said
+                assert said.split()[-2:] == ["--steps", "5000"]
     finally:
         end([process.pid, *children])
         process.wait()

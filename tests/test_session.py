@@ -9,11 +9,13 @@ import pytest
 from ray._private import ray_constants
 
 from executor.fleet import session
+from planner.spec.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(session, "MOST_PATH_BYTES", 1000)
 
 
 def abandoned(tmp_path: Path, name: str) -> Path:
@@ -46,6 +48,21 @@ def test_what_cannot_be_removed_yet_keeps_its_lock_for_the_next_time(tmp_path: P
     (directory / "ray").unlink()
     session._sweep()
     assert not directory.exists()
+
+
+def test_a_long_directory_for_temporary_files_gives_way_to_a_short_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest path that is taken leaves room for Ray's longest socket."""
+    monkeypatch.setattr(session, "MOST_PATH_BYTES", 20)
+    with session._private_directory() as directory:
+        assert directory.parent == Path("/tmp") and directory.name.startswith(session.PREFIX)
+    assert not directory.exists()
+    socket = "ray/session_2026-11-30_08-26-18_123456_4194304/sockets/plasma_store"
+    assert len(str(Path("x" * 20, "splitplan-abcdefgh", socket))) <= 107
+    monkeypatch.setattr(session, "SHORT_PATHS", (str(tmp_path / "none"),))
+    with pytest.raises(UserError, match=r"too long for Ray's sockets.*set TMPDIR to a path of"):
+        session._sweep()
 
 
 @pytest.mark.ray

@@ -42,7 +42,7 @@ def metrics_of(step: int) -> dict[str, Any]:
 
 
 def record(path: Path, steps: range, track: tuple[str, ...] = (), again: bool = False) -> None:
-    directory = RunDirectory(path, tensorboard=True, track=track, again=again)
+    directory = RunDirectory(path, tensorboard=True, track=track)
     directory.open(
         PLAN, metrics=(path / "metrics.jsonl").read_bytes() if again else b"", step=steps.start
     )

@@ -23,6 +23,8 @@ from planner.spec.errors import UserError
 from planner.spec.lengths import sample
 from planner.spec.workload import Workload
 
+MOST_KEYS = 6  # that a message names
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
@@ -53,7 +55,9 @@ def read_lines(path: Path, *, need_answer: bool = False) -> list[Line]:
     """The lines of a JSONL file of `{"prompt": str, "answer": str}`. Raises UserError naming file
     and line."""
     try:
-        text = path.read_bytes().decode("utf-8")
+        content = path.read_bytes()
+        _refuse_packed(path, content)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: the dataset cannot be read ({reason}); check the path") from None
@@ -70,6 +74,19 @@ def read_lines(path: Path, *, need_answer: bool = False) -> list[Line]:
 _EXAMPLE = '{"prompt": "...", "answer": "..."}'
 
 
+def _refuse_packed(path: Path, content: bytes) -> None:
+    """Raise UserError for other formats that datasets come in."""
+    if content.startswith(b"PAR1"):
+        write = "pandas.read_parquet(FILE).to_json(NEW, orient='records', lines=True)"
+        raise UserError(
+            f"{path}: is Parquet; write it as lines of {_EXAMPLE}, with {write} for example"
+        )
+    if content.startswith((b"\x1f\x8b", b"PK\x03\x04", b"(\xb5/\xfd")):
+        raise UserError(f"{path}: is compressed; unpack it into lines of {_EXAMPLE}")
+    if content.lstrip()[:1] == b"[":
+        raise UserError(f"{path}: is one JSON list; write its items as lines of {_EXAMPLE}")
+
+
 def _line(where: str, text: str, need_answer: bool) -> Line:
     if not text.strip():
         raise UserError(f"{where}: empty line; remove it or write {_EXAMPLE}")
@@ -78,11 +95,39 @@ def _line(where: str, text: str, need_answer: bool) -> Line:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); a line is {_EXAMPLE}") from None
     if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"]:
-        raise UserError(f'{where}: needs a "prompt" that is a non-empty string, like {_EXAMPLE}')
+        raise UserError(
+            f'{where}: needs a "prompt" that is a non-empty string, like {_EXAMPLE}{_found(data)}'
+        )
     answer = data.get("answer")
     if not isinstance(answer, str) and (answer is not None or need_answer):
-        raise UserError(f'{where}: needs an "answer" that is a string, like {_EXAMPLE}')
+        raise UserError(
+            f'{where}: needs an "answer" that is a string, like {_EXAMPLE}{_found(data)}'
+        )
+    for key in ("prompt", "answer"):
+        _check_unicode(f"{where}: {key}", data.get(key) or "")
     return Line(prompt=data["prompt"], answer=answer, where=where)
+
+
+def _found(data: Any) -> str:
+    """What a line has instead, and what to do with it."""
+    if not isinstance(data, dict):
+        return ""
+    if isinstance(data.get("prompt"), list):
+        return "; its prompt is a list: apply the model's chat template to it first"
+    keys = ", ".join(json.dumps(key) for key in list(data)[:MOST_KEYS])
+    return f"; it has {keys or 'no keys'}: rename what is meant"
+
+
+def _check_unicode(where: str, text: str) -> None:
+    """Raise UserError for half of a surrogate pair, which JSON can write and no tokenizer reads."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise UserError(
+            f"{where}: character {error.start + 1} is {half}, half of a surrogate pair; write the "
+            "other half too, or remove it"
+        ) from None
 
 
 class Dataset:
@@ -101,13 +146,22 @@ class Dataset:
         ids = self._tokenizer([line.prompt for line in lines], return_attention_mask=False)[
             "input_ids"
         ]
-        for line, tokens in zip(lines, ids, strict=True):
-            if not 0 < len(tokens) <= longest:
-                raise UserError(
-                    f"{line.where}: the prompt has {len(tokens)} tokens, and the workload allows 1 "
-                    f"to {longest}; "
-                    "shorten it or raise the prompt length"
-                )
+        wrong = [
+            (line.where, len(tokens))
+            for line, tokens in zip(lines, ids, strict=True)
+            if not 0 < len(tokens) <= longest
+        ]
+        if wrong:
+            where, first = wrong[0]
+            others = ""
+            if len(wrong) > 1:
+                most = max(count for _, count in wrong)
+                others = f" (and {len(wrong) - 1} more of {len(lines)}; the longest has {most})"
+            raise UserError(
+                f"{where}: the prompt has {first} tokens, and the workload allows 1 to {longest}"
+                f"{others}; shorten or leave out such prompts, or raise the prompt length in the "
+                "workload and search again"
+            )
         return [
             (line, np.asarray(tokens, dtype=np.int32))
             for line, tokens in zip(lines, ids, strict=True)

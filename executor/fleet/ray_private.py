@@ -1,12 +1,13 @@
 """All that is used of Ray besides its documented interface. `tests/test_private.py` says whether it
 is there; pyproject.toml bounds the versions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray._private import ray_constants, worker
+from ray.job_config import JobConfig
 
 
 def logs_directory() -> Path | None:
@@ -23,6 +24,19 @@ def start_options(address: str, directory: Path, starts_at_once: int) -> dict[st
         "_temp_dir": str(directory),
         "_system_config": {"worker_maximum_startup_concurrency": starts_at_once},
     }
+
+
+class _Fixed(list[str]):
+    """A list that Ray cannot extend."""
+
+    def extend(self, more: Iterable[str]) -> None:
+        """Leave out what is given."""
+
+
+def job_config(code_path: list[str]) -> JobConfig:
+    """Let processes look for modules in these directories first. Ray would put the working
+    directory before them, where another `planner` may lie."""
+    return JobConfig(_py_driver_sys_path=_Fixed(code_path))
 
 
 @contextmanager

@@ -8,19 +8,25 @@ import secrets
 import shutil
 import signal
 import socket
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import ray
 
 from executor.fleet import ray_private
-from executor.fleet.signals import unrepeated
+from executor.fleet.signals import leave_terminal, unrepeated
 from planner.spec.errors import UserError
 
 PREFIX, RAY = "splitplan-", "ray"  # of temporary directories, and the one of Ray in each
+# Ray's sockets lie below it, and the path of a socket has at most 107 bytes.
+MOST_PATH_BYTES = 20
+SHORT_PATHS = ("/tmp", "/var/tmp", "/dev/shm")
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # they end a run as Ctrl-C does
 NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what Ray calls it everywhere
 LAST_FILES, LAST_LINES = 4, 100
 RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines with which Ray marks a log
@@ -33,12 +39,12 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
     """Ray for the duration of a `with`: a private one on this machine's loopback with `cpus` CPU
     slots (None: as many as there are), or the cluster at `address`. A session that is already open
-    is used and left open. SIGTERM ends it like Ctrl-C. Raises UserError if there is no cluster at
-    `address`."""
+    is used and left open. SIGTERM and SIGHUP end it like Ctrl-C. Raises UserError if there is no
+    cluster at `address`."""
     if ray.is_initialized():
         yield
         return
-    with _interrupt_on_sigterm():
+    with _interrupt_on_signals():
         if address is None:
             with _private_directory() as directory, _this_host_only():
                 try:
@@ -130,13 +136,40 @@ def _check_listens(address: str) -> None:
 def _init(**options: Any) -> None:
     """Ray, quiet. It installs handlers of SIGTERM: one that exits, and under it one that prints a
     backtrace."""
+    # The errors of processes become one line each; Ray would print those that nobody asks for.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     try:
-        ray.init(
-            include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **options
-        )
+        with _deaf_to_hangups():
+            ray.init(
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                job_config=ray_private.job_config(_code_path()),
+                **options,
+            )
     except SystemExit:
         raise KeyboardInterrupt from None
-    _take_sigterm()
+    _take_signals()
+
+
+def _code_path() -> list[str]:
+    """Where processes find this code if it is not installed."""
+    root = str(Path(__file__).resolve().parents[2])
+    return [] if root == sysconfig.get_paths()["purelib"] else [root]
+
+
+@contextlib.contextmanager
+def _deaf_to_hangups() -> Iterator[None]:
+    """Let what is started here live on when the terminal is closed, for a last checkpoint. What a
+    process ignores is ignored by those that it starts."""
+    if not _in_main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextlib.contextmanager
@@ -144,7 +177,7 @@ def _private_directory() -> Iterator[Path]:
     """A short path (sockets lie in it) that is gone afterwards. Those of processes that were killed
     go too."""
     _sweep()
-    directory = Path(tempfile.mkdtemp(prefix=PREFIX))
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=_short_path()))
     try:
         with (directory / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -153,11 +186,24 @@ def _private_directory() -> Iterator[Path]:
         _sweep()
 
 
+def _short_path() -> Path:
+    """The directory for temporary files, or a usual one with a shorter path. Raises UserError if
+    nothing can be written there."""
+    wanted = tempfile.gettempdir()
+    for path in (wanted, *SHORT_PATHS):
+        if len(os.fsencode(path)) <= MOST_PATH_BYTES and os.access(path, os.W_OK | os.X_OK):
+            return Path(path)
+    raise UserError(
+        f"{wanted}: this path is too long for Ray's sockets, and nothing can be written into "
+        f"{' or '.join(SHORT_PATHS)}; set TMPDIR to a path of at most {MOST_PATH_BYTES} characters"
+    )
+
+
 def _sweep() -> None:
     """Remove the directories whose owners have ended. The lock goes last: Ray's processes outlive
     an owner that is killed, and as long as they write there something may be left for the next
     time."""
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/lock"):
+    for path in _short_path().glob(f"{PREFIX}*/lock"):
         with contextlib.suppress(OSError), path.open() as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails as long as its owner lives
             shutil.rmtree(path.parent / RAY, ignore_errors=True)
@@ -166,20 +212,30 @@ def _sweep() -> None:
 
 
 @contextlib.contextmanager
-def _interrupt_on_sigterm() -> Iterator[None]:
-    before = signal.getsignal(signal.SIGTERM)
-    _take_sigterm()
+def _interrupt_on_signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in ENDING}
+    _take_signals()
     try:
         yield
     finally:
         if _in_main_thread():
-            signal.signal(signal.SIGTERM, before)
+            for number, former in before.items():
+                signal.signal(number, former)
 
 
-def _take_sigterm() -> None:
-    """Make SIGTERM raise KeyboardInterrupt."""
-    if _in_main_thread():  # no other may set handlers
-        signal.signal(signal.SIGTERM, unrepeated(signal.default_int_handler))
+def _take_signals() -> None:
+    """Make SIGTERM, and SIGHUP unless nohup(1) has it ignored, raise KeyboardInterrupt."""
+    if not _in_main_thread():  # no other may set handlers
+        return
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, unrepeated(_interrupt))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if number == signal.SIGHUP:
+        leave_terminal()
+    raise KeyboardInterrupt
 
 
 def _in_main_thread() -> bool:

@@ -15,7 +15,7 @@ from executor.running.loop import Backend, Progress, Silent
 from executor.running.options import RunOptions
 from executor.running.rehearse import Rehearsal
 from executor.running.run import Run, log_end
-from executor.running.run_directory import RunDirectory, check_free, lock
+from executor.running.run_directory import RunDirectory, claimed, lock
 from executor.running.supervise import Deadlines, one_line
 from planner.predict.schedule import Task, check
 from planner.spec.errors import UserError
@@ -38,8 +38,8 @@ def execute(
     """Run a plan and return the run directory `runs/name`. Raises UserError, before anything is
     started where that can be known before."""
     check(plan)
-    path = check_free(runs, name)
-    _train(plan, path, options, progress or Silent(), None)
+    with claimed(runs, name) as path:
+        _train(plan, path, options, progress or Silent(), None)
     return path
 
 
@@ -55,9 +55,9 @@ def rehearse(
     """Run a plan with a process instead of each GPU, which sleeps for `seconds(task)`; nothing is
     saved. Returns the run directory `runs/name`. Raises UserError as `execute` does."""
     check(plan)
-    path = check_free(runs, name)
     deadlines = Deadlines(plan=plan, floor=options.deadline_floor, predicted=seconds)
     with contextlib.ExitStack() as stack:
+        path = stack.enter_context(claimed(runs, name))
         stack.enter_context(ray_session(cpus=pools.needed(plan), address=options.address))
         backend = started(deadlines, path, lambda: Rehearsal(plan, seconds, deadlines))
         stack.callback(backend.close)
@@ -126,9 +126,7 @@ def _train(
         for restarts in count():
             try:
                 with contextlib.closing(started(deadlines, path, start)) as backend:
-                    directory = RunDirectory(
-                        path, tensorboard=True, track=options.track, again=begun
-                    )
+                    directory = RunDirectory(path, tensorboard=True, track=options.track)
                     begun = True
                     run = Run(
                         plan, steps, backend, directory, progress, saver=saver, resumed=resumed
@@ -162,7 +160,7 @@ def started(deadlines: Deadlines, path: Path, make: Callable[[], Backend]) -> Ba
         with one_line(plan, "the start", tuple(plan.pools), "start", limit):
             return make()
     except UserError as error:
-        if isinstance(error.__cause__, WorkerError) and not path.exists():
+        if isinstance(error.__cause__, WorkerError) and not (path / "log.txt").exists():
             with contextlib.closing(RunDirectory(path, tensorboard=False)) as directory:
                 directory.open(plan)
                 log_end(error)

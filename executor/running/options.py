@@ -1,5 +1,6 @@
 """The options of `plan execute`: how a plan is run."""
 
+import re
 from dataclasses import dataclass
 
 from planner.spec.errors import UserError
@@ -7,6 +8,7 @@ from planner.spec.limits import check_range
 
 DEADLINE_FLOOR_SECONDS = 60.0
 MOST_FLOOR_SECONDS = 1e6
+ADDRESS = r"auto|[^:/]+:\d+"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,11 @@ class RunOptions:
     def __post_init__(self) -> None:
         if self.steps is not None:
             check_range("--steps", self.steps, 1)
+        if self.address is not None and not re.fullmatch(ADDRESS, self.address):
+            raise UserError(
+                f"--address {self.address}: write host:port, such as 127.0.0.1:6379 (the port that "
+                "`ray start --head` names), or auto for the cluster of this machine"
+            )
         check_range("--keep", self.keep, 1)
         check_range("--save-every", self.save_every, 0)
         check_range("--max-restarts", self.max_restarts, 0)

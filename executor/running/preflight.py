@@ -15,7 +15,7 @@ from planner.predict.memory import host_bytes
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
-from planner.spec.machine import memory_bytes
+from planner.spec.machine import memory_bytes, usable_cores
 from planner.spec.plan import Plan
 from planner.spec.workload import (
     Model,
@@ -69,9 +69,10 @@ def check_machine(plan: Plan) -> None:
     """Whether this machine has what the plan runs on (a cluster is asked by `pools.Fleet`)."""
     wanted = pools.needed(plan)
     if pools.resource_of(plan) == "CPU":
-        if (os.cpu_count() or 1) < wanted:
+        if (usable := usable_cores()) < wanted:
+            has = f"this process may use {usable} of this machine's {os.cpu_count()}"
             raise UserError(
-                f"plan {plan.name!r} needs {wanted} cores and this machine has {os.cpu_count()}; "
+                f"plan {plan.name!r} needs {wanted} cores, and {has}; "
                 "search a plan for fewer GPUs, or play it here with `plan execute --rehearse`"
             )
         return
@@ -183,7 +184,23 @@ def check_models(workload: Workload) -> None:
             )
 
 
+def _check_readable(role: str, path: Path) -> None:
+    """Whether this user may read a model's directory and all files in it; the libraries that open
+    them would say that there are none."""
+    if not path.is_dir():
+        return
+    may_look = os.access(path, os.R_OK | os.X_OK)
+    looked_at = sorted(path.iterdir()) if may_look else [path]
+    closed = [file for file in looked_at if not os.access(file, os.R_OK)]
+    if closed:
+        raise UserError(
+            f"{role}: {closed[0]} may not be read by this user; allow it (chmod u+r), or name "
+            "another directory"
+        )
+
+
 def _check_directory(role: str, model: Model, path: Path) -> None:
+    _check_readable(role, path)
     if not (path / "config.json").is_file():
         raise UserError(
             f"{role}: no model directory at {path} (config.json is missing); check the path"

@@ -75,6 +75,7 @@ class Run:
                 if self._saver is not None:
                     self._saver.wait()
                 self._directory.write_timeline(self.timeline)
+                self._check_last()
                 log.info("done")
         except BaseException as error:
             log_end(error)
@@ -125,7 +126,7 @@ class Run:
 
     def _save(self, saver: "Saver", stop: int, step: int) -> None:
         saver.wait()
-        if saver.error is not None:
+        if saver.error:
             self._recorded.on_note(f"the checkpoint before could not be written ({saver.error})")
         with self._as_one_line("a checkpoint", "save"):
             saver.save(
@@ -137,11 +138,21 @@ class Run:
                 metrics=self._directory.path / "metrics.jsonl",
             )
 
+    def _check_last(self) -> None:
+        """All is done but the last checkpoint may be missing, for going on for longer."""
+        if self._saver is not None and self._saver.error:
+            path = self._directory.path
+            raise UserError(
+                f"all {self._steps} steps are done and the models are in {path}/checkpoints/final, "
+                f"but the last checkpoint could not be written ({self._saver.error}); make room "
+                f"before you go on with: plan execute --resume {path}"
+            )
+
     def _end(self, saver: "Saver") -> NoReturn:
         """Stop, as somebody asked, when the last checkpoint is written."""
         saver.wait()
         path = self._directory.path
-        if saver.error is not None:
+        if saver.error:
             raise UserError(
                 f"interrupted, and the last checkpoint could not be written ({saver.error}); see "
                 f"{path}/log.txt"

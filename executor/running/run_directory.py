@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,28 @@ def check_free(runs: Path, name: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def claimed(runs: Path, name: str) -> Iterator[Path]:
+    """The run's directory, which is made at once, so that a run that starts meanwhile takes another
+    name. It goes again if nothing was written into it. Raises UserError as `check_free` does."""
+    path = check_free(runs, name)
+    made = [parent for parent in (path, *path.parents) if not parent.exists()]
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:  # since it was looked for
+        raise UserError(f"{path} exists already; choose another --name") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be made ({error.strerror}); choose another --name or --runs"
+        ) from None
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):  # what has files stays
+            for directory in made:
+                directory.rmdir()
+
+
 def lock(path: Path) -> int:
     """A descriptor of a run's directory that keeps other processes from going on with the run; it
     is free when this process ends, however. Raises UserError."""
@@ -64,22 +86,17 @@ class RunDirectory:
     are written whole or not at all. The directory exists when this is constructed; `open` writes
     the files that a run begins with."""
 
-    def __init__(
-        self, path: Path, *, tensorboard: bool, track: Sequence[str] = (), again: bool = False
-    ) -> None:
-        """`track`: trackers in addition to TensorBoard. `again`: the directory is there, and the
-        run goes on in it."""
+    def __init__(self, path: Path, *, tensorboard: bool, track: Sequence[str] = ()) -> None:
+        """`track`: trackers in addition to TensorBoard. The directory may be there already."""
         self.path = path
         self._files = contextlib.ExitStack()
         self._trackers: trackers.Trackers | None = None
-        if (
-            tensorboard
-        ):  # slow to load, hence before there is a directory; and a rehearsal has no torch
+        if tensorboard:  # slow to load, and a rehearsal has no torch
             from executor.running.trackers import Trackers
 
             self._trackers = Trackers(track)
         try:
-            path.mkdir(parents=True, exist_ok=again)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be made ({error.strerror}); choose another --name or --runs"

@@ -57,7 +57,7 @@ class Saver:
         self._thread: Thread | None = None
         for unfinished in directory.glob(".step-*"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
-        self.error: Exception | None = None  # of the latest one
+        self.error = ""  # what kept the latest one from being written
 
     def save(
         self,
@@ -73,7 +73,7 @@ class Saver:
         waited for."""
         self.wait()
         began = time.perf_counter()
-        name, self.error = f"step-{step:06d}", None
+        name, self.error = f"step-{step:06d}", ""
         unfinished = self._directory / f".{name}"
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -100,12 +100,11 @@ class Saver:
         self._thread.start()
 
     def _failed(self, name: str, unfinished: Path, error: Exception) -> None:
-        self.error = error
-        reason = " ".join(str(error).split())[:300]
+        self.error = " ".join(str(error).split())[:300]
         log.error(
             "checkpoint %s could not be written (%s); those before it are as they were",
             name,
-            reason,
+            self.error,
         )
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from executor.fleet.signals import unrepeated
+from executor.fleet.signals import leave_terminal, unrepeated
 from planner.predict.schedule import Task
 
 EndedCall = tuple[str, int, int | None]  # a call, its step, and the version of its weights
@@ -54,13 +54,15 @@ class Stops:
 
     @contextlib.contextmanager
     def on_signals(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Let the first SIGINT or SIGTERM ask to stop, and the second one end everything at
+        """Let the first SIGINT, SIGTERM or SIGHUP ask to stop, and the second one end everything at
         once."""
         if threading.current_thread() is not threading.main_thread():  # no other may set handlers
             yield
             return
 
         def handle(number: int, frame: FrameType | None) -> None:
+            if number == signal.SIGHUP:
+                leave_terminal()
             if self.asked:
                 raise KeyboardInterrupt
             self.asked = True
@@ -71,7 +73,8 @@ class Stops:
 
         before = {
             number: signal.signal(number, unrepeated(handle))
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN  # as nohup(1) has it
         }
         try:
             yield

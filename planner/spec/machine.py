@@ -8,16 +8,22 @@ from pathlib import Path
 ROOT = Path("/")
 
 
-def physical_cores() -> int:
-    """Physical cores that this process may use; a container's CPU quota counts."""
+def usable_cores() -> int:
+    """Cores that this process may use, as taskset(1) and a container's CPU quota leave them."""
     usable = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    text = _read("proc/cpuinfo")
-    pairs = set(re.findall(r"physical id\s*: (\d+).*?core id\s*: (\d+)", text, re.DOTALL))
     quotas = [re.match(r"(\d+) (\d+)", text) for text in _limits("cpu.max")]
     allowed = [max(1, int(quota[1]) // int(quota[2])) for quota in quotas if quota]
-    return min([usable, *allowed, len(pairs) or usable])
+    return min([usable, *allowed])
+
+
+def physical_cores() -> int:
+    """Physical cores among those that this process may use."""
+    text = _read("proc/cpuinfo")
+    pairs = set(re.findall(r"physical id\s*: (\d+).*?core id\s*: (\d+)", text, re.DOTALL))
+    usable = usable_cores()
+    return min(usable, len(pairs) or usable)
 
 
 def memory_bytes() -> int:
