@@ -27,6 +27,13 @@ def test_ray_has_what_a_private_session_needs() -> None:
     assert options["_temp_dir"] == "there"  # that Ray knows it: every session starts with these
 
 
+def test_ray_looks_for_modules_where_it_is_told_and_nowhere_else() -> None:
+    """It would extend the list by the working directory."""
+    config = ray_private.job_config(["there"])
+    config._py_driver_sys_path.extend(["/home/me"])
+    assert list(config._get_proto_job_config().py_driver_sys_path) == ["there"]
+
+
 def test_torch_takes_settings_of_its_allocator() -> None:
     torch_private.set_allocator("expandable_segments:False")
 
