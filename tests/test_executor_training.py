@@ -330,7 +330,7 @@ def test_a_failure_in_the_middle_keeps_what_was_done(
     plan = split(with_files(tmp_path, model_directories, "late_failure"))
     with pytest.raises(
         UserError,
-        match=r"2 of the first 2 samples failed twice, the last one prompt .*0 rewards for 1 resp",
+        match=r"2 of 8 samples failed twice, the last one prompt .*0 rewards for 1 resp",
     ):
         execute(plan, name="r", runs=tmp_path)
     spans = Timeline.read(tmp_path / "r" / "timeline.json").spans
@@ -345,7 +345,7 @@ def test_a_reward_function_that_hangs_ends_the_run(
     assert isinstance(workload.reward, RewardFunction)
     impatient = workload.reward.model_copy(update={"timeout_seconds": 0.5})
     plan = split(workload.model_copy(update={"reward": impatient}))
-    with pytest.raises(UserError, match=r"reward.py:hang' took longer than 0.5 s for 1 responses"):
+    with pytest.raises(UserError, match=r"reward.py:hang' took longer than 0.5 s for 1 response;"):
         execute(plan, name="r", runs=tmp_path)
     done = {span.call for span in Timeline.read(tmp_path / "r" / "timeline.json").spans}
     assert "generate" in done and "score" not in done

@@ -3,6 +3,8 @@ say."""
 
 import io
 import json
+import math
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -393,6 +395,29 @@ def test_the_bottleneck_is_named() -> None:
     ]
 
 
+def test_a_reward_function_that_takes_long_is_the_bottleneck() -> None:
+    """Nine calls of a serial plan take 9 s, of which `score` takes 1; then 991 of 999 s."""
+    workload = make_workload(reward={"function": "folder/rewards.py:length"}, batch=512)
+    plan = predicted(colocated(workload), 999.0)
+    assert plan.predicted
+    seconds = {call: 1.0 for call in plan.dataflow.names} | {"score": 991.0}
+    rest = len(seconds) - 1
+    slow = plan.model_copy(
+        update={"predicted": plan.predicted.model_copy(update={"call_seconds": seconds})}
+    )
+    processes = min(512, math.ceil(991 / (0.05 * rest)))
+    assert tables.bottleneck(slow) == (
+        "Bottleneck: the reward function rewards.py:length, for which GPUs wait: score 99%, the "
+        f"rest little. With a pool of {processes} processes in it, rewards.py:length would take "
+        f"{991 / processes:.2f} s instead of 991."
+    )
+    seconds["score"] = 0.5
+    even = slow.predicted.model_copy(update={"call_seconds": seconds}) if slow.predicted else None
+    told = tables.bottleneck(plan.model_copy(update={"predicted": even}))
+    assert told.startswith("Bottleneck: calls that wait for each other: ")
+    assert "always work" not in told and "With a pool of 2 processes in it" in told
+
+
 def test_nodes_with_the_same_gpus_are_said_together() -> None:
     plan, cluster = colocated(make_workload()), make_cluster(36)
     (pool,) = plan.pools
@@ -425,3 +450,13 @@ def test_progress_tells_which_pool_does_what() -> None:
     assert isinstance(plain.file, io.StringIO)
     assert plain.file.getvalue() == "step 1/5  ·  reward 0.250  ·  tokens/s 1,234  ·  2.00 s\n"
     assert "generate 0" in shown and shown.count("idle") == 2
+
+
+def test_progress_names_the_reward_function_that_runs() -> None:
+    plan = colocated(make_workload(reward={"function": "folder/rewards.py:length"}))
+    score = next(task for task in tasks_of(plan, 1) if task.call.name == "score")
+    with LiveProgress(plan, 5, Console(file=io.StringIO(), width=120)) as progress:
+        progress.on_start(score)
+        assert re.search(r"reward function rewards\.py:length +score 0", text_of(progress._table()))
+        progress.on_end(next(s for s in timeline_of(plan).spans if s.call == "score"))
+        assert "score" not in text_of(progress._table())

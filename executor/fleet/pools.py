@@ -71,9 +71,13 @@ class Fleet:
 
     def again(self, worker: type[W], gpus: tuple[Gpu, ...], made_for: str = "") -> Rank[W]:
         """A fresh process in the place of one that died or hangs."""
+        self.end(worker, gpus, made_for)
+        return self.process(worker, gpus, made_for)
+
+    def end(self, worker: type[Worker], gpus: tuple[Gpu, ...], made_for: str = "") -> None:
+        """End a process, whatever it is doing, if there is one."""
         if (old := self._processes.pop((worker, gpus, made_for), None)) is not None:
             stop([old])
-        return self.process(worker, gpus, made_for)
 
     def retire(
         self,

@@ -9,13 +9,13 @@ from typing import Any, TypeVar, cast
 
 import ray
 
-from executor.data.reward import RewardWorker, import_hangs
 from executor.fleet import pools
 from executor.fleet.asking import Order, Pending, Rank, ask, begin, to_each, within
 from executor.fleet.worker import Record, Worker, WorkerError
 from executor.rollout.engine import Channel, EngineWorker
 from executor.rollout.engines import ENGINE_KINDS, kind_of
 from executor.rollout.vllm.worker import VllmWorker
+from executor.running.judges import Judges
 from executor.running.run_directory import log
 from executor.running.supervise import Deadlines
 from executor.running.weight_sync import WeightSync, channels
@@ -50,7 +50,7 @@ class Processes:
         self.fleet = fleet or fleet_for([plan])
         self.trainers: dict[str, list[Rank[Trainer]]] = {}
         self.engines: list[Rank[EngineWorker]] = []
-        self.judge: list[Rank[RewardWorker]] = []
+        self.judges: Judges | None = None  # of a reward function
         self._version = 0  # of the weights that the engines have
         # What engines have from the object store: a reference to weights, and their version.
         self._installed: tuple[list[ray.ObjectRef[Any]], int] | None = None
@@ -125,12 +125,6 @@ class Processes:
         ask([engine.order(EngineWorker.start, self.plan, pool, way)])
         return engine
 
-    def restart_judge(self) -> None:
-        """A fresh process for the reward function, in the place of one that hangs or died."""
-        assert isinstance(self.plan.workload.reward, RewardFunction)
-        self.judge[:] = pools.connect([self._again(RewardWorker, (), self.judge[0].name)])
-        self._load_reward(self.plan.workload.reward)
-
     def _again(
         self, worker: type[W], gpus: tuple[Gpu, ...], name: str, made_for: str = ""
     ) -> Rank[W]:
@@ -154,9 +148,7 @@ class Processes:
             engine = self.fleet.process(kind.worker, gpus, made_for)
             self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
         if isinstance(self.plan.workload.reward, RewardFunction):
-            self.judge.append(
-                replace(self.fleet.process(RewardWorker, ()), name="the reward function's process")
-            )
+            self.judges = Judges(self.fleet, self.plan.workload.reward)
 
     def _set_up(self) -> None:
         """Clocks, then the groups, then the models. Engines start while the trainers load and
@@ -166,7 +158,6 @@ class Processes:
         for ranks in self.trainers.values():
             ranks[:] = pools.connect(ranks)
         self.engines = pools.connect(self.engines)
-        self.judge = pools.connect(self.judge)
         ways = channels(plan, [gpus for _, gpus in plan.engine_gpus()])
         if plan.rollout.offload:
             imported = begin(to_each(self.engines, EngineWorker.import_library))
@@ -183,8 +174,8 @@ class Processes:
             self.sync = WeightSync(plan, self.of("actor"), engines, ways)
         if self._engine_kind.starts_empty or self._saved is not None:
             self.sync_weights(self._saved.roles["actor"].version if self._saved else 0)
-        if isinstance(plan.workload.reward, RewardFunction):
-            self._load_reward(plan.workload.reward)
+        if self.judges is not None:
+            self.judges.set_up()
 
     def _begin_engines(self, ways: Sequence[Channel]) -> Pending[list[int]]:
         places = zip(self.engines, self.plan.engine_gpus(), ways, strict=True)
@@ -209,19 +200,14 @@ class Processes:
         ask(to_each(self.training, Trainer.load_models, self._saved))
         ask(to_each(self.training, Trainer.warm_up))
 
-    def _load_reward(self, reward: RewardFunction) -> None:
-        importing = to_each(self.judge, RewardWorker.import_function, reward)
-        try:
-            ask(importing, timeout=reward.timeout_seconds)
-        except TimeoutError:
-            raise import_hangs(reward) from None
-
     def close(self) -> None:
         """End all of them at once, whatever they are doing. Those of a fleet that stays open stay
         too, but the trainers drop their models and leave their groups, which must not wait until
         one of them is used again or ended."""
         with self._lock:
             self._closed = True
+        if self.judges is not None:
+            self.judges.close()
         if self._own:
             self.fleet.close()
         else:

@@ -32,7 +32,6 @@ from executor.training.trainer import COLUMNS, Minibatch, Trainer
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
-from planner.spec.workload import RewardFunction
 
 MOST_SKIPPED = 8  # optimizer steps in a row without finite gradients
 Done = tuple[list[Record], int]  # the records of a call's processes, and its tokens
@@ -139,8 +138,8 @@ class Training:
             step.scores, done = self._infer(task, "reward")
             return done
         responses = self.prompts.decode(step.sequences.responses())
-        assert isinstance(self.workload.reward, RewardFunction)
-        step.scores, records = judge(self.processes, self.workload.reward, step.prompts, responses)
+        assert self.processes.judges is not None, "who scores on no pool is a reward function"
+        step.scores, records = judge(self.processes.judges, step.prompts, responses)
         return records, int(step.sequences.lengths.sum())
 
     def ref_logprobs(self, task: Task) -> Done:

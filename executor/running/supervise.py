@@ -39,9 +39,8 @@ class Deadlines:
         floor = self.floor * (EARLY if early else 1.0)
         reward = self.plan.workload.reward
         if task.call.scores and isinstance(reward, RewardFunction):
-            tries = (
-                2 + self.plan.workload.batch // ONE_IN
-            )  # of which each has its own limit, which comes first
+            # Each try has its own limit, which comes first.
+            tries = 4 + self.plan.workload.batch // ONE_IN
             return tries * reward.timeout_seconds + floor
         expected = self.expected(task)
         return max(floor, UNPREDICTED_SECONDS if expected is None else FACTOR * expected)

@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from planner.predict.schedule import Task
-from planner.report.tables import roles_of, seconds
+from planner.report.tables import HOST, roles_of, seconds
 from planner.spec.plan import Plan
 from planner.spec.timeline import Span
+from planner.spec.workload import RewardFunction
 
 REFRESHES_PER_SECOND = 2  # drawing competes with the run where cores stand in for GPUs
 SHOWN_METRICS = (
@@ -34,6 +35,7 @@ class LiveProgress:
         self.done = 0
         self.metrics: dict[str, Any] = {}
         self._doing: dict[str, tuple[str, float]] = {}
+        self._on_host: dict[tuple[str, int], float] = {}  # calls without a pool, and their steps
         self._began = time.monotonic()
         self._live = Live(
             get_renderable=self._table, console=console, refresh_per_second=REFRESHES_PER_SECOND
@@ -55,10 +57,13 @@ class LiveProgress:
     def on_start(self, task: Task) -> None:
         for pool in task.pools:
             self._doing[pool] = (f"{task.call.name} {task.step}", time.monotonic())
+        if not task.pools:
+            self._on_host[task.call.name, task.step] = time.monotonic()
 
     def on_end(self, span: Span) -> None:
         for pool in span.pools:
             self._doing.pop(pool, None)
+        self._on_host.pop((span.call, span.step), None)
 
     def on_step(self, metrics: dict[str, Any]) -> None:
         self.done = metrics["step"] + 1
@@ -93,8 +98,17 @@ class LiveProgress:
             table.add_row(
                 label, f"{call}  {now - since:.0f} s" if call != "–" else "[dim]idle[/dim]"
             )
+        for (name, step), since in list(self._on_host.items()):
+            table.add_row(self._who(name), f"{name} {step}  {now - since:.0f} s")
         table.add_row("", f"[dim]{now - self._began:.0f} s since the start[/dim]")
         return table
+
+    def _who(self, name: str) -> str:
+        """Who works while a call of this name runs that has no pool."""
+        reward = self.plan.workload.reward
+        if self.plan.dataflow[name].scores and isinstance(reward, RewardFunction):
+            return escape(f"reward function {reward.name}")
+        return HOST
 
 
 def _number(value: Any) -> str:

@@ -126,6 +126,11 @@ class RewardFunction(Spec):
             )
         return self
 
+    @property
+    def name(self) -> str:
+        """The function without the folder that its file is in."""
+        return Path(self.function).name
+
 
 Reward = Annotated[
     Annotated[RewardFunction, Tag("RewardFunction")] | Annotated[Model, Tag("Model")],
