@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROLES, make_plan, make_workload, nearly, runs_on, split
+from conftest import ROLES, SHAPE, make_plan, make_workload, nearly, runs_on, split
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import save_file
 from test_fuzz import documents
 
 from executor.fleet.pools import Fleet
 from executor.running import checkpoint, saving
+from executor.running.changes import content_of
 from executor.running.checkpoint import Manifest
 from executor.running.execute import execute, resume
 from executor.running.options import RunOptions
@@ -154,6 +155,22 @@ def test_another_plan_goes_on_from_resharded_weights(
     assert Plan.read(run / "plan-until-000002.json").pools == found.plan.pools
     assert {span.step for span in Timeline.read(run / "timeline-until-000002.json").spans} >= {0, 1}
     assert {span.step for span in Timeline.read(run / "timeline.json").spans} == {2, 3}
+
+
+@pytest.mark.parametrize("whole", ["split"], indirect=True)
+def test_another_learning_rate_is_used_logged_and_kept(
+    whole: Path, on_two_cores: None, tmp_path: Path
+) -> None:
+    found = at_step_2(whole, tmp_path)
+    plan = split(WORKLOAD.changed(ppo=WORKLOAD.ppo.changed(actor_lr=1e-5)))
+    run = resume(found, plan=plan, options=OPTIONS)
+    ours, theirs = metrics_of(run), metrics_of(whole)
+    assert ours[:2] == theirs[:2] and ours[2]["reward"] == theirs[2]["reward"]
+    assert ours[3]["reward"] != theirs[3]["reward"]  # of what other weights sampled
+    assert "INFO ppo.actor_lr: 0.001 becomes 1e-05" in (run / "log.txt").read_text()
+    assert checkpoint.find(run).plan == plan
+    assert Plan.read(run / "plan-until-000002.json") == found.plan
+    assert len(Timeline.read(run / "timeline.json").spans) == 9 * STEPS
 
 
 # --- without processes: what is read, and what is refused ---
@@ -418,17 +435,112 @@ def test_what_is_parked_on_the_host_is_saved_from_there() -> None:
 def test_a_plan_for_another_job_is_refused(two: Path) -> None:
     found = checkpoint.find(two)
     other = split(make_workload(seed=8, batch=16))
-    with pytest.raises(UserError, match=r"another workload .* batch, seed differ"):
+    with pytest.raises(UserError, match=r"another workload .*: batch, seed may not differ"):
         found.check(other)
     found.check(split(make_workload(steps=99)))
 
 
+def rewritten(path: Path, **content: str) -> None:
+    """The manifest of a checkpoint with this content of files."""
+    manifest = Manifest.read(path / "checkpoint.json").changed(content=content)
+    manifest.changed(sha256=manifest.digest()).write(path / "checkpoint.json")
+
+
+def test_settings_that_people_change_in_mid_run_may_change_and_are_named(two: Path) -> None:
+    found = checkpoint.find(two)
+    observed = {"kind": "empirical", "values": [3, 4, 9], "max": 9}
+    ppo = {"actor_lr": 1e-4, "critic_lr": 1e-3, "temperature": 0.8, "kl_coef": 0.01}
+    changed = make_workload(steps=9, response=observed, ppo=ppo)
+    assert found.check(split(changed)) == [
+        "ppo.actor_lr: 0.001 becomes 0.0001",
+        "ppo.kl_coef: 0.05 becomes 0.01",
+        "response: lognormal (mean 5, sigma 0.5, max 8) becomes empirical (values 3 values, max 9)",
+    ]
+    for key, other in (
+        ("ppo.temperature", {"ppo": {**ppo, "temperature": 1.0}}),
+        ("prompt", {"prompt": {"kind": "fixed", "tokens": 6}}),  # which makes other prompts
+    ):
+        with pytest.raises(UserError, match=f"{key} may not differ"):
+            found.check(split(make_workload(**{"ppo": ppo, **other})))
+
+
+def test_models_and_files_may_lie_elsewhere_if_they_hold_the_same(
+    two: Path, tmp_path: Path, model_directories: dict[str, Path]
+) -> None:
+    places = [tmp_path / "here", tmp_path / "there"]
+    plans = []
+    for place in places:
+        shutil.copytree(model_directories["actor"], place / "actor")
+        (place / "train.jsonl").write_text('{"prompt": "1 2"}\n')
+        (place / "reward.py").write_text("def f(prompts, responses, answers): ...\n")
+        workload = make_workload(
+            actor={"shape": SHAPE, "path": place / "actor"},
+            data={"train": place / "train.jsonl", "evaluate_every": 0},
+            reward={"function": f"{place}/reward.py:f"},
+            steps=STEPS,
+        )
+        plans.append(split(workload))
+    here, there = plans
+    directory = two / "checkpoints" / "step-000006"
+    rewritten(directory, **content_of(here.workload))
+    found = replace(checkpoint.find(two), plan=here)
+    assert found.check(here) == []
+    assert found.check(there) == [
+        f"actor.path: {places[1]}/actor",
+        f"data.train: {places[1]}/train.jsonl",
+        f"reward.function: {places[1]}/reward.py",
+    ]
+    (places[1] / "reward.py").write_text("def f(prompts, responses, answers): return []\n")
+    assert f"reward.function: {places[1]}/reward.py is not what it was" in found.check(there)
+    weights = places[1] / "actor" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r": the content of actor.path may not differ"):
+        found.check(there)
+    shutil.rmtree(places[0])
+    with pytest.raises(UserError, match=r"actor.path: nothing is at .* --resume .*run --plan COPY"):
+        found.check(here)
+
+
+def test_a_pipeline_that_had_drained_is_said_to_differ(two: Path) -> None:
+    """As after `--steps 6`, behind which nothing was in flight."""
+    directory = two / "checkpoints" / "step-000006"
+    manifest = Manifest.read(directory / "checkpoint.json").changed(done=())
+    manifest.changed(sha256=manifest.digest()).write(directory / "checkpoint.json")
+    left = checkpoint.find(two).left(tasks_of(one_step_off(), 9))
+    assert left.differs == (
+        "the pipeline had drained: the sequences of step 6 are generated by weights 6, where a run "
+        "in one go takes older ones; metrics differ from those of a run in one go"
+    )
+    made = [task.weights_version for task in left.tasks if task.call.name == "generate"]
+    assert made[6:] == [6, 6, 7]
+
+
+def test_what_watches_the_training_may_do_so_at_other_steps(two: Path) -> None:
+    """Step 3 lacked its evaluation only; now it has none, and is ended without it."""
+    found = checkpoint.find(two / "checkpoints" / "step-000004")
+    ended = [*WORKLOAD.dataflow.names]
+    done = (
+        *found.manifest.done,
+        *((call, 3, 4 if call == "sync_weights" else 3) for call in ended),
+    )
+    evaluated = replace(
+        found,
+        manifest=found.manifest.model_copy(update={"done": done}),
+        metrics=b"{}\n" * 3,
+    )
+    left = evaluated.left(tasks_of(one_step_off(), 9))
+    assert left.ended == set(range(left.stop)) and not left.differs and evaluated.written == 3
+
+
 def test_another_program_does_every_task_that_is_left_once(two: Path) -> None:
     found = checkpoint.find(two / "checkpoints" / "step-000004")
-    tasks, ended, stop = found.left(tasks_of(one_step_off(), 9))
-    assert ended == set(range(stop)) and stop > 0
+    _, ended, stop, differs = found.left(tasks_of(one_step_off(), 9))
+    assert ended == set(range(stop)) and stop > 0 and not differs
     for plan in (split(WORKLOAD), one_step_off(late_reference=True)):
-        tasks, ended, stop = found.left(tasks_of(plan, 9))
+        tasks, ended, stop, differs = found.left(tasks_of(plan, 9))
+        assert differs.startswith("sequences in flight, of step 4, are generated again")
         left = [task for task in tasks if task.index not in ended]
         assert {task.step for task in left} == set(range(4, 9)) and len(left) == 9 * 5
         made = [task.weights_version for task in left if task.call.name == "generate"]

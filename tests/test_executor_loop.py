@@ -19,7 +19,7 @@ from executor.fleet.signals import unrepeated
 from executor.fleet.worker import Record
 from executor.running import checkpoint
 from executor.running.execute import rehearse
-from executor.running.loop import Silent, loop
+from executor.running.loop import Course, Silent, loop
 from executor.running.options import RunOptions
 from executor.running.rehearse import Rehearsal
 from executor.running.run import Run
@@ -163,6 +163,17 @@ def test_a_failed_call_ends_the_loop_and_what_was_done_is_kept() -> None:
     with pytest.raises(UserError, match="reward function"):
         loop(tasks_of(colocated(make_workload()), 2), Quick(fails=3), spans, Silent())
     assert [span.call for span in spans.values()] == ["generate", "score"]
+
+
+def test_a_step_of_which_nothing_is_left_ends_first() -> None:
+    """As after a resume under a plan that does not evaluate it."""
+    tasks = tasks_of(colocated(make_workload()), 3)
+    backend, course = Quick(), Course(ended={t.index for t in tasks if t.step < 2}, next_step=1)
+    told: list[int] = []
+    progress = Silent()
+    progress.on_step = lambda metrics: told.append(metrics["step"])  # type: ignore[method-assign]
+    loop(tasks, backend, {}, progress, course)
+    assert told == [1, 2] and course.next_step == 3
 
 
 class Interrupted(RunDirectory):

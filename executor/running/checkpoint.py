@@ -11,14 +11,16 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from numpy.typing import NDArray
-from pydantic import NonNegativeInt
+from pydantic import Field, NonNegativeInt
 from safetensors.numpy import load_file
 
+from executor.running.changes import changes, check_there
 from executor.running.export import EXPORTED, FINAL
 from executor.running.stops import EndedCall, in_flight
 from executor.training.shards import FileEntry, RoleState, Saved
@@ -41,7 +43,8 @@ class Manifest(File):
     """The contents of a checkpoint. The manifest is written last: a directory without it is no
     checkpoint. `step` updates of the actor are in it. `done`: the calls that have ended of the
     steps that have not; `metrics` and `evaluations` of these steps; `skipped`: optimizer steps in a
-    row without finite gradients, by role; `sha256` of the manifest itself without it."""
+    row without finite gradients, by role; `content` of the models and files that the workload
+    names, as `changes.content_of` tells it; `sha256` of the manifest itself without it."""
 
     SCHEMA: ClassVar[str] = "splitplan/checkpoint/1"
 
@@ -52,11 +55,24 @@ class Manifest(File):
     skipped: dict[str, int]
     roles: dict[str, RoleState]
     files: dict[str, FileEntry]
+    content: dict[str, str] = Field(default_factory=dict)
     sha256: str = ""
 
     def digest(self) -> str:
-        body = json.dumps(self.model_dump(mode="json", exclude={"sha256"}), sort_keys=True)
+        left_out = {"sha256"} if self.content else {"sha256", "content"}  # as before there was any
+        body = json.dumps(self.model_dump(mode="json", exclude=left_out), sort_keys=True)
         return hashlib.sha256(body.encode()).hexdigest()
+
+
+class Left(NamedTuple):
+    """What a run still has to do: the plan's `tasks` with the versions of the weights that they
+    will use, the indices of those that must not be done again, the index of the first task after
+    the stop; and in words what differs from a run without interruption, if anything does."""
+
+    tasks: list[Task]
+    ended: set[int]
+    stop: int
+    differs: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +97,11 @@ class Checkpoint:
         return (
             dict(load_file(self.directory / IN_FLIGHT)) if IN_FLIGHT in self.manifest.files else {}
         )
+
+    @property
+    def written(self) -> int:
+        """The number of steps whose metrics are written."""
+        return self.metrics.count(b"\n")
 
     def is_of(self, plan: Plan) -> bool:
         """Whether a plan places and orders everything as this run did."""
@@ -107,29 +128,26 @@ class Checkpoint:
         there = listed(self.directory.parent)
         for later in there[there.index(self.directory) + 1 :]:
             shutil.rmtree(later)
-        if not self.is_of(plan):
-            for name in (PLAN, TIMELINE):
+        if plan != self.plan:
+            for name in (PLAN,) if self.is_of(plan) else (PLAN, TIMELINE):
                 kept = Path(name)
                 target = self.run / f"{kept.stem}-until-{self.manifest.step:06d}{kept.suffix}"
                 shutil.copyfile(self.directory / name, target)
 
-    def check(self, plan: Plan) -> None:
-        """Whether a plan is for this job. Raises UserError."""
-        free = {"name", "steps", "max_staleness"}
-        ours, theirs = (
-            self.plan.workload.model_dump(exclude=free),
-            plan.workload.model_dump(exclude=free),
-        )
-        if differ := [key for key in ours if ours[key] != theirs[key]]:
+    def check(self, plan: Plan) -> list[str]:
+        """Whether a plan is for this job: a line for each setting or place that is another one.
+        Raises UserError."""
+        check_there(plan.workload, self.run)
+        try:
+            return changes(self.plan.workload, plan.workload, self.manifest.content)
+        except ValueError as error:
             raise UserError(
-                f"plan {plan.name!r} is for another workload than {self.directory}: "
-                f"{', '.join(differ)} differ; "
-                "search it for the workload in the run's plan.json"
-            )
+                f"plan {plan.name!r} is for another workload than {self.directory}: {error} may "
+                "not differ; search it for the workload in the run's plan.json"
+            ) from None
 
-    def left(self, tasks: list[Task]) -> tuple[list[Task], set[int], int]:
-        """Return (tasks, finished, stop): the plan's tasks with their weight versions, the indices
-        of those that must not be done again, and the index of the first task after the stop.
+    def left(self, tasks: list[Task]) -> Left:
+        """What the program of `tasks` has to do from here.
 
         A program that would have the same calls in flight goes on with them. Any other program
         fills its pipeline again, as in the beginning: sequences in flight are generated again, by
@@ -144,8 +162,10 @@ class Checkpoint:
             ),
             0,
         )
-        if set(in_flight(tasks, stop)) == set(manifest.done):
-            return tasks, set(range(stop)), stop
+        written = {task.index for task in tasks if task.step < self.written}
+        steady = {task.call.name for task in tasks if not task.call.monitor}
+        if _needed(in_flight(tasks, stop), steady) == _needed(manifest.done, steady):
+            return Left(tasks, written | set(range(stop)), stop)
         done = {(call, step) for call, step, _ in manifest.done}
         begun = {step for _, step in done}
         trained = {task.call.name for task in tasks if task.call.kind == "train"}
@@ -161,7 +181,43 @@ class Checkpoint:
             if task.step < manifest.step
             and ((task.call.name, task.step) in done or task.step not in begun)
         }
-        return [_at_least(task, manifest.step) for task in tasks], ended, stop
+        fresh = [_at_least(task, manifest.step) for task in tasks]
+        ended |= written
+        again = {step for step in begun if step >= manifest.step}
+        newer = {new.step for old, new in zip(tasks, fresh, strict=True) if new != old}
+        newer -= {task.step for task in tasks if task.index in ended}
+        return Left(fresh, ended, stop, _differs(manifest.step, again, newer))
+
+
+def _needed(done: Iterable[EndedCall], steady: set[str]) -> set[EndedCall]:
+    """The ended calls of steps that have more to do than what watches the training, which may be
+    done at other steps than before."""
+    ended = [call for call in done if call[0] in steady]
+    of_step: dict[int, set[str]] = {}
+    for name, step, _ in ended:
+        of_step.setdefault(step, set()).add(name)
+    return {call for call in ended if of_step[call[1]] != steady}
+
+
+def _differs(version: int, again: set[int], newer: set[int]) -> str:
+    """In words what a pipeline that fills again means for the metrics."""
+    parts = []
+    if again:
+        parts.append(f"sequences in flight, of {_steps(again)}, are generated again")
+    if newer:
+        drained = "" if again else "the pipeline had drained: "
+        parts.append(
+            f"{drained}the sequences of {_steps(newer)} are generated by weights {version}, where "
+            "a run in one go takes older ones"
+        )
+    if not parts:
+        return ""
+    return f"{'; '.join(parts)}; metrics differ from those of a run in one go"
+
+
+def _steps(numbers: set[int]) -> str:
+    listed = ", ".join(str(number) for number in sorted(numbers))
+    return f"step{'s' if len(numbers) > 1 else ''} {listed}"
 
 
 def _at_least(task: Task, version: int) -> Task:

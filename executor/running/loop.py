@@ -74,6 +74,7 @@ class Course:
 
     ended: set[int] = field(default_factory=set)  # tasks
     newest: int = -1  # the latest task that was started
+    next_step: int = 0  # the first one whose metrics are not written
     issued: Counter[str] = field(
         default_factory=Counter
     )  # how often each call was, since the processes started
@@ -96,8 +97,9 @@ def loop(
     for a call that fails on its processes or passes its deadline, and what else a call raised."""
     course = course or Course()
     graph = _graph(tasks, course)
-    unfinished = Counter(task.step for task in tasks if task.index not in course.ended)
-    next_step = min(unfinished, default=0)
+    unfinished: Counter[int] = Counter()
+    for task in tasks:
+        unfinished[task.step] += task.index not in course.ended
     held: list[int] = []
     running: dict[Future[tuple[list[Record], int]], Task] = {}
     threads = ThreadPoolExecutor(max_workers=64)
@@ -114,9 +116,9 @@ def loop(
                 course.issued[task.call.name] += 1
                 course.newest = max(course.newest, task.index)
                 progress.on_start(task)
-            while next_step in unfinished and not unfinished[next_step]:
-                progress.on_step(backend.end_step(next_step))
-                next_step += 1
+            while course.next_step in unfinished and not unfinished[course.next_step]:
+                progress.on_step(backend.end_step(course.next_step))
+                course.next_step += 1
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)

@@ -43,8 +43,10 @@ class Run:
         self._directory, self._saver, self._resumed = directory, saver, resumed
         self._tasks, self._course, stop = tasks_of(plan, steps), Course(), 0
         self._past: Sequence[Span] = ()
+        self._differs = ""
         if resumed is not None:
-            self._tasks, self._course.ended, stop = resumed.left(self._tasks)
+            self._tasks, self._course.ended, stop, self._differs = resumed.left(self._tasks)
+            self._course.next_step = resumed.written
             if resumed.is_of(plan):
                 self._past = resumed.spans
         self._course.since = max((span.end for span in self._past), default=0.0)
@@ -89,6 +91,7 @@ class Run:
         if self._resumed is None:
             self._directory.open(self._plan)
             return
+        changed = self._resumed.check(self._plan)
         try:
             self._resumed.take_up(self._plan)
         except OSError as error:
@@ -99,6 +102,9 @@ class Run:
         metrics, step = self._resumed.metrics, self._resumed.manifest.step
         self._directory.open(self._plan, metrics=metrics, step=step)
         log.info("resumed from %s", self._resumed.directory)
+        for line in [*changed, self._differs]:
+            if line:
+                self._recorded.on_note(line)
 
     def _signals(self) -> contextlib.AbstractContextManager[None]:
         """A run that can be saved is saved before a signal ends it."""
@@ -193,11 +199,13 @@ class Recorded:
         self._progress.on_end(span)
 
     def on_step(self, metrics: dict[str, Any]) -> None:
-        seconds = self._ends[metrics["step"]] - self._ends.pop(metrics["step"] - 1, 0.0)
-        metrics = {**metrics, "seconds": seconds}
-        if "tokens" in metrics:
-            metrics["tokens_per_second"] = metrics["tokens"] / seconds
-        log.info("step %d ended, %.3g s", metrics["step"], seconds)
+        step, began = metrics["step"], self._ends.pop(metrics["step"] - 1, 0.0)
+        if step in self._ends:  # it may have ended under another plan, on another clock
+            seconds = self._ends[step] - began
+            metrics = {**metrics, "seconds": seconds}
+            if "tokens" in metrics:
+                metrics["tokens_per_second"] = metrics["tokens"] / seconds
+            log.info("step %d ended, %.3g s", step, seconds)
         self._directory.write_metrics(metrics)
         self._progress.on_step(metrics)
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from executor.running.changes import content_of
 from executor.running.checkpoint import (
     IN_FLIGHT,
     MANIFEST,
@@ -54,6 +55,7 @@ class Saver:
     def __init__(self, directory: Path, *, every: int, keep: int) -> None:
         self._directory, self._keep = directory, keep
         self.every = every
+        self._content: dict[str, str] | None = None  # of models and files, looked at once
         self._thread: Thread | None = None
         for unfinished in directory.glob(".step-*"):  # of a run that was killed
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -87,7 +89,9 @@ class Saver:
         def write() -> None:
             try:
                 small.update({PLAN: plan.to_json().encode(), TIMELINE: timeline.to_json().encode()})
-                _write(unfinished, step, done, taken, small)
+                if self._content is None:
+                    self._content = content_of(plan.workload)
+                _write(unfinished, step, done, taken, small, self._content)
                 final = self._directory / name
                 shutil.rmtree(final, ignore_errors=True)
                 os.replace(unfinished, final)
@@ -120,11 +124,12 @@ def _write(
     done: tuple[EndedCall, ...],
     taken: Snapshot,
     small: dict[str, bytes],
+    content: dict[str, str],
 ) -> None:
     """All files, the manifest last."""
     files: dict[str, FileEntry] = {}
-    for name, content in small.items():
-        write_atomic(directory / name, content)
+    for name, written in small.items():
+        write_atomic(directory / name, written)
         files[name] = entry_of(directory / name)
     if taken.arrays:
         save_file(
@@ -147,6 +152,7 @@ def _write(
         skipped=taken.skipped,
         roles={role: merge(states) for role, states in roles.items()},
         files=files,
+        content=content,
     )
     manifest.changed(sha256=manifest.digest()).write(directory / MANIFEST)
 

@@ -1,0 +1,139 @@
+"""What may differ between a run and the plan under which it goes on, and the content of the files
+that its workload names: they may lie elsewhere now, if they hold the same."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from planner.spec.errors import UserError
+from planner.spec.workload import MODEL_ROLES, Workload
+
+# They say nothing of what is computed.
+UNTOLD = ("name", "steps", "max_staleness", "tensor_parallel")
+# The next step is computed with what they say then. What is in flight was made by these settings.
+MADE_BY = ("ppo.temperature", "ppo.kl_kind")
+MAY_CHANGE = (
+    "prompt",
+    "response",
+    "ppo.",
+    "data.evaluat",
+    "reward.function",
+    "reward.timeout_seconds",
+    "reward.seconds_per_sequence",
+)
+MODELS = tuple(f"{role}.path" for role in MODEL_ROLES)
+PLACES = (*MODELS, "data.train", "data.evaluation")
+FILES = (*PLACES, "reward.function")
+FREE_FILES = ("data.evaluation", "reward.function")  # they may hold something else than before
+MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json")
+# Larger files are compared by their size and by so many blocks, spread evenly.
+WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**20
+
+
+def content_of(workload: Workload) -> dict[str, str]:
+    """A digest of each model directory and each file that a workload names, by its key there;
+    nothing of those that are not there."""
+    found = {key: digest(path) for key, path in _paths(workload).items()}
+    return {key: value for key, value in found.items() if value}
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, or of the weights, the configuration and the tokenizer in a directory;
+    empty if there is none, or none that can be read."""
+    try:
+        if path.is_file():
+            return _of_file(path)
+        files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
+        lines = [f"{file.name} {_of_file(file)}\n" for file in files]
+    except OSError:
+        return ""
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if files else ""
+
+
+def _of_file(path: Path) -> str:
+    size, found = path.stat().st_size, hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= WHOLE_BYTES:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        found.update(str(size).encode())
+        for number in range(BLOCKS):
+            file.seek(number * (size - BLOCK_BYTES) // (BLOCKS - 1))
+            found.update(file.read(BLOCK_BYTES))
+    return found.hexdigest()
+
+
+def check_there(workload: Workload, run: Path) -> None:
+    """Raise UserError for a model or a file that is not where the workload has it."""
+    for key, path in _paths(workload).items():
+        if not path.exists():
+            raise UserError(
+                f"{key}: nothing is at {path}; if it was moved, write where it is now into a copy "
+                f"of {run / 'plan.json'}, and go on with: plan execute --resume {run} --plan COPY"
+            )
+
+
+def changes(ours: Workload, theirs: Workload, saved: Mapping[str, str]) -> list[str]:
+    """One line for each thing that differs between the workload of a run and that under which it
+    goes on. `saved` is the content that our files had (none of what is not known). Raises
+    ValueError with what may not differ."""
+    old, new = _settings(ours), _settings(theirs)
+    differ = [key for key in dict.fromkeys([*old, *new]) if old.get(key) != new.get(key)]
+    told = [f"{key}: {_shown(old.get(key))} becomes {_shown(new.get(key))}" for key in differ]
+    wrong = [key for key in differ if not _may_change(key, ours)]
+    here, there = _paths(ours), _paths(theirs)
+    for key in here.keys() & there.keys():
+        before, after = saved.get(key) or digest(here[key]), digest(there[key])
+        if before and after and before != after:
+            told.append(f"{key}: {there[key]} is not what it was")
+            if key not in FREE_FILES:
+                wrong.append(f"the content of {key}")
+        elif here[key] != there[key]:
+            known = "" if before else ", which cannot be compared with what was used before"
+            told.append(f"{key}: {there[key]}{known}")
+    if wrong:
+        raise ValueError(", ".join(dict.fromkeys(wrong)))
+    return sorted(told)
+
+
+def _may_change(key: str, ours: Workload) -> bool:
+    if key == "prompt" and ours.data is None:  # other lengths would make other prompts
+        return False
+    return key.startswith(MAY_CHANGE) and key not in MADE_BY
+
+
+def _settings(workload: Workload) -> dict[str, Any]:
+    """What is said of a job by key, without the places of models and files."""
+    flat = dict(_flat(workload.model_dump(mode="json")))
+    if "reward.function" in flat:
+        flat["reward.function"] = flat["reward.function"].rpartition(":")[2]
+    return {key: value for key, value in flat.items() if key not in (*UNTOLD, *PLACES)}
+
+
+def _shown(value: Any) -> str:
+    """A value in few words; of lengths their kind and most important figures."""
+    if isinstance(value, dict):
+        parts = [f"{name} {_shown(each)}" for name, each in value.items() if name != "kind"]
+        return f"{value.get('kind', '')} ({', '.join(parts)})".strip()
+    if isinstance(value, list | tuple):
+        return f"{len(value):,} values"
+    return "nothing" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _paths(workload: Workload) -> dict[str, Path]:
+    """The places of the models and files that a workload names, by key."""
+    flat = dict(_flat(workload.model_dump(mode="json")))
+    named = {key: str(flat[key]) for key in FILES if flat.get(key)}
+    if "reward.function" in named:
+        named["reward.function"] = named["reward.function"].rpartition(":")[0]
+    return {key: Path(name) for key, name in named.items()}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value with its key: `ppo.actor_lr` for what stands under `ppo`. Lengths are whole."""
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in ("prompt", "response"):
+            yield from _flat(value, f"{key}.")
+        else:
+            yield key, value
