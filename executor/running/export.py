@@ -15,7 +15,7 @@ EXPORTED, FINAL = ("actor", "critic"), "final"  # roles, and the directory besid
 
 def export_models(processes: Processes, prompts: PromptSource, directory: Path) -> None:
     """Write actor and critic as Hugging Face directories `directory/<role>` that `from_pretrained`
-    loads, the actor with its tokenizer. Each appears whole or not at all. Raises UserError."""
+    loads, with the tokenizer. Each appears whole or not at all. Raises UserError."""
     for role in EXPORTED:
         if role not in processes.plan.trainers:
             continue
@@ -23,8 +23,7 @@ def export_models(processes: Processes, prompts: PromptSource, directory: Path) 
         try:
             directory.mkdir(parents=True, exist_ok=True)
             ask(to_each(processes.of(role), Trainer.export, role, unfinished.resolve()))
-            if role == "actor":
-                prompts.save_tokenizer(unfinished)
+            prompts.save_tokenizer(unfinished)
             shutil.rmtree(directory / role, ignore_errors=True)  # of an attempt before
             os.replace(unfinished, directory / role)
         except OSError as error:

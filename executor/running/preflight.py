@@ -17,6 +17,7 @@ from planner.spec.errors import UserError
 from planner.spec.files import read_data
 from planner.spec.machine import memory_bytes, usable_cores
 from planner.spec.plan import Plan
+from planner.spec.tokenizers import check_tokenizers
 from planner.spec.workload import (
     Model,
     RewardFunction,
@@ -176,12 +177,7 @@ def check_models(workload: Workload) -> None:
     for role, model in workload.models.items():
         if model.path is not None:
             _check_directory(role, model, model.path)
-        if model.shape.vocab != workload.actor.shape.vocab:
-            raise UserError(
-                f"{role}: its vocabulary has {model.shape.vocab} tokens and the actor's "
-                f"{workload.actor.shape.vocab}; "
-                "all models of a workload share one tokenizer"
-            )
+    check_tokenizers(workload, must_know=True)
 
 
 def _check_readable(role: str, path: Path) -> None:

@@ -5,7 +5,7 @@ import collections
 import contextlib
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ class Trainer(Host):
         """Log-probs, values `[rows, columns]` or scores `[rows]` of each micro-batch, by weights of
         this version (None: of a role that does not train)."""
         (sequences,) = self.fetch(refs)
+        sequences = self._readable(role, sequences)
         with self._awake(role, version) as hosted:
             hosted.module.eval()
             outputs = [hosted.module(pack(sequences, rows, self.device)) for rows in micro_batches]
@@ -111,6 +112,7 @@ class Trainer(Host):
         before; this rank's sums of the loss statistics, and the gradient norm. Where that is not
         finite the step is left out."""
         sequences, further = self.fetch(refs)
+        sequences = self._readable(role, sequences)
         with self._awake(role, version - 1, train=True) as hosted:
             hosted.module.train()
             stats = [
@@ -286,6 +288,15 @@ class Trainer(Host):
         """The roles and the files of the checkpoint that was written; None while it is being
         written. Raises UserError if it failed."""
         return self.writer.finished()
+
+    def _readable(self, role: str, sequences: Sequences) -> Sequences:
+        """The sequences for a model whose vocabulary is padded less than the actor's: padding that
+        the actor sampled becomes the last number that there is."""
+        models = self.plan.workload.models
+        most = models[role].shape.vocab
+        if most >= models["actor"].shape.vocab:
+            return sequences
+        return replace(sequences, tokens=np.minimum(sequences.tokens, most - 1))
 
     def _columns(self, column: NDArray[np.float32], rows: Rows, batch: Packed) -> Tensor:
         """The micro-batch's part of a column `[B, R]`: `[n, W]`; any row's for an empty one, whose

@@ -12,6 +12,7 @@ from planner.spec.errors import UserError
 from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_key, read_data
 from planner.spec.lengths import Lengths
 from planner.spec.limits import MOST_STALENESS
+from planner.spec.tokenizers import check_tokenizers
 
 MODEL_ROLES = ("actor", "critic", "reference", "reward")
 MOST_PARAMETERS = 10**15
@@ -277,6 +278,7 @@ def load_workload(path: Path) -> Workload:
     Workload.check_schema(data, path)
     workload = Workload.parse(data, path)
     check_lengths(workload)
+    check_tokenizers(workload)
     return workload
 
 
