@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from executor.data.batch import minibatches, spread
-from executor.training import models
+from executor.training import models, residual
 from planner.predict.memory import activation_bytes, trainer_memory
 from planner.predict.points import TrainerPoint
 from planner.predict.profile import Profile
@@ -85,7 +85,7 @@ def test_a_compiled_block_keeps_what_is_counted(
     )
     model = AutoModelForCausalLM.from_config(models.config_of(shape), dtype=torch.bfloat16)
     model.set_attn_implementation("counted")
-    models.keep_residual_in_fp32(model, torch.bfloat16)
+    residual.keep_residual_in_fp32(model, torch.bfloat16)
     compiler = torch.compile
     monkeypatch.setattr(
         torch,
@@ -105,7 +105,7 @@ def test_a_compiled_block_keeps_what_is_counted(
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        held = models.blocks(model)[0](
+        held = residual.blocks(model)[0](
             hidden_states, position_embeddings=rotary, attention_mask=None
         )
     assert sum(kept.values()) == TOKENS * activation_bytes(shape, H200)[0]

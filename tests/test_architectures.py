@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoConfig
 
 from planner.search.find import find
-from planner.spec.architectures import KINDS, obstacle, positions
+from planner.spec.architectures import MODEL_TYPES, obstacle, positions
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.workload import Workload, load_workload, shape_of
@@ -72,7 +72,7 @@ def refusal(folder: Path, config: dict[str, Any], response: int = 8) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", MODEL_TYPES)
 def test_an_absent_key_means_what_the_model_type_means_by_it(tmp_path: Path, name: str) -> None:
     given = {
         "model_type": name,
@@ -88,7 +88,7 @@ def test_an_absent_key_means_what_the_model_type_means_by_it(tmp_path: Path, nam
     assert shape.tied_embeddings == config.tie_word_embeddings
     assert shape.kv_heads == (getattr(config, "num_key_value_heads", None) or 320)
     assert shape.head_dim == (getattr(config, "head_dim", None) or 16)
-    assert shape.intermediate == (768 if KINDS[name].gated else 512)
+    assert shape.intermediate == (768 if MODEL_TYPES[name].gated else 512)
 
 
 def test_parameters_are_those_of_the_model(tmp_path: Path) -> None:

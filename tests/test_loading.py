@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from executor.running import preflight
-from executor.training import loading, models
+from executor.training import loading, models, residual
 from planner.spec.errors import UserError
 from planner.spec.workload import Model, Shape
 
@@ -93,10 +93,11 @@ def test_heads_come_from_their_own_kind_of_model(tmp_path: Path) -> None:
     theirs = AutoModelForSequenceClassification.from_pretrained(reward.path)
     assert_same(models.load("reward", reward, 0, torch.float32), theirs)
     assert theirs.score.weight.abs().sum() > 0
-    critic = models.load(
-        "critic", reward, 0, torch.float32
-    )  # begins as the reward model, with values of 0
+    critic = models.load("critic", reward, 0, torch.float32)  # begins as the reward model
     assert torch.equal(critic.model.norm.weight, theirs.model.norm.weight)
+    assert torch.equal(critic.score.weight, theirs.score.weight) and not critic.score.bias.any()
+    actor = saved(tmp_path / "actor", models.load("actor", random(), 0, torch.float32))
+    critic = models.load("critic", actor, 0, torch.float32)  # values of 0
     assert not critic.score.weight.any() and not critic.score.bias.any()
     nn.init.ones_(critic.score.bias)
     exported = saved(tmp_path / "critic", critic)
@@ -143,7 +144,7 @@ def shards(role: str, model: Model, shard: int, replicas: int = 1) -> dict[str, 
     )  # torch keeps what it made of equal meshes, and in one process ranks must differ
     mesh = DeviceMesh("cpu", grid, mesh_dim_names=(f"replicate {me}", f"shard {me}"))
     mesh = mesh[f"shard {me}"] if replicas == 1 else mesh
-    for block in models.blocks(empty):
+    for block in residual.blocks(empty):
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     loading.fill(module, empty, models.weights_of(role, model, 5, empty), CPU)
@@ -259,3 +260,67 @@ def test_it_is_refused_before_anything_is_started(
     workload = make_workload(actor={"shape": SHAPE, "path": tmp_path})
     with pytest.raises(UserError, match=r"actor: weights in .*model.layers.1.* is missing"):
         preflight.check(colocated(workload, cores=1), local=True)
+
+
+# --- what other programs write ---
+
+
+def renamed(directory: Path, names: dict[str, str]) -> None:
+    tensors = load_file(directory / loading.SINGLE)
+    save_file({names.get(name, name): x for name, x in tensors.items()}, directory / loading.SINGLE)
+
+
+@pytest.mark.parametrize("head", ["value_head", "classifier", "v_head.summary"])
+def test_a_head_under_another_name_is_used(tmp_path: Path, head: str) -> None:
+    reward = saved(tmp_path, models.load("reward", random(), 0, torch.float32))
+    written = load_file(tmp_path / loading.SINGLE)["score.weight"]
+    renamed(tmp_path, {"score.weight": f"{head}.weight"})
+    assert torch.equal(models.load("reward", reward, 0, torch.float32).score.weight, written)
+    assert torch.equal(models.load("critic", reward, 0, torch.float32).score.weight, written)
+
+
+def test_a_critic_of_trl_has_its_head_next_to_the_language_model(tmp_path: Path) -> None:
+    model = saved(tmp_path, models.load("actor", random(), 0, torch.float32))
+    head = {"v_head.summary.weight": torch.rand(1, 32), "v_head.summary.bias": torch.rand(1)}
+    save_file({**load_file(tmp_path / loading.SINGLE), **head}, tmp_path / loading.SINGLE)
+    critic = models.load("critic", model, 0, torch.float32)
+    assert torch.equal(critic.score.weight, head["v_head.summary.weight"])
+    assert torch.equal(critic.score.bias, head["v_head.summary.bias"])
+    models.load("actor", model, 0, torch.float32)  # which has no use for it
+
+
+def test_a_critic_that_lost_its_head_is_refused(tmp_path: Path) -> None:
+    reward = saved(tmp_path, models.load("reward", random(), 0, torch.float32))
+    renamed(tmp_path, {"score.weight": "head.weight"})
+    assert "score.weight is missing" in refused(reward, "critic")
+
+
+def test_what_has_no_place_in_the_model_is_refused(tmp_path: Path) -> None:
+    model = saved(tmp_path, models.load("actor", random(), 0, torch.float32))
+    file = tmp_path / loading.SINGLE
+    tensors = load_file(file)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, f"{name}_scale_inv": torch.ones(1), "model.mtp.x": torch.ones(1)}, file)
+    assert f"{name}_scale_inv (and 1 more) has no place in the model" in refused(model)
+    save_file({**tensors, name: tensors[name].to(torch.int8)}, file)
+    assert f"{name} is stored as I8" in refused(model)
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, file)
+    models.load("actor", model, 0, torch.float32)  # a buffer of old files
+
+
+def test_a_stale_index_does_not_win_over_the_single_file(tmp_path: Path) -> None:
+    saved(tmp_path, models.load("actor", random(), 0, torch.float32), max_shard_size="10KB")
+    newer = models.load("actor", random(), 1, torch.float32)
+    save_file(newer.state_dict(), tmp_path / loading.SINGLE)
+    assert_same(models.load("actor", Model(shape=ODD, path=tmp_path), 0, torch.float32), newer)
+
+
+def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
+    model = saved(tmp_path, models.load("actor", random(TIED), 0, torch.float32))
+    file = tmp_path / loading.SINGLE
+    tensors = load_file(file)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": embedding.clone()}, file)
+    models.load("actor", model, 0, torch.float32)
+    save_file({**tensors, "lm_head.weight": embedding + 1}, file)
+    assert "config.json says that they are one" in refused(model)

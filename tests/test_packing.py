@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 from executor.data.batch import Sequences
-from executor.training import lm_head, models
+from executor.training import lm_head, models, residual
 from executor.training.offload import Parking
 from executor.training.packing import (
     Packed,
@@ -293,7 +293,7 @@ def test_a_residual_in_float32_comes_nearer_to_the_exact_log_probs() -> None:
     for model in (rough, better):
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    models.keep_residual_in_fp32(better, torch.bfloat16)
+    residual.keep_residual_in_fp32(better, torch.bfloat16)
     batch = pack_rows(0, 1, 3)
     with torch.no_grad():
         states = [

@@ -18,7 +18,7 @@ from executor.fleet import pools
 from executor.fleet.asking import Rank, ask, to_each
 from executor.fleet.worker import Died, Worker
 from executor.running.weight_sync import WeightSync, channels
-from executor.training import models, weights
+from executor.training import models, residual, weights
 from planner.spec.cluster import make_cluster
 from planner.spec.workload import Model, Shape
 
@@ -162,7 +162,7 @@ def shard(model: nn.Module) -> nn.Module:
     module = models.wrap("actor", model, 1.0)
     mesh = DeviceMesh("cpu", torch.arange(1), mesh_dim_names=("shard",))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    for block in models.blocks(model):
+    for block in residual.blocks(model):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)
     return module

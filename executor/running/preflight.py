@@ -173,10 +173,14 @@ def _check_reach(plan: Plan) -> None:
 
 
 def check_models(workload: Workload) -> None:
+    from executor.training import self_check  # transformers is slow to load
+
     check_lengths(workload)
     for role, model in workload.models.items():
         if model.path is not None:
             _check_directory(role, model, model.path)
+        for dtype in self_check.DTYPES:
+            self_check.check(role, model, self_check.CPU, dtype)
     check_tokenizers(workload, must_know=True)
 
 

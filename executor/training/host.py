@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from executor.fleet import gpu_memory
 from executor.fleet.worker import Worker
-from executor.training import loading, models, shards
+from executor.training import loading, models, residual, self_check, shards
 from executor.training.offload import Parking
 from planner.predict.memory import trainer_allowance
 from planner.spec.plan import Plan, TrainerRole
@@ -134,6 +134,8 @@ class Host(Worker):
         trained = role in TRAINED
         workload = self.plan.workload
         dtype = torch.float32 if self.on_cpu or trained else torch.bfloat16
+        if self.rank == 0 and not self.on_cpu:  # what runs on a CPU was tried before the start
+            self_check.check(role, workload.models[role], self.device, torch.bfloat16)
         model = models.empty(role, workload.models[role], dtype)
         restored = shards.Restored(role, saved) if trained and saved else None
         source = restored or models.weights_of(role, workload.models[role], workload.seed, model)
@@ -144,12 +146,12 @@ class Host(Worker):
             )
         policy = MixedPrecisionPolicy()
         if not self.on_cpu:
-            models.keep_residual_in_fp32(model, torch.bfloat16)
+            residual.keep_residual_in_fp32(model, torch.bfloat16)
             models.compile_blocks(model)
             policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        for block in models.blocks(model):
+        for block in residual.blocks(model):
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(module, mesh=mesh, mp_policy=policy)
         loading.fill(module, model, source, self.device)

@@ -3,13 +3,34 @@ logits of a whole micro-batch are never held, nor is their fp32 copy. The backwa
 each chunk's logits again, which costs 2·V·H more operations per token, a few percent of a step."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from planner.predict.memory import LOGIT_CHUNK_TOKENS
+
+
+class Shaping(NamedTuple):
+    """What some models do with a head's products before they are logits: `scale` them, and bound
+    them as `cap * tanh(product / cap)`."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def logits(self, products: Tensor) -> Tensor:
+        """The logits, in fp32."""
+        scaled = products.float() * self.scale
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+    def derivative(self, logits: Tensor) -> Tensor | float:
+        """The derivative of the logits by the products."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits / self.cap) ** 2)
+
+
+PLAIN = Shaping()
 
 
 def log_probs(
@@ -18,31 +39,41 @@ def log_probs(
     targets: Tensor,
     temperature: float,
     chunk_tokens: int = LOGIT_CHUNK_TOKENS,
+    bias: Tensor | None = None,
+    shaping: Shaping = PLAIN,
 ) -> Tensor:
-    """log softmax(hidden @ weight.T / temperature) at the targets: `[S, H]`, `[V, H]`, `[S]` ->
-    fp32 `[S]`.
+    """log softmax(logits / temperature) at the targets, where the logits are hidden @ weight.T +
+    bias in its `shaping`: `[S, H]`, `[V, H]`, `[S]`, bias `[V]` -> fp32 `[S]`.
 
     Matrix products run in the type of `hidden`, all else in fp32."""
     assert temperature > 0, f"temperature {temperature}: greedy sampling has no log-probs"
-    return cast(Tensor, _LogProbs.apply(hidden, weight, targets, temperature, chunk_tokens))
+    found = _LogProbs.apply(hidden, weight, bias, targets, temperature, chunk_tokens, shaping)
+    return cast(Tensor, found)
 
 
 def entropies(
-    hidden: Tensor, weight: Tensor, temperature: float, chunk_tokens: int = LOGIT_CHUNK_TOKENS
+    hidden: Tensor,
+    weight: Tensor,
+    temperature: float,
+    chunk_tokens: int = LOGIT_CHUNK_TOKENS,
+    bias: Tensor | None = None,
+    shaping: Shaping = PLAIN,
 ) -> Tensor:
-    """Entropy in nats of softmax(hidden @ weight.T / temperature): `[S, H]`, `[V, H]` -> fp32
+    """Entropy in nats of softmax(logits / temperature), with logits as in `log_probs`: -> fp32
     `[S]`."""
+    rest = (weight, bias, temperature, shaping)
     parts = [
-        checkpoint(
-            _entropy, chunk, weight, temperature, use_reentrant=False, preserve_rng_state=False
-        )
+        checkpoint(_entropy, chunk, *rest, use_reentrant=False, preserve_rng_state=False)
         for chunk in hidden.split(chunk_tokens)
     ]
     return torch.cat(parts)
 
 
-def _entropy(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    log_p = ((hidden @ weight.T).float() / temperature).log_softmax(-1)
+def _entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, shaping: Shaping
+) -> Tensor:
+    logits = shaping.logits(linear(hidden, weight, bias))
+    log_p = (logits / temperature).log_softmax(-1)
     return -(log_p.exp() * log_p.clamp(min=torch.finfo(torch.float32).min)).sum(
         -1
     )  # the clamp makes 0 * log 0 be 0
@@ -54,47 +85,67 @@ class _LogProbs(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         targets: Tensor,
         temperature: float,
         chunk_tokens: int,
+        shaping: Shaping,
     ) -> Tensor:
         pairs = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-        parts = [_on(hidden, _pick)(h @ weight.T, t, temperature) for h, t in pairs]
+        parts = [
+            _on(hidden, _pick)(linear(h, weight, bias), t, temperature, shaping) for h, t in pairs
+        ]
         picked, normalizer = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, normalizer)
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        ctx.temperature, ctx.chunk_tokens, ctx.shaping = temperature, chunk_tokens, shaping
         return picked
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, normalizer = ctx.saved_tensors
+        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden)
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         for begin in range(0, len(hidden), ctx.chunk_tokens):
             part = slice(begin, begin + ctx.chunk_tokens)
-            logits = hidden[part] @ weight.T
-            of_logits = _on(hidden, _pick_backward)(
-                logits, targets[part], normalizer[part], gradient[part], ctx.temperature
+            of_products = _on(hidden, _pick_backward)(
+                linear(hidden[part], weight, bias),
+                targets[part],
+                normalizer[part],
+                gradient[part],
+                ctx.temperature,
+                ctx.shaping,
             )
-            of_hidden[part] = of_logits @ weight
+            of_hidden[part] = of_products @ weight
             if of_weight is not None:
-                of_weight.addmm_(of_logits.T, hidden[part])
-        return of_hidden, of_weight, None, None, None
+                of_weight.addmm_(of_products.T, hidden[part])
+            if of_bias is not None:
+                of_bias += of_products.sum(0)
+        return of_hidden, of_weight, of_bias, None, None, None, None
 
 
-def _pick(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _pick(
+    products: Tensor, targets: Tensor, temperature: float, shaping: Shaping
+) -> tuple[Tensor, Tensor]:
     """Log-probs `[s]` and the logarithms of the softmax's denominators `[s]`."""
-    scaled = logits.float() / temperature
+    scaled = shaping.logits(products) / temperature
     normalizer = scaled.logsumexp(-1)
     return scaled.gather(-1, targets[:, None])[:, 0] - normalizer, normalizer
 
 
 def _pick_backward(
-    logits: Tensor, targets: Tensor, normalizer: Tensor, gradient: Tensor, temperature: float
+    products: Tensor,
+    targets: Tensor,
+    normalizer: Tensor,
+    gradient: Tensor,
+    temperature: float,
+    shaping: Shaping,
 ) -> Tensor:
-    probabilities = (logits.float() / temperature - normalizer[:, None]).exp()
+    logits = shaping.logits(products)
+    probabilities = (logits / temperature - normalizer[:, None]).exp()
     picked = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    return ((picked.float() - probabilities) * (gradient / temperature)[:, None]).to(logits.dtype)
+    of_logits = (picked.float() - probabilities) * (gradient / temperature)[:, None]
+    return (of_logits * shaping.derivative(logits)).to(products.dtype)
 
 
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}

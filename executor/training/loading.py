@@ -7,6 +7,7 @@ weights that are read).
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +24,13 @@ from planner.spec.files import read_data
 if TYPE_CHECKING:  # it is slow to load
     from transformers import PreTrainedModel
 
+# The names of a scalar head: in transformers, in OpenRLHF and in TRL.
+HEADS = ("score", "classifier", "value_head", "v_head.summary", "v_head")
+OUTPUTS = ("lm_head", "embed_out")  # of the head that gives logits
+SCALAR = ("ForTokenClassification", "ForSequenceClassification")
+FLOATS = ("F64", "F32", "F16", "BF16")
+BUFFER = re.compile(r"(^|\.)(inv_freq|masked_bias|attention\.bias|attn\.bias)$")
+SAMPLE = 64  # rows by which two tensors are told apart
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -66,20 +74,26 @@ class RandomWeights:
 class StoredWeights:
     """The safetensors of a Hugging Face directory: one file, or several and their index. `prefix`
     is what the names of a base model's parameters begin with in a model with a head; files may have
-    them with or without it. `zeros` are the modules that start at zero whatever the files hold.
-    Files are opened when first needed, and only slices are read.
+    them with or without it, and call a head by another of its names. A critic's head starts at zero
+    where the files have none. Files are opened when first needed, and only slices are read.
 
     Raises UserError, here and later, for what is missing, broken or of another shape."""
 
-    def __init__(
-        self, role: str, directory: Path, prefix: str, zeros: tuple[str, ...] = ()
-    ) -> None:
-        self.role, self.directory, self._prefix, self._zeros = role, directory, f"{prefix}.", zeros
+    def __init__(self, role: str, directory: Path, prefix: str) -> None:
+        self.role, self.directory, self._prefix = role, directory, f"{prefix}."
         self._open: dict[str, Any] = {}
         self._file_of = self._files()
+        self._bare = role == "critic" and not self._classifies()
+
+    def _classifies(self) -> bool:
+        """Whether the directory is of a kind of model that has a scalar head."""
+        names = read_data(self.directory / "config.json").get("architectures") or []
+        return any(str(name).endswith(SCALAR) for name in names)
 
     def _files(self) -> dict[str, str]:
         """The name of the file of each tensor."""
+        if (self.directory / SINGLE).is_file():  # an index next to it would be of older files
+            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         if (self.directory / INDEX).is_file():
             found = read_data(self.directory / INDEX).get("weight_map")
             if not isinstance(found, dict) or not all(
@@ -87,8 +101,6 @@ class StoredWeights:
             ):
                 raise self._error(f"{INDEX} has no weight_map", "save the model anew")
             return found
-        if (self.directory / SINGLE).is_file():
-            return dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
         raise self._error(
             f"there is neither {SINGLE} nor {INDEX}", "save the model with save_pretrained"
         )
@@ -106,10 +118,43 @@ class StoredWeights:
                 raise self._broken(name, error) from None
         return self._open[name]
 
-    def check(self, names: list[str], shape: torch.Size) -> None:
-        """Check that a parameter is there, in this shape."""
-        if not self._is_zero(names):
-            self._slice(names, shape)
+    def check(self, model: "PreTrainedModel") -> None:
+        """Check that all parameters are there, in their shapes and as numbers of a known kind, and
+        that nothing else is: what has no place may be a scale or a layer that is meant to count."""
+        known: set[str] = set()
+        for names, parameter in parameters(model):
+            known.update(self._spellings(names))
+            if not self._is_zero(names):
+                self._check(names, parameter.shape)
+        others = sorted(name for name in self._file_of if name not in known | self._idle(name))
+        if others:
+            more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
+            raise self._error(
+                f"{others[0]}{more} has no place in the model", "check that it is this model"
+            )
+
+    def _check(self, names: list[str], shape: torch.Size) -> None:
+        stored = self._slice(names, shape)[1]
+        kind = stored.get_dtype()
+        if kind not in FLOATS:
+            raise self._error(
+                f"{names[0]} is stored as {kind}", "use a checkpoint that is not quantised"
+            )
+        for name in names:  # of a tied parameter there may be several
+            if self._is_there(name):
+                other = self._slice([name], shape)[1]
+                if not torch.equal(stored[:SAMPLE], other[:SAMPLE]):
+                    raise self._error(
+                        f"{names[0]} and {name} differ, and config.json says that they are one",
+                        "set tie_word_embeddings to false there",
+                    )
+
+    def _idle(self, name: str) -> set[str]:
+        """The name, if it is of something that this role's model can do without: a head of the
+        other kind, or a buffer that is computed."""
+        module = name.removeprefix(self._prefix).rpartition(".")[0]
+        others = OUTPUTS if self.role in ("critic", "reward") else HEADS
+        return {name} if module in others or BUFFER.search(name) else set()
 
     def rows(
         self, names: list[str], shape: torch.Size, begin: int, end: int, device: torch.device
@@ -124,7 +169,14 @@ class StoredWeights:
         return read.to(device)
 
     def _is_zero(self, names: list[str]) -> bool:
-        return any(name.startswith(module) for name in names for module in self._zeros)
+        """Whether a parameter starts at zero: a critic's head, or the bias of one, that no file
+        has."""
+        module, _, part = names[0].rpartition(".")
+        may = self.role == "critic" and module in HEADS and (self._bare or part == "bias")
+        return may and not self._is_there(names[0])
+
+    def _is_there(self, name: str) -> bool:
+        return any(spelling in self._file_of for spelling in self._spellings([name]))
 
     def _slice(self, names: list[str], shape: torch.Size) -> tuple[str, Any]:
         file, name = self._find(names)
@@ -142,11 +194,19 @@ class StoredWeights:
 
     def _find(self, names: list[str]) -> tuple[str, str]:
         """The file that holds a parameter, and the name there."""
-        for name in names:
-            for stored in (name, name.removeprefix(self._prefix), self._prefix + name):
-                if stored in self._file_of:
-                    return self._file_of[stored], stored
+        for name in self._spellings(names):
+            if name in self._file_of:
+                return self._file_of[name], name
         raise self._error(f"{names[0]} is missing", "check that it is a whole model of this kind")
+
+    def _spellings(self, names: list[str]) -> Iterator[str]:
+        """What files may call a parameter."""
+        for name in names:
+            yield from (name, name.removeprefix(self._prefix), self._prefix + name)
+            module, _, part = name.rpartition(".")
+            for heads in (HEADS, OUTPUTS):
+                if module in heads:
+                    yield from (f"{other}.{part}" for other in heads)
 
     def _broken(self, file: str, error: Exception) -> UserError:
         return self._error(

@@ -4,33 +4,40 @@ the outputs that a role needs of it.
 A model may compute in bf16, but its outputs (log-probs, values, scores) are fp32.
 """
 
+import copy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+)
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
 )
 from transformers.utils import logging
 
 from executor.fleet import torch_private
 from executor.training import lm_head, loading
 from executor.training.packing import Packed, hidden_states, use_packed_attention
-from planner.spec.workload import Model, Shape
+from executor.training.residual import blocks
+from planner.spec.errors import UserError
+from planner.spec.workload import Model, Shape, head_of
 
-CLASSES: dict[str, Any] = {
-    "actor": AutoModelForCausalLM,
-    "reference": AutoModelForCausalLM,
-    "critic": AutoModelForTokenClassification,  # one label per token: the value
-    "reward": AutoModelForSequenceClassification,
-}
+MISCOUNT = 0.05  # of the parameters: a shape counts neither biases nor all norms
+# A critic has one label per token: the value.
+OF_TOKENS: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING, GenericForTokenClassification
+OF_SEQUENCES: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, GenericForSequenceClassification
 
 
 class RoleModel(nn.Module):
@@ -51,16 +58,15 @@ class Policy(RoleModel):
 
     def forward(self, batch: Packed, entropy: bool = False) -> Tensor:
         head = self.model.get_output_embeddings()
-        assert head.bias is None, "a head with a bias is not supported"
         hidden = hidden_states(self.model, batch)[batch.before]
-        log_probs = batch.columns(
-            lm_head.log_probs(hidden, head.weight, batch.targets, self.temperature)
+        settings: dict[str, Any] = {"bias": head.bias, "shaping": shaping_of(self.model.config)}
+        log_probs = lm_head.log_probs(
+            hidden, head.weight, batch.targets, self.temperature, **settings
         )
         if not entropy:
-            return log_probs
-        return torch.stack(
-            [log_probs, batch.columns(lm_head.entropies(hidden, head.weight, self.temperature))]
-        )
+            return batch.columns(log_probs)
+        entropies = lm_head.entropies(hidden, head.weight, self.temperature, **settings)
+        return torch.stack([batch.columns(log_probs), batch.columns(entropies)])
 
 
 class Value(RoleModel):
@@ -68,7 +74,7 @@ class Value(RoleModel):
 
     def forward(self, batch: Packed) -> Tensor:
         hidden = hidden_states(self.model, batch)[batch.before]
-        return batch.columns(_scalar(cast(nn.Linear, self.model.score), hidden))
+        return batch.columns(_scalar(scalar_head(self.model), hidden))
 
 
 class Score(RoleModel):
@@ -76,7 +82,22 @@ class Score(RoleModel):
 
     def forward(self, batch: Packed) -> Tensor:
         hidden = hidden_states(self.model, batch)[batch.starts[1:] - 1]
-        return _scalar(cast(nn.Linear, self.model.score), hidden)
+        return _scalar(scalar_head(self.model), hidden)
+
+
+def shaping_of(config: PreTrainedConfig) -> lm_head.Shaping:
+    """What a model does to the products of its head: Cohere multiplies them, Granite divides them,
+    Gemma 2 bounds them."""
+    factor = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    cap = getattr(config, "final_logit_softcapping", None)
+    return lm_head.Shaping(scale=factor / divisor, cap=cap)
+
+
+def scalar_head(model: PreTrainedModel) -> nn.Linear:
+    """The head of a critic or a reward model, under the name that it has in its class."""
+    found = next(head for name in loading.HEADS if (head := getattr(model, name, None)))
+    return cast(nn.Linear, found)
 
 
 def _scalar(head: nn.Linear, hidden: Tensor) -> Tensor:
@@ -105,23 +126,23 @@ def load(
 
 def check(role: str, model: Model) -> None:
     """Whether a directory holds a role's weights. Raises UserError."""
-    weights_of(role, model, 0, empty(role, model, torch.float32))
+    found = empty(role, model, torch.float32)
+    weights_of(role, model, 0, found)
+    counted = sum(parameter.numel() for parameter in found.parameters())
+    planned = model.shape.parameters(head_of(role))
+    if abs(planned - counted) > MISCOUNT * counted:
+        raise UserError(
+            f"{role}: {model.path} has {counted:,} parameters, and {planned:,} are planned for; "
+            "its structure is not supported, use another model"
+        )
 
 
 def empty(role: str, model: Model, dtype: torch.dtype) -> PreTrainedModel:
     """A role's model with its parameters on the meta device. Dropout is off: PPO compares log-probs
     between passes."""
-    labels = {} if CLASSES[role] is AutoModelForCausalLM else {"num_labels": 1}
-    if model.path is None:
-        config = config_of(model.shape, **labels)
-    else:
-        config = AutoConfig.from_pretrained(
-            model.path, local_files_only=True, trust_remote_code=False, **labels
-        )
+    config = config_for(role, model)
     with torch.device("meta"):
-        found: PreTrainedModel = CLASSES[role].from_config(
-            config, dtype=dtype, trust_remote_code=False
-        )
+        found = build(role, config, dtype)
     _compute_buffers(found)
     if (
         found.can_generate()
@@ -131,48 +152,94 @@ def empty(role: str, model: Model, dtype: torch.dtype) -> PreTrainedModel:
         found.generation_config = GenerationConfig.from_pretrained(
             model.path, local_files_only=True
         )
-    for module in found.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            cast(Any, module).attention_dropout = 0.0
+    _drop_nothing(found)
     return found
+
+
+def config_for(role: str, model: Model) -> PreTrainedConfig:
+    """The configuration of a role's model, with one label for a scalar head."""
+    labels = {} if head_of(role) == "lm" else {"num_labels": 1}
+    if model.path is None:
+        return config_of(model.shape, **labels)
+    found: PreTrainedConfig = AutoConfig.from_pretrained(
+        model.path, local_files_only=True, trust_remote_code=False, **labels
+    )
+    return found
+
+
+def build(role: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A role's model of a configuration, as transformers initialises it, on torch's default
+    device."""
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found: PreTrainedModel = _class_of(role, config)(config)
+    finally:
+        torch.set_default_dtype(before)
+    return found
+
+
+def _class_of(role: str, config: PreTrainedConfig) -> Any:
+    """The class of transformers that makes a role's model. Some model types have none for critics
+    or reward models; theirs is put together as transformers does it for the others."""
+    kind = type(config)
+    if head_of(role) == "lm":
+        return MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    known, part = OF_TOKENS if role == "critic" else OF_SEQUENCES
+    if kind in known:
+        return known[kind]
+    base: Any = MODEL_MAPPING[kind]
+    name = base.__name__.removesuffix("Model") + part.__name__.removeprefix("Generic")
+    return type(name, (part, base.__mro__[1]), {"config_class": kind})
+
+
+def _drop_nothing(model: PreTrainedModel) -> None:
+    """Turn off dropout, whatever a model calls its probability."""
+    for module in model.modules():
+        names = [name for name, value in vars(module).items() if isinstance(value, float)]
+        dropout = [name for name in names if "drop" in name]
+        if type(module).__name__.endswith("Dropout"):
+            dropout.append("p")
+        for name in dropout:
+            setattr(module, name, 0.0)
 
 
 def _compute_buffers(model: PreTrainedModel) -> None:
     """Compute on the CPU the buffers that no file holds, such as the rotary frequencies.
-    transformers does the same when it loads."""
+    transformers does the same when it loads. Raises UserError for those that it leaves out."""
     for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            assert not torch_private.is_stored(module, name), (
-                f"{name}: buffers that are stored are not supported"
-            )
-            setattr(module, name, torch.empty_like(buffer, device="cpu"))
-        if any(True for _ in module.buffers(recurse=False)):
+        buffers = dict(module.named_buffers(recurse=False))
+        for name, buffer in buffers.items():
+            if torch_private.is_stored(module, name) or not buffer.is_floating_point():
+                raise _buffer_error(model, name)
+            setattr(module, name, torch.full_like(buffer, torch.nan, device="cpu"))
+        if buffers:
             model._init_weights(module)
+        for name in buffers:
+            if not getattr(module, name).isfinite().all():
+                raise _buffer_error(model, name)
+
+
+def _buffer_error(model: PreTrainedModel, name: str) -> UserError:
+    return UserError(
+        f"models of type {model.config.model_type} keep {name} besides their parameters, which is "
+        "not supported; use another model"
+    )
 
 
 def weights_of(role: str, model: Model, seed: int, empty: PreTrainedModel) -> loading.Source:
     """Where a role's weights come from. The reference's are the actor's; a critic starts with
-    values of 0, unless its directory is a critic that was exported. Raises UserError for a
-    directory that lacks what the model needs."""
-    what = role if role in ("critic", "reward") else "actor"
-    zeros = ("score.",) if role == "critic" and not _holds_value_head(model.path) else ()
+    values of 0, unless its directory has a scalar head, be it a critic's or a reward model's.
+    Raises UserError for a directory that lacks what the model needs, or has more."""
+    what = role if head_of(role) == "scalar" else "actor"
     if model.path is None:
+        zeros = tuple(f"{name}." for name in loading.HEADS) if role == "critic" else ()
         return loading.RandomWeights(seed, what, empty.config.initializer_range, zeros)
-    stored = loading.StoredWeights(role, model.path, empty.base_model_prefix, zeros)
-    for names, parameter in loading.parameters(empty):
-        stored.check(names, parameter.shape)
+    stored = loading.StoredWeights(role, model.path, empty.base_model_prefix)
+    stored.check(empty)
     return stored
-
-
-def _holds_value_head(directory: Path | None) -> bool:
-    """Whether a directory is a critic that was exported; any other critic starts with values of
-    0."""
-    if directory is None:
-        return False
-    architectures = AutoConfig.from_pretrained(directory, local_files_only=True).architectures or []
-    return any(name.endswith("ForTokenClassification") for name in architectures)
 
 
 def config_of(shape: Shape, **more: Any) -> Qwen2Config:
@@ -191,34 +258,6 @@ def config_of(shape: Shape, **more: Any) -> Qwen2Config:
         eos_token_id=None,
         **more,
     )
-
-
-def blocks(model: PreTrainedModel) -> nn.ModuleList:
-    """The transformer's layers: what FSDP shards one by one."""
-    lists = [module for module in model.base_model.children() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len)
-
-
-def keep_residual_in_fp32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Let a model that computes in `dtype` add up the outputs of its blocks in fp32. Much of the
-    rounding that sets its log-probs apart from an engine's is in that sum."""
-    parts = [part for block in blocks(model) for part in block.children()] + list(
-        model.base_model.children()
-    )
-    _cast_output(model.get_input_embeddings(), torch.float32)
-    for part in parts:
-        if "norm" in type(part).__name__.lower() or "rotary" in type(part).__name__.lower():
-            _cast_output(part, dtype)
-
-
-def _cast_output(module: nn.Module, dtype: torch.dtype) -> None:
-    forward = module.forward
-
-    def cast(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        return tuple(x.to(dtype) for x in output) if isinstance(output, tuple) else output.to(dtype)
-
-    module.forward = cast
 
 
 def compile_blocks(model: PreTrainedModel) -> None:

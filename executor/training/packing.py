@@ -1,19 +1,22 @@
 """Micro-batches without padding: sequences end to end in one row, and attention that keeps them
 apart.
 
-On a GPU attention is PyTorch's variable-length kernel. Elsewhere queries, keys and values are
-padded for the attention alone. That is exact, because under a causal mask right padding reaches no
-real token.
+On a GPU attention is PyTorch's variable-length kernel, or FlexAttention where scores are capped.
+Elsewhere queries, keys and values are padded for the attention alone. That is exact, because under
+a causal mask right padding reaches no real token.
 """
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
@@ -113,16 +116,19 @@ def packed_attention(
     cu_seq_lens_q: Tensor,
     max_length_q: int,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence, as transformers calls it: `[1, heads, T, D]` -> `[1,
-    T, heads, D]`."""
+    T, heads, D]`. A window is the number of tokens that a token sees, itself among them; `softcap`
+    bounds the scores as `softcap * tanh(score / softcap)`."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if not query.is_cuda:
-        assert sliding_window is None or sliding_window >= max_length_q, (
-            "no sliding window without a GPU"
-        )
-        return _padded_attention(q, k, v, cu_seq_lens_q, max_length_q, scaling)[None], None
+        scores = _Scores(scaling, sliding_window, softcap)
+        return _padded_attention(q, k, v, cu_seq_lens_q, max_length_q, scores)[None], None
+    if softcap is not None:
+        settings = scaling, sliding_window, softcap
+        return _compiled_capped_attention()(query, key, value, cu_seq_lens_q, *settings), None
     grouped = _GROUPED if q.shape[1] != k.shape[1] else {}
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     out: Any = varlen_attn(
@@ -140,8 +146,58 @@ def packed_attention(
     return out[None], None
 
 
+class _Scores(NamedTuple):
+    """What attention does with its scores: their scale, the window, and their cap."""
+
+    scaling: float
+    window: int | None
+    cap: float | None
+
+
+def _capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    starts: Tensor,
+    scaling: float,
+    window: int | None,
+    cap: float,
+) -> Tensor:
+    """The same attention on a GPU, `[1, heads, T, D]` -> `[1, T, heads, D]`, with capped scores,
+    which the variable-length kernel does not know."""
+    tokens = query.shape[2]
+    places = torch.arange(tokens, device=query.device)
+    sequence = torch.searchsorted(starts, places, right=True)
+
+    def seen(_batch: Tensor, _head: Tensor, here: Tensor, there: Tensor) -> Tensor:
+        found = (sequence[here] == sequence[there]) & (there <= here)
+        return found if window is None else found & (here - there < window)
+
+    def capped(score: Tensor, *_: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    blocks = create_block_mask(seen, None, None, tokens, tokens, device=query.device.type)
+    out: Any = flex_attention(
+        query,
+        key,
+        value,
+        score_mod=capped,
+        block_mask=blocks,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return cast(Tensor, out.transpose(1, 2))
+
+
+@cache
+def _compiled_capped_attention() -> Callable[..., Tensor]:
+    """The kernel of that attention: compiled apart from the block around it."""
+    compiled: Callable[..., Tensor] = torch.compile(_capped_attention, dynamic=True)
+    return cast(Callable[..., Tensor], torch.compiler.disable(compiled))
+
+
 def _padded_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scaling: float
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scores: _Scores
 ) -> Tensor:
     """The same attention on `[T, heads, D]`, through a batch that is padded to its longest
     sequence."""
@@ -150,11 +206,31 @@ def _padded_attention(
     def padded(x: Tensor) -> Tensor:
         return x.new_zeros(*real.shape, *x.shape[1:]).index_put((real,), x).transpose(1, 2)
 
-    grouped = q.shape[1] != k.shape[1]
-    out = scaled_dot_product_attention(
-        padded(q), padded(k), padded(v), is_causal=True, scale=scaling, enable_gqa=grouped
-    )
+    out = _dense_attention(padded(q), padded(k), padded(v), scores)
     return out.transpose(1, 2)[real]
+
+
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, scores: _Scores) -> Tensor:
+    """Causal attention on `[n, heads, L, D]`."""
+    length, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    windowed = scores.window is not None and scores.window < length
+    if not windowed and scores.cap is None:
+        return scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scores.scaling, enable_gqa=grouped
+        )
+    seen = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+    if scores.window is not None:
+        seen &= seen.new_ones(seen.shape).triu(1 - scores.window)
+    if scores.cap is None:
+        return scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=scores.scaling, enable_gqa=grouped
+        )
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    raw = (q @ k.transpose(2, 3)).float() * scores.scaling
+    capped = scores.cap * torch.tanh(raw / scores.cap)
+    weights = capped.masked_fill(~seen, -torch.inf).softmax(-1)
+    return weights.to(v.dtype) @ v
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

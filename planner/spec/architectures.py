@@ -11,68 +11,70 @@ from planner.spec.files import read_data
 
 Config = Mapping[str, Any]
 
-ATTENTION = {"full_attention", "sliding_attention"}  # kinds of layers
+SOFTMAX = {"full_attention", "sliding_attention"}  # kinds of layers
 FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
 ROPE_BY_LENGTH = {"dynamic", "longrope"}  # another scaling from some length on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class ModelType:
     """What a model type does where its config.json is silent (0 key heads: one for each query
-    head; head size 0: hidden / heads), and whether its MLP is gated."""
+    head; head size 0: hidden / heads), whether its MLP is gated, and whether it may have fewer key
+    heads or other sizes of heads at all."""
 
     tied: bool = False
     kv_heads: int = 0
     head_dim: int = 0
     gated: bool = True
+    grouped: bool = True
 
 
-KINDS = {
-    "cohere": Kind(tied=True),
-    "cohere2": Kind(tied=True),
-    "gemma": Kind(tied=True, kv_heads=16, head_dim=256),
-    "gemma2": Kind(tied=True, kv_heads=4, head_dim=256),
-    "gemma3_text": Kind(tied=True, kv_heads=4, head_dim=256),
-    "glm": Kind(kv_heads=2, head_dim=128),
-    "glm4": Kind(kv_heads=2, head_dim=128),
-    "gpt_neox": Kind(gated=False),
-    "granite": Kind(),
-    "helium": Kind(kv_heads=20, head_dim=128),
-    "llama": Kind(),
-    "mistral": Kind(kv_heads=8),
-    "olmo": Kind(),
-    "olmo2": Kind(),
-    "olmo3": Kind(),
-    "phi": Kind(gated=False),
-    "phi3": Kind(),
-    "qwen2": Kind(kv_heads=32),
-    "qwen3": Kind(kv_heads=32, head_dim=128),
-    "seed_oss": Kind(kv_heads=8, head_dim=128),
-    "smollm3": Kind(tied=True, kv_heads=4),
-    "starcoder2": Kind(tied=True, kv_heads=2, gated=False),
+MODEL_TYPES = {
+    "cohere": ModelType(tied=True),
+    "cohere2": ModelType(tied=True),
+    "gemma": ModelType(tied=True, kv_heads=16, head_dim=256),
+    "gemma2": ModelType(tied=True, kv_heads=4, head_dim=256),
+    "gemma3_text": ModelType(tied=True, kv_heads=4, head_dim=256),
+    "glm": ModelType(kv_heads=2, head_dim=128),
+    "glm4": ModelType(kv_heads=2, head_dim=128),
+    "gpt_neox": ModelType(gated=False, grouped=False),
+    "granite": ModelType(),
+    "helium": ModelType(kv_heads=20, head_dim=128),
+    "llama": ModelType(),
+    "mistral": ModelType(kv_heads=8),
+    "olmo": ModelType(),
+    "olmo2": ModelType(),
+    "olmo3": ModelType(),
+    "phi": ModelType(gated=False),
+    "phi3": ModelType(),
+    "qwen2": ModelType(kv_heads=32),
+    "qwen3": ModelType(kv_heads=32, head_dim=128),
+    "seed_oss": ModelType(kv_heads=8, head_dim=128),
+    "smollm3": ModelType(tied=True, kv_heads=4),
+    "starcoder2": ModelType(tied=True, kv_heads=2, gated=False),
 }
 
 
 def sizes(config: Config) -> dict[str, Any]:
     """The fields of a `Shape`, of a model that is supported. An MLP without a gate has two matrices
     instead of three; it counts as a gated one with as many parameters. Raises KeyError."""
-    kind = KINDS[config["model_type"]]
+    kind = MODEL_TYPES[config["model_type"]]
     heads, width = config["num_attention_heads"], config["intermediate_size"]
     return {
         "hidden": config["hidden_size"],
         "layers": config["num_hidden_layers"],
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads", kind.kv_heads) or heads,
+        "kv_heads": (kind.grouped and config.get("num_key_value_heads", kind.kv_heads)) or heads,
         "intermediate": width if kind.gated else -(-2 * width // 3),
         "vocab": config["vocab_size"],
-        "head_dim": config.get("head_dim", kind.head_dim) or 0,
+        "head_dim": (kind.grouped and config.get("head_dim", kind.head_dim)) or 0,
         "tied_embeddings": bool(config.get("tie_word_embeddings", kind.tied)),
     }
 
 
 def obstacle(config: Config) -> str | None:
     """Why a model of this configuration is refused, and what to do; None if it is supported."""
-    layers = set(config.get("layer_types") or ())
+    others = set(config.get("layer_types") or ()) - SOFTMAX
     if config.get("quantization_config") or config.get("compression_config"):
         return "its weights are quantised (quantization_config); use a checkpoint in bf16 or fp32"
     if any(config.get(key) for key in ("vision_config", "audio_config", "text_config")):
@@ -84,12 +86,12 @@ def obstacle(config: Config) -> str | None:
         return f"it is a mixture of experts, which is not supported; {_use_another()}"
     if config.get("kv_lora_rank"):
         return f"its attention is latent (kv_lora_rank), which is not supported; {_use_another()}"
-    if layers - ATTENTION or any(key.startswith(("mamba_", "ssm_", "conv_")) for key in config):
-        others = ", ".join(sorted(map(str, layers - ATTENTION))) or "state spaces or convolutions"
-        return f"it has layers without softmax attention ({others}); {_use_another()}"
+    if others or any(key.startswith(("mamba_", "ssm_", "conv_")) for key in config):
+        told = ", ".join(sorted(map(str, others))) or "state spaces or convolutions"
+        return f"it has layers without softmax attention ({told}); {_use_another()}"
     if config.get("is_encoder_decoder") or config.get("use_bidirectional_attention"):
         return f"its attention is not causal; {_use_another()}"
-    if config.get("model_type") not in KINDS:
+    if config.get("model_type") not in MODEL_TYPES:
         return f"model_type {config.get('model_type')!r} is not supported; {_use_another()}"
     unknown = {rope["kind"] for rope in _ropes(config)} - FIXED_ROPE - ROPE_BY_LENGTH
     if unknown:
@@ -98,7 +100,7 @@ def obstacle(config: Config) -> str | None:
 
 
 def _use_another() -> str:
-    return f"use a dense model ({', '.join(KINDS)})"
+    return f"use a dense model ({', '.join(MODEL_TYPES)})"
 
 
 def positions(config: Config) -> tuple[int, str] | None:

@@ -16,7 +16,7 @@ from recording import Recording
 
 from executor.data.batch import Sequences
 from executor.running.step import Done
-from executor.training import models
+from executor.training import models, residual
 from executor.training.packing import pack
 from planner.predict.schedule import Task
 from planner.spec.cluster import make_cluster
@@ -170,7 +170,7 @@ def test_packed_equals_exact_attention() -> None:
     exact = models.load("actor", workload.actor, 0, torch.float32, cpu)
     found = models.load("actor", workload.actor, 0, torch.bfloat16, cpu).to(gpu)
     found.load_state_dict(exact.state_dict())
-    models.keep_residual_in_fp32(found, torch.bfloat16)
+    residual.keep_residual_in_fp32(found, torch.bfloat16)
     models.compile_blocks(found)
     of_exact = models.wrap("actor", exact, 1.0)(pack(sequences, rows, cpu))
     of_found = models.wrap("actor", found, 1.0)(pack(sequences, rows, gpu))
