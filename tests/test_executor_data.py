@@ -9,6 +9,11 @@ import pytest
 from conftest import make_workload
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from executor.data.batch import Generated, Sequences, assign, collate, join, minibatches, spread
 from executor.data.prompts import Dataset, Synthetic, read_lines
@@ -26,13 +31,44 @@ GOOD = '{"prompt": "1 2", "answer": "2"}'
 
 
 class Words:
-    """A tokenizer: a word is a number."""
+    """A tokenizer: a word is a number, or 7."""
 
-    def __call__(self, texts: list[str], return_attention_mask: bool) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
+    def __call__(
+        self, texts: list[str], return_attention_mask: bool, add_special_tokens: bool = True
+    ) -> dict[str, list[list[int]]]:
+        def number(word: str) -> int:
+            return int(word) if word.isdigit() else 7
+
+        return {"input_ids": [[number(word) for word in text.split()] for text in texts]}
 
     def batch_decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         return [" ".join(map(str, row)) for row in rows]
+
+
+@pytest.mark.parametrize("template", ["<bos> $A", "<bos> $A <eos>", "<mask> <bos> $A", "$A"])
+def test_a_prompt_has_what_its_tokenizer_puts_before_it_once(tmp_path: Path, template: str) -> None:
+    """With its template already in it or not, and nothing behind it."""
+    words = ["<bos>", "<eos>", "<mask>", "a", "b", "user:"]
+    numbers = {word: number for number, word in enumerate(words)}
+    made = Tokenizer(WordLevel(numbers, unk_token="b"))
+    made.pre_tokenizer = WhitespaceSplit()
+    special = [(word, numbers[word]) for word in words[:3]]
+    made.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    tokenizer.add_special_tokens({"additional_special_tokens": words[:3]})
+    before = template.partition("$A")[0]
+    prompts = ["user: a b", f"{before}user: a b", "a"]
+    (tmp_path / "train.jsonl").write_text(
+        "".join(f'{{"prompt": "{prompt}"}}\n' for prompt in prompts)
+    )
+    data = Dataset(make_workload(data={"train": tmp_path / "train.jsonl"}, batch=8), tokenizer)
+    drawn = data.step(0)
+    found = {
+        text: row.tolist() for text, row in zip(drawn.texts, drawn.requests.prompts(), strict=True)
+    }
+    framed = [numbers[word] for word in before.split()]
+    assert found["user: a b"] == found[f"{before}user: a b"] == [*framed, 5, 3, 4]
+    assert found["a"] == [*framed, 3]
 
 
 @pytest.mark.parametrize(

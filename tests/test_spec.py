@@ -255,6 +255,12 @@ def test_lengths_follow_their_distribution():
     assert np.all(sample(Fixed(tokens=7), 4, 0) == 7)
 
 
+def test_responses_may_be_longer_than_the_observed_ones():
+    observed = {"kind": "empirical", "values": [3, 5], "max": 40}
+    workload = make_workload(response=observed)
+    assert workload.response.longest == 40 and workload.longest == 45
+
+
 def test_plan_schema_is_json():
     assert "program" in Plan.json_schema()["properties"]
     assert "batch" in Workload.json_schema()["properties"]

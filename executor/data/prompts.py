@@ -143,9 +143,7 @@ class Dataset:
 
     def _encode(self, lines: list[Line]) -> list[tuple[Line, Ints]]:
         longest = self._workload.prompt.longest
-        ids = self._tokenizer([line.prompt for line in lines], return_attention_mask=False)[
-            "input_ids"
-        ]
+        ids = self._tokens([line.prompt for line in lines])
         wrong = [
             (line.where, len(tokens))
             for line, tokens in zip(lines, ids, strict=True)
@@ -166,6 +164,19 @@ class Dataset:
             (line, np.asarray(tokens, dtype=np.int32))
             for line, tokens in zip(lines, ids, strict=True)
         ]
+
+    def _tokens(self, prompts: list[str]) -> list[list[int]]:
+        """The tokens of prompts, with those that the tokenizer puts before any text (a BOS) once,
+        also where a prompt begins with them as its template has it, and none after it: a prompt
+        goes on in its response."""
+        before, after = _framing(self._tokenizer)
+        asked = self._tokenizer(prompts, return_attention_mask=False)
+        found = []
+        for tokens in asked["input_ids"]:
+            tokens = tokens[: len(tokens) - len(after)]
+            twice = before and tokens[: 2 * len(before)] == before + before
+            found.append(tokens[len(before) :] if twice else tokens)
+        return found
 
     def step(self, step: int) -> Prompts:
         batch, seed = self._workload.batch, self._workload.seed
@@ -201,6 +212,16 @@ class Dataset:
 
     def save_tokenizer(self, directory: Path) -> None:
         self._tokenizer.save_pretrained(directory)
+
+
+def _framing(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after any text."""
+    (bare,) = tokenizer(["a"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    (framed,) = tokenizer(["a"], return_attention_mask=False)["input_ids"]
+    for begin in range(len(framed) - len(bare) + 1):
+        if framed[begin : begin + len(bare)] == bare:
+            return framed[:begin], framed[begin + len(bare) :]
+    return [], []
 
 
 class Synthetic:

@@ -52,7 +52,8 @@ class Lognormal(Spec):
 
 
 class Empirical(Spec):
-    """Lengths drawn with equal chance from a list of observed ones, cut at `max`."""
+    """Lengths drawn with equal chance from a list of observed ones, cut at `max`. What is really
+    generated may be longer than any that was observed, up to `max`."""
 
     kind: Literal["empirical"] = "empirical"
     values: Annotated[tuple[Tokens, ...], Field(min_length=1)]
@@ -66,7 +67,7 @@ class Empirical(Spec):
 
     @property
     def longest(self) -> int:
-        return min(self.max, max(self.values))
+        return self.max
 
     def sample(self, count: int, rng: np.random.Generator) -> NDArray[np.int64]:
         drawn: NDArray[np.int64] = rng.choice(np.asarray(self.values, dtype=np.int64), count)
