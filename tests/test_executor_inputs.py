@@ -139,6 +139,8 @@ def test_files_that_may_not_be_read_are_named(
     monkeypatch.setattr(os, "access", lambda path, how: os.stat(path).st_mode & 0o400)
     actor = tmp_path / "actor"
     shutil.copytree(model_directories["actor"], actor)
+    (actor / "lost+found").mkdir(mode=0)  # as a volume has it
+    preflight.check_models(with_path(actor))
     (actor / "model.safetensors").chmod(0)
     line = refuse(with_path(actor))
     assert f"actor: {actor}/model.safetensors may not be read by this user" in line

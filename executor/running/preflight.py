@@ -186,11 +186,12 @@ def check_models(workload: Workload) -> None:
 
 def _check_readable(role: str, path: Path) -> None:
     """Whether this user may read a model's directory and all files in it; the libraries that open
-    them would say that there are none."""
+    them would say that there are none. Other entries, such as the lost+found of a volume, are not
+    opened."""
     if not path.is_dir():
         return
     may_look = os.access(path, os.R_OK | os.X_OK)
-    looked_at = sorted(path.iterdir()) if may_look else [path]
+    looked_at = sorted(file for file in path.iterdir() if file.is_file()) if may_look else [path]
     closed = [file for file in looked_at if not os.access(file, os.R_OK)]
     if closed:
         raise UserError(
