@@ -230,6 +230,8 @@ def test_a_profile_of_another_device_or_model_is_refused() -> None:
     check_profiles([profile(point("infer"))], WORKLOAD, CLUSTER)
     with pytest.raises(UserError, match="another device: the cluster has h200"):
         check_profiles([profile(point("infer"), device="h100")], WORKLOAD, CLUSTER)
+    with pytest.raises(UserError, match="has no points yet; measure them with `plan profile`"):
+        check_profiles([profile()], WORKLOAD, CLUSTER)
     other = SHAPE.model_copy(update={"layers": 4})
     with pytest.raises(UserError, match="another model: no role of workload 'small'"):
         check_profiles([profile(point("infer"), model=other)], WORKLOAD, CLUSTER)

@@ -109,13 +109,22 @@ def _plans(groups: Sequence[Group]) -> list[Plan]:
 
 
 def _announce(missing: Sequence[Group], there: int, minutes: float | None, progress: Say) -> None:
-    """Say what will be measured, how long that takes, and what is left out."""
+    """Say what will be measured, how long that takes, and what is left out. Raises UserError if
+    that is all."""
     if there:
         progress(f"{_count(there)}: there already")
     if not missing:
         return
     chosen = fitting(missing, np.inf if minutes is None else 60 * minutes)
     kept = [group for group in chosen if group is not None]
+    if not kept and minutes is not None:
+        least = min(
+            group.only([b for b in group.batches if not b.extra]).seconds for group in missing
+        )
+        raise UserError(
+            f"--minutes {minutes:g}: no group of measurements is that short; the shortest takes "
+            f"about {least:.0f} s"
+        )
     seconds = sum(group.seconds for group in kept)
     said = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
     progress(f"{_count(len(kept))}, about {said} with their start")

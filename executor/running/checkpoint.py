@@ -200,7 +200,7 @@ def _needed(done: Iterable[EndedCall], steady: set[str]) -> set[EndedCall]:
 
 
 def _differs(version: int, again: set[int], newer: set[int]) -> str:
-    """In words what a pipeline that fills again means for the metrics."""
+    """What a pipeline that fills again means for the metrics, in words."""
     parts = []
     if again:
         parts.append(f"sequences in flight, of {_steps(again)}, are generated again")

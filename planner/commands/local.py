@@ -4,10 +4,11 @@ from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.errors import UserError
 from planner.spec.machine import memory_bytes, physical_cores
 
-# Rough rates of one core, so that a search without a profile puts things in the right order; a
-# profile corrects them.
-CORE_FLOPS = 3e10
-CORE_MEMORY_BANDWIDTH = 8e9
+# Rough rates of one core in fp32, so that a search without a profile puts things in the right
+# order; a profile corrects them. A server's core did 88e9 operations a second in the passes of a
+# 135M model, and read 7.5e9 bytes a second while it generated.
+CORE_FLOPS = 1e11
+CORE_MEMORY_BANDWIDTH = 1e10
 CORE_LINK_BANDWIDTH = 1e9
 CORE_OVERHEAD_SECONDS = 5e-3
 

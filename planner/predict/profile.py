@@ -66,6 +66,11 @@ def check_profiles(profiles: Sequence[Profile], workload: Workload, cluster: Clu
                 f"{name} is for another device: the cluster has {has}; measure there with `plan "
                 "profile`"
             )
+        if not profile.points:
+            raise UserError(
+                f"{name} has no points yet; measure them with `plan profile` and the same --out, "
+                "and more --minutes"
+            )
         on_gpus = [point for point in profile.points if isinstance(point, OnGpus)]
         if not any(profile.shape_of(point) in shapes for point in on_gpus):
             raise UserError(
