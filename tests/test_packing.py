@@ -301,3 +301,40 @@ def test_a_residual_in_float32_comes_nearer_to_the_exact_log_probs() -> None:
             for m in (exact, rough, better)
         ]
     assert (states[2] - states[0]).norm() < 0.9 * (states[1] - states[0]).norm()
+
+
+@pytest.mark.parametrize("shaping", [lm_head.Shaping(0.25), lm_head.Shaping(2.0, 3.0)], ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_shaped_logits_and_their_gradients_are_those_of_the_formula(
+    shaping: lm_head.Shaping, biased: bool
+) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(size, requires_grad=True) for size in ((7, 16), (11, 16), (11,))]
+    hidden, weight, bias = leaves
+    targets = torch.randint(11, (7,))
+    used = bias if biased else None
+
+    def of_formula() -> torch.Tensor:
+        logits = (hidden @ weight.T + (bias if biased else 0)) * shaping.scale
+        if shaping.cap is not None:
+            logits = shaping.cap * torch.tanh(logits / shaping.cap)
+        log_p = (logits / TEMPERATURE).log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return log_p.gather(1, targets[:, None])[:, 0] + 0.3 * entropy
+
+    def of_chunks() -> torch.Tensor:
+        settings = TEMPERATURE, 3, used, shaping
+        log_p = lm_head.log_probs(hidden, weight, targets, *settings)
+        return log_p + 0.3 * lm_head.entropies(hidden, weight, *settings)
+
+    upstream = torch.randn(7)
+    results = []
+    for compute in (of_formula, of_chunks):
+        output = compute()
+        (output * upstream).sum().backward()
+        results.append([output.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+        for leaf in leaves:
+            leaf.grad = None
+    assert len(results[1]) == (4 if biased else 3)
+    for ours, exact in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
