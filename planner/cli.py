@@ -45,6 +45,10 @@ class Commands(click.Group):
             outcome = super().main(*args, **extra)
         except UserError as error:
             _end(str(error))
+        except PermissionError as error:
+            _end(
+                f"{error.filename}: may not be read or written by this user; check the permissions"
+            )
         except NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(2)

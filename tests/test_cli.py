@@ -40,6 +40,18 @@ def one_line(result: Result) -> str:
     return line
 
 
+def test_what_this_user_may_not_read_is_one_line() -> None:
+    @click.group(cls=Commands)
+    def group() -> None: ...
+
+    @group.command()
+    def look() -> None:
+        raise PermissionError(13, "Permission denied", "/closed/plan.json")
+
+    line = one_line(CliRunner().invoke(group, ["look"]))
+    assert line.startswith("plan: /closed/plan.json: may not be read or written by this user; ")
+
+
 def files(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*")}
 

@@ -118,12 +118,9 @@ def _announce(missing: Sequence[Group], there: int, minutes: float | None, progr
     chosen = fitting(missing, np.inf if minutes is None else 60 * minutes)
     kept = [group for group in chosen if group is not None]
     if not kept and minutes is not None:
-        least = min(
-            group.only([b for b in group.batches if not b.extra]).seconds for group in missing
-        )
         raise UserError(
-            f"--minutes {minutes:g}: no group of measurements is that short; the shortest takes "
-            f"about {least:.0f} s"
+            f"--minutes {minutes:g}: no group of measurements is that short; {missing[0].name} "
+            f"takes about {missing[0].seconds:.0f} s with its start"
         )
     seconds = sum(group.seconds for group in kept)
     said = f"{seconds / 60:.0f} minutes" if seconds >= 120 else f"{seconds:.0f} s"
