@@ -165,6 +165,25 @@ def test_a_failed_call_ends_the_loop_and_what_was_done_is_kept() -> None:
     assert [span.call for span in spans.values()] == ["generate", "score"]
 
 
+def test_a_call_that_ray_holds_up_ends_the_run() -> None:
+    """It waits for nothing that has a deadline, as when Ray takes no data."""
+    held = threading.Event()
+
+    class Held(Quick):
+        def run(self, task: Task) -> tuple[list[Record], int]:
+            if task.call.name == "score":
+                held.wait()
+            return super().run(task)
+
+    backend, plan = Held(), colocated(make_workload())
+    backend.deadlines = Deadlines(plan=plan, floor=0.1, predicted=lambda task: 0.01)
+    try:
+        with pytest.raises(UserError, match="score of step 0: Ray itself has not answered for"):
+            loop(tasks_of(plan, 2), backend, {}, Silent())
+    finally:
+        held.set()
+
+
 def test_a_step_of_which_nothing_is_left_ends_first() -> None:
     """As after a resume under a plan that does not evaluate it."""
     tasks = tasks_of(colocated(make_workload()), 3)
@@ -270,6 +289,40 @@ def test_a_signal_that_comes_twice_is_handled_once(monkeypatch: pytest.MonkeyPat
     clock[0] += 0.15  # from the one that was handled
     once(signal.SIGTERM, None)
     assert handled == [signal.SIGTERM] * 2
+
+
+@pytest.mark.ray
+@pytest.mark.nightly
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_interrupts_end_a_run_whose_ray_was_stopped(tmp_path: Path) -> None:
+    plan, root = tmp_path / "plan.json", Path(__file__).parents[1]
+    colocated(make_workload(), cores=1).write(plan)
+    command = [sys.executable, "-m", "planner.cli", "execute", str(plan), "--name", "r"]
+    command += ["--runs", str(tmp_path), "--steps", "5000", "--save-every", "1000"]
+    process = subprocess.Popen(
+        command, start_new_session=True, cwd=root, text=True, stderr=subprocess.PIPE
+    )
+    children: list[int] = []
+    try:
+        deadline, metrics = time.monotonic() + PATIENCE, tmp_path / "r" / "metrics.jsonl"
+        while not metrics.exists() or not metrics.read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        children = descendants(process.pid)
+        for pid in children:
+            if b"/raylet" in Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0]:
+                os.kill(pid, signal.SIGSTOP)
+        time.sleep(1)  # until calls wait for it
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(1)  # or it would count as one
+        _, errors = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 130 and "plan: interrupted" in errors
+        assert "Traceback" not in errors and "Started a local Ray" not in errors
+        assert not still_there(children)
+    finally:
+        end([process.pid, *children])
+        process.wait()
 
 
 @pytest.mark.ray

@@ -2,9 +2,11 @@
 them. Those of vLLM are looked at in test_vllm_engine.py."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from ray._private import ray_constants, worker
+from processes import running
+from ray._private import auto_init_hook, ray_constants, worker
 from torch import nn
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
@@ -15,10 +17,13 @@ def test_rays_session_has_a_directory_of_logs(ray_two: None) -> None:
     directory = ray_private.logs_directory()
     assert directory is not None and directory.is_dir()
     assert (directory / "raylet.out").exists()
+    node: Any = worker._global_node
+    pids = [each.process.pid for started in node.all_processes.values() for each in started]
+    assert len(pids) >= 2 and all(running(pid) for pid in pids)
 
 
 def test_ray_has_what_a_private_session_needs() -> None:
-    assert hasattr(worker, "_global_node")
+    assert hasattr(worker, "_global_node") and hasattr(auto_init_hook, "enable_auto_connect")
     known = ray_constants.ENABLE_RAY_CLUSTER
     with ray_private.without_other_hosts():
         assert ray_constants.ENABLE_RAY_CLUSTER is False

@@ -11,7 +11,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from executor.fleet.asking import Rank, ask, measure_offset, to_each
-from executor.fleet.session import ENVIRONMENT
+from executor.fleet.session import ENVIRONMENT, in_time
 from executor.fleet.worker import Worker
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir, read_data
@@ -101,8 +101,9 @@ class Fleet:
 
     def close(self) -> None:
         """End the processes at once, whatever they are doing, and free the GPUs."""
-        stop(list(self._processes.values()))
-        remove_placement_group(next(iter(self._seats.values())).group)
+        with in_time():
+            stop(list(self._processes.values()))
+            remove_placement_group(next(iter(self._seats.values())).group)
 
 
 def _reserve(gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str]) -> dict[Gpu, Seat]:
@@ -110,6 +111,11 @@ def _reserve(gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str]) -> di
     replaced."""
     deadline = time.monotonic() + PLACING_SECONDS
     while time.monotonic() < deadline:
+        if not _alive():
+            raise UserError(
+                "Ray takes its node for dead: its processes (raylet, gcs_server) were killed or "
+                "stopped, or the machine was too busy for a minute; go on with --resume"
+            )
         has = int(ray.cluster_resources().get(resource, 0))
         if has < len(gpus):
             raise UserError(
@@ -243,5 +249,6 @@ def connect(ranks: Sequence[Rank[W]]) -> list[Rank[W]]:
 
 def stop(ranks: Sequence[Rank[Any]]) -> None:
     """End processes at once, whatever they are doing."""
-    for rank in ranks:
-        ray.kill(rank.handle)
+    with in_time():
+        for rank in ranks:
+            ray.kill(rank.handle)

@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import sysconfig
 import tempfile
 import threading
@@ -28,6 +29,7 @@ MOST_PATH_BYTES = 20
 SHORT_PATHS = ("/tmp", "/var/tmp", "/dev/shm")
 ENDING = (signal.SIGTERM, signal.SIGHUP)  # they end a run as Ctrl-C does
 NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what Ray calls it everywhere
+ENDING_SECONDS, HANGING_SECONDS = 3.0, 60.0  # in which processes end, and Ray answers
 LAST_FILES, LAST_LINES = 4, 100
 RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines with which Ray marks a log
 # Each process stands for one GPU or one core: more threads would only fight. Models come from local
@@ -51,13 +53,40 @@ def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
                     _start_private(cpus, directory)
                     yield
                 finally:
-                    ray.shutdown()
+                    with in_time():
+                        ray.shutdown()
         else:
             try:
                 _connect(address)
                 yield
             finally:
                 ray.shutdown()
+
+
+@contextlib.contextmanager
+def in_time() -> Iterator[None]:
+    """End other processes in a `with`. If Ray does not answer, its own processes go on where
+    somebody stopped them, and are killed later; with them this process ends at once."""
+    done = threading.Event()
+
+    def watch() -> None:
+        if done.wait(ENDING_SECONDS):
+            return
+        ray_private.send(signal.SIGCONT)
+        if done.wait(HANGING_SECONDS):
+            return
+        print(
+            f"plan: Ray has not answered for {HANGING_SECONDS:.0f} s while its processes were to "
+            "end; it was killed",
+            file=sys.stderr,
+        )
+        ray_private.send(signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def last_words() -> str:
@@ -138,6 +167,7 @@ def _init(**options: Any) -> None:
     backtrace."""
     # The errors of processes become one line each; Ray would print those that nobody asks for.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    ray_private.never_start_by_itself()
     try:
         with _deaf_to_hangups():
             ray.init(

@@ -15,10 +15,13 @@ from executor.fleet.asking import within
 from executor.fleet.worker import Record
 from executor.running.supervise import EARLY_CALLS, Deadlines, one_line
 from planner.predict.schedule import Task
+from planner.spec.errors import UserError
 from planner.spec.timeline import Span
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
     from executor.running.saving import Snapshot
+
+LOOK_SECONDS = 1.0  # between two looks at how long calls take
 
 
 class Progress(Protocol):
@@ -67,6 +70,15 @@ class Backend(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """A task that was started, on the monotonic clock; `early` ones are the first of a call."""
+
+    task: Task
+    early: bool
+    since: float = field(default_factory=time.monotonic)
+
+
 @dataclass(kw_only=True)
 class Course:
     """How far a run is. `began` is the zero of its spans on our clock, `since` when its processes
@@ -101,18 +113,15 @@ def loop(
     for task in tasks:
         unfinished[task.step] += task.index not in course.ended
     held: list[int] = []
-    running: dict[Future[tuple[list[Record], int]], Task] = {}
+    running: dict[Future[tuple[list[Record], int]], Begun] = {}
     threads = ThreadPoolExecutor(max_workers=64)
     try:
         while True:
             ready, limit = sorted([*held, *graph.get_ready()]), until(course.newest)
             held = [index for index in ready if index >= limit]
             for task in [tasks[index] for index in ready if index < limit]:
-                running[
-                    threads.submit(
-                        _call, backend, task, course.issued[task.call.name] < EARLY_CALLS
-                    )
-                ] = task
+                begun = Begun(task=task, early=course.issued[task.call.name] < EARLY_CALLS)
+                running[threads.submit(_call, backend, begun)] = begun
                 course.issued[task.call.name] += 1
                 course.newest = max(course.newest, task.index)
                 progress.on_start(task)
@@ -121,9 +130,11 @@ def loop(
                 course.next_step += 1
             if not running:
                 break
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            done, _ = wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
+            for begun in running.values():
+                _check_answered(begun, backend.deadlines)
             for future in done:
-                task = running.pop(future)
+                task = running.pop(future).task
                 records, tokens = future.result()
                 spans[task.index] = _span(task, records, tokens, spans, course)
                 graph.done(task.index)
@@ -143,9 +154,21 @@ def _graph(tasks: Sequence[Task], course: Course) -> TopologicalSorter[int]:
     return graph
 
 
-def _call(backend: Backend, task: Task, early: bool) -> tuple[list[Record], int]:
-    deadlines = backend.deadlines
-    allowed, expected = deadlines.of_call(task, early), deadlines.expected(task)
+def _check_answered(begun: Begun, deadlines: Deadlines) -> None:
+    """Raise UserError for a call that is still there long after its deadline: it does not wait for
+    processes, but for Ray itself, which is to take or to give data."""
+    task, seconds = begun.task, time.monotonic() - begun.since
+    if seconds > deadlines.of_silence(task, begun.early):
+        raise UserError(
+            f"{task.call.name} of step {task.step}: Ray itself has not answered for {seconds:.0f} "
+            "s; look at whether its processes run (raylet, gcs_server) and whether the machine has "
+            "memory left, and go on with --resume"
+        )
+
+
+def _call(backend: Backend, begun: Begun) -> tuple[list[Record], int]:
+    task, deadlines = begun.task, backend.deadlines
+    allowed, expected = deadlines.of_call(task, begun.early), deadlines.expected(task)
     limit = (
         f" ({allowed:.3g} s allowed, {'nothing' if expected is None else f'{expected:.2g} s'} "
         "predicted)"

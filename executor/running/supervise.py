@@ -45,6 +45,12 @@ class Deadlines:
         expected = self.expected(task)
         return max(floor, UNPREDICTED_SECONDS if expected is None else FACTOR * expected)
 
+    def of_silence(self, task: Task, early: bool) -> float:
+        """Seconds after which a call must have ended one way or the other, as its deadline has
+        passed; an engine that dies may be started again meanwhile."""
+        again = self.of_start if task.call.kind in ("generate", "transfer") else 0.0
+        return self.of_call(task, early) + self.floor + again
+
     def expected(self, task: Task) -> float | None:
         """Predicted seconds; the longest call's for one that a prediction leaves out, such as an
         evaluation."""
