@@ -305,11 +305,16 @@ def with_files(tmp_path: Path, directories: dict[str, Path], function: str) -> W
 def test_a_run_from_files_with_a_reward_function(
     on_two_cores: None, tmp_path: Path, model_directories: dict[str, Path]
 ) -> None:
-    path = execute(
-        split(with_files(tmp_path, model_directories, "length")), name="r", runs=tmp_path
-    )
+    workload = with_files(tmp_path, model_directories, "length")
+    assert workload.data is not None
+    workload = workload.changed(data=workload.data.changed(evaluate_first=True))
+    path = execute(split(workload), name="r", runs=tmp_path)
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert "exact_match" not in metrics[0] and 0 <= metrics[1]["exact_match"] <= 1
+    # Greedy responses have up to 8 words, and their score is an eighth for each.
+    assert "evaluation_score" not in metrics[0] and 0 < metrics[1]["evaluation_score"] <= 1
+    assert 0 < metrics[0]["initial_evaluation_score"] <= 1
+    assert not {"exact_match", "initial_evaluation_score"} & metrics[1].keys()
+    assert Timeline.read(path / "timeline.json").spans[0].start < 5  # the clock began after it
     assert metrics[0]["score"] == pytest.approx(
         metrics[0]["response_tokens"] / 8, abs=0.2
     )  # the eos is no word

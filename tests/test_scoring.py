@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from conftest import cpu_cluster
 
-from executor.data.prompts import Prompts
-from executor.data.requests import keys_of, make_requests
 from executor.fleet.pools import Fleet
 from executor.running.judges import Judges
 from executor.running.run_directory import log
@@ -41,16 +39,12 @@ def scores_of(
     (tmp_path / "judged.py").write_text(REWARD)
     reward = RewardFunction(function=f"{tmp_path}/judged.py:{name}", timeout_seconds=seconds)
     texts = [str(row) for row in range(count)]
-    tokens = [np.ones(1, dtype=np.int32)] * count
-    ones = np.ones(count, dtype=np.int32)
-    requests = make_requests(tokens, keys_of(count, 0), ones, ones > 1)
-    prompts = Prompts(requests=requests, texts=texts, answers=[None] * count)
     fleet = Fleet(cpu_cluster(1).gpus, "CPU")
     try:
         judges = Judges(fleet, reward)
         judges.set_up()
         began = time.monotonic()
-        scores, records = judge(judges, prompts, texts)
+        scores, records = judge(judges, texts, texts, [None] * count)
         taken = time.monotonic() - began
         assert len(judges) == 1 and all(record.end >= record.start for record in records)
     finally:

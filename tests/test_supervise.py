@@ -45,6 +45,21 @@ def task_of(plan: Plan, call: str) -> Task:
 # --- deadlines ---
 
 
+def test_an_evaluation_has_time_for_all_held_out_prompts() -> None:
+    """5,000 prompts are 625 batches of 8; a reward function may take 5 times its limit for each."""
+    data = {"train": "x", "evaluation": "y", "evaluate_every": 1, "evaluate_first": True}
+    plan = split(make_workload(data=data))
+    evaluate = task_of(plan, "evaluate")
+    assert Deadlines(plan=plan, held_out=4).of_call(evaluate, early=False) == 1800
+    assert Deadlines(plan=plan, held_out=5000).of_call(evaluate, early=False) == 625 * 1800
+    predicted = Deadlines(plan=plan, held_out=5000, predicted=lambda task: 7.0)
+    assert predicted.of_call(evaluate, early=False) == 625 * 70
+    reward = {"function": "rewards.py:f", "timeout_seconds": 10.0}
+    judged = Deadlines(plan=split(make_workload(data=data, reward=reward)), held_out=5000)
+    assert judged.of_call(evaluate, early=False) == 625 * (1800 + 50)
+    assert judged.of_first_evaluation == 625 * (1800 + 50)
+
+
 def test_a_deadline_is_ten_times_the_prediction_but_not_below_the_floor() -> None:
     plan = split(WORKLOAD)
     plan = plan.model_copy(update={"predicted": predict(plan)})

@@ -21,7 +21,7 @@ from executor.data.requests import (
 )
 from planner.spec.errors import UserError
 from planner.spec.lengths import sample
-from planner.spec.workload import Workload
+from planner.spec.workload import RewardFunction, Workload
 
 MOST_KEYS = 6  # that a message names
 
@@ -36,7 +36,10 @@ class Prompts:
 
 
 class PromptSource(Protocol):
-    """Where the prompts of a step come from, and how responses read."""
+    """Where the prompts of a step come from, and how responses read. `held_out` is the number of
+    prompts of an evaluation."""
+
+    held_out: int
 
     def step(self, step: int) -> Prompts: ...
     def evaluation(self) -> Prompts: ...
@@ -139,7 +142,10 @@ class Dataset:
         self._workload, self._tokenizer = workload, tokenizer
         self._train = self._encode(read_lines(workload.data.train))
         file = workload.data.evaluation
-        self._evaluation = self._encode(read_lines(file, need_answer=True)) if file else []
+        # A reward function may do without answers; what is compared with them does not.
+        compared = not isinstance(workload.reward, RewardFunction)
+        self._evaluation = self._encode(read_lines(file, need_answer=compared)) if file else []
+        self.held_out = len(self._evaluation)
 
     def _encode(self, lines: list[Line]) -> list[tuple[Line, Ints]]:
         longest = self._workload.prompt.longest
@@ -227,6 +233,8 @@ def _framing(tokenizer: Any) -> tuple[list[int], list[int]]:
 class Synthetic:
     """Random tokens of the workload's lengths, for workloads without data: what benchmarks run
     on."""
+
+    held_out = 0
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload

@@ -36,6 +36,8 @@ class SizedPrompts:
     and lengths whenever it comes, so that its repeats can be compared: those of step 0 of a run, or
     for a held-out batch those of step 1."""
 
+    held_out = 0
+
     def __init__(self, workload: Workload, batches: Sequence[BatchSize]) -> None:
         self._workload, self._batches = workload, batches
 

@@ -111,7 +111,7 @@ def _train(
 
     trackers.check(options.track)
     prompts = preflight.check(plan, local=options.address is None)
-    deadlines = Deadlines(plan=plan, floor=options.deadline_floor)
+    deadlines = Deadlines(plan=plan, floor=options.deadline_floor, held_out=prompts.held_out)
     steps = options.steps or plan.workload.steps
     saver = None
     if options.save_every:

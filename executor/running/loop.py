@@ -52,6 +52,10 @@ class Backend(Protocol):
         own."""
         ...
 
+    def evaluate_first(self) -> dict[str, float]:
+        """Evaluate what the run begins with: the figures."""
+        ...
+
     def end_step(self, step: int) -> dict[str, Any]:
         """Every call of a step has ended: its metrics."""
         ...

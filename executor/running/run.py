@@ -2,6 +2,7 @@
 the models, and what is written of them."""
 
 import contextlib
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -72,6 +73,7 @@ class Run:
                 "plan %s, %d steps, %d GPUs", self._plan.name, self._steps, pools.needed(self._plan)
             )
             with self._signals():
+                self._evaluate_first()
                 self._loop()
                 self._export()
                 if self._saver is not None:
@@ -111,6 +113,21 @@ class Run:
         if self._saver is None:
             return contextlib.nullcontext()
         return self._stops.on_signals(self._recorded.on_note)
+
+    def _evaluate_first(self) -> None:
+        """Evaluate before the first step, if the workload wants it. The run's clock begins after
+        it."""
+        data = self._plan.workload.data
+        if self._resumed is not None or data is None or not data.evaluate_first:
+            return
+        began, limit = time.perf_counter(), self._backend.deadlines.of_first_evaluation
+        what, where = "the evaluation before the first step", self._plan.rollout.pools
+        line = one_line(self._plan, what, where, "evaluate", f" ({limit:.3g} s allowed)")
+        with line, within(limit):
+            figures = self._backend.evaluate_first()
+        for name, figure in figures.items():
+            self._recorded.on_note(f"before the first step: {name.replace('_', ' ')} {figure:.3f}")
+        self._course.began += time.perf_counter() - began
 
     def _loop(self) -> None:
         """All tasks, with a pause at each stop where a checkpoint is taken."""

@@ -11,7 +11,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.data.prompts import Prompts
 from executor.data.reward import RewardWorker
 from executor.fleet.asking import Answers, ask
 from executor.fleet.worker import Died, Record
@@ -25,13 +24,16 @@ PATIENCE_SECONDS = 1.0  # after which there are twice as many of them, as long a
 
 
 def judge(
-    judges: Judges, prompts: Prompts, responses: Sequence[str]
+    judges: Judges,
+    prompts: Sequence[str],
+    responses: Sequence[str],
+    answers: Sequence[str | None],
 ) -> tuple[NDArray[np.float32], list[Record]]:
     """Scores `[B]`, NaN for samples to be dropped. If the batch as a whole raises, hangs or returns
     no finite numbers, each sample is tried again alone. Raises UserError, with the prompt named, if
     more than one in `ONE_IN` fail."""
     with judges.asking:
-        trial = _Trial(judges, prompts, responses)
+        trial = _Trial(judges, prompts, responses, answers)
         try:
             outcome = trial.ask(0, range(len(responses)))
             return np.array(outcome.results[0], dtype=np.float32), outcome.records
@@ -48,8 +50,15 @@ class _Trial:
     """Each sample is tried alone, on several processes at a time: those that hang take their time
     together, while others go on."""
 
-    def __init__(self, judges: Judges, prompts: Prompts, responses: Sequence[str]) -> None:
-        self._judges, self._prompts, self._responses = judges, prompts, responses
+    def __init__(
+        self,
+        judges: Judges,
+        prompts: Sequence[str],
+        responses: Sequence[str],
+        answers: Sequence[str | None],
+    ) -> None:
+        self._judges, self._prompts = judges, prompts
+        self._responses, self._answers = responses, answers
         self._waiting = deque(range(len(responses)))  # rows
         self._failed: list[int] = []  # rows
         self._over, self._lock = False, threading.Lock()
@@ -94,7 +103,7 @@ class _Trial:
 
     def _count_failed(self, row: int, error: UserError) -> None:
         self._failed.append(row)
-        line = f"prompt {self._prompts.texts[row][:60]!r}: {error}"
+        line = f"prompt {self._prompts[row][:60]!r}: {error}"
         count = len(self._failed)
         if count > max(1, len(self._responses) // ONE_IN):
             raise UserError(
@@ -104,8 +113,8 @@ class _Trial:
 
     def ask(self, number: int, rows: Sequence[int]) -> Answers[list[float]]:
         """Raises UserError; the process is a fresh one then if it hung or died."""
-        texts = [self._prompts.texts[row] for row in rows]
-        answers = [self._prompts.answers[row] for row in rows]
+        texts = [self._prompts[row] for row in rows]
+        answers = [self._answers[row] for row in rows]
         given = [self._responses[row] for row in rows]
         count = f"{len(rows)} response{'s' if len(rows) > 1 else ''}"
         judge, reward = self._judges[number], self._judges.reward

@@ -23,6 +23,7 @@ from executor.rollout.engine import EngineWorker
 from executor.running import checkpoint
 from executor.running.checkpoint import Checkpoint
 from executor.running.export import export_models
+from executor.running.judges import Judges
 from executor.running.processes import Processes
 from executor.running.saving import Snapshot
 from executor.running.scoring import judge
@@ -126,7 +127,9 @@ class Training:
 
     def generate(self, task: Task) -> Done:
         prompts = self.prompts.step(task.step)
-        sequences, answers = self._generate(task, prompts, self.settings.temperature)
+        assert task.weights_version is not None
+        version = task.weights_version
+        sequences, answers = self._generate(version, prompts, self.settings.temperature)
         self.steps[task.step] = StepData(
             prompts=prompts, sequences=sequences, batch=ray.put(sequences)
         )
@@ -139,7 +142,7 @@ class Training:
             return done
         responses = self.prompts.decode(step.sequences.responses())
         assert self.processes.judges is not None, "who scores on no pool is a reward function"
-        step.scores, records = judge(self.processes.judges, step.prompts, responses)
+        step.scores, records = self._score(self.processes.judges, step.prompts, responses)
         return records, int(step.sequences.lengths.sum())
 
     def ref_logprobs(self, task: Task) -> Done:
@@ -206,21 +209,54 @@ class Training:
         return self.processes.sync_weights(task.weights_version), 0
 
     def evaluate(self, task: Task) -> Done:
-        """Greedy responses to the held-out prompts: the share that equals the answer."""
+        assert task.weights_version is not None
+        figures, done = self._evaluate(task.weights_version)
+        self.evaluations.setdefault(task.step, {}).update(figures)
+        return done
+
+    def evaluate_first(self) -> dict[str, float]:
+        """Evaluate the weights that the run begins with; the figures go to the first step."""
+        figures, _ = self._evaluate(0)
+        found = {f"initial_{name}": figure for name, figure in figures.items()}
+        self.evaluations.setdefault(0, {}).update(found)
+        return found
+
+    def _evaluate(self, version: int) -> tuple[dict[str, float], Done]:
+        """Greedy responses to the held-out prompts: their mean score by the reward function, or
+        without one the share that equals the answer."""
         prompts = self.prompts.evaluation()
-        sequences, answers = self._generate(task, prompts, None)
-        responses = self.prompts.decode(sequences.responses())
-        right = [
-            given.strip() == (wanted or "").strip()
-            for given, wanted in zip(responses, prompts.answers, strict=True)
-        ]
-        self.evaluations[task.step] = {"exact_match": float(np.mean(right))}
-        return answers.records, int(sequences.response_lengths.sum())
+        sequences, answers = self._generate(version, prompts, None)
+        responses, records = self.prompts.decode(sequences.responses()), answers.records
+        if self.processes.judges is None:
+            right = [
+                given.strip() == (wanted or "").strip()
+                for given, wanted in zip(responses, prompts.answers, strict=True)
+            ]
+            figures = {"exact_match": float(np.mean(right))}
+        else:
+            scores, of_judges = self._score(self.processes.judges, prompts, responses)
+            figures = {"evaluation_score": float(np.nanmean(scores))}
+            records = records + of_judges
+        return figures, (records, int(sequences.response_lengths.sum()))
+
+    def _score(
+        self, judges: Judges, prompts: Prompts, responses: list[str]
+    ) -> tuple[NDArray[np.float32], list[Record]]:
+        """Scores by the reward function. It gets as many responses at once as a step has, for
+        which its limit is meant."""
+        scores, records, batch = [], [], self.workload.batch
+        for begin in range(0, len(responses), batch):
+            rows = slice(begin, begin + batch)
+            given = prompts.texts[rows], responses[rows], prompts.answers[rows]
+            found, more = judge(judges, *given)
+            scores.append(found)
+            records += more
+        return np.concatenate(scores), records
 
     # --- what they share ---
 
     def _generate(
-        self, task: Task, prompts: Prompts, temperature: float | None
+        self, version: int, prompts: Prompts, temperature: float | None
     ) -> tuple[Sequences, Answers[Generated]]:
         requests, engines = prompts.requests, self.processes.engines
         shares = assign(requests.lengths, len(engines), self.workload.response.longest)
@@ -231,9 +267,7 @@ class Training:
         answers = ask(orders, revive=self.processes.revive)
         sequences = collate(requests, shares, answers.results)
         used = set(sequences.weights_versions.tolist())
-        assert used == {task.weights_version}, (
-            f"sampled with weights {used}, the plan says {task.weights_version}"
-        )
+        assert used == {version}, f"sampled with weights {used}, the plan says {version}"
         return sequences, answers
 
     def _infer(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:

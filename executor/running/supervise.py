@@ -2,6 +2,7 @@
 its processes."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,22 +29,43 @@ ONE_IN = (
 class Deadlines:
     """Seconds that a plan's calls and its start may take: ten times the prediction
     (`predicted(task)`, by default the plan's own), but never less than `floor`, and in the
-    beginning ten times that."""
+    beginning ten times that. An evaluation of more prompts (`held_out`) than a batch has takes as
+    many times more."""
 
     plan: Plan
     floor: float = DEADLINE_FLOOR_SECONDS
     predicted: Callable[[Task], float] | None = None
+    held_out: int = 0
 
     def of_call(self, task: Task, early: bool) -> float:
         """Seconds allowed for a task; `early` ones are the first of a call."""
         floor = self.floor * (EARLY if early else 1.0)
-        reward = self.plan.workload.reward
-        if task.call.scores and isinstance(reward, RewardFunction):
-            # Each try has its own limit, which comes first.
-            tries = 4 + self.plan.workload.batch // ONE_IN
-            return tries * reward.timeout_seconds + floor
+        if task.call.scores and isinstance(self.plan.workload.reward, RewardFunction):
+            return self._of_scoring() + floor
         expected = self.expected(task)
-        return max(floor, UNPREDICTED_SECONDS if expected is None else FACTOR * expected)
+        allowed = max(floor, UNPREDICTED_SECONDS if expected is None else FACTOR * expected)
+        return self._of_evaluation(allowed) if task.call.monitor else allowed
+
+    @property
+    def of_first_evaluation(self) -> float:
+        """Seconds allowed for an evaluation before the first step."""
+        calls = self.plan.predicted.call_seconds if self.plan.predicted else {}
+        longest = max(calls.values(), default=UNPREDICTED_SECONDS / FACTOR)
+        return self._of_evaluation(max(EARLY * self.floor, FACTOR * longest))
+
+    def _of_evaluation(self, of_batch: float) -> float:
+        """Seconds for all held-out prompts, if a batch may take so many to be generated."""
+        batches = max(1, math.ceil(self.held_out / self.plan.workload.batch))
+        return batches * (of_batch + self._of_scoring())
+
+    def _of_scoring(self) -> float:
+        """Seconds that a reward function may take for a batch: each try has its own limit, which
+        comes first."""
+        reward = self.plan.workload.reward
+        if not isinstance(reward, RewardFunction):
+            return 0.0
+        tries = 4 + self.plan.workload.batch // ONE_IN
+        return tries * reward.timeout_seconds
 
     def of_silence(self, task: Task, early: bool) -> float:
         """Seconds after which a call must have ended one way or the other, as its deadline has

@@ -110,7 +110,7 @@ def summary(plan: Plan, timeline: Timeline, progress: LiveProgress) -> str:
     text = f"{timeline.steps} steps, {measured:.3g} s per step after {timeline.warmup} to warm up"
     if plan.predicted is not None:
         text += f" (predicted {plan.predicted.step_seconds:.3g} s)"
-    for key in ("reward", "exact_match"):
+    for key in ("reward", "exact_match", "evaluation_score"):
         if isinstance(value := progress.metrics.get(key), float):
             text += f", last {key.replace('_', ' ')} {value:.3f}"
     return text + "."

@@ -22,6 +22,7 @@ REFRESHES_PER_SECOND = 2  # drawing competes with the run where cores stand in f
 SHOWN_METRICS = (
     ("reward", "reward"),
     ("exact_match", "exact match"),
+    ("evaluation_score", "evaluation score"),
     ("tokens_per_second", "tokens/s"),
 )
 

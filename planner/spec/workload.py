@@ -140,16 +140,20 @@ Reward = Annotated[
 
 
 class Data(Spec):
-    """JSONL files of `{"prompt": str, "answer": str}`; `answer` is needed for evaluation only."""
+    """JSONL files of `{"prompt": str, "answer": str}`; `answer` is needed for an evaluation without
+    a reward function only."""
 
     train: Path
     evaluation: Path | None = None
     evaluate_every: Annotated[int, Field(ge=0, le=100_000)] = 0  # 0: never
+    evaluate_first: bool = False  # before the first step too
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Self:
         if self.evaluate_every and self.evaluation is None:
             raise ValueError("evaluate_every is set but there is no evaluation file")
+        if self.evaluate_first and not self.evaluate_every:
+            raise ValueError("evaluate_first is set but evaluate_every is not")
         return self
 
 
