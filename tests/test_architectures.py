@@ -111,6 +111,10 @@ def test_parameters_are_those_of_the_model(tmp_path: Path) -> None:
         ({"hidden_size": 64}, "model_type None"),
         ({**LLAMA, "rope_scaling": {"type": "su"}}, "rotary scaling 'su'"),
         ({"model_type": "llama"}, "num_attention_heads"),
+        ({**LLAMA, "normalize_reward": True}, "normalised"),
+        ({**LLAMA, "rope_scaling": [1]}, "save the model again"),
+        ({**LLAMA, "layer_types": [["a"]]}, "save the model again"),
+        ({**LLAMA, "model_type": ["llama"]}, "save the model again"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Qwen2ForCausalLM
 
 from executor.data.batch import Sequences
-from executor.training import lm_head, models, residual
+from executor.training import lm_head, models, packing, residual
 from executor.training.offload import Parking
 from executor.training.packing import (
     Packed,
@@ -338,3 +338,25 @@ def test_shaped_logits_and_their_gradients_are_those_of_the_formula(
     assert len(results[1]) == (4 if biased else 3)
     for ours, exact in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_capped_attention_in_a_few_rows_at_a_time_is_that_of_the_formula(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    monkeypatch.setattr(packing, "CAPPED_ROWS", 4)
+    torch.manual_seed(0)
+    given = [torch.randn(2, heads, 10, 8, requires_grad=True) for heads in (4, 2, 2)]
+    q, k, v = given
+    keys, values = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    scores = 2.0 * torch.tanh((q @ keys.transpose(2, 3)) * 0.7 / 2.0)
+    place = torch.arange(10)
+    distance = place[:, None] - place
+    seen = (distance >= 0) & (distance < (window or 10))
+    exact = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ values
+    ours = packing._dense_attention(q, k, v, packing._Scores(0.7, window, 2.0))
+    upstream = torch.randn_like(exact)
+    wanted = torch.autograd.grad((exact * upstream).sum(), given)
+    got = torch.autograd.grad((ours * upstream).sum(), given)
+    for mine, theirs in zip((ours, *got), (exact, *wanted), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)

@@ -126,7 +126,16 @@ def load(
 
 def check(role: str, model: Model) -> None:
     """Whether a directory holds a role's weights. Raises UserError."""
-    found = empty(role, model, torch.float32)
+    try:
+        found = empty(role, model, torch.float32)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a configuration makes transformers raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"{role}: transformers cannot make the model of {model.path}/config.json ({reason}); "
+            "save the model again"
+        ) from None
     weights_of(role, model, 0, found)
     counted = sum(parameter.numel() for parameter in found.parameters())
     planned = model.shape.parameters(head_of(role))

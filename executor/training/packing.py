@@ -1,30 +1,32 @@
 """Micro-batches without padding: sequences end to end in one row, and attention that keeps them
 apart.
 
-On a GPU attention is PyTorch's variable-length kernel, or FlexAttention where scores are capped.
-Elsewhere queries, keys and values are padded for the attention alone. That is exact, because under
-a causal mask right padding reaches no real token.
+On a GPU attention is PyTorch's variable-length kernel. Elsewhere, and where scores are capped,
+which that kernel cannot do, queries, keys and values are padded for the attention alone. That is
+exact, because under a causal mask right padding reaches no real token.
 """
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 
 from executor.data.batch import Sequences
 from executor.data.requests import Rows
 
 ATTENTION = "packed"  # the name under which transformers finds it
+
+# Rows of queries whose scores are held at a time where they are capped: about 0.5 GB for 18k tokens
+# and 8 heads.
+CAPPED_ROWS = 256
 
 # Until torch 2.11 the kernel took fewer heads of keys than of queries without being told.
 _GROUPED: dict[str, Any] = (
@@ -123,12 +125,9 @@ def packed_attention(
     T, heads, D]`. A window is the number of tokens that a token sees, itself among them; `softcap`
     bounds the scores as `softcap * tanh(score / softcap)`."""
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if not query.is_cuda:
+    if softcap is not None or not query.is_cuda:
         scores = _Scores(scaling, sliding_window, softcap)
         return _padded_attention(q, k, v, cu_seq_lens_q, max_length_q, scores)[None], None
-    if softcap is not None:
-        settings = scaling, sliding_window, softcap
-        return _compiled_capped_attention()(query, key, value, cu_seq_lens_q, *settings), None
     grouped = _GROUPED if q.shape[1] != k.shape[1] else {}
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     out: Any = varlen_attn(
@@ -154,48 +153,7 @@ class _Scores(NamedTuple):
     cap: float | None
 
 
-def _capped_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    starts: Tensor,
-    scaling: float,
-    window: int | None,
-    cap: float,
-) -> Tensor:
-    """The same attention on a GPU, `[1, heads, T, D]` -> `[1, T, heads, D]`, with capped scores,
-    which the variable-length kernel does not know."""
-    tokens = query.shape[2]
-    places = torch.arange(tokens, device=query.device)
-    sequence = torch.searchsorted(starts, places, right=True)
-
-    def seen(_batch: Tensor, _head: Tensor, here: Tensor, there: Tensor) -> Tensor:
-        found = (sequence[here] == sequence[there]) & (there <= here)
-        return found if window is None else found & (here - there < window)
-
-    def capped(score: Tensor, *_: Tensor) -> Tensor:
-        return cap * torch.tanh(score / cap)
-
-    blocks = create_block_mask(seen, None, None, tokens, tokens, device=query.device.type)
-    out: Any = flex_attention(
-        query,
-        key,
-        value,
-        score_mod=capped,
-        block_mask=blocks,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    return cast(Tensor, out.transpose(1, 2))
-
-
-@cache
-def _compiled_capped_attention() -> Callable[..., Tensor]:
-    """The kernel of that attention: compiled apart from the block around it."""
-    compiled: Callable[..., Tensor] = torch.compile(_capped_attention, dynamic=True)
-    return cast(Callable[..., Tensor], torch.compiler.disable(compiled))
-
-
+@torch.compiler.disable  # its loop would be compiled for every length
 def _padded_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scores: _Scores
 ) -> Tensor:
@@ -227,6 +185,17 @@ def _dense_attention(q: Tensor, k: Tensor, v: Tensor, scores: _Scores) -> Tensor
         )
     if grouped:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    rows = []
+    for begin in range(0, length, CAPPED_ROWS):
+        end = min(begin + CAPPED_ROWS, length)
+        given = q[:, :, begin:end], k[:, :, :end], v[:, :, :end], seen[begin:end, :end], scores
+        rows.append(checkpoint(_capped, *given, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(rows, dim=2)
+
+
+def _capped(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scores: _Scores) -> Tensor:
+    """Attention with capped scores, for a few rows of queries."""
+    assert scores.cap is not None
     raw = (q @ k.transpose(2, 3)).float() * scores.scaling
     capped = scores.cap * torch.tanh(raw / scores.cap)
     weights = capped.masked_fill(~seen, -torch.inf).softmax(-1)

@@ -82,6 +82,8 @@ def obstacle(config: Config) -> str | None:
             "it is more than a language model (vision or audio parts); save its language model "
             "alone and name that"
         )
+    if config.get("normalize_reward"):
+        return "its scores are normalised (normalize_reward of OpenRLHF); fold that into its head"
     if any("expert" in key and value for key, value in config.items()):
         return f"it is a mixture of experts, which is not supported; {_use_another()}"
     if config.get("kv_lora_rank"):
@@ -141,7 +143,10 @@ def read_config(directory: Path, named_by: str) -> Config:
             "path"
         )
     config = read_data(file)
-    reason = obstacle(config)
+    try:
+        reason = obstacle(config)
+    except (AttributeError, TypeError):  # lists for tables, and the like
+        reason = "it is not what save_pretrained writes; save the model again"
     if reason is not None:
         raise UserError(f"{file}: {reason}")
     return config
