@@ -247,7 +247,7 @@ def test_it_notices_what_attention_ignores(
 def test_it_notices_sequences_that_see_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def whole(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *rest: Any) -> Tensor:
+    def whole(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, *rest: Any) -> Any:
         return apart(q, k, v, starts[[0, -1]], len(q), rest[1])
 
     apart = packing._padded_attention

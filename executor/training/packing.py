@@ -127,10 +127,11 @@ def packed_attention(
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if softcap is not None or not query.is_cuda:
         scores = _Scores(scaling, sliding_window, softcap)
-        return _padded_attention(q, k, v, cu_seq_lens_q, max_length_q, scores)[None], None
+        out: Any = _padded_attention(q, k, v, cu_seq_lens_q, max_length_q, scores)
+        return out[None], None
     grouped = _GROUPED if q.shape[1] != k.shape[1] else {}
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    out: Any = varlen_attn(
+    out = varlen_attn(
         q,
         k,
         v,
@@ -153,7 +154,7 @@ class _Scores(NamedTuple):
     cap: float | None
 
 
-@torch.compiler.disable  # its loop would be compiled for every length
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # one compilation for every length
 def _padded_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scores: _Scores
 ) -> Tensor:
