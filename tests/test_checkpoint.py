@@ -486,9 +486,9 @@ def test_models_and_files_may_lie_elsewhere_if_they_hold_the_same(
     found = replace(checkpoint.find(two), plan=here)
     assert found.check(here) == []
     assert found.check(there) == [
-        f"actor.path: {places[1]}/actor",
-        f"data.train: {places[1]}/train.jsonl",
-        f"reward.function: {places[1]}/reward.py",
+        f"actor.path: now {places[1]}/actor (as before)",
+        f"data.train: now {places[1]}/train.jsonl (as before)",
+        f"reward.function: now {places[1]}/reward.py (as before)",
     ]
     (places[1] / "reward.py").write_text("def f(prompts, responses, answers): return []\n")
     assert f"reward.function: {places[1]}/reward.py is not what it was" in found.check(there)
@@ -499,7 +499,9 @@ def test_models_and_files_may_lie_elsewhere_if_they_hold_the_same(
     with pytest.raises(UserError, match=r": the content of actor.path may not differ"):
         found.check(there)
     shutil.rmtree(places[0])
-    with pytest.raises(UserError, match=r"actor.path: nothing is at .* --resume .*run --plan COPY"):
+    with pytest.raises(
+        UserError, match=r"actor.path: nothing is at .* --resume .*run --plan .*plan"
+    ):
         found.check(here)
 
 

@@ -68,8 +68,9 @@ def check_there(workload: Workload, run: Path) -> None:
     for key, path in _paths(workload).items():
         if not path.exists():
             raise UserError(
-                f"{key}: nothing is at {path}; if it was moved, write where it is now into a copy "
-                f"of {run / 'plan.json'}, and go on with: plan execute --resume {run} --plan COPY"
+                f"{key}: nothing is at {path}; if it was moved, write where it is now into the "
+                f"run's plan.json, and go on with: plan execute --resume {run} --plan "
+                f"{run / 'plan.json'}"
             )
 
 
@@ -89,8 +90,8 @@ def changes(ours: Workload, theirs: Workload, saved: Mapping[str, str]) -> list[
             if key not in FREE_FILES:
                 wrong.append(f"the content of {key}")
         elif here[key] != there[key]:
-            known = "" if before else ", which cannot be compared with what was used before"
-            told.append(f"{key}: {there[key]}{known}")
+            same = "as before" if before else "nothing is known of what it held before"
+            told.append(f"{key}: now {there[key]} ({same})")
     if wrong:
         raise ValueError(", ".join(dict.fromkeys(wrong)))
     return sorted(told)
