@@ -45,6 +45,20 @@ class Words:
         return [" ".join(map(str, row)) for row in rows]
 
 
+def test_a_response_ends_at_the_first_stop_string(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a"}\n')
+    numbers = {"a": 0, "b": 1, "stop": 2, "it": 3}
+    made = Tokenizer(WordLevel(numbers, unk_token="b"))
+    made.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made)
+    data = {"train": tmp_path / "train.jsonl", "stop": ["stop it", 7]}
+    dataset = Dataset(make_workload(data=data), tokenizer)
+    rows = [[0, 2, 3, 0, 2, 3], [0, 2, 0], [], [2, 3]]
+    assert dataset.stopped([np.array(row, dtype=np.int32) for row in rows]) == [3, None, None, 2]
+    dataset = Dataset(make_workload(data={"train": tmp_path / "train.jsonl"}), tokenizer)
+    assert dataset.stopped([np.array([2, 3])]) == [None]
+
+
 @pytest.mark.parametrize("template", ["<bos> $A", "<bos> $A <eos>", "<mask> <bos> $A", "$A"])
 def test_a_prompt_has_what_its_tokenizer_puts_before_it_once(tmp_path: Path, template: str) -> None:
     """With its template already in it or not, and nothing behind it."""

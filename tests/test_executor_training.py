@@ -329,6 +329,19 @@ def test_a_run_from_files_with_a_reward_function(
     assert critic.score.weight.abs().sum() > 0
 
 
+def test_stop_strings_and_tokens_end_responses(
+    on_two_cores: None, tmp_path: Path, model_directories: dict[str, Path]
+) -> None:
+    """Without its EOS nearly every response would be cut; every number is a stop here."""
+    workload = with_files(tmp_path, model_directories, "length")
+    assert workload.data is not None
+    data = workload.data.changed(stop=[*map(str, range(5)), *range(48)])
+    path = execute(split(workload.changed(data=data)), name="r", runs=tmp_path)
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["response_tokens"] for line in metrics] == [1, 1]
+    assert [line["truncated_share"] for line in metrics] == [0, 0]
+
+
 def test_a_failure_in_the_middle_keeps_what_was_done(
     on_two_cores: None, tmp_path: Path, model_directories: dict[str, Path]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import SHAPE, make_workload
 
 from planner.spec.errors import UserError
-from planner.spec.tokenizers import check_tokenizers, tokens_of
+from planner.spec.tokenizers import check_tokenizers, stop_tokens, tokens_of
 from planner.spec.workload import Workload, load_workload
 
 WORDS = ["a", "b", "c"]
@@ -85,6 +85,13 @@ def test_the_kinds_of_files_are_read(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a tokenizer's file; save it again"):
         tokens_of(directory)
     assert tokens_of(tmp_path) is None
+
+
+def test_stops_that_are_tokens_are_left_to_the_engine(tmp_path: Path) -> None:
+    actor = model(tmp_path, "actor", ["<eos>", "<end>"])
+    stops = {"train": "train.jsonl", "stop": [9, "<end>", "b", "###"]}
+    assert stop_tokens(make_workload(actor=actor, data=stops)) == [9, 4]
+    assert stop_tokens(make_workload(actor=actor)) == []
 
 
 def test_a_search_is_told_too(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Where prompts come from: the lines of a dataset, or random tokens."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +45,7 @@ class PromptSource(Protocol):
     def step(self, step: int) -> Prompts: ...
     def evaluation(self) -> Prompts: ...
     def decode(self, responses: Sequence[Ints]) -> list[str]: ...
+    def stopped(self, responses: Sequence[Ints]) -> list[int | None]: ...
     def save_tokenizer(self, directory: Path) -> None: ...
 
 
@@ -210,6 +212,27 @@ class Dataset:
             requests=requests, texts=[x.prompt for x in lines], answers=[x.answer for x in lines]
         )
 
+    def stopped(self, responses: Sequence[Ints]) -> list[int | None]:
+        """The tokens of each response up to the first that completes a stop string; None where
+        there is none."""
+        assert self._workload.data is not None
+        stops = [stop for stop in self._workload.data.stop if isinstance(stop, str)]
+        if not stops:
+            return [None] * len(responses)
+
+        def has_stop(tokens: Ints) -> bool:
+            text = self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
+            return any(stop in text for stop in stops)
+
+        found: list[int | None] = []
+        for response in responses:
+            if not has_stop(response):
+                found.append(None)
+                continue
+            counts = range(1, len(response) + 1)
+            found.append(1 + bisect_left(counts, True, key=lambda n: has_stop(response[:n])))
+        return found
+
     def decode(self, responses: Sequence[Ints]) -> list[str]:
         texts: list[str] = self._tokenizer.batch_decode(
             [list(map(int, r)) for r in responses], skip_special_tokens=True
@@ -254,6 +277,9 @@ class Synthetic:
 
     def evaluation(self) -> Prompts:
         raise AssertionError("a workload without data has nothing to evaluate on")
+
+    def stopped(self, responses: Sequence[Ints]) -> list[int | None]:
+        return [None] * len(responses)
 
     def decode(self, responses: Sequence[Ints]) -> list[str]:
         return [" ".join(map(str, response)) for response in responses]

@@ -55,6 +55,9 @@ class SizedPrompts:
     def decode(self, responses: Sequence[Ints]) -> list[str]:
         return Synthetic(self._workload).decode(responses)
 
+    def stopped(self, responses: Sequence[Ints]) -> list[int | None]:
+        return [None] * len(responses)
+
     def save_tokenizer(self, directory: Path) -> None:
         """Do nothing: random prompts have no tokenizer."""
 

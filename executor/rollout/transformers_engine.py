@@ -14,6 +14,7 @@ from executor.data.requests import Ints, Requests, pad
 from executor.rollout.engine import Channel, EngineWorker
 from executor.training import models, weights
 from planner.spec.plan import Plan
+from planner.spec.tokenizers import stop_tokens
 
 
 class TransformersWorker(EngineWorker):
@@ -30,7 +31,7 @@ class TransformersWorker(EngineWorker):
         workload = plan.workload
         device, dtype = ("cpu", torch.float32) if on_cpu else ("cuda", torch.bfloat16)
         model = models.load("actor", workload.actor, workload.seed, dtype, torch.device(device))
-        eos = models.eos_tokens(model)
+        eos = [*models.eos_tokens(model), *stop_tokens(workload)]
         self.engine = TransformersEngine(model, eos, plan.rollout.concurrency)
         self._sleep()
         return eos

@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
     from executor.running.saving import Saver
 
 
+NEARLY_ALL = 0.9  # of the responses of the first batch: so many are cut by mistake
+
+
 class Run:
     """The steps of a plan on a backend, from the beginning or from the checkpoint `resumed`.
     Without a saver there are no checkpoints."""
@@ -205,6 +208,7 @@ class Recorded:
         self, directory: RunDirectory, progress: Progress, ends_step: str, past: Sequence[Span]
     ) -> None:
         self._directory, self._progress, self._ends_step = directory, progress, ends_step
+        self._has_steps = bool(past)
         self._ends = {span.step: span.end for span in past if span.call == ends_step}
 
     def on_start(self, task: Task) -> None:
@@ -225,6 +229,13 @@ class Recorded:
             log.info("step %d ended, %.3g s", step, seconds)
         self._directory.write_metrics(metrics)
         self._progress.on_step(metrics)
+        if not self._has_steps and metrics.get("truncated_share", 0.0) >= NEARLY_ALL:
+            self.on_note(
+                f"{metrics['truncated_share']:.0%} of the responses of step {metrics['step']} were "
+                "cut at the longest length: if the model ends them with another token or text than "
+                "its generation_config.json says, name it in data.stop; or raise response.max"
+            )
+        self._has_steps = True
 
     def on_note(self, text: str) -> None:
         log.info(text)

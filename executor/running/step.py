@@ -163,7 +163,8 @@ class Training:
         step.drop_unscored()
         step.columns["log_probs"] = step.sequences.log_probs
         step.columns.setdefault("proximal_log_probs", step.sequences.log_probs)
-        ended = step.prompts.requests.exact | step.sequences.ended(self.processes.eos)
+        stopped = [cut is not None for cut in self.prompts.stopped(step.sequences.responses())]
+        ended = step.prompts.requests.exact | step.sequences.ended(self.processes.eos) | stopped
         columns = {name: torch.tensor(column) for name, column in step.columns.items()}
         mask = torch.tensor(step.sequences.mask)
         assert step.scores is not None
@@ -268,7 +269,16 @@ class Training:
         sequences = collate(requests, shares, answers.results)
         used = set(sequences.weights_versions.tolist())
         assert used == {version}, f"sampled with weights {used}, the plan says {version}"
-        return sequences, answers
+        return self._cut(sequences), answers
+
+    def _cut(self, sequences: Sequences) -> Sequences:
+        """End responses behind their stop strings, which engines do not look for."""
+        stopped = self.prompts.stopped(sequences.responses())
+        if stopped == [None] * len(stopped):
+            return sequences
+        pairs = zip(stopped, sequences.response_lengths.tolist(), strict=True)
+        lengths = [whole if cut is None else cut for cut, whole in pairs]
+        return replace(sequences, response_lengths=np.array(lengths, dtype=np.int32))
 
     def _infer(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:
         step, ranks = self.steps[task.step], self.processes.of(role)

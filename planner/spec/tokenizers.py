@@ -67,6 +67,18 @@ def tokens_of(directory: Path) -> Vocabulary | None:
     return _read(directory, tuple(_changed(file) for file in files))
 
 
+def stop_tokens(workload: "Workload") -> list[int]:
+    """The tokens at which an engine ends a response besides the model's EOS: those that the
+    workload names by number, and those of its strings that the tokenizer has as added tokens."""
+    stops = workload.data.stop if workload.data else ()
+    found = [stop for stop in stops if isinstance(stop, int)]
+    directory = workload.actor.path
+    if directory is not None and (directory / "tokenizer.json").is_file():
+        added = _json(directory / "tokenizer.json").get("added_tokens") or ()
+        found += [token["id"] for token in added if token["content"] in stops]
+    return list(dict.fromkeys(found))
+
+
 def _changed(file: Path) -> int:
     return file.stat().st_mtime_ns if file.is_file() else 0
 

@@ -21,6 +21,8 @@ ROLES = ("actor", "rollout", "critic", "reference", "reward")
 TENSOR_PARALLEL = (1, 2, 4, 8)  # GPUs that an engine may have
 TRAINED = ("actor", "critic")  # the others of MODEL_ROLES only infer
 Head = Literal["lm", "scalar"]
+StopToken = Annotated[int, Field(strict=True, ge=0, lt=2**24)]
+StopText = Annotated[str, Field(strict=True, min_length=1)]
 
 
 class Shape(Spec):
@@ -147,6 +149,8 @@ class Data(Spec):
     evaluation: Path | None = None
     evaluate_every: Annotated[int, Field(ge=0, le=100_000)] = 0  # 0: never
     evaluate_first: bool = False  # before the first step too
+    # What ends a response besides the model's EOS: tokens, and strings.
+    stop: tuple[StopToken | StopText, ...] = ()
 
     @model_validator(mode="after")
     def _evaluation_has_data(self) -> Self:

@@ -32,6 +32,7 @@ from planner.predict.memory import kv_cache_bytes
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
+from planner.spec.tokenizers import stop_tokens
 from planner.spec.workload import Model
 
 ENGINE_ENVIRONMENT = {
@@ -60,7 +61,7 @@ class VllmEngine:
 
         rollout, workload = plan.rollout, plan.workload
         on_cpu = _on_cpu(plan)
-        self.eos = eos_tokens(workload.actor)
+        self.eos = [*eos_tokens(workload.actor), *stop_tokens(workload)]
         self._awake = {"weights", "kv_cache"}
         self._asked = 0  # requests so far
         if not on_cpu:
