@@ -22,7 +22,7 @@ from executor.running.execute import rehearse
 from executor.running.loop import Course, Silent, loop
 from executor.running.options import RunOptions
 from executor.running.rehearse import Rehearsal
-from executor.running.run import Run
+from executor.running.run import Recorded, Run
 from executor.running.run_directory import RunDirectory, log
 from executor.running.saving import Saver
 from executor.running.supervise import Deadlines
@@ -401,3 +401,27 @@ def test_an_interrupt_leaves_no_process(
     finally:
         end([process.pid, *children])
         process.wait()
+
+
+class Notes(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def on_note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(("shares", "warned"), [((0.95, 1.0), 1), ((0.5, 1.0), 0)])
+def test_a_first_batch_of_truncated_responses_is_told_once(
+    tmp_path: Path, shares: tuple[float, ...], warned: int
+) -> None:
+    notes, directory = Notes(), RunDirectory(tmp_path / "r", tensorboard=False)
+    directory.open(colocated(make_workload()))
+    recorded = Recorded(directory, notes, "update_actor", ())
+    for step, share in enumerate(shares):
+        recorded.on_step({"step": step, "truncated_share": share})
+    directory.close()
+    assert len(notes.notes) == warned
+    assert all("95% of the responses of step 0 were cut" in note for note in notes.notes)
