@@ -1,6 +1,7 @@
 """Docstrings are sentences: none starts with a preposition and leaves out its subject."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -29,5 +30,17 @@ def test_docstrings_begin_with_a_subject(file):
         f"{name}: {text.splitlines()[0]}"
         for name, text in docstrings(file)
         if text.split(maxsplit=1)[0] in FRAGMENTS
+    ]
+    assert not odd, "\n".join(odd)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_modules_that_docstrings_name_are_there(file):
+    modules = {path.name for path in [*FILES, *ROOT.glob("tests/*.py")]}
+    odd = [
+        f"{name}: {found}"
+        for name, text in docstrings(file)
+        for found in re.findall(r"`(?:[a-z_]+/)*([a-z_]+\.py)`", text)
+        if found not in modules
     ]
     assert not odd, "\n".join(odd)

@@ -18,7 +18,7 @@ from planner.spec.files import profiles_dir, read_data
 from planner.spec.plan import Gpu, Plan
 
 PLACING_SECONDS = 60.0
-LOOK_SECONDS = 1.0  # between two looks at whether the nodes are still there
+NODE_CHECK_SECONDS = 1.0  # between two looks at whether the nodes are still there
 
 
 W = TypeVar("W", bound=Worker)
@@ -142,7 +142,7 @@ def _is_placed(group: PlacementGroup, nodes: set[str], deadline: float) -> bool:
     """Whether Ray places a group by then; not waited for any longer when one of its nodes is
     gone."""
     while time.monotonic() < deadline and nodes <= {node["NodeID"] for node in _alive()}:
-        if group.wait(LOOK_SECONDS):
+        if group.wait(NODE_CHECK_SECONDS):
             return True
     return False
 

@@ -21,7 +21,7 @@ EXHAUSTED = (  # what torch, NCCL and vLLM say when memory does not suffice
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """When one process was busy with a call: seconds on its own clock, `parts` (wake, transfer,
-    offload) within it; `memory`: its peak meanwhile, as `memory.peak` tells it."""
+    offload) within it; `memory`: its peak meanwhile, as `gpu_memory.peak` tells it."""
 
     start: float
     end: float
@@ -103,7 +103,7 @@ class Overdue(WorkerError):
 
 
 class OutOfMemory(WorkerError):
-    """A worker's memory did not suffice. `peak`: as `memory.peak` tells it."""
+    """A worker's memory did not suffice. `peak`: as `gpu_memory.peak` tells it."""
 
     def __init__(self, message: str, peak: dict[str, int]) -> None:
         super().__init__(message, peak)

@@ -22,8 +22,8 @@ MAY_CHANGE = (
     "reward.timeout_seconds",
     "reward.seconds_per_sequence",
 )
-MODELS = tuple(f"{role}.path" for role in MODEL_ROLES)
-PLACES = (*MODELS, "data.train", "data.evaluation")
+MODEL_PATHS = tuple(f"{role}.path" for role in MODEL_ROLES)
+PLACES = (*MODEL_PATHS, "data.train", "data.evaluation")
 FILES = (*PLACES, "reward.function")
 FREE_FILES = ("data.evaluation", "reward.function")  # they may hold something else than before
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json")

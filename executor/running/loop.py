@@ -1,5 +1,5 @@
 """The one loop over the tasks of a run. What each call does is in `step.py`, what lies around it in
-`execute.py`."""
+`run.py`."""
 
 import math
 import time

@@ -1,6 +1,6 @@
 """One PPO step: what each call does, seen from the controller. Their order is the plan's, kept by
-the loop in `run.py`; the mathematics is in `ppo.py`; what happens on the GPUs is in `trainer.py`
-and `rollout.py`."""
+the loop in `loop.py`; the mathematics is in `ppo.py`; what happens on the GPUs is in `trainer.py`
+and in the engines of `executor/rollout`."""
 
 import time
 from collections import Counter
