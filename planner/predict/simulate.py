@@ -12,9 +12,9 @@ def simulate(tasks: Sequence[Task], seconds: Callable[[Task], float]) -> tuple[S
     """Run tasks (from `schedule.unroll`) for the durations that `seconds` gives each; spans in
     order of issue.
 
-    A task waits for its predecessors, takes its duration, and ends, which may start others. That
-    a pool does one task at a time is among the predecessors. A task is one simpy event: a timeout, set when the last predecessor ends. Durations must be
-    finite and not negative."""
+    A task waits for its predecessors, takes its duration, and ends, which may start others. That a
+    pool does one task at a time is among the predecessors. A task is one simpy event: a timeout,
+    set when the last predecessor ends. Durations must be finite and not negative."""
     env = simpy.Environment()
     starts, ends = [0.0] * len(tasks), [0.0] * len(tasks)
     missing = [len(task.after) for task in tasks]  # predecessors that have not ended
