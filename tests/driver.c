@@ -1,12 +1,17 @@
 /* A library that answers as NVIDIA's management library does on a machine with two GPUs, of which
-   the second is in use, or whose driver fails (-DFAILS). For tests/test_preflight.py. */
+   the second is in use, or whose driver fails (-DFAILS)
+   or hangs (-DHANGS). For tests/test_preflight.py. */
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 struct memory { unsigned version; unsigned long long total, reserved, free, used; };
 struct process { unsigned pid; unsigned long long bytes; unsigned gpu_instance, compute_instance; };
 
 int nvmlInitWithFlags(unsigned flags) {
+#ifdef HANGS
+    for (;;) pause();
+#endif
 #ifdef FAILS
     return 9; /* the driver is not loaded */
 #else

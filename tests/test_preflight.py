@@ -158,6 +158,9 @@ def test_too_few_gpus_and_a_torch_that_cannot_use_them(on_machine: Callable[...,
 def test_a_driver_that_does_not_answer_is_one_line(on_machine: Callable[..., str]) -> None:
     said = on_machine(CHECKED.format(count=2), "-DFAILS")
     assert said == "the NVIDIA driver does not answer (Driver Not Loaded); check the driver\n"
+    impatient = "from executor.fleet import driver\ndriver.DRIVER_SECONDS = 0.2\n"
+    said = on_machine(impatient + CHECKED.format(count=2), "-DHANGS")
+    assert said == "the NVIDIA driver does not answer (nothing in 0.2 s); check the driver\n"
 
 
 def test_an_engine_that_is_wider_than_an_actor_beside_it_is_refused() -> None:

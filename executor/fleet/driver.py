@@ -1,12 +1,16 @@
 """What the NVIDIA driver tells of this machine's GPUs, through its management library (NVML)."""
 
 import contextlib
+import threading
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import pynvml
 
 from planner.spec.errors import UserError
+
+DRIVER_SECONDS = 60.0  # a driver that hangs answers no call of its library
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,13 +26,27 @@ class LocalGpu:
 
 
 def is_there() -> bool:
-    """Whether this machine has the driver. Raises UserError if it is there and does not answer."""
+    """Whether this machine has the driver. Raises UserError if it is there and does not answer, or
+    not in time."""
+    answers: SimpleQueue[bool | UserError] = SimpleQueue()
+    threading.Thread(target=lambda: answers.put(_answers()), daemon=True).start()
+    try:
+        answer = answers.get(timeout=DRIVER_SECONDS)
+    except Empty:
+        raise _fails(f"nothing in {DRIVER_SECONDS:g} s") from None
+    if isinstance(answer, UserError):
+        raise answer
+    return answer
+
+
+def _answers() -> bool | UserError:
+    """Whether there is a driver that answers, or what it says instead."""
     try:
         pynvml.nvmlInit()  # as often as one likes
     except pynvml.NVMLError_LibraryNotFound:
         return False
     except pynvml.NVMLError as error:
-        raise _fails(error) from None
+        return _fails(error)
     return True
 
 
@@ -64,8 +82,8 @@ def users() -> dict[str, list[str]]:
     of a container)."""
     named: dict[str, list[str]] = {}
     for gpu in gpus():
-        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
         with contextlib.suppress(pynvml.NVMLError):
+            handle = pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid)
             processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
             named[gpu.uuid] = [_named(process.pid) for process in processes]
     return named
@@ -90,5 +108,5 @@ def bytes_in_use(handle: Any) -> int:
     return int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
 
-def _fails(error: Exception) -> UserError:
+def _fails(error: object) -> UserError:
     return UserError(f"the NVIDIA driver does not answer ({error}); check the driver")

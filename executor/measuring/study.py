@@ -283,8 +283,9 @@ class MemoryWatch:
 
     def __init__(self, devices: dict[Gpu, str]) -> None:
         self._handles: dict[Gpu, Any] = {}
-        if devices and driver.is_there():
-            self._handles = {gpu: driver.handle_of(device) for gpu, device in devices.items()}
+        with contextlib.suppress(UserError):
+            if devices and driver.is_there():
+                self._handles = {gpu: driver.handle_of(device) for gpu, device in devices.items()}
         self.peaks: dict[Gpu, int] = {}
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
