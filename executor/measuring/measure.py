@@ -43,6 +43,7 @@ class SizedPrompts:
 
     def step(self, step: int) -> Prompts:
         batch = self._batches[step]
+        # Not checked: a measured batch need be no multiple of the minibatch.
         sized = self._workload.model_copy(update={"batch": batch.sequences})
         prompts = Synthetic(sized).step(int(batch.held_out))
         lengths = np.rint(prompts.requests.max_tokens * batch.stretch)

@@ -36,6 +36,7 @@ def estimated(groups: Sequence[Group], workload: Workload, cluster: Cluster) -> 
         steps, batches = [], []
         for batch in group.batches:
             if batch.sequences not in models:
+                # Not checked: a measured batch need be no multiple of the minibatch.
                 sized = workload.model_copy(update={"batch": batch.sequences})
                 models[batch.sequences] = CostModel(sized, cluster, scenarios=1)
             seconds = _step_seconds(group.plans[0], models[batch.sequences])

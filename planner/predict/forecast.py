@@ -57,7 +57,7 @@ def forecast_of(plan: Plan, measured: Timeline, profiles: Sequence[Profile] = ()
     """The forecast to compare a measured timeline with: as many steps, of which the same ones
     count."""
     counted = {"warmup": measured.warmup, "drain": measured.drain}
-    return forecast(plan, measured.steps, profiles).model_copy(update=counted)
+    return forecast(plan, measured.steps, profiles).changed(**counted)
 
 
 def _with_parts(span: Span, estimate: Estimate) -> Span:

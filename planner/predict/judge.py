@@ -147,7 +147,7 @@ def _cell(profile: Profile, point: Point) -> str:
 
 def _without(profile: Profile, turn: int, turn_of: dict[str, int]) -> Profile:
     points = tuple(point for point in profile.points if turn_of[_cell(profile, point)] != turn)
-    return profile.model_copy(update={"points": points, "held_out": ()})
+    return profile.changed(points=points, held_out=())
 
 
 # --- estimates ---

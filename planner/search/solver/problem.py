@@ -216,7 +216,7 @@ def problem_of(
     do not fit."""
     check_profiles(profiles, workload, cluster)
     if max_staleness is not None:
-        workload = workload.model_copy(update={"max_staleness": max_staleness})
+        workload = workload.changed(max_staleness=max_staleness)
     return Problem(
         workload=workload,
         cluster=cluster,
