@@ -460,3 +460,12 @@ def test_progress_names_the_reward_function_that_runs() -> None:
         assert re.search(r"reward function rewards\.py:length +score 0", text_of(progress._table()))
         progress.on_end(next(s for s in timeline_of(plan).spans if s.call == "score"))
         assert "score" not in text_of(progress._table())
+
+
+def test_a_note_is_shown_as_it_is_and_leaves_the_table_its_style() -> None:
+    said = io.StringIO()
+    console = Console(file=said, force_terminal=True, width=100, color_system=None)
+    with LiveProgress(colocated(make_workload()), 3, console) as progress:
+        progress.on_note("the file [dim] is full")
+    assert "the file [dim] is full" in said.getvalue()
+    assert said.getvalue().count("[dim]") == 1

@@ -73,7 +73,8 @@ class LiveProgress:
             self.console.print(self._headline(), soft_wrap=True)
 
     def on_note(self, text: str) -> None:
-        self.console.print(text, markup=False, soft_wrap=True)
+        # As Text, since markup=False would also print the table with its markup as it stands.
+        self.console.print(Text(text), soft_wrap=True)
 
     def _headline(self) -> str:
         parts = [f"step {self.done}/{self.steps}"]
