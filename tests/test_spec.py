@@ -14,7 +14,7 @@ from planner.predict.schedule import load_plan, tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.cluster import Cluster, load_device, make_cluster
 from planner.spec.errors import UserError
-from planner.spec.files import profiles_dir, write_atomic
+from planner.spec.files import profiles_dir, read_data, write_atomic
 from planner.spec.lengths import Empirical, Fixed, Lognormal, sample
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
@@ -266,3 +266,15 @@ def test_plan_schema_is_json():
     assert "batch" in Workload.json_schema()["properties"]
     assert isinstance(json.dumps(Timeline.json_schema()), str)
     assert Path(profiles_dir() / "devices.toml").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(read_data(profiles_dir() / "devices.toml")))
+def test_every_shipped_device_is_whole_and_says_where_from(name: str):
+    device = load_device(name)
+    assert device.kind == "cuda" and device.source
+    # A GPU's rates lie within the range of what is sold; a slip of a power of ten does not.
+    assert 20e9 < device.memory_bytes < 300e9
+    assert 1e14 < device.flops < 1e16
+    assert 5e11 < device.memory_bandwidth < 1e13
+    assert 1e10 < device.host_bandwidth <= 2e11
+    assert device.host_bandwidth / 2 <= device.link_bandwidth < 1e12

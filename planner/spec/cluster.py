@@ -82,7 +82,7 @@ class Cluster(File):
 
 
 def load_device(name: str) -> Device:
-    """A device that is shipped: h200, h100 or a100. Raises UserError."""
+    """A device of profiles/devices.toml. Raises UserError."""
     known = read_data(profiles_dir() / "devices.toml")
     if name not in known:
         raise UserError(
