@@ -198,6 +198,21 @@ def test_adam_is_given_clipped_gradients(ray_two: None) -> None:
     assert moments.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-2)
 
 
+@pytest.mark.parametrize(("clip", "loss"), [(0.2, 0.5 * 4.8**2), ("off", 0.0)])
+def test_the_value_is_clipped_unless_that_is_off(ray_two: None, clip: Any, loss: float) -> None:
+    """A critic starts with values of 0. Here those before the step are said to have been 5."""
+    settings = WORKLOAD.ppo.model_copy(update={"value_clip": clip})
+    workload = WORKLOAD.model_copy(update={"ppo": settings})
+    sequences = made_up(workload)
+    rows, tokens = np.arange(len(sequences.lengths)), int(sequences.response_lengths.sum())
+    old = np.full(sequences.mask.shape, 5.0, dtype=np.float32)
+    batch, columns = ray.put(sequences), ray.put({"values": old, "returns": 0 * old})
+    minibatch = Minibatch(micro_batches=[rows], tokens=tokens)
+    with trainer_here(workload) as trainer:
+        (stats,) = trainer.train("critic", 1, [batch, columns], [minibatch])
+    assert stats["value_loss"] == pytest.approx(loss * tokens)
+
+
 def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:
     roles = {"rollout": "g", "actor": "t", "critic": "t", "reference": "t", "reward": "t"}
     early = [

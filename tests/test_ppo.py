@@ -49,6 +49,14 @@ def test_k1_and_k3_are_unbiased_estimators():
         assert (p * ppo.kl_penalty(p.log(), q.log(), kind)).sum().item() == pytest.approx(LN2 / 4)
 
 
+def test_k3_of_a_token_is_at_most_10():
+    # x = 2: e² - 3 = 4.389056, slope 1 - e² = -6.389056 by the log-prob; x = 3 and -12: above 10
+    x = tensor([-2.0, -3.0, 12.0], requires_grad=True)
+    kl = ppo.kl_penalty(x, tensor([0.0, 0.0, 0.0]), "k3")
+    kl.sum().backward()
+    assert close(kl, [4.389056, 10.0, 10.0]) and close(x.grad, [-6.389056, 0.0, 0.0])
+
+
 def test_k3_stays_finite():
     x = tensor([-500.0], requires_grad=True)
     ppo.kl_penalty(x, tensor([0.0]), "k3").sum().backward()

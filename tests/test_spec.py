@@ -182,11 +182,16 @@ def test_numbers_that_are_none(tmp_path):
         ({"samples_per_prompt": 4}, "samples_per_prompt = 4 is not supported yet"),
         ({"sync": "in_flight"}, "sync = 'in_flight' is not supported yet"),
         ({"reward": {"function": "here.py"}}, "does not name a function"),
+        ({"ppo": {"value_clip": 0}}, "greater than 0"),
     ],
 )
 def test_workloads_that_cannot_be(changes, text):
     with pytest.raises(ValueError, match=text):
         make_workload(**changes)
+
+
+def test_value_clipping_can_be_turned_off():
+    assert make_workload(ppo={"value_clip": "off"}).ppo.value_clip == "off"
 
 
 def test_a_missing_model_directory_is_named(tmp_path):

@@ -31,6 +31,7 @@ Stats = dict[str, Tensor]
 LOG_RATIO_MAX = (
     20.0  # exp(20) = 4.9e8: keeps ratios finite in float32; the gradient is zero beyond it
 )
+K3_MAX = 10.0  # of one token, as verl and OpenRLHF have it; the gradient is zero beyond it
 
 
 # --- rewards and advantages ---
@@ -41,8 +42,8 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kind: KLKind) -> Tensor
     sampled.
 
     Any equal shapes. With x = ref_log_probs - log_probs: k1 = -x (unbiased, may be negative), k2 =
-    x² / 2 (biased, low variance), k3 = exp(x) - 1 - x (unbiased, never negative).
-    http://joschu.net/blog/kl-approx.html
+    x² / 2 (biased, low variance), k3 = exp(x) - 1 - x (unbiased up to its cap of 10, never
+    negative). http://joschu.net/blog/kl-approx.html
     """
     x = ref_log_probs - log_probs
     match kind:
@@ -52,7 +53,7 @@ def kl_penalty(log_probs: Tensor, ref_log_probs: Tensor, kind: KLKind) -> Tensor
             return 0.5 * x.square()
         case "k3":
             x = x.clamp(max=LOG_RATIO_MAX)
-            return torch.expm1(x) - x
+            return (torch.expm1(x) - x).clamp(max=K3_MAX)
     raise ValueError(f"unknown KL estimator {kind!r}: use k1, k2 or k3")
 
 

@@ -190,12 +190,13 @@ class Trainer(Host):
     def _value_loss(
         self, module: nn.Module, batch: Packed, columns: Mapping[str, Tensor], tokens: int
     ) -> tuple[Tensor, ppo.Stats]:
+        clip = self.plan.workload.ppo.value_clip
         return ppo.value_loss(
             values=module(batch),
             old_values=columns["values"],
             returns=columns["returns"],
             mask=batch.mask,
-            clip=self.plan.workload.ppo.value_clip,
+            clip=None if clip == "off" else clip,
             normalizer=tokens,
         )
 

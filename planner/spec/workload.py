@@ -169,7 +169,7 @@ class Ppo(Spec):
     kl_coef: NonNegativeFloat = 0.05
     kl_kind: Literal["k1", "k2", "k3"] = "k1"
     clip: PositiveFloat = 0.2
-    value_clip: PositiveFloat = 0.2
+    value_clip: PositiveFloat | Literal["off"] = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     importance_cap: PositiveFloat = 2.0
     entropy_coef: NonNegativeFloat = 0.0
