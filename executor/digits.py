@@ -387,10 +387,12 @@ train = "train.jsonl"
 evaluation = "eval.jsonl"
 evaluate_every = 5
 
-[ppo]
+[algorithm]
 kl_coef = 0.02
-actor_lr = 3e-4
 temperature = 0.7
-critic_lr = 1e-3
 epochs = 1
+
+[optimizer]
+actor = { lr = 3e-4 }
+critic = { lr = 1e-3 }
 """

@@ -22,7 +22,6 @@ from planner.predict.layouts import rollout_layouts, trainer_layouts
 from planner.predict.memory import batch_bytes, pool_peak, rollout_memory, trainer_memory
 from planner.search.space.placements import gpus_of, pack, sizes, structures
 from planner.spec.cluster import Cluster
-from planner.spec.dataflow import ppo
 from planner.spec.workload import Workload
 
 UNITS = 10**6  # of time in a step: what rounding to whole numbers leaves is below TOLERANCE
@@ -94,7 +93,7 @@ class Given:
 
     @cached_property
     def flow(self):
-        return ppo(self.workload).steady
+        return self.workload.dataflow.steady
 
     def calls_of(self, role):
         """The calls that a role runs alone."""

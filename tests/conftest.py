@@ -71,7 +71,8 @@ def make_workload(**changes: Any) -> Workload:
         "critic": model,
         "reference": model,
         "reward": model,
-        "ppo": {"actor_lr": 1e-3, "critic_lr": 1e-3, "temperature": 0.8},
+        "algorithm": {"temperature": 0.8},
+        "optimizer": {"actor": {"lr": 1e-3}, "critic": {"lr": 1e-3}},
         "steps": 3,
         "seed": 7,
     }
@@ -99,7 +100,8 @@ def small_workload(**changes: Any) -> Workload:
         "critic": model,
         "reference": None,
         "reward": {"function": "r.py:f"},
-        "ppo": {},
+        "algorithm": {},
+        "optimizer": {},
     }
     return make_workload(**{**base, **changes})
 

@@ -85,7 +85,9 @@ class Ranked(Workload):
 
 
 def ranked_workload(like: Workload) -> Ranked:
-    return Ranked.model_validate({**like.model_dump(), "critic": None, "reference": None})
+    return Ranked.model_validate(
+        {**like.model_dump(), "critic": None, "reference": None, "algorithm": {}}
+    )
 
 
 REWARD = {"function": "r.py:f", "seconds_per_sequence": 1e-4}

@@ -162,12 +162,12 @@ def test_another_learning_rate_is_used_logged_and_kept(
     whole: Path, on_two_cores: None, tmp_path: Path
 ) -> None:
     found = at_step_2(whole, tmp_path)
-    plan = split(WORKLOAD.changed(ppo=WORKLOAD.ppo.changed(actor_lr=1e-5)))
+    plan = split(make_workload(optimizer={"actor": {"lr": 1e-5}, "critic": {"lr": 1e-3}}))
     run = resume(found, plan=plan, options=OPTIONS)
     ours, theirs = metrics_of(run), metrics_of(whole)
     assert ours[:2] == theirs[:2] and ours[2]["reward"] == theirs[2]["reward"]
     assert ours[3]["reward"] != theirs[3]["reward"]  # of what other weights sampled
-    assert "INFO ppo.actor_lr: 0.001 becomes 1e-05" in (run / "log.txt").read_text()
+    assert "INFO optimizer.actor.lr: 0.001 becomes 1e-05" in (run / "log.txt").read_text()
     assert checkpoint.find(run).plan == plan
     assert Plan.read(run / "plan-until-000002.json") == found.plan
     assert len(Timeline.read(run / "timeline.json").spans) == 9 * STEPS
@@ -449,19 +449,21 @@ def rewritten(path: Path, **content: str) -> None:
 def test_settings_that_people_change_in_mid_run_may_change_and_are_named(two: Path) -> None:
     found = checkpoint.find(two)
     observed = {"kind": "empirical", "values": [3, 4, 9], "max": 9}
-    ppo = {"actor_lr": 1e-4, "critic_lr": 1e-3, "temperature": 0.8, "kl_coef": 0.01}
-    changed = make_workload(steps=9, response=observed, ppo=ppo)
+    algorithm = {"temperature": 0.8, "kl_coef": 0.01}
+    optimizer = {"actor": {"lr": 1e-4}, "critic": {"lr": 1e-3}}
+    settings = {"algorithm": algorithm, "optimizer": optimizer}
+    changed = make_workload(steps=9, response=observed, **settings)
     assert found.check(split(changed)) == [
-        "ppo.actor_lr: 0.001 becomes 0.0001",
-        "ppo.kl_coef: 0.05 becomes 0.01",
+        "algorithm.kl_coef: 0.05 becomes 0.01",
+        "optimizer.actor.lr: 0.001 becomes 0.0001",
         "response: lognormal (mean 5, sigma 0.5, max 8) becomes empirical (values 3 values, max 9)",
     ]
     for key, other in (
-        ("ppo.temperature", {"ppo": {**ppo, "temperature": 1.0}}),
+        ("algorithm.temperature", {"algorithm": {**algorithm, "temperature": 1.0}}),
         ("prompt", {"prompt": {"kind": "fixed", "tokens": 6}}),  # which makes other prompts
     ):
         with pytest.raises(UserError, match=f"{key} may not differ"):
-            found.check(split(make_workload(**{"ppo": ppo, **other})))
+            found.check(split(make_workload(**{**settings, **other})))
 
 
 def test_models_and_files_may_lie_elsewhere_if_they_hold_the_same(

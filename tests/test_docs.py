@@ -82,6 +82,6 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     html = "".join(path.read_text() for path in tmp_path.rglob("*.html"))
     assert '<h2 id="plan-search">' in html  # made from the commands
-    assert '<h3 id="ppo">' in html  # made from the models of files
+    assert '<h3 id="algorithm">' in html  # made from the models of files
     fetched = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"?([^\s\">]+)", html)
     assert fetched and not [path for path in fetched if path.startswith(("http", "//"))]

@@ -178,9 +178,7 @@ def test_after_inference_and_after_training_only_shards_stay(ray_two: None) -> N
 
 def test_adam_is_given_clipped_gradients(ray_two: None) -> None:
     """Its first moments are a tenth of them after one step."""
-    workload = WORKLOAD.model_copy(
-        update={"ppo": WORKLOAD.ppo.model_copy(update={"grad_clip": 1e-3})}
-    )
+    workload = make_workload(optimizer={"critic": {"grad_clip": 1e-3}})
     sequences = made_up(workload)
     rows, tokens = np.arange(len(sequences.lengths)), int(sequences.response_lengths.sum())
     column = np.ones(sequences.mask.shape, dtype=np.float32)
@@ -201,8 +199,7 @@ def test_adam_is_given_clipped_gradients(ray_two: None) -> None:
 @pytest.mark.parametrize(("clip", "loss"), [(0.2, 0.5 * 4.8**2), ("off", 0.0)])
 def test_the_value_is_clipped_unless_that_is_off(ray_two: None, clip: Any, loss: float) -> None:
     """A critic starts with values of 0. Here those before the step are said to have been 5."""
-    settings = WORKLOAD.ppo.model_copy(update={"value_clip": clip})
-    workload = WORKLOAD.model_copy(update={"ppo": settings})
+    workload = make_workload(algorithm={"value_clip": clip})
     sequences = made_up(workload)
     rows, tokens = np.arange(len(sequences.lengths)), int(sequences.response_lengths.sum())
     old = np.full(sequences.mask.shape, 5.0, dtype=np.float32)

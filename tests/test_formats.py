@@ -14,6 +14,7 @@ from planner.predict.points import (
     TransferPoint,
 )
 from planner.predict.profile import Profile
+from planner.spec.algorithm import Algorithm, Optimizer
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.files import Spec
 from planner.spec.lengths import Empirical, Fixed, Lognormal
@@ -30,11 +31,22 @@ from planner.spec.plan import (
 )
 from planner.spec.study import Cell, CellResult, GpuMemory, Study
 from planner.spec.timeline import Span, Timeline
-from planner.spec.workload import Data, Model, Ppo, RewardFunction, Shape, Workload, load_workload
+from planner.spec.workload import Data, Model, RewardFunction, Shape, Workload, load_workload
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 CHAPTERS: dict[str, tuple[type[Spec], ...]] = {
-    "Workload": (Workload, Model, Shape, RewardFunction, Data, Ppo, Fixed, Lognormal, Empirical),
+    "Workload": (
+        Workload,
+        Model,
+        Shape,
+        RewardFunction,
+        Data,
+        Algorithm,
+        Optimizer,
+        Fixed,
+        Lognormal,
+        Empirical,
+    ),
     "Cluster": (Cluster, Node, Device),
     "Plan": (Plan, Pool, TrainerRole, RolloutRole, Issue, Wait, Predicted, Proof, Provenance),
     "Timeline": (Timeline,),

@@ -31,7 +31,7 @@ from planner.search.space.pins import parse_pins, restriction
 from planner.search.space.placements import families, gpus_of, pack, sizes, structures
 from planner.search.space.size_boxes import Boxes
 from planner.spec.cluster import Cluster, Node, make_cluster
-from planner.spec.dataflow import Call, Dataflow, Read, ppo
+from planner.spec.dataflow import Call, Dataflow, Read, ppo, reinforce
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Issue
@@ -178,7 +178,7 @@ def test_the_best_program_is_the_best_of_all(k):
 
 
 def test_the_best_program_equals_all_programs_one_by_one():
-    flow, rng = ppo(make_workload(critic=None)).steady, np.random.default_rng(7)
+    flow, rng = reinforce(make_workload(critic=None)).steady, np.random.default_rng(7)
     for structure in structures(("actor", "rollout", "reference", "reward"))[::5]:
         sharing = pools_of_calls(flow, structure)
         seconds = with_mean(rng.uniform(0.1, 9, (len(flow.names), 3)))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planner.predict.cycle import cycles
 from planner.predict.schedule import check, staleness, steady_edges, tasks_of, unroll
 from planner.predict.simulate import simulate
-from planner.spec.dataflow import Call, Dataflow, Read, ppo
+from planner.spec.dataflow import Call, Dataflow, Read
 from planner.spec.plan import Issue, Wait
 from planner.spec.timeline import Timeline, mean_call_seconds, step_seconds
 
@@ -141,7 +141,7 @@ def plans(draw):
     )
     ahead = draw(st.integers(0, 200))  # hundredths of a round
     turn = {"generate": 0}
-    for call in ppo(workload).names[1:-2]:
+    for call in workload.dataflow.names[1:-2]:
         before = {"advantages": ahead + 40, "update_critic": turn.get("advantages", 0)}.get(
             call, ahead
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_workload, split
+from conftest import make_workload, small_workload, split
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -179,7 +179,30 @@ def test_numbers_that_are_none(tmp_path):
             {"response": {"kind": "lognormal", "mean": 9, "sigma": 1, "max": 4}},
             "mean = 9 is above max = 4",
         ),
-        ({"samples_per_prompt": 4}, "samples_per_prompt = 4 is not supported yet"),
+        ({"samples_per_prompt": 3}, "batch = 8 is not a multiple of samples_per_prompt = 3"),
+        ({"samples_per_prompt": 8}, "minibatch = 4 is not a multiple of samples_per_prompt = 8"),
+        ({"critic": None, "algorithm": {"advantage": "gae"}}, "'gae' needs a critic; add"),
+        ({"algorithm": {"advantage": "grpo"}}, "'grpo' has no use for a critic; remove"),
+        (
+            {"critic": None, "algorithm": {"advantage": "rloo"}},
+            "'rloo' compares the samples of a prompt; set samples_per_prompt to 2 or more",
+        ),
+        ({"algorithm": {"oversampling_factor": 2}}, "whose samples have the same score; set"),
+        (
+            {"samples_per_prompt": 2, "algorithm": {"oversampling_factor": 1.3}},
+            "asks for 10.4 sequences, which are no whole number of groups of 2; with 1.25 there",
+        ),
+        ({"algorithm": {"kl_target": 6, "kl_kind": "k3"}}, "kl_kind = 'k3' is a loss; set"),
+        ({"algorithm": {"kl_target": 6}, "reference": None}, "kl_target needs a reference"),
+        ({"algorithm": {"ratio_mask_low": 2}}, "ratio_mask_low = 2 is not below"),
+        (
+            {"critic": None, "algorithm": {"advantage": "reinforce++", "critic_warmup": 3}},
+            "critic_warmup is for a critic",
+        ),
+        (
+            {"ppo": {"clip": 0.1}, "algorithm": {"clip": 0.3}},
+            "ppo.clip stands under algorithm too; keep one of them",
+        ),
         ({"sync": "in_flight"}, "sync = 'in_flight' is not supported yet"),
         ({"reward": {"function": "here.py"}}, "does not name a function"),
         ({"ppo": {"value_clip": 0}}, "greater than 0"),
@@ -191,7 +214,7 @@ def test_workloads_that_cannot_be(changes, text):
 
 
 def test_value_clipping_can_be_turned_off():
-    assert make_workload(ppo={"value_clip": "off"}).ppo.value_clip == "off"
+    assert make_workload(ppo={"value_clip": "off"}).algorithm.value_clip == "off"
 
 
 def test_a_missing_model_directory_is_named(tmp_path):
@@ -283,3 +306,43 @@ def test_every_shipped_device_is_whole_and_says_where_from(name: str):
     assert 5e11 < device.memory_bandwidth < 1e13
     assert 1e10 < device.host_bandwidth <= 2e11
     assert device.host_bandwidth / 2 <= device.link_bandwidth < 1e12
+
+
+def test_settings_of_earlier_files_are_read():
+    """All stood under `ppo`, and beside it an advantage without a choice."""
+    old = json.loads(small_workload().model_dump_json())
+    del old["algorithm"], old["optimizer"]
+    ppo = {"clip": 0.3, "actor_lr": 2e-6, "critic_lr": 3e-6, "weight_decay": 0.1, "grad_clip": 5.0}
+    read = Workload.model_validate({**old, "ppo": ppo, "advantage": "gae"})
+    assert read.algorithm.clip == 0.3 and read.algorithm.advantage == "gae"
+    assert [read.optimizer.actor.lr, read.optimizer.critic.lr] == [2e-6, 3e-6]
+    assert {role.weight_decay for role in (read.optimizer.actor, read.optimizer.critic)} == {0.1}
+    assert read.optimizer.actor.grad_clip == 5.0
+    without = Workload.model_validate({**old, "critic": None, "ppo": ppo, "advantage": "gae"})
+    assert without.algorithm.advantage == "reinforce++"  # which is what was computed then
+
+
+def test_a_mistake_in_settings_of_earlier_files_is_named_by_the_key_that_is_read(tmp_path):
+    old = json.loads(small_workload().model_dump_json())
+    del old["algorithm"], old["optimizer"]
+    path = tmp_path / "w.json"
+    path.write_text(json.dumps({"schema": Workload.SCHEMA, **old, "ppo": {"clip": -1}}))
+    with pytest.raises(UserError, match=r"algorithm\.clip: must be greater than 0, not -1"):
+        load_workload(path)
+
+
+def test_a_step_without_a_critic_has_its_own_calls():
+    flow = small_workload(critic=None, samples_per_prompt=4).dataflow
+    assert [*flow.names] == (
+        ["generate", "score", "old_logprobs", "advantages", "update_actor", "sync_weights"]
+    )
+
+
+def test_what_is_trained_on_is_selected_where_more_is_generated():
+    algorithm = {"advantage": "grpo", "oversampling_factor": 1.5}
+    workload = small_workload(critic=None, samples_per_prompt=4, algorithm=algorithm)
+    assert (workload.batch, workload.generated) == (64, 96)
+    flow = workload.dataflow
+    assert flow.names[:4] == ("generate", "score", "select", "old_logprobs")
+    readers = [call.name for call in flow.calls for read in call.reads if read.data == "selected"]
+    assert readers == ["old_logprobs", "advantages", "update_actor"]

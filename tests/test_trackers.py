@@ -155,7 +155,7 @@ def test_mlflow_has_the_metrics_of_all_steps(
     experiment = client.get_experiment_by_name(trackers.PROJECT)
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "r" and run.info.status == "FINISHED"
-    assert run.data.params["ppo.clip"] == "0.2" and run.data.params["plan"] == "split"
+    assert run.data.params["algorithm.clip"] == "0.2" and run.data.params["plan"] == "split"
     history = client.get_metric_history(run.info.run_id, "reward")
     assert [(point.step, point.value) for point in history] == [(0, 0.5), (1, 1.5), (2, 2.5)]
     assert (

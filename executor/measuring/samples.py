@@ -103,7 +103,7 @@ def _key(plan: Plan, span: Span, made: Sequences, batch: BatchSize) -> tuple[Poi
         recompute=train and layout.recompute,
         sequences=sequences,
         minibatch=workload.minibatch if train else None,
-        epochs=workload.ppo.epochs if train else 1,
+        epochs=workload.algorithm.epochs if train else 1,
         model=model,
         seconds=OPEN,
     )

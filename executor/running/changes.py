@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from planner.spec.errors import UserError
-from planner.spec.workload import MODEL_ROLES, Workload
+from planner.spec.workload import MODEL_ROLES, TRAINED, Workload
 
 # They say nothing of what is computed.
 UNTOLD = ("name", "steps", "max_staleness", "tensor_parallel")
 # The next step is computed with what they say then. What is in flight was made by these settings.
-MADE_BY = ("ppo.temperature", "ppo.kl_kind")
+MADE_BY = ("algorithm.temperature", "algorithm.kl_kind", "algorithm.oversampling_factor")
 MAY_CHANGE = (
     "prompt",
     "response",
-    "ppo.",
+    "algorithm.",
+    "optimizer.",
     "data.evaluat",
     "reward.function",
     "reward.timeout_seconds",
@@ -108,6 +109,10 @@ def _settings(workload: Workload) -> dict[str, Any]:
     flat = dict(_flat(workload.model_dump(mode="json")))
     if "reward.function" in flat:
         flat["reward.function"] = flat["reward.function"].rpartition(":")[2]
+    for role in TRAINED:  # the steps of a run say something where a learning rate decays with them
+        if workload.optimizer.of(role).schedule != "constant":
+            key = f"optimizer.{role}.decay_steps"
+            flat[key] = flat[key] or workload.steps
     return {key: value for key, value in flat.items() if key not in (*UNTOLD, *PLACES)}
 
 
@@ -131,7 +136,8 @@ def _paths(workload: Workload) -> dict[str, Path]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value with its key: `ppo.actor_lr` for what stands under `ppo`. Lengths are whole."""
+    """Each value with its key: `algorithm.clip` for what stands in `[algorithm]`. Lengths are
+    whole."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in ("prompt", "response"):

@@ -12,6 +12,7 @@ from executor.data import reward
 from executor.data.prompts import Dataset, PromptSource, Synthetic
 from executor.fleet import driver, gpus, pools
 from planner.predict.memory import host_bytes
+from planner.spec.algorithm import Algorithm
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
@@ -40,6 +41,7 @@ def check(plan: Plan, *, local: bool) -> PromptSource:
     if local:
         check_machine(plan)
     check_engine(plan)
+    check_algorithm(plan.workload)
     check_models(plan.workload)
     if isinstance(plan.workload.reward, RewardFunction):
         reward.check(plan.workload.reward)
@@ -64,6 +66,21 @@ def problems(plan: Plan) -> list[str]:
         except UserError as error:
             found.append(str(error))
     return list(dict.fromkeys(found))
+
+
+def check_algorithm(workload: Workload) -> None:
+    """Whether a run can do what a plan can be searched for."""
+    algorithm, built = workload.algorithm, Algorithm()
+    keys = ("loss", "aggregation", "kl_target", "clip_high", "importance", "ratio_mask")
+    later = [
+        *(("advantage",) if algorithm.needs_group else ()),
+        *(key for key in keys if getattr(algorithm, key) != getattr(built, key)),
+        *(key for key in ("mask_truncated", "critic_warmup") if getattr(algorithm, key)),
+    ]
+    if workload.group > 1:
+        later.insert(0, "samples_per_prompt")
+    if later:
+        raise UserError(f"`plan execute` cannot do this yet: {', '.join(later)}; leave it out")
 
 
 def check_machine(plan: Plan) -> None:

@@ -102,7 +102,7 @@ class Training:
         self.plan, self.workload, self.settings, self.prompts = (
             plan,
             plan.workload,
-            plan.workload.ppo,
+            plan.workload.algorithm,
             prompts,
         )
         self.steps: dict[int, StepData] = {}
@@ -180,7 +180,7 @@ class Training:
             kl_coef=settings.kl_coef,
             kl_kind=settings.kl_kind,
             missing_eos_penalty=settings.missing_eos_penalty,
-            whiten_advantages=settings.whiten,
+            whiten_advantages=settings.whitens,
         )
         step.columns |= {"advantages": advantages.numpy(), "returns": returns.numpy()}
         # Engine against actor: the engine's rounding where the data are fresh, staleness where they

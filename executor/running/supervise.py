@@ -55,7 +55,7 @@ class Deadlines:
 
     def _of_evaluation(self, of_batch: float) -> float:
         """Seconds for all held-out prompts, if a batch may take so many to be generated."""
-        batches = max(1, math.ceil(self.held_out / self.plan.workload.batch))
+        batches = max(1, math.ceil(self.held_out / self.plan.workload.generated))
         return batches * (of_batch + self._of_scoring())
 
     def _of_scoring(self) -> float:
@@ -64,7 +64,7 @@ class Deadlines:
         reward = self.plan.workload.reward
         if not isinstance(reward, RewardFunction):
             return 0.0
-        tries = 4 + self.plan.workload.batch // ONE_IN
+        tries = 4 + self.plan.workload.generated // ONE_IN
         return tries * reward.timeout_seconds
 
     def of_silence(self, task: Task, early: bool) -> float:

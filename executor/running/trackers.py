@@ -208,7 +208,7 @@ def _settings(plan: Plan) -> dict[str, Any]:
     workload = plan.workload
     top = workload.model_dump(include={"name", "batch", "minibatch", "proximal", "seed"})
     return {f"workload.{name}": value for name, value in top.items()} | {
-        f"ppo.{name}": value for name, value in workload.ppo.model_dump().items()
+        f"algorithm.{name}": value for name, value in workload.algorithm.model_dump().items()
     }
 
 

@@ -139,7 +139,7 @@ class Host(Worker):
         model = models.empty(role, workload.models[role], dtype)
         restored = shards.Restored(role, saved) if trained and saved else None
         source = restored or models.weights_of(role, workload.models[role], workload.seed, model)
-        module = models.wrap(role, model, workload.ppo.temperature).requires_grad_(trained)
+        module = models.wrap(role, model, workload.algorithm.temperature).requires_grad_(trained)
         if trained and layout.recompute:
             model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
@@ -157,9 +157,14 @@ class Host(Worker):
         loading.fill(module, model, source, self.device)
         optimizer = None
         if trained:
-            lr = workload.ppo.actor_lr if role == "actor" else workload.ppo.critic_lr
+            settings = workload.optimizer.of(role)
             optimizer = torch.optim.AdamW(
-                module.parameters(), lr=lr, weight_decay=workload.ppo.weight_decay, fused=True
+                module.parameters(),
+                lr=settings.lr,
+                betas=settings.betas,
+                eps=settings.eps,
+                weight_decay=settings.weight_decay,
+                fused=True,
             )
             shards.give_moments(optimizer, self.device)
         hosted = Hosted(layout=layout, module=module, optimizer=optimizer)

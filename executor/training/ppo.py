@@ -20,12 +20,12 @@ counts before that division.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-KLKind = Literal["k1", "k2", "k3"]
+from planner.spec.algorithm import KLKind
+
 Stats = dict[str, Tensor]
 
 LOG_RATIO_MAX = (

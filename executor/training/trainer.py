@@ -22,6 +22,7 @@ from executor.data.batch import Sequences
 from executor.data.requests import Rows
 from executor.training import models, nccl_sender, ppo, shards, weights
 from executor.training.host import Host, Hosted
+from executor.training.learning_rate import learning_rate
 from executor.training.packing import Packed, pack
 from executor.training.weights import Described
 from planner.spec.errors import UserError
@@ -115,11 +116,19 @@ class Trainer(Host):
         sequences = self._readable(role, sequences)
         with self._awake(role, version - 1, train=True) as hosted:
             hosted.module.train()
+            self._set_learning_rate(role, hosted, version - 1)
             stats = [
                 self._step(role, hosted, sequences, further, minibatch) for minibatch in minibatches
             ]
             hosted.version = version
             return stats
+
+    def _set_learning_rate(self, role: str, hosted: Hosted, step: int) -> None:
+        assert hosted.optimizer is not None
+        workload = self.plan.workload
+        rate = learning_rate(workload.optimizer.of(role), step, workload.steps)
+        for group in hosted.optimizer.param_groups:
+            group["lr"] = rate
 
     def _step(
         self,
@@ -144,9 +153,8 @@ class Trainer(Host):
             ).backward()  # FSDP averages over the ranks; the normalizer wants their sum
             for name, value in stats.items():
                 sums[name] = sums.get(name, torch.zeros((), device=self.device)) + value
-        norm = nn.utils.clip_grad_norm_(
-            hosted.module.parameters(), self.plan.workload.ppo.grad_clip
-        )
+        settings = self.plan.workload.optimizer.of(role)
+        norm = nn.utils.clip_grad_norm_(hosted.module.parameters(), settings.grad_clip)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if norm.isfinite():  # it is the same on every rank
             hosted.optimizer.step()
@@ -156,7 +164,7 @@ class Trainer(Host):
     def _policy_loss(
         self, module: nn.Module, batch: Packed, columns: Mapping[str, Tensor], tokens: int
     ) -> tuple[Tensor, ppo.Stats]:
-        settings = self.plan.workload.ppo
+        settings = self.plan.workload.algorithm
         output = module(batch, entropy=settings.entropy_coef > 0)
         log_probs, entropy = output if settings.entropy_coef else (output, None)
         loss, stats = ppo.policy_loss(
@@ -190,7 +198,7 @@ class Trainer(Host):
     def _value_loss(
         self, module: nn.Module, batch: Packed, columns: Mapping[str, Tensor], tokens: int
     ) -> tuple[Tensor, ppo.Stats]:
-        clip = self.plan.workload.ppo.value_clip
+        clip = self.plan.workload.algorithm.value_clip
         return ppo.value_loss(
             values=module(batch),
             old_values=columns["values"],

@@ -40,7 +40,8 @@ def place_of(plan: Plan, pools: Sequence[str]) -> Place:
 
 class CostModel:
     """`scenarios` is 1 where all lengths are fixed. `prompts` and `responses` [S, B] are tokens of
-    each sequence, `tokens` [S] their sum; `lengths` gives the first two instead of drawing them.
+    each sequence of the batch, `tokens` [S] their sum; `lengths` gives the first two instead of
+    drawing them.
     Every estimate is remembered: asking again is free."""
 
     def __init__(
@@ -53,7 +54,9 @@ class CostModel:
     ) -> None:
         drawn = SampledLengths(*lengths) if lengths else SampledLengths.drawn(workload, scenarios)
         self.workload, self.cluster = workload, cluster
-        self.prompts, self.responses, self.tokens = drawn.prompts, drawn.responses, drawn.tokens
+        batch = drawn.sequences.shape[1]
+        self.prompts, self.responses = drawn.prompts[:, :batch], drawn.responses[:, :batch]
+        self.tokens, self._generated = drawn.tokens, drawn.generated.sum(axis=1)
         self.scenarios = drawn.scenarios
         self._corrections = Corrections(profiles, cluster)
         self.trainers = TrainerCosts(workload, cluster, drawn, self._corrections)
@@ -163,15 +166,17 @@ class CostModel:
         return self._once(("host", name), lambda: self._host(name))
 
     def _host(self, name: str) -> Estimate:
-        batch, reward = self.workload.batch, self.workload.reward
-        scoring = [call.name for call in self.workload.dataflow.calls if call.scores]
-        seconds = host_seconds(self.tokens)
-        sizes = np.full((1, self.scenarios), np.log(batch))
-        ratios = self._corrections.ratios(like_host(name, sequences=batch), sizes)
+        reward, call = self.workload.reward, self.workload.dataflow[name]
+        # The calls before the batch is selected are about all that is generated.
+        generated = call.scores or "selected" in call.writes
+        sequences = self.workload.generated if generated else self.workload.batch
+        seconds = host_seconds(self._generated if generated else self.tokens)
+        sizes = np.full((1, self.scenarios), np.log(sequences))
+        ratios = self._corrections.ratios(like_host(name, sequences=sequences), sizes)
         if ratios.sources[0] == "roofline":
             ratios = ratios._replace(sources=np.array(["host"]))
-            if name in scoring and isinstance(reward, RewardFunction):
-                seconds = seconds + reward.seconds_per_sequence * batch
+            if call.scores and isinstance(reward, RewardFunction):
+                seconds = seconds + reward.seconds_per_sequence * sequences
         cost = Cost(compute=seconds[None], transfer=np.zeros((1, self.scenarios)))
         return Estimates.corrected(cost, ratios).only()
 

@@ -15,6 +15,12 @@ leaves its slot at the end of the last one.
 As a step's time is linear in the contexts, time between two events (a sequence leaves) is a closed
 sum, and no token is simulated alone. If there is a slot for every sequence, nothing is ever
 admitted late and the whole run is one sum.
+
+The samples of a prompt (its group) stay on one engine as far as its share of the batch goes, and
+their common prompt is prefilled once there. So requests are dealt in another order than that of the
+batch: the first sample of every prompt, then the second of every prompt, and so on. Those of a
+prompt then come to the same engine where the engines divide the prompts, and each engine has an
+even share of the first samples, which alone have their prompt to `prefill`, in any case.
 """
 
 import heapq
@@ -88,19 +94,27 @@ def engine_speed(shape: Shape, tensor_parallel: int, device: Device) -> Speed:
 
 
 def generation_seconds(
-    prompts: Integers, responses: Integers, engines: Sequence[Speed], concurrency: int, limit: int
+    prompts: Integers,
+    responses: Integers,
+    engines: Sequence[Speed],
+    concurrency: int,
+    limit: int,
+    first: int | None = None,
 ) -> Seconds:
     """Seconds [S] until the last engine is done, for `prompts` and `responses` [S, B] in tokens.
-    `concurrency` is each engine's number of slots, `limit` the longest response allowed."""
+    `concurrency` is each engine's number of slots, `limit` the longest response allowed. The
+    `first` requests prefill their prompts, the others find them there; None: all prefill."""
+    first = responses.shape[1] if first is None else first
     if responses.shape[1] <= len(engines) * concurrency:
-        return _one_wave(prompts, responses, engines, concurrency, limit)
+        return _one_wave(prompts, responses, engines, concurrency, limit, first)
     rows = zip(prompts, responses.tolist(), strict=True)
-    return np.array([_queued(p, r, engines, concurrency, limit) for p, r in rows])
+    return np.array([_queued(p, r, engines, concurrency, limit, first) for p, r in rows])
 
 
 class BatchLengths:
     """The lengths of a batch in tokens, `prompts` and `responses` [S, B], with what floors ask of
-    them often.
+    them often. They are given with the `group` samples of a prompt next to each other, and kept in
+    the order in which they are dealt: the `first` B / group of them prefill their prompts.
 
     A floor is a number of seconds that a simulation is not below. It is quick to find, so the
     search simulates only what its floor does not rule out. An example: prompts of 10 tokens and
@@ -112,8 +126,10 @@ class BatchLengths:
     LEVELS = (0.25, 0.5, 0.75, 0.9)  # shares of shorter responses: there a wave is cut into parts
     DEEPEST = 32  # waves of a queue: with more, the shared work is what counts
 
-    def __init__(self, prompts: Integers, responses: Integers) -> None:
-        self.prompts, self.responses = prompts, responses
+    def __init__(self, prompts: Integers, responses: Integers, group: int = 1) -> None:
+        self.prompts, self.responses = by_sample(prompts, group), by_sample(responses, group)
+        prompts, responses = self.prompts, self.responses
+        self.group, self.first = group, prompts.shape[1] // group
         self.even = bool((prompts == prompts[0, 0]).all())
         # Contexts of a sequence over all of its steps: p, p + 1, ..., p + r - 1.
         self.contexts = prompts * responses + responses * (responses - 1) // 2
@@ -121,8 +137,9 @@ class BatchLengths:
         self._longest_starting: dict[tuple[int, int], Integers] = {}
         self._tokens = responses.sum(axis=1)
         self._context_sums = self.contexts.sum(axis=1)
-        self._prompt_sums = prompts.sum(axis=1)
-        self._prompt_squares = (prompts**2).sum(axis=1)
+        prefilled = prompts[:, : self.first]
+        self._prompt_sums = prefilled.sum(axis=1)
+        self._prompt_squares = (prefilled**2).sum(axis=1)
         self._rising = np.sort(responses, axis=1)
         self._levels = self._rising[0, [int(share * responses.shape[1]) for share in self.LEVELS]]
 
@@ -224,7 +241,8 @@ class BatchLengths:
         places = np.minimum(places, batch - 1)
         lengths = self.responses[scenario, places] * inside
         contexts = (self.contexts[scenario, places] * inside).sum(axis=2)
-        longest, total, count = lengths.max(axis=2), lengths.sum(axis=2), inside.sum(axis=2)
+        longest, total = lengths.max(axis=2), lengths.sum(axis=2)
+        count = (inside & (places < self.first)).sum(axis=2)
         prompt = int(self.prompts[0, 0])
         # Steps and tokens up to some lengths and from one to the next: the matrices of no such part
         # take less than either its steps or its tokens need.
@@ -271,18 +289,30 @@ class GenerationRun:
         batch, engines, slots = self._batch, self._engines, self._concurrency
         if not self.queued:
             self.seconds = generation_seconds(
-                batch.prompts, batch.responses, engines, slots, self._limit
+                batch.prompts, batch.responses, engines, slots, self._limit, batch.first
             )
             self.known = len(self.seconds)
         else:
             scenario, count = self.known, len(engines)
             followed = min(count, FOLLOWED_ENGINES) if _alike(engines) else count
-            requests = -(-batch.responses.shape[1] * followed // count)
-            prompts = batch.prompts[scenario, :requests]
-            responses = batch.responses[scenario, :requests].tolist()
-            found = _queued(prompts, responses, engines[:followed], slots, self._limit)
+            first = -(-batch.first * followed // count)
+            share = (np.arange(batch.group)[:, None] * batch.first + np.arange(first)).ravel()
+            prompts = batch.prompts[scenario, share]
+            responses = batch.responses[scenario, share].tolist()
+            found = _queued(prompts, responses, engines[:followed], slots, self._limit, first)
             self.seconds[scenario] = max(self.seconds[scenario], found)
             self.known += 1
+
+
+def by_sample(lengths: Integers, group: int) -> Integers:
+    """Lengths [S, B] in the order in which requests are dealt.
+
+    >>> by_sample(np.array([[10, 11, 20, 21]]), group=2)
+    array([[10, 20, 11, 21]])
+    """
+    if group == 1:
+        return lengths
+    return lengths.reshape(len(lengths), -1, group).swapaxes(1, 2).reshape(len(lengths), -1)
 
 
 def deal(
@@ -310,14 +340,19 @@ def deal(
 
 
 def _one_wave(
-    prompts: Integers, responses: Integers, engines: Sequence[Speed], concurrency: int, limit: int
+    prompts: Integers,
+    responses: Integers,
+    engines: Sequence[Speed],
+    concurrency: int,
+    limit: int,
+    first: int,
 ) -> Seconds:
     """Seconds [S] where every sequence starts at once. With an engine's sequences in the order of
     their lengths, the number of active ones is constant between two lengths; a sequence's contexts
     add up to p r + r (r - 1) / 2."""
     count, width = len(engines), min(concurrency, responses.shape[1])
     if _alike(engines) and (prompts == prompts[0, 0]).all():
-        return _even_wave(int(prompts[0, 0]), responses, engines[0], count)
+        return _even_wave(int(prompts[0, 0]), responses, engines[0], count, first)
     active = range(width, 0, -1)
     matrices_of = {speed: [speed.matrices(n) for n in active] for speed in set(engines)}
     matrices = np.array([matrices_of[speed] for speed in engines])
@@ -332,8 +367,9 @@ def _one_wave(
         lengths.sort(axis=1)  # an engine with free slots starts with zeros, which take no steps
         decoding = (np.diff(lengths, axis=1, prepend=0) * matrices).sum(axis=1)
         contexts = np.bincount(engine, prompt * response + response * (response - 1) // 2, count)
-        prompt_sums = np.bincount(engine, prompt, count)
-        prefill = token * prompt_sums + square * np.bincount(engine, prompt**2, count)
+        prefilled = np.where(np.arange(len(prompt)) < first, prompt, 0)
+        prompt_sums = np.bincount(engine, prefilled, count)
+        prefill = token * prompt_sums + square * np.bincount(engine, prefilled**2, count)
         seconds[scenario] = (decoding + attention * contexts + prefill).max()
     return seconds
 
@@ -342,7 +378,7 @@ def _alike(engines: Sequence[Speed]) -> bool:
     return all(speed is engines[0] for speed in engines) or len(set(engines)) == 1
 
 
-def _even_wave(prompt: int, responses: Integers, speed: Speed, engines: int) -> Seconds:
+def _even_wave(prompt: int, responses: Integers, speed: Speed, engines: int, first: int) -> Seconds:
     """Seconds [S] where every sequence starts at once and equal prompts are dealt to equal engines
     in turn."""
     scenarios, batch = responses.shape
@@ -359,13 +395,18 @@ def _even_wave(prompt: int, responses: Integers, speed: Speed, engines: int) -> 
         of_active = np.maximum(speed.weights, speed.arithmetic * np.arange(width, 0, -1))
         matrices = np.einsum("swe,w->se", rising, of_active)
     contexts = prompt * total + ((lengths**2).sum(axis=1) - total) // 2
-    count = (np.arange(width * engines) < batch).reshape(width, engines).sum(axis=0)
+    count = (np.arange(width * engines) < first).reshape(width, engines).sum(axis=0)
     decoding = matrices + speed.step * longest + speed.sequence * total + speed.attention * contexts
     return np.asarray((decoding + speed.prefill(prompt) * count).max(axis=1))
 
 
 def _queued(
-    prompt_tokens: Integers, responses: list[int], engines: Sequence[Speed], slots: int, limit: int
+    prompt_tokens: Integers,
+    responses: list[int],
+    engines: Sequence[Speed],
+    slots: int,
+    limit: int,
+    prefilling: int,
 ) -> float:
     """Seconds of one scenario with a queue, event by event: always the engine whose next sequence
     ends first, the first engine on a tie, frees its slots and takes as many requests. While there
@@ -388,9 +429,10 @@ def _queued(
         requests = np.flatnonzero(first == engine)
         running.append((response_tokens[requests] * batch + requests).tolist())
         heapq.heapify(running[engine])
-        started = prompt_tokens[requests]
-        context[engine], squares = int(started.sum()), int((started**2).sum())
-        prefill = speed.prefill_token * context[engine] + speed.prefill_square * squares
+        context[engine] = int(prompt_tokens[requests].sum())
+        started = prompt_tokens[requests[requests < prefilling]]
+        squares = int((started**2).sum())
+        prefill = speed.prefill_token * int(started.sum()) + speed.prefill_square * squares
         steps = running[engine][0] // batch
         agenda.append((prefill + _until_next(steps, slots, context[engine], speed), engine))
     heapq.heapify(agenda)
@@ -403,7 +445,8 @@ def _queued(
         while waiting < batch and heap[0] // batch == end:
             left = heapq.heapreplace(heap, (end + responses[waiting]) * batch + waiting) % batch
             contexts += prompts[waiting] - prompts[left] - responses[left]
-            clock += speed.prefill(prompts[waiting])
+            if waiting < prefilling:
+                clock += speed.prefill(prompts[waiting])
             waiting += 1
         steps = heap[0] // batch - end
         attended = steps * contexts + slots * (steps * (steps - 1) // 2)

@@ -26,11 +26,12 @@ from planner.predict.points import (
 )
 from planner.predict.profile import FIGURES, WORK, Profile
 from planner.predict.roofline import sharding_of
+from planner.spec.algorithm import Algorithm
 from planner.spec.cluster import Cluster, Device
 from planner.spec.engines import engine_for
 from planner.spec.lengths import Fixed
 from planner.spec.plan import RolloutRole
-from planner.spec.workload import Model, Ppo, Shape, Workload
+from planner.spec.workload import Model, Shape, Workload
 
 CALL_ORDER = ("generate", "infer", "train", "transfer", "wake", "offload", "host")
 TURNS = 3  # in which points are held out
@@ -249,5 +250,5 @@ def _workload(
         critic=model,
         reference=model,
         reward=model,
-        ppo=Ppo(epochs=epochs),
+        algorithm=Algorithm(epochs=epochs),
     )

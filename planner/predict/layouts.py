@@ -74,7 +74,7 @@ def trainer_grid(
     A micro-batch holds at least one longest sequence. On a CPU nothing is saved by sharding less,
     recomputing or offloading: its memory is the host's."""
     trained = role in TRAINED
-    largest = (workload.minibatch if trained else workload.batch) * workload.longest
+    largest = (workload.minibatch if trained else workload.inferred_by(role)) * workload.longest
     sizes = {min(max(size, workload.longest), largest) for size in MICRO_BATCH_TOKENS}
     tokens = sorted(sizes, reverse=True)
     if device.kind == "cpu":
@@ -116,7 +116,7 @@ def rollout_layouts(
         engines = [sum(part // tensor_parallel for part in pool) for pool in parts]
         if not all(engines):
             continue
-        replicas = engine_counts(sum(engines), workload.batch)[-1]
+        replicas = engine_counts(sum(engines), workload.generated)[-1]
         for concurrency in concurrencies(workload, tensor_parallel, replicas, device, shared):
             fraction = rollout_fraction(workload, tensor_parallel, concurrency, device)
             for offload in (False, True) if shared and not on_cpu else (False,):
@@ -155,7 +155,7 @@ def concurrencies(
     Fewer slots gain nothing but memory. So an engine that shares its GPUs with no other role has
     the most, and so has one with a large batch: a large cluster has memory enough, and a long queue
     takes long to simulate."""
-    share = -(-workload.batch // engines)
+    share = -(-workload.generated // engines)
     listed = {share}
     if device.kind != "cpu":
         listed |= {min(share, slots) for slots in CONCURRENCY}
@@ -164,4 +164,4 @@ def concurrencies(
         for slots in sorted(listed)
         if 0 < rollout_fraction(workload, tensor_parallel, slots, device) <= 1
     ]
-    return fitting if shared and workload.batch <= LARGE_BATCH else fitting[-1:]
+    return fitting if shared and workload.generated <= LARGE_BATCH else fitting[-1:]

@@ -122,7 +122,7 @@ def trainer_bytes(workload: Workload, role: str, grid: Grid, device: Device) -> 
     weights = (4 if trained else size) * parameters // grid.shard
     moments = (8 if trained else 0) * parameters // grid.shard
     gradients = (4 if trained else 0) * parameters // grid.shard
-    tokens = _micro_batch_tokens(workload, grid, trained)
+    tokens = _micro_batch_tokens(workload, grid, role)
     activations = _activation_bytes(shape, grid.recompute, device, trained) * tokens
     needs_gathering = (grid.shard > 1) | (size < 4)
     window = 0
@@ -156,11 +156,11 @@ def moved_bytes(shape: Shape, role: str, grid: Grid, device: Device, *, train: b
     return np.asarray(weights * grid.weights_offloaded + moments * grid.optimizer_offloaded)
 
 
-def _micro_batch_tokens(workload: Workload, grid: Grid, trained: bool) -> Integers:
+def _micro_batch_tokens(workload: Workload, grid: Grid, role: str) -> Integers:
     """Tokens of the largest micro-batch: a sequence is never cut, and a rank has no more than its
     share of a minibatch."""
-    minibatch = workload.minibatch if trained else workload.batch
-    share = -(-minibatch // grid.gpus)
+    sequences = workload.minibatch if role in TRAINED else workload.inferred_by(role)
+    share = -(-sequences // grid.gpus)
     bound = np.maximum(grid.micro_batch_tokens, workload.longest)
     return np.minimum(bound, share * workload.longest)
 
@@ -223,7 +223,7 @@ def _engine_detail(
     per_token = kv_bytes_per_token(workload.actor.shape, tensor_parallel, device)
     return {
         "weights": engine_weight_bytes(workload.actor.shape, tensor_parallel, device),
-        "kv_cache": min(concurrency, workload.batch) * workload.longest * per_token,
+        "kv_cache": min(concurrency, workload.generated) * workload.longest * per_token,
         "workspace": ENGINE_WORKSPACE_BYTES if device.kind == "cuda" else 0,
     }
 
@@ -317,7 +317,7 @@ def trainer_allowance(plan: Plan, pool: str) -> int:
 def batch_bytes(workload: Workload, staleness: int) -> int:
     """Bytes of the batches in flight on the controller's host: staleness + 1 batches of longest
     sequences."""
-    return workload.batch * workload.longest * SAMPLE_BYTES_PER_TOKEN * (staleness + 1)
+    return workload.generated * workload.longest * SAMPLE_BYTES_PER_TOKEN * (staleness + 1)
 
 
 def host_bytes(plan: Plan) -> dict[int, int]:

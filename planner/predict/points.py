@@ -41,10 +41,11 @@ from planner.predict.roofline import (
     sync_cost,
     train_cost,
 )
+from planner.spec.algorithm import Epochs
 from planner.spec.cluster import Cluster, Device
 from planner.spec.files import Bytes, Count, Spec, Tokens
 from planner.spec.plan import Offload, TrainerRole
-from planner.spec.workload import Epochs, Shape, head_of
+from planner.spec.workload import Shape, head_of
 
 # The keys of a point in a file, in their order; the value is that of a key which says nothing about
 # the point's kind. Every kind has the keys without such a value. `partly` came later and is left

@@ -41,6 +41,7 @@ Color = tuple[float, float, float]
 CALL_COLORS = {
     "generate": BLUE,
     "score": YELLOW,
+    "select": "#8C6D1F",
     "ref_logprobs": PINK,
     "old_logprobs": SKY,
     "values": GREEN,

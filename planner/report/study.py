@@ -324,7 +324,7 @@ def _flops_shares(
         return None
     role = plan.dataflow[call].roles[0]
     shape, head, layout = plan.workload.models[role].shape, head_of(role), plan.trainers[role]
-    model, epochs = CostModel(plan.workload, plan.cluster), plan.workload.ppo.epochs
+    model, epochs = CostModel(plan.workload, plan.cluster), plan.workload.algorithm.epochs
     attention = (
         2 * shape.layers * shape.heads * shape.head_dim
     )  # as in roofline.py, per square of a length

@@ -162,7 +162,7 @@ def bottleneck(plan: Plan) -> str:
     reward, on_host = plan.workload.reward, [call for call in large if not _pools(plan, call)]
     scores = next((call for call in on_host if plan.dataflow[call].scores), None)
     if scores is not None and isinstance(reward, RewardFunction):
-        cheaper = _with_processes(reward, plan.workload.batch, calls[scores], total)
+        cheaper = _with_processes(reward, plan.workload.generated, calls[scores], total)
         if calls[scores] == max(calls.values()):
             waits = f"the reward function {reward.name}, for which GPUs wait"
             return f"Bottleneck: {waits}: {parts}. {cheaper}"

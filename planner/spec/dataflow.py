@@ -108,21 +108,38 @@ class Dataflow:
 
 
 def ppo(workload: "Workload") -> Dataflow:
-    """One PPO step: the calls below without those `left_out`, whose data nobody reads then."""
+    """One step of PPO, whose critic says what was to be expected of a sequence."""
+    return _without(_calls(workload), _unused(workload))
+
+
+def reinforce(workload: "Workload") -> Dataflow:
+    """One step without a critic: what was to be expected is told by the other samples of the prompt
+    or of the batch (GRPO, Dr. GRPO, RLOO, REINFORCE++)."""
+    return _without(_calls(workload), _unused(workload) | {"values", "update_critic"})
+
+
+def _unused(workload: "Workload") -> set[str]:
+    """Calls that a workload has no use for."""
+    unused = {
+        "select": not workload.oversamples,
+        "ref_logprobs": workload.reference is None,
+        "old_logprobs": workload.proximal != "recompute",
+        "evaluate": not (workload.data and workload.data.evaluate_every),
+    }
+    return {name for name, leave in unused.items() if leave}
+
+
+def _calls(workload: "Workload") -> tuple[Call, ...]:
+    """Every call that a step may have."""
     model_scores = "reward" in workload.roles  # otherwise a function on the host does
     recompute = workload.proximal == "recompute"
     evaluate_every = workload.data.evaluate_every if workload.data else 0
-    left_out = {
-        "ref_logprobs": workload.reference is None,
-        "old_logprobs": not recompute,
-        "values": workload.critic is None,
-        "update_critic": workload.critic is None,
-        "evaluate": not evaluate_every,
-    }
-    sequences = Read(data="sequences")
+    generated = Read(data="sequences")
+    # What is trained on: all that was generated, or the groups that were selected from it.
+    batch = Read(data="selected" if workload.oversamples else "sequences")
     actor_weights = Read(data="actor_weights", lag=1)
     critic_weights = Read(data="critic_weights", lag=1)
-    calls = (
+    return (
         Call(
             name="generate",
             roles=("rollout",),
@@ -134,29 +151,36 @@ def ppo(workload: "Workload") -> Dataflow:
             name="score",
             roles=("reward",) if model_scores else (),
             kind="infer" if model_scores else "host",
-            reads=(sequences,),
+            reads=(generated,),
             writes=("rewards",),
             scores=True,
+        ),
+        Call(
+            name="select",  # the groups whose samples differ in their scores
+            roles=(),
+            kind="host",
+            reads=(generated, Read(data="rewards")),
+            writes=("selected",),
         ),
         Call(
             name="ref_logprobs",
             roles=("reference",),
             kind="infer",
-            reads=(sequences,),
+            reads=(batch,),
             writes=("ref_log_probs",),
         ),
         Call(
             name="old_logprobs",
             roles=("actor",),
             kind="infer",
-            reads=(sequences, actor_weights),
+            reads=(batch, actor_weights),
             writes=("proximal_log_probs",),
         ),
         Call(
             name="values",
             roles=("critic",),
             kind="infer",
-            reads=(sequences, critic_weights),
+            reads=(batch, critic_weights),
             writes=("values",),
         ),
         Call(
@@ -165,6 +189,7 @@ def ppo(workload: "Workload") -> Dataflow:
             kind="host",
             reads=(
                 Read(data="rewards"),
+                Read(data="selected"),
                 Read(data="log_probs"),
                 Read(data="ref_log_probs"),
                 Read(data="proximal_log_probs"),
@@ -176,7 +201,7 @@ def ppo(workload: "Workload") -> Dataflow:
             name="update_critic",
             roles=("critic",),
             kind="train",
-            reads=(sequences, Read(data="values"), Read(data="returns"), critic_weights),
+            reads=(batch, Read(data="values"), Read(data="returns"), critic_weights),
             writes=("critic_weights",),
         ),
         Call(
@@ -184,7 +209,7 @@ def ppo(workload: "Workload") -> Dataflow:
             roles=("actor",),
             kind="train",
             reads=(
-                sequences,
+                batch,
                 Read(data="advantages"),
                 Read(data="proximal_log_probs" if recompute else "log_probs"),
                 actor_weights,
@@ -208,7 +233,6 @@ def ppo(workload: "Workload") -> Dataflow:
             monitor=True,
         ),
     )
-    return _without(calls, {name for name, leave in left_out.items() if leave})
 
 
 def _without(calls: tuple[Call, ...], names: set[str]) -> Dataflow:

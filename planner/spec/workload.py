@@ -1,13 +1,14 @@
-"""The question: the models, the batch, the lengths and the PPO settings of one training job."""
+"""The question: the models, the batch, the lengths and the algorithm of one training job."""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag, model_validator
+from pydantic import Field, NonNegativeFloat, Tag, model_validator
 
+from planner.spec.algorithm import Algorithm, Optimizers, bring_up_to_date
 from planner.spec.architectures import check_length, read_config, sizes
-from planner.spec.dataflow import Dataflow, ppo
+from planner.spec.dataflow import Dataflow, ppo, reinforce
 from planner.spec.errors import UserError
 from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_key, read_data
 from planner.spec.lengths import Lengths
@@ -16,7 +17,6 @@ from planner.spec.tokenizers import check_tokenizers
 
 MODEL_ROLES = ("actor", "critic", "reference", "reward")
 MOST_PARAMETERS = 10**15
-Epochs = Annotated[int, Field(gt=0, le=1000)]
 ROLES = ("actor", "rollout", "critic", "reference", "reward")
 TENSOR_PARALLEL = (1, 2, 4, 8)  # GPUs that an engine may have
 TRAINED = ("actor", "critic")  # the others of MODEL_ROLES only infer
@@ -161,30 +161,9 @@ class Data(Spec):
         return self
 
 
-class Ppo(Spec):
-    """Settings of the algorithm; see executor/training/ppo.py for each formula and its source."""
-
-    gamma: Annotated[float, Field(ge=0, le=1)] = 1.0
-    lam: Annotated[float, Field(ge=0, le=1)] = 0.95
-    kl_coef: NonNegativeFloat = 0.05
-    kl_kind: Literal["k1", "k2", "k3"] = "k1"
-    clip: PositiveFloat = 0.2
-    value_clip: PositiveFloat | Literal["off"] = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    importance_cap: PositiveFloat = 2.0
-    entropy_coef: NonNegativeFloat = 0.0
-    temperature: PositiveFloat = 1.0
-    missing_eos_penalty: NonNegativeFloat = 0.0
-    whiten: bool = True
-    grad_clip: PositiveFloat = 1.0
-    actor_lr: PositiveFloat = 1e-6
-    critic_lr: PositiveFloat = 5e-6
-    weight_decay: NonNegativeFloat = 0.0
-    epochs: Epochs = 1
-
-
 class Workload(File):
-    """One PPO job. Lengths are tokens, `batch` and `minibatch` are sequences (over all workers)."""
+    """One job. Lengths are tokens; `batch` and `minibatch` are sequences (over all workers), of
+    which each prompt has `samples_per_prompt`, its group."""
 
     SCHEMA: ClassVar[str] = "splitplan/workload/1"
 
@@ -197,7 +176,8 @@ class Workload(File):
     critic: Model | None = None
     reference: Model | None = None
     reward: Reward
-    ppo: Ppo = Ppo()
+    algorithm: Algorithm = Algorithm()
+    optimizer: Optimizers = Optimizers()
     data: Data | None = None
     proximal: Literal["recompute", "rollout"] = "recompute"
     max_staleness: Annotated[int, Field(ge=0, le=MOST_STALENESS)] = 1
@@ -206,17 +186,68 @@ class Workload(File):
     )
     steps: Steps = 100
     seed: Seed = 0
-    samples_per_prompt: PositiveInt = 1
-    advantage: Literal["gae", "group"] = "gae"
+    samples_per_prompt: Count = 1
     sync: Literal["boundary", "in_flight"] = "boundary"
 
+    @model_validator(mode="before")
+    @classmethod
+    def _default_advantage(cls, data: Any) -> Any:
+        """A job with a critic uses it, unless it says otherwise."""
+        if not isinstance(data, dict):
+            return data
+        bring_up_to_date(data)
+        algorithm = data.get("algorithm", {})
+        if not isinstance(algorithm, dict) or "advantage" in algorithm:
+            return data
+        advantage = "reinforce++" if data.get("critic") is None else "gae"
+        return {**data, "algorithm": {**algorithm, "advantage": advantage}}
+
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.batch % self.minibatch:
+    def _sizes_divide(self) -> Self:
+        for name, size in (("minibatch", self.minibatch), ("samples_per_prompt", self.group)):
+            if self.batch % size:
+                raise ValueError(
+                    f"batch = {self.batch} is not a multiple of {name} = {size}; change one of them"
+                )
+        if self.minibatch % self.group:
             raise ValueError(
-                f"batch = {self.batch} is not a multiple of minibatch = {self.minibatch}; change "
-                "one of them"
+                f"minibatch = {self.minibatch} is not a multiple of samples_per_prompt = "
+                f"{self.group}, and the samples of a prompt stay together; change one of them"
             )
+        wanted = self.batch * self.algorithm.oversampling_factor
+        if abs(wanted - self.generated) > 1e-6 * wanted:
+            raise ValueError(
+                f"oversampling_factor = {self.algorithm.oversampling_factor:g} asks for "
+                f"{wanted:g} sequences, which are no whole number of groups of {self.group}; with "
+                f"{self.generated / self.batch:g} there are {self.generated}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _advantage_has_what_it_needs(self) -> Self:
+        algorithm, named = self.algorithm, f"advantage = {self.algorithm.advantage!r}"
+        if algorithm.needs_critic and self.critic is None:
+            raise ValueError(
+                f"{named} needs a critic; add [critic], or choose an advantage that needs none, "
+                "such as grpo or reinforce++"
+            )
+        if not algorithm.needs_critic and self.critic is not None:
+            raise ValueError(f"{named} has no use for a critic; remove [critic], or choose gae")
+        if algorithm.needs_group and self.group == 1:
+            raise ValueError(
+                f"{named} compares the samples of a prompt; set samples_per_prompt to 2 or more"
+            )
+        if algorithm.oversampling_factor > 1 and self.group == 1:
+            raise ValueError(
+                "oversampling_factor drops groups whose samples have the same score; set "
+                "samples_per_prompt to 2 or more"
+            )
+        if algorithm.kl_target is not None and self.reference is None:
+            raise ValueError("kl_target needs a reference; add [reference], or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_divide(self) -> Self:
         wanted, shape = self.tensor_parallel or 1, self.actor.shape
         if not shape.splits_into(wanted):
             works = [str(gpus) for gpus in TENSOR_PARALLEL if shape.splits_into(gpus)]
@@ -225,12 +256,29 @@ class Workload(File):
                 f"heads with {shape.kv_heads} of keys; set it to {' or '.join(works)}, or leave "
                 "it out"
             )
-        for key, built in (("samples_per_prompt", 1), ("advantage", "gae"), ("sync", "boundary")):
-            if getattr(self, key) != built:
-                raise ValueError(
-                    f"{key} = {getattr(self, key)!r} is not supported yet; leave it at {built!r}"
-                )
+        if self.sync != "boundary":
+            raise ValueError(f"sync = {self.sync!r} is not supported yet; leave it at 'boundary'")
         return self
+
+    @property
+    def group(self) -> int:
+        """The samples of a prompt."""
+        return self.samples_per_prompt
+
+    @property
+    def generated(self) -> int:
+        """Sequences that a step generates and scores: the batch, and with an oversampling factor
+        more, in whole groups."""
+        return round(self.batch * self.algorithm.oversampling_factor / self.group) * self.group
+
+    @property
+    def oversamples(self) -> bool:
+        return self.generated > self.batch
+
+    def inferred_by(self, role: str) -> int:
+        """Sequences of a forward pass of a role: those of the batch, or, to score them, all that
+        are generated."""
+        return self.generated if role == "reward" else self.batch
 
     @property
     def models(self) -> dict[str, Model]:
@@ -245,9 +293,8 @@ class Workload(File):
 
     @property
     def dataflow(self) -> Dataflow:
-        """The calls of one step. Each algorithm is a function that makes them; so far there is
-        PPO."""
-        return ppo(self)
+        """The calls of one step. Each kind of algorithm is a function that makes them."""
+        return ppo(self) if self.algorithm.needs_critic else reinforce(self)
 
     def model_of(self, role: str) -> Model:
         return self.models["actor" if role == "rollout" else role]

@@ -46,7 +46,7 @@ def small_workload(actor_lr: float = 1e-4) -> Workload:
     roles = {role: model for role in ROLES if role != "rollout"}
     response = {"kind": "lognormal", "mean": 32, "sigma": 0.5, "max": 64}
     return make_workload(
-        **roles, batch=32, minibatch=16, response=response, ppo={"actor_lr": actor_lr}
+        **roles, batch=32, minibatch=16, response=response, optimizer={"actor": {"lr": actor_lr}}
     )
 
 

@@ -17,31 +17,41 @@ MOST_SEQUENCES, FEWEST_SCENARIOS = 2**16, 4
 
 @dataclass(frozen=True)
 class SampledLengths:
-    """Tokens of each sequence of a batch, `prompts` and `responses` [S, B]."""
+    """Tokens of each sequence that a step generates, `prompts` and `responses` [S, G]; the `group`
+    samples of a prompt lie next to each other. The first `batch` of them (all, if it is None) are
+    trained on: nobody knows which will be."""
 
     prompts: Integers
     responses: Integers
+    group: int = 1
+    batch: int | None = None
 
     @classmethod
     def drawn(cls, workload: Workload, scenarios: int) -> Self:
         """Lengths of up to `scenarios` scenarios, or of one where all lengths are fixed. Scenario s
         depends on the workload's seed and s alone."""
-        batch, seed = workload.batch, workload.seed
-        count = min(scenarios, max(FEWEST_SCENARIOS, MOST_SEQUENCES // batch))
+        generated, group, seed = workload.generated, workload.group, workload.seed
+        count = min(scenarios, max(FEWEST_SCENARIOS, MOST_SEQUENCES // generated))
         if isinstance(workload.prompt, Fixed) and isinstance(workload.response, Fixed):
             count = 1
-        prompts = [sample(workload.prompt, batch, seed, s, 0) for s in range(count)]
-        responses = [sample(workload.response, batch, seed, s, 1) for s in range(count)]
-        return cls(np.stack(prompts), np.stack(responses))
+        prompts = [sample(workload.prompt, generated // group, seed, s, 0) for s in range(count)]
+        responses = [sample(workload.response, generated, seed, s, 1) for s in range(count)]
+        each = np.repeat(np.stack(prompts), group, axis=1)
+        return cls(each, np.stack(responses), group, workload.batch)
 
     @property
     def scenarios(self) -> int:
         return len(self.prompts)
 
     @cached_property
-    def sequences(self) -> Integers:
-        """Tokens [S, B] of each sequence, prompt and response."""
+    def generated(self) -> Integers:
+        """Tokens [S, G] of each sequence, prompt and response."""
         return self.prompts + self.responses
+
+    @cached_property
+    def sequences(self) -> Integers:
+        """Tokens [S, B] of each sequence that is trained on."""
+        return self.generated[:, : self.batch]
 
     @cached_property
     def tokens(self) -> Integers:

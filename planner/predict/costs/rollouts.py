@@ -29,7 +29,8 @@ class RolloutCosts:
         self, workload: Workload, lengths: SampledLengths, corrections: Corrections
     ) -> None:
         self._workload, self._corrections = workload, corrections
-        self._batch = BatchLengths(lengths.prompts, lengths.responses)
+        self._batch = BatchLengths(lengths.prompts, lengths.responses, lengths.group)
+        self._sequences = int(lengths.prompts.shape[1])
         self._wave_floors: dict[tuple[int, int, Device], Seconds] = {}
         self.runs: dict[tuple[int, int, EngineCounts], GenerationRun] = {}
 
@@ -50,9 +51,9 @@ class RolloutCosts:
             tensor_parallel=tensor_parallel,
             engines=engines,
             concurrency=concurrency,
-            sequences=self._workload.batch,
+            sequences=self._sequences,
         )
-        share = np.log(self._workload.batch / engines)
+        share = np.log(self._sequences / engines)
         sizes = np.broadcast_to(share[:, None], seconds.shape)
         cost = Cost(compute=seconds, transfer=np.zeros_like(seconds))
         return Estimates.corrected(cost, self._corrections.ratios(like, sizes))
@@ -70,7 +71,7 @@ class RolloutCosts:
     def run(self, tensor_parallel: int, concurrency: int, engines: EngineCounts) -> GenerationRun:
         """The simulation of some engines, as far as it has been run."""
         count = sum(number for _, number in engines)
-        share = -(-self._workload.batch // count)
+        share = -(-self._sequences // count)
         if concurrency > share and self._batch.even:
             concurrency = share  # equal prompts are dealt evenly: further slots stay empty
         key = tensor_parallel, concurrency, engines
@@ -99,7 +100,7 @@ class RolloutCosts:
         speed = engine_speed(self._workload.actor.shape, tensor_parallel, device)
         found = self._batch.floors(speed, engines, concurrency)
         if self._batch.even:
-            for row in np.flatnonzero(engines * concurrency >= self._workload.batch).tolist():
+            for row in np.flatnonzero(engines * concurrency >= self._sequences).tolist():
                 floor = self._wave_floor(int(engines[row]), tensor_parallel, device)
                 found[row] = np.maximum(found[row], floor)
         return found

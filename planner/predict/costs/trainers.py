@@ -41,8 +41,9 @@ class TrainerCosts:
         if not len(sharding.shard):
             nothing = np.zeros((0, self._lengths.scenarios))
             return Estimates(compute=nothing, transfer=nothing, sources=np.array([], dtype=str))
-        workload = self._workload
+        workload, lengths = self._workload, self._lengths
         cost = self._roofline(call, role, sharding, device)
+        sequences = lengths.generated if role == "reward" else lengths.sequences
         like = like_trainer(
             call,
             role,
@@ -52,21 +53,21 @@ class TrainerCosts:
             gpus=sharding.gpus,
             micro_batch_tokens=sharding.micro_batch_tokens,
             recompute=sharding.recompute,
-            sequences=workload.batch,
+            sequences=sequences.shape[1],
             minibatch=workload.minibatch,
-            epochs=workload.ppo.epochs,
+            epochs=workload.algorithm.epochs,
         )
-        sizes = np.log(self._lengths.tokens / sharding.gpus[:, None])
+        sizes = np.log(sequences.sum(axis=1) / sharding.gpus[:, None])
         return Estimates.corrected(cost, self._corrections.ratios(like, sizes))
 
     def _roofline(self, call: TrainerCall, role: str, sharding: Sharding, device: Device) -> Cost:
         workload, cluster = self._workload, self._cluster
         shape, head = workload.models[role].shape, head_of(role)
         if call == "infer":
-            work = self._work(workload.batch, sharding.gpus)
+            work = self._work(workload.inferred_by(role), sharding.gpus)
             return infer_cost(shape, head, sharding, device, cluster, work)
         work = self._work(workload.minibatch, sharding.gpus)
-        epochs = workload.ppo.epochs
+        epochs = workload.algorithm.epochs
         return train_cost(shape, head, sharding, device, cluster, work, epochs)
 
     def _work(self, minibatch: int, gpus: Integers) -> Work:
@@ -79,7 +80,10 @@ class TrainerCosts:
 
     def _dealt_to(self, minibatch: int, ranks: int) -> Work:
         if minibatch not in self._minibatches:
-            self._minibatches[minibatch] = longest_first(self._lengths.sequences, minibatch)
+            lengths = self._lengths
+            whole = minibatch > lengths.sequences.shape[1]  # to score what is generated
+            sequences = lengths.generated if whole else lengths.sequences
+            self._minibatches[minibatch] = longest_first(sequences, minibatch)
         if (minibatch, ranks) not in self._dealt:
             self._dealt[minibatch, ranks] = dealt(self._minibatches[minibatch], ranks)
         return self._dealt[minibatch, ranks]

@@ -177,7 +177,7 @@ def _engine_need(workload: Workload, cluster: Cluster, device: Device, gpus: int
     """The need of the engines that need least."""
     engines = []
     for split in (t for t in tensor_parallels(workload, device) if t <= _widest(cluster, device)):
-        share = -(-workload.batch // max(1, gpus // split))
+        share = -(-workload.generated // max(1, gpus // split))
         fraction = rollout_fraction(workload, split, min(share, min(CONCURRENCY)), device)
         engines.append(
             RoleNeed("rollout", int(fraction * device.memory_bytes), f"tensor-parallel {split}")

@@ -62,9 +62,9 @@ class RolloutTable:
         self._statistic = statistic
         self._memory: dict[tuple[int, int, bool], RoleMemory] = {}
         self.sizes = [size for size in tensor_parallels(workload, device) if size <= node]
-        self.counts = np.array(engine_counts(gpus, workload.batch))
+        self.counts = np.array(engine_counts(gpus, workload.generated))
         self._list_rows(gpus)
-        self.queued = self.slots * self.counts[self.count] < workload.batch  # slow to simulate
+        self.queued = self.slots * self.counts[self.count] < workload.generated  # slow to simulate
         needed = self.percent / 100 * device.memory_bytes - process_bytes(device)
         self.level = level_of(needed * (device.kind == "cuda"), device)
         rows = len(self.size)
