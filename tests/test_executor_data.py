@@ -59,6 +59,20 @@ def test_a_response_ends_at_the_first_stop_string(tmp_path: Path) -> None:
     assert dataset.stopped([np.array([2, 3])]) == [None]
 
 
+def test_prompts_are_named_by_their_lines(tmp_path: Path) -> None:
+    """Each once, also where an epoch has them again within a batch; the first four."""
+    file = tmp_path / "train.jsonl"
+    file.write_text("".join(f'{{"prompt": "{n}"}}\n' for n in range(1, 7)))
+    data = Dataset(make_workload(data={"train": file}, batch=8), Words())
+    drawn = data.step(0)
+    rows = np.argsort([int(text) for text in drawn.texts], kind="stable")
+    first = ", ".join(f"{file}:{n}" for n in range(1, 5))
+    assert drawn.named(rows) == f"the prompts of {first} and 2 more"
+    assert drawn.named(rows[-1:]) == f"the prompts of {file}:6"
+    random = Synthetic(make_workload()).step(0)
+    assert random.named(np.arange(3)) == "3 prompts of random tokens"
+
+
 @pytest.mark.parametrize("template", ["<bos> $A", "<bos> $A <eos>", "<mask> <bos> $A", "$A"])
 def test_a_prompt_has_what_its_tokenizer_puts_before_it_once(tmp_path: Path, template: str) -> None:
     """With its template already in it or not, and nothing behind it."""

@@ -15,7 +15,12 @@ import pytest
 from conftest import colocated, cpu_cluster, make_plan, make_workload, split
 from processes import PATIENCE, descendants, end, listening, still_there
 
-from executor.fleet.signals import unrepeated
+from executor.fleet.signals import (
+    REPEAT_SECONDS,
+    check_interrupted,
+    interruptible,
+    unrepeated,
+)
 from executor.fleet.worker import Record
 from executor.running import checkpoint
 from executor.running.execute import rehearse
@@ -289,6 +294,41 @@ def test_a_signal_that_comes_twice_is_handled_once(monkeypatch: pytest.MonkeyPat
     clock[0] += 0.15  # from the one that was handled
     once(signal.SIGTERM, None)
     assert handled == [signal.SIGTERM] * 2
+
+
+class Interrupts:
+    """An interrupt comes where Python cannot raise: in a finalizer, as where an import ends."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+
+class Loses(Silent):
+    def on_start(self, task: Task) -> None:
+        Interrupts()
+
+
+def test_an_interrupt_that_python_loses_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", lambda args: lost.append(args.exc_type))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with interruptible():
+        with interruptible():
+            Interrupts()
+        assert lost == [KeyboardInterrupt]
+        with pytest.raises(KeyboardInterrupt):
+            check_interrupted()
+    check_interrupted()  # of the next run nobody has asked anything
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_a_loop_ends_by_an_interrupt_that_python_loses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.unraisablehook", lambda args: None)
+    spans: dict[int, Span] = {}
+    time.sleep(REPEAT_SECONDS)  # or it would be taken for the one of another test
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        loop(tasks_of(colocated(make_workload()), 1), Quick(), spans, Loses())
+    assert len(spans) <= 1
 
 
 @pytest.mark.ray

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from conftest import ROLES, colocated, make_plan, make_workload
 
 from executor.fleet import driver, gpus
 from executor.fleet.driver import LocalGpu
 from executor.running import preflight
+from planner.cli import main
 from planner.predict.memory import host_bytes
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
@@ -138,6 +140,7 @@ def test_a_host_that_does_not_hold_what_is_offloaded_is_refused() -> None:
 CHECKED = """
 from test_preflight import plan_for
 from executor.running import preflight
+from planner.cli import main
 from planner.spec.errors import UserError
 try:
     preflight.check_machine(plan_for({count}))
@@ -198,3 +201,18 @@ def test_a_plan_that_is_only_checked_runs_no_code(tmp_path: Path) -> None:
     assert preflight.problems(plan) == [] and not (tmp_path / "ran").exists()
     file.write_text("def score(:")
     assert "cannot be imported: SyntaxError" in preflight.problems(plan)[0]
+
+
+def test_a_plan_that_does_not_fit_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    """By `plan execute` as by `plan check`, in the same words."""
+    plan = colocated(make_workload(), cores=1)
+    small = plan.cluster.device_of((0, 0)).model_copy(update={"memory_bytes": 10**6})
+    cluster = plan.cluster.model_copy(update={"devices": {plan.cluster.nodes[0].device: small}})
+    file = tmp_path / "plan.json"
+    plan.model_copy(update={"cluster": cluster}).write(file)
+    execute = CliRunner().invoke(main, ["execute", str(file), "--runs", str(tmp_path / "runs")])
+    check = CliRunner().invoke(main, ["check", str(file)])
+    assert execute.exit_code == check.exit_code == 2 and not (tmp_path / "runs").exists()
+    told = check.stderr.removeprefix(f"plan: {file}: ")
+    assert execute.stderr == f"plan: plan 'colocated': {told}"
+    assert "needs 0.001 GB per GPU while actor runs" in told and "but 0.001 GB are there" in told

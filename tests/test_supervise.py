@@ -14,8 +14,8 @@ import torch
 from conftest import colocated, make_plan, make_workload, split
 
 from executor.fleet import pools
-from executor.fleet.asking import Rank, ask, to_each, within
-from executor.fleet.worker import OutOfMemory, Overdue, Record, Worker, WorkerError
+from executor.fleet.asking import Order, Rank, ask, to_each, within
+from executor.fleet.worker import DiedAgain, OutOfMemory, Overdue, Record, Worker, WorkerError
 from executor.running import preflight
 from executor.running.execute import started
 from executor.running.loop import Silent, loop
@@ -215,7 +215,8 @@ def test_the_inner_deadline_may_only_be_sooner(ray_two: None) -> None:
 def test_what_a_new_process_takes_to_start_is_not_counted(ray_two: None) -> None:
     fresh, dying = pools.connect([replace(pools.start(Sleeping), name="it") for _ in range(2)])
 
-    def revive(_: int) -> Rank[Sleeping]:
+    def revive(dead: Rank[Sleeping]) -> Rank[Sleeping]:
+        assert dead == dying
         with within(10.0, anew=True):
             ask([fresh.order(Sleeping.sleep, 1.5)])
         return fresh
@@ -228,6 +229,26 @@ def test_what_a_new_process_takes_to_start_is_not_counted(ray_two: None) -> None
                 ask([fresh.order(Sleeping.sleep, 1.5)])
     finally:
         pools.stop([fresh])
+
+
+def test_an_order_that_ends_every_process_is_not_sent_forever(ray_two: None) -> None:
+    """Another order, answered by a process that lives, does not count."""
+    lives = replace(pools.start(Sleeping), name="engine 0")
+    dies = [replace(pools.start(Crashing), name="engine 1") for _ in range(3)]
+    asked_for: list[str] = []
+
+    def revive(dead: Rank[Crashing]) -> Rank[Crashing]:
+        asked_for.append(dead.name)
+        return dies[len(asked_for)]
+
+    line = r"^engine 1 died in crash \(.*\), and so did the 2 in its place$"
+    orders: list[Order[Any]] = [lives.order(Sleeping.sleep, 0.1), dies[0].order(Crashing.crash)]
+    try:
+        with within(60.0), pytest.raises(DiedAgain, match=line) as raised:
+            ask(orders, revive=revive)
+    finally:
+        pools.stop([lives, *dies])
+    assert raised.value.number == 1 and asked_for == ["engine 1"] * 2
 
 
 class Sleeping(Worker):

@@ -16,6 +16,7 @@ from executor.data.requests import (
     TOKENS,
     Ints,
     Requests,
+    Rows,
     keys_of,
     make_requests,
     permutation,
@@ -24,7 +25,7 @@ from planner.spec.errors import UserError
 from planner.spec.lengths import sample
 from planner.spec.workload import RewardFunction, Workload
 
-MOST_KEYS = 6  # that a message names
+MOST_KEYS, MOST_LINES = 6, 4  # that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,15 @@ class Prompts:
     requests: Requests
     texts: list[str]
     answers: list[str | None]
+    where: list[str]  # file:line; nothing for prompts that are not of a file
+
+    def named(self, rows: Rows) -> str:
+        """Some of the prompts, by the lines that they are in."""
+        if not self.where:
+            return f"{len(rows)} prompts of random tokens"
+        lines = list(dict.fromkeys(self.where[row] for row in rows.tolist()))
+        more = f" and {len(lines) - MOST_LINES} more" if len(lines) > MOST_LINES else ""
+        return f"the prompts of {', '.join(lines[:MOST_LINES])}{more}"
 
 
 class PromptSource(Protocol):
@@ -209,7 +219,10 @@ class Dataset:
         requests = make_requests(tokens, keys_of(count, *key), longest, np.zeros(count, dtype=bool))
         lines = [line for line, _ in chosen]
         return Prompts(
-            requests=requests, texts=[x.prompt for x in lines], answers=[x.answer for x in lines]
+            requests=requests,
+            texts=[line.prompt for line in lines],
+            answers=[line.answer for line in lines],
+            where=[line.where for line in lines],
         )
 
     def stopped(self, responses: Sequence[Ints]) -> list[int | None]:
@@ -273,7 +286,9 @@ class Synthetic:
         ]
         keys = keys_of(workload.batch, workload.seed, step)
         requests = make_requests(tokens, keys, responses, np.ones(workload.batch, dtype=bool))
-        return Prompts(requests=requests, texts=self.decode(tokens), answers=[None] * len(tokens))
+        return Prompts(
+            requests=requests, texts=self.decode(tokens), answers=[None] * len(tokens), where=[]
+        )
 
     def evaluation(self) -> Prompts:
         raise AssertionError("a workload without data has nothing to evaluate on")

@@ -20,11 +20,20 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from executor.fleet.worker import Died, OutOfMemory, Overdue, Record, Worker, WorkerError
+from executor.fleet.worker import (
+    Died,
+    DiedAgain,
+    OutOfMemory,
+    Overdue,
+    Record,
+    Worker,
+    WorkerError,
+)
 from planner.spec.errors import UserError
 
 PINGS = 5
 SHOWN = 4  # ranks that a message names
+MOST_DEATHS = 3  # of processes with the same order; then it is the order that ends them
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -66,6 +75,9 @@ class Rank(Generic[W_co]):
 
     def on_our_clock(self, record: Record) -> Record:
         return replace(record, start=record.start - self.offset, end=record.end - self.offset)
+
+
+Revive = Callable[[Rank[Any]], Rank[Any]]  # the rank in the place of one that died
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +124,9 @@ class Pending(Generic[R]):
     refs: list[ray.ObjectRef[Any]]
     since: float
 
-    def wait(
-        self, *, timeout: float | None = None, revive: Callable[[int], Rank[Any]] | None = None
-    ) -> Answers[R]:
+    def wait(self, *, timeout: float | None = None, revive: Revive | None = None) -> Answers[R]:
         """What `ask` returns and raises."""
-        orders = list(self.orders)
+        orders, deaths = list(self.orders), [0] * len(self.orders)
         sent = {ref: number for number, ref in enumerate(self.refs)}
         answers: dict[int, tuple[R, Record]] = {}
         waiting = list(sent)
@@ -135,11 +145,16 @@ class Pending(Generic[R]):
                 number = sent[ref]
                 try:
                     answers[number] = _answer(ref, orders[number])
-                except Died:
+                except Died as error:
                     if revive is None:
                         raise
+                    deaths[number] += 1
+                    if deaths[number] == MOST_DEATHS:
+                        line = f"{error}, and so did the {MOST_DEATHS - 1} in its place"
+                        raise DiedAgain(line, number) from error
                     died = time.monotonic()
-                    orders[number] = replace(orders[number], rank=revive(number))
+                    order = orders[number]
+                    orders[number] = replace(order, rank=revive(order.rank))
                     lost = time.monotonic() - died
                     _deadline.set(_deadline.get() + lost)  # a start has a limit of its own
                     end += lost
@@ -168,15 +183,16 @@ def ask(
     orders: Sequence[Order[R]],
     *,
     timeout: float | None = None,
-    revive: Callable[[int], Rank[Any]] | None = None,
+    revive: Revive | None = None,
 ) -> Answers[R]:
     """Send all orders at once and wait for all answers.
 
     Raises UserError as the worker raised it, and WorkerError for any other failure; the first
     failure counts, for the others may be waiting for the failed rank. Raises Overdue at the
     deadline that `within` sets, and TimeoutError if a rank has not answered after `timeout`
-    seconds; those ranks go on nevertheless. With `revive` an order whose process died is sent once
-    more, to the rank that `revive(number)` puts in its place; `number` counts the orders."""
+    seconds; those ranks go on nevertheless. With `revive` an order whose process died is sent
+    again, to the rank that `revive(rank)` puts in its place; raises DiedAgain when `MOST_DEATHS`
+    have died of it."""
     return begin(orders).wait(timeout=timeout, revive=revive)
 
 

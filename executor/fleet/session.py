@@ -14,20 +14,23 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
 
 from executor.fleet import ray_private
-from executor.fleet.signals import leave_terminal, unrepeated
+from executor.fleet.signals import (
+    check_interrupted,
+    in_main_thread,
+    interruptible,
+    take_signals,
+)
 from planner.spec.errors import UserError
 
 PREFIX, RAY = "splitplan-", "ray"  # of temporary directories, and the one of Ray in each
 # Ray's sockets lie below it, and the path of a socket has at most 107 bytes.
 MOST_PATH_BYTES = 20
 SHORT_PATHS = ("/tmp", "/var/tmp", "/dev/shm")
-ENDING = (signal.SIGTERM, signal.SIGHUP)  # they end a run as Ctrl-C does
 NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what Ray calls it everywhere
 ENDING_SECONDS, HANGING_SECONDS = 3.0, 60.0  # in which processes end, and Ray answers
 LAST_FILES, LAST_LINES = 4, 100
@@ -41,12 +44,13 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 def ray_session(*, cpus: int | None, address: str | None) -> Iterator[None]:
     """Ray for the duration of a `with`: a private one on this machine's loopback with `cpus` CPU
     slots (None: as many as there are), or the cluster at `address`. A session that is already open
-    is used and left open. SIGTERM and SIGHUP end it like Ctrl-C. Raises UserError if there is no
+    is used and left open. SIGTERM and SIGHUP end it as Ctrl-C does. Raises UserError if there is no
     cluster at `address`."""
     if ray.is_initialized():
         yield
         return
-    with _interrupt_on_signals():
+    with interruptible():
+        check_interrupted()
         if address is None:
             with _private_directory() as directory, _this_host_only():
                 try:
@@ -179,7 +183,8 @@ def _init(**options: Any) -> None:
             )
     except SystemExit:
         raise KeyboardInterrupt from None
-    _take_signals()
+    take_signals()
+    check_interrupted()
 
 
 def _code_path() -> list[str]:
@@ -192,7 +197,7 @@ def _code_path() -> list[str]:
 def _deaf_to_hangups() -> Iterator[None]:
     """Let what is started here live on when the terminal is closed, for a last checkpoint. What a
     process ignores is ignored by those that it starts."""
-    if not _in_main_thread():
+    if not in_main_thread():
         yield
         return
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -239,34 +244,3 @@ def _sweep() -> None:
             shutil.rmtree(path.parent / RAY, ignore_errors=True)
             if not (path.parent / RAY).exists():
                 shutil.rmtree(path.parent, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _interrupt_on_signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in ENDING}
-    _take_signals()
-    try:
-        yield
-    finally:
-        if _in_main_thread():
-            for number, former in before.items():
-                signal.signal(number, former)
-
-
-def _take_signals() -> None:
-    """Make SIGTERM, and SIGHUP unless nohup(1) has it ignored, raise KeyboardInterrupt."""
-    if not _in_main_thread():  # no other may set handlers
-        return
-    for number in ENDING:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, unrepeated(_interrupt))
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGHUP:
-        leave_terminal()
-    raise KeyboardInterrupt
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

@@ -97,6 +97,18 @@ class Died(WorkerError):
     """A worker's process is gone."""
 
 
+class DiedAgain(Died):
+    """Every process that was given an order died of it. `number` counts the orders that were given
+    at once."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message, number)
+        self.number = number
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class Overdue(WorkerError):
     """Workers have not answered by the deadline; the message says which ones, in which method and
     for how long."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from executor.fleet import pools
 from executor.fleet.session import ray_session
-from executor.fleet.worker import OutOfMemory, WorkerError
+from executor.fleet.worker import DiedAgain, OutOfMemory, WorkerError
 from executor.running.loop import Backend, Progress, Silent
 from executor.running.options import RunOptions
 from executor.running.rehearse import Rehearsal
@@ -147,8 +147,10 @@ def _train(
 
 
 def _of_processes(error: UserError) -> bool:
-    """Whether fresh processes may help: one died, failed or hung, but not for want of memory."""
-    return isinstance(error.__cause__, WorkerError) and not isinstance(error.__cause__, OutOfMemory)
+    """Whether fresh processes may help: one died, failed or hung. They do not help against want of
+    memory, nor where fresh ones have died of the same."""
+    cause = error.__cause__
+    return isinstance(cause, WorkerError) and not isinstance(cause, OutOfMemory | DiedAgain)
 
 
 def started(deadlines: Deadlines, path: Path, make: Callable[[], Backend]) -> Backend:

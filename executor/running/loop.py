@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from executor.fleet.asking import within
+from executor.fleet.signals import check_interrupted
 from executor.fleet.worker import Record
 from executor.running.supervise import EARLY_CALLS, Deadlines, one_line
 from planner.predict.schedule import Task
@@ -121,6 +122,7 @@ def loop(
     threads = ThreadPoolExecutor(max_workers=64)
     try:
         while True:
+            check_interrupted()
             ready, limit = sorted([*held, *graph.get_ready()]), until(course.newest)
             held = [index for index in ready if index >= limit]
             for task in [tasks[index] for index in ready if index < limit]:

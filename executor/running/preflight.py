@@ -12,6 +12,7 @@ from executor.data import reward
 from executor.data.prompts import Dataset, PromptSource, Synthetic
 from executor.fleet import driver, gpus, pools
 from planner.predict.memory import host_bytes
+from planner.predict.memory_check import check_memory
 from planner.spec.algorithm import Algorithm
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
@@ -36,8 +37,9 @@ ARCHITECTURES = {
 
 
 def check(plan: Plan, *, local: bool) -> PromptSource:
-    """Check a plan for this machine (unless it runs on a cluster) and what its workload names; the
-    prompts."""
+    """Check a plan's memory, the plan for this machine (unless it runs on a cluster) and what its
+    workload names; the prompts."""
+    check_memory_of(plan)
     if local:
         check_machine(plan)
     check_engine(plan)
@@ -66,6 +68,14 @@ def problems(plan: Plan) -> list[str]:
         except UserError as error:
             found.append(str(error))
     return list(dict.fromkeys(found))
+
+
+def check_memory_of(plan: Plan) -> None:
+    """Whether the plan fits the GPUs and hosts of its cluster."""
+    try:
+        check_memory(plan)
+    except UserError as error:
+        raise UserError(f"plan {plan.name!r}: {error}") from None
 
 
 def check_algorithm(workload: Workload) -> None:

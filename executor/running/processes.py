@@ -85,12 +85,13 @@ class Processes:
         self._installed = [weights], version
         return gathered.records + installed.records
 
-    def revive(self, number: int) -> Rank[EngineWorker]:
+    def revive(self, dead: Rank[EngineWorker]) -> Rank[EngineWorker]:
         """Start an engine again that died, with the weights that it had. They lie in the object
         store; those that come from GPU to GPU are sent again, as long as the trainers have no
         others. Raises WorkerError if they have."""
+        name = dead.name
+        number = [engine.name for engine in self.engines].index(name)
         pool, gpus = self.plan.engine_gpus()[number]
-        name = self.engines[number].name
         log.warning("%s died; it is started again", name)
         with within(self.deadlines.of_start, anew=True):
             if self.sync is None:

@@ -18,7 +18,7 @@ from executor.data.batch import Generated, Sequences, assign, collate, join, min
 from executor.data.prompts import Prompts, PromptSource
 from executor.fleet.asking import Answers, ask, to_each
 from executor.fleet.pools import Fleet
-from executor.fleet.worker import Record
+from executor.fleet.worker import DiedAgain, Record
 from executor.rollout.engine import EngineWorker
 from executor.running import checkpoint
 from executor.running.checkpoint import Checkpoint
@@ -265,7 +265,11 @@ class Training:
             engine.order(EngineWorker.generate, requests.take(rows), temperature)
             for engine, rows in zip(engines, shares, strict=True)
         ]
-        answers = ask(orders, revive=self.processes.revive)
+        try:
+            answers = ask(orders, revive=self.processes.revive)
+        except DiedAgain as error:
+            given = prompts.named(shares[error.number])
+            raise DiedAgain(f"{error}; they were given {given}", error.number) from error
         sequences = collate(requests, shares, answers.results)
         used = set(sequences.weights_versions.tolist())
         assert used == {version}, f"sampled with weights {used}, the plan says {version}"

@@ -4,11 +4,17 @@ later."""
 import contextlib
 import math
 import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
-from executor.fleet.signals import leave_terminal, unrepeated
+from executor.fleet.signals import (
+    ENDING,
+    check_interrupted,
+    in_main_thread,
+    interrupt,
+    leave_terminal,
+    unrepeated,
+)
 from planner.predict.schedule import Task
 
 EndedCall = tuple[str, int, int | None]  # a call, its step, and the version of its weights
@@ -56,7 +62,7 @@ class Stops:
     def on_signals(self, say: Callable[[str], None]) -> Iterator[None]:
         """Let the first SIGINT, SIGTERM or SIGHUP ask to stop, and the second one end everything at
         once."""
-        if threading.current_thread() is not threading.main_thread():  # no other may set handlers
+        if not in_main_thread():  # no other may set handlers
             yield
             return
 
@@ -64,7 +70,7 @@ class Stops:
             if number == signal.SIGHUP:
                 leave_terminal()
             if self.asked:
-                raise KeyboardInterrupt
+                interrupt()
             self.asked = True
             say(
                 "stopping after this step with a last checkpoint; interrupt again to stop "
@@ -73,10 +79,11 @@ class Stops:
 
         before = {
             number: signal.signal(number, unrepeated(handle))
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            for number in ENDING
             if signal.getsignal(number) != signal.SIG_IGN  # as nohup(1) has it
         }
         try:
+            check_interrupted()
             yield
         finally:
             for number, former in before.items():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from executor.fleet.signals import interruptible
 from executor.running.options import RunOptions
 from planner.commands.inputs import make_console, profiles_of
 from planner.predict.forecast import task_seconds
@@ -37,6 +38,7 @@ def missing_extra() -> list[str]:
     return [name for name in NEEDED if find_spec(name) is None]
 
 
+@interruptible()
 def execute(plan: Path, options: RunOptions, *, name: str, runs: Path) -> None:
     """Run a plan for real, and write down what happened. `name` may be empty."""
     need_extra("plan execute")
@@ -49,6 +51,7 @@ def execute(plan: Path, options: RunOptions, *, name: str, runs: Path) -> None:
     _report(run, plan, console, progress)
 
 
+@interruptible()
 def rehearse(
     plan: Path, options: RunOptions, *, name: str, runs: Path, profiles: Sequence[Path]
 ) -> None:
@@ -66,6 +69,7 @@ def rehearse(
     _report(run, plan, console, progress)
 
 
+@interruptible()
 def resume(path: Path, other_plan: Path | None, options: RunOptions) -> None:
     """Continue a run from its last checkpoint, or from the one that is named."""
     need_extra("plan execute")
