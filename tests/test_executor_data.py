@@ -16,8 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from executor.data.batch import Generated, Sequences, assign, collate, join, minibatches, spread
-from executor.data.prompts import Dataset, Synthetic, read_lines
+from executor.data.prompts import Dataset, Synthetic
 from executor.data.requests import (
+    EVALUATION,
     MINIBATCHES,
     ORDER,
     PROMPT_LENGTHS,
@@ -97,60 +98,6 @@ def test_a_prompt_has_what_its_tokenizer_puts_before_it_once(tmp_path: Path, tem
     framed = [numbers[word] for word in before.split()]
     assert found["user: a b"] == found[f"{before}user: a b"] == [*framed, 5, 3, 4]
     assert found["a"] == [*framed, 3]
-
-
-@pytest.mark.parametrize(
-    ("bad", "what"),
-    [
-        ("", "empty line"),
-        ("{", "not valid JSON"),
-        ("[" * 100_000, "not valid JSON"),
-        ("[1]", "prompt"),
-        ('{"prompt": ""}', "prompt"),
-        ('{"prompt": 3}', "prompt"),
-        ('{"prompt": "1", "answer": 2}', "answer"),
-        ('{"question": "1", "answer": "2"}', 'it has "question", "answer": rename'),
-        ('{"prompt": [{"role": "user", "content": "1"}]}', "chat template"),
-        (r'{"prompt": "a\ud83d", "answer": "1"}', r"prompt: character 2 is \\ud83d, half of a"),
-        (r'{"prompt": "a", "answer": "\ude00"}', r"answer: character 1 is \\ude00, half of a"),
-    ],
-)
-def test_a_bad_line_is_named_by_file_and_number(tmp_path: Path, bad: str, what: str) -> None:
-    file = tmp_path / "train.jsonl"
-    file.write_text(f"{GOOD}\n{bad}\n{GOOD}\n")
-    with pytest.raises(UserError, match=what) as error:
-        read_lines(file)
-    assert f"{file}:2: " in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_dataset_that_is_empty_or_missing_or_lacks_answers(tmp_path: Path) -> None:
-    file = tmp_path / "train.jsonl"
-    with pytest.raises(UserError, match="No such file"):
-        read_lines(file)
-    file.write_text("")
-    with pytest.raises(UserError, match="empty"):
-        read_lines(file)
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read"):
-        read_lines(file)
-    for content, what in ((b"PAR1\x15", "Parquet"), (b"\x1f\x8b\x08", "compressed")):
-        file.write_bytes(content)
-        with pytest.raises(UserError, match=f"is {what}; .*lines of"):
-            read_lines(file)
-    file.write_text('[{"prompt": "1"}]')
-    with pytest.raises(UserError, match="one JSON list; write its items as lines"):
-        read_lines(file)
-    file.write_text('{"prompt": "1"}\n')
-    assert read_lines(file)[0].answer is None
-    with pytest.raises(UserError, match=r":1: .*answer"):
-        read_lines(file, need_answer=True)
-
-
-def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path: Path) -> None:
-    file = tmp_path / "train.jsonl"
-    prompt = "a\u2028b\u2029c\x85d"
-    file.write_bytes(f'{{"prompt": "{prompt}"}}\r\n{GOOD}'.encode())
-    assert [line.prompt for line in read_lines(file)] == [prompt, "1 2"]
 
 
 def dataset(tmp_path: Path, prompts: list[str], **changes: Any) -> Dataset:
@@ -255,6 +202,8 @@ def test_no_two_purposes_share_their_randomness() -> None:
         (seed, step, what) for step in some for what in (PROMPT_LENGTHS, RESPONSE_LENGTHS, TOKENS)
     ]
     keys += [(seed, epoch, ORDER) for epoch in some]
+    keys += [(seed, epoch, pool, ORDER) for epoch in some for pool in some]
+    keys += [(seed, held_out, row, 0, EVALUATION) for held_out in some for row in some]
     keys += [(seed, step, epoch, MINIBATCHES) for step in some for epoch in some]
     for step in some:
         keys += map(tuple, Synthetic(make_workload(batch=4)).step(step).requests.keys.tolist())

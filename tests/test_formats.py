@@ -16,6 +16,7 @@ from planner.predict.points import (
 from planner.predict.profile import Profile
 from planner.spec.algorithm import Algorithm, Optimizer
 from planner.spec.cluster import Cluster, Device, Node
+from planner.spec.data import Data, DataFile, EvaluationSet, Sampling
 from planner.spec.files import Spec
 from planner.spec.lengths import Empirical, Fixed, Lognormal
 from planner.spec.plan import (
@@ -31,16 +32,19 @@ from planner.spec.plan import (
 )
 from planner.spec.study import Cell, CellResult, GpuMemory, Study
 from planner.spec.timeline import Span, Timeline
-from planner.spec.workload import Data, Model, RewardFunction, Shape, Workload, load_workload
+from planner.spec.workload import Model, RewardFunction, Shape, Workload, load_workload
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 CHAPTERS: dict[str, tuple[type[Spec], ...]] = {
     "Workload": (
         Workload,
+        Data,
+        DataFile,
+        Sampling,
+        EvaluationSet,
         Model,
         Shape,
         RewardFunction,
-        Data,
         Algorithm,
         Optimizer,
         Fixed,

@@ -20,6 +20,7 @@ from executor.running import preflight
 from executor.training import lm_head, models, packing, self_check
 from executor.training.packing import pack
 from planner.spec.architectures import MODEL_TYPES
+from planner.spec.data import Sampler
 from planner.spec.errors import UserError
 from planner.spec.workload import Model, shape_of
 
@@ -188,7 +189,7 @@ def test_what_is_generated_has_the_log_probs_that_training_computes(
         max_tokens=batch.response_lengths,
         exact=np.ones(4, dtype=bool),
     )
-    lengths, tokens, log_probs = engine.generate(requests, TEMPERATURE)
+    lengths, tokens, log_probs = engine.generate(requests, Sampler(temperature=TEMPERATURE))
     assert (lengths == batch.response_lengths).all()
     place, prompts = np.arange(14), batch.prompt_lengths[:, None]
     batch.tokens[(place >= prompts) & (place < batch.lengths[:, None])] = tokens

@@ -7,9 +7,10 @@ from conftest import SHAPE
 
 from executor.data.requests import Requests, make_requests
 from executor.rollout.engine import Engine
-from executor.rollout.transformers_engine import TransformersEngine, _invert
+from executor.rollout.transformers_engine import TransformersEngine, _invert, cut
 from executor.rollout.vllm.engine import graph_sizes
 from executor.training import models, weights
+from planner.spec.data import Sampler
 from planner.spec.workload import Model
 
 EOS = 5
@@ -33,8 +34,8 @@ def requests(
 PROMPTS = [[1, 2, 3], [4], [6, 7, 8, 9, 10], [11, 12]] * 3
 
 
-def responses(engine: Engine, asked: Requests, temperature: float | None) -> list[list[int]]:
-    lengths, tokens, _ = engine.generate(asked, temperature)
+def responses(engine: Engine, asked: Requests, temperature: float) -> list[list[int]]:
+    lengths, tokens, _ = engine.generate(asked, Sampler(temperature=temperature))
     ends = np.cumsum(lengths)
     return [tokens[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]
 
@@ -74,7 +75,7 @@ def test_exact_requests_ignore_end_of_sequence(model: torch.nn.Module) -> None:
 def test_without_a_temperature_it_generates_what_transformers_does_greedily(
     model: torch.nn.Module,
 ) -> None:
-    ours = responses(TransformersEngine(model, [], 64), requests(PROMPTS[:4]), None)
+    ours = responses(TransformersEngine(model, [], 64), requests(PROMPTS[:4]), 0.0)
     for prompt, response in zip(PROMPTS, ours, strict=False):
         theirs = model.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, pad_token_id=0
@@ -87,7 +88,9 @@ def test_the_log_probs_are_those_of_the_distribution_that_is_sampled(
     model: torch.nn.Module, temperature: float
 ) -> None:
     asked = requests([[1, 2, 3]] * 4000, max_tokens=1)
-    _, tokens, log_probs = TransformersEngine(model, [], 4000).generate(asked, temperature)
+    _, tokens, log_probs = TransformersEngine(model, [], 4000).generate(
+        asked, Sampler(temperature=temperature)
+    )
     with torch.no_grad():
         expected = (model(torch.tensor([[1, 2, 3]])).logits[0, -1] / temperature).log_softmax(-1)
     assert np.allclose(log_probs, expected[tokens.tolist()], atol=1e-5)
@@ -106,13 +109,13 @@ def test_new_weights_are_used_and_must_be_the_same_parameters(model: torch.nn.Mo
     engine = TransformersEngine(
         models.load("actor", Model(shape=SHAPE, random_weights=True), 3, torch.float32), [], 64
     )
-    before = responses(engine, requests(PROMPTS), None)
+    before = responses(engine, requests(PROMPTS), 0.0)
     arrays = weights.gather(other, keep=True)
     assert arrays is not None
     engine.install(arrays)
-    assert responses(engine, requests(PROMPTS), None) != before
-    assert responses(engine, requests(PROMPTS), None) == responses(
-        TransformersEngine(other, [], 64), requests(PROMPTS), None
+    assert responses(engine, requests(PROMPTS), 0.0) != before
+    assert responses(engine, requests(PROMPTS), 0.0) == responses(
+        TransformersEngine(other, [], 64), requests(PROMPTS), 0.0
     )
     with pytest.raises(AssertionError, match="lm_head"):
         engine.install({name: array for name, array in arrays.items() if "lm_head" not in name})
@@ -125,3 +128,43 @@ def test_every_number_of_sequences_has_a_graph_that_is_little_larger() -> None:
         steps = np.diff([0, *sizes])
         assert max(steps) <= (8 if concurrency <= 256 else 16)
         assert len(sizes) <= 52  # each takes time to capture
+
+
+# Probabilities 0.4, 0.3, 0.2 and 0.1, of tokens 3, 0, 2 and 1.
+LOG_P = torch.tensor([[0.3, 0.1, 0.2, 0.4]]).log()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "left"),
+    [
+        ({}, [0.3, 0.1, 0.2, 0.4]),
+        ({"top_k": 2}, [3 / 7, 0, 0, 4 / 7]),
+        ({"top_k": 9}, [0.3, 0.1, 0.2, 0.4]),
+        ({"top_p": 0.65}, [3 / 7, 0, 0, 4 / 7]),  # 0.4 is less, 0.7 is enough
+        ({"top_p": 0.75}, [1 / 3, 0, 2 / 9, 4 / 9]),
+        ({"top_p": 0.01}, [0, 0, 0, 1]),
+        ({"min_p": 0.45}, [1 / 3, 0, 2 / 9, 4 / 9]),  # at least 0.18
+        ({"min_p": 0.45, "top_p": 0.4}, [0, 0, 0, 1]),  # of 4/9
+        ({"top_k": 3, "top_p": 0.7}, [3 / 7, 0, 0, 4 / 7]),  # 4/9, then 7/9
+    ],
+)
+def test_what_a_sampler_leaves_has_its_probability(
+    sampling: dict[str, float], left: list[float]
+) -> None:
+    found = cut(LOG_P, Sampler(temperature=1, **sampling)).exp()
+    assert np.allclose(found, [left], atol=1e-6)
+
+
+def test_no_response_ends_before_its_minimum(model: torch.nn.Module) -> None:
+    ends = list(range(0, SHAPE["vocab"], 2))
+    engine, asked = TransformersEngine(model, ends, 64), requests(PROMPTS * 4)
+    for temperature in (0.0, 1.0):
+        sampler = Sampler(temperature=temperature, min_tokens=3)
+        lengths, tokens, log_probs = engine.generate(asked, sampler)
+        first = np.cumsum(lengths) - lengths
+        assert lengths.min() == 4 and all((tokens[first + n] % 2).all() for n in range(3))
+    exact = engine.generate(requests(PROMPTS * 4, exact=True), sampler)
+    assert (exact[1][np.cumsum(exact[0]) - exact[0]] % 2 == 0).any()
+    # Without the half that would end it, a token is twice as likely.
+    whole = engine.generate(asked, Sampler(temperature=1.0))
+    assert np.exp(log_probs[first]).mean() > 1.5 * np.exp(whole[2]).mean()

@@ -346,3 +346,63 @@ def test_what_is_trained_on_is_selected_where_more_is_generated():
     assert flow.names[:4] == ("generate", "score", "select", "old_logprobs")
     readers = [call.name for call in flow.calls for read in call.reads if read.data == "selected"]
     assert readers == ["old_logprobs", "advantages", "update_actor"]
+
+
+SET = {"name": "sums", "files": "e.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"evaluation": [SET]}, "there are evaluations, but data.evaluate_every does not say when"),
+        ({"data": {"evaluate_every": 2}}, "evaluate_every is set but there is no evaluation file"),
+        (
+            {"data": {"evaluate_every": 2}, "evaluation": [SET, SET]},
+            "two evaluations are called 'sums'",
+        ),
+        (
+            {"data": {"evaluate_every": 2}, "evaluation": [{**SET, "samples": 4}]},
+            "samples = 4 at temperature 0 are equal ones",
+        ),
+        ({"sampling": {"temperature": 0.7}}, "sampling.temperature: write it as"),
+        ({"sampling": {"top_p": 0.9}, "proximal": "rollout"}, 'set proximal = "recompute"'),
+        (
+            {"sampling": {"min_p": 0.1}, "algorithm": {"importance": "off"}},
+            "min_p = 0.1 makes the engine's log-probs other ones",
+        ),
+        ({"sampling": {"min_tokens": 9}}, "min_tokens = 9 is above the longest response"),
+        ({"sampling": {"top_p": 0}}, "sampling.top_p: must be greater than 0"),
+        ({"data": {"template": "none", "system": "be brief"}}, 'need template = "chat"'),
+        ({"data": {"train": {"path": "a", "hub": "b"}}}, "give either a path or the name"),
+        ({"data": {"train": []}}, "data.train"),
+    ],
+)
+def test_data_and_sampling_that_cannot_be_meant(changes, what):
+    data = json.loads(make_workload().to_json())
+    more = dict(changes)
+    data["data"] = {"train": "t.jsonl", **more.pop("data", {})}
+    with pytest.raises(UserError) as error:
+        Workload.parse({**data, **more}, Path("w.toml"))
+    assert what in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_data_names_starts_at_the_workload_file(tmp_path):
+    data = json.loads(make_workload().to_json())
+    train = ["a.jsonl", {"path": "b", "split": "train", "weight": 2}, {"hub": "x/y"}]
+    data["data"] = {"train": train, "evaluate_every": 5}
+    data["evaluation"] = [{"name": "e", "files": {"path": "e.csv"}}]
+    (tmp_path / "w.json").write_text(json.dumps(data))
+    workload = load_workload(tmp_path / "w.json")
+    assert [file.path for file in workload.data.files] == [
+        tmp_path / "a.jsonl",
+        tmp_path / "b",
+        None,
+    ]
+    assert workload.evaluation[0].files.path == tmp_path / "e.csv"
+    again = Workload.parse(json.loads(workload.to_json()), tmp_path / "w.json")
+    assert again == workload
+
+
+def test_a_workload_that_says_nothing_of_sampling_is_written_as_before():
+    written = json.loads(make_workload().to_json())
+    assert not {"sampling", "evaluation"} & written.keys()

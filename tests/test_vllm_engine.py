@@ -29,6 +29,7 @@ from executor.running import preflight
 from executor.running.processes import fleet_for
 from executor.training import models, weights
 from planner.spec.cluster import make_cluster
+from planner.spec.data import Sampler
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.workload import Model, Workload
@@ -71,10 +72,8 @@ class Remote:
     def __init__(self, rank: Rank[VllmWorker]) -> None:
         self.rank, self.version = rank, 0
 
-    def generate(
-        self, asked: Requests, temperature: float | None
-    ) -> tuple[Ints, Ints, NDArray[np.float32]]:
-        (found,) = ask([self.rank.order(VllmWorker.generate, asked, temperature)]).results
+    def generate(self, asked: Requests, sampler: Sampler) -> tuple[Ints, Ints, NDArray[np.float32]]:
+        (found,) = ask([self.rank.order(VllmWorker.generate, asked, sampler)]).results
         assert found.weights_version == self.version
         return found.lengths, found.tokens, found.log_probs
 
@@ -160,7 +159,9 @@ def test_exact_requests_ignore_end_of_sequence(engine: Remote) -> None:
 def test_the_log_probs_are_those_of_the_model(
     engine: Remote, model: PreTrainedModel, temperature: float
 ) -> None:
-    lengths, tokens, log_probs = engine.generate(requests(MANY, max_tokens=20), temperature)
+    lengths, tokens, log_probs = engine.generate(
+        requests(MANY, max_tokens=20), Sampler(temperature=temperature)
+    )
     ends = np.cumsum(lengths)
     for prompt, end, length in zip(MANY, ends, lengths, strict=True):
         response = tokens[end - length : end].tolist()
@@ -175,7 +176,9 @@ def test_the_log_probs_are_those_of_the_model(
 def test_tokens_are_drawn_as_often_as_the_model_says(
     engine: Remote, model: PreTrainedModel
 ) -> None:
-    _, tokens, _ = engine.generate(requests([[1, 2, 3]] * 2000, max_tokens=1), 0.1)
+    _, tokens, _ = engine.generate(
+        requests([[1, 2, 3]] * 2000, max_tokens=1), Sampler(temperature=0.1)
+    )
     with torch.no_grad():
         expected = (model(torch.tensor([[1, 2, 3]])).logits[0, -1] / 0.1).softmax(-1)
     assert (
@@ -189,14 +192,14 @@ def test_new_weights_are_used_and_then_the_old_ones_again(
     """Greedily, so that what comes is what transformers gives."""
     other = random_model(4)
     of_model, of_other = (
-        responses(TransformersEngine(m, [EOS], 64), requests(MANY), None) for m in (model, other)
+        responses(TransformersEngine(m, [EOS], 64), requests(MANY), 0.0) for m in (model, other)
     )
     assert of_model != of_other
-    assert responses(engine, requests(MANY), None) == of_model
+    assert responses(engine, requests(MANY), 0.0) == of_model
     engine.install(other)
-    assert responses(engine, requests(MANY), None) == of_other
+    assert responses(engine, requests(MANY), 0.0) == of_other
     engine.install(model)
-    assert responses(engine, requests(MANY), None) == of_model
+    assert responses(engine, requests(MANY), 0.0) == of_model
 
 
 def test_what_ends_a_process_of_an_engine_that_starts_is_told() -> None:

@@ -1,16 +1,18 @@
-"""Where prompts come from: the lines of a dataset, or random tokens."""
+"""Where prompts come from: the rows of a dataset, or random tokens."""
 
-import json
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from executor.data.chat import Chat
+from executor.data.columns import asked_in
+from executor.data.order import Shuffled
 from executor.data.requests import (
-    ORDER,
+    EVALUATION,
     PROMPT_LENGTHS,
     RESPONSE_LENGTHS,
     TOKENS,
@@ -19,23 +21,27 @@ from executor.data.requests import (
     Rows,
     keys_of,
     make_requests,
-    permutation,
 )
+from executor.data.sources import read_rows
+from planner.spec.data import DataFile, EvaluationSet, TooLong, files_of
 from planner.spec.errors import UserError
 from planner.spec.lengths import sample
 from planner.spec.workload import RewardFunction, Workload
 
-MOST_KEYS, MOST_LINES = 6, 4  # that a message names
+MOST_LINES = 4  # that a message names
+UNNAMED = "held-out"  # what the evaluation of `data.evaluation` is called
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """The prompts of one batch, with the texts that a reward function and an evaluation need."""
+    """The prompts of one batch, with the texts, the answers and all columns that rewards and an
+    evaluation need."""
 
     requests: Requests
     texts: list[str]
-    answers: list[str | None]
-    where: list[str]  # file:line; nothing for prompts that are not of a file
+    answers: list[Any]
+    columns: list[dict[str, Any]] = field(default_factory=list)
+    where: list[str] = field(default_factory=list)  # file:line; nothing for random tokens
 
     def named(self, rows: Rows) -> str:
         """Some of the prompts, by the lines that they are in."""
@@ -46,183 +52,189 @@ class Prompts:
         return f"the prompts of {', '.join(lines[:MOST_LINES])}{more}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What one evaluation asks: the prompts, each as often in a row as it is sampled."""
+
+    settings: EvaluationSet
+    prompts: Prompts
+
+
 class PromptSource(Protocol):
     """Where the prompts of a step come from, and how responses read. `held_out` is the number of
-    prompts of an evaluation."""
+    responses of all evaluations; `notes` are lines to say once."""
 
     held_out: int
+    notes: list[str]
 
     def step(self, step: int) -> Prompts: ...
-    def evaluation(self) -> Prompts: ...
+    def evaluations(self) -> list[HeldOut]: ...
     def decode(self, responses: Sequence[Ints]) -> list[str]: ...
     def stopped(self, responses: Sequence[Ints]) -> list[int | None]: ...
     def save_tokenizer(self, directory: Path) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
-    prompt: str
-    answer: str | None
-    where: str  # file:line
+class Prompt:
+    """One prompt as the model gets it."""
 
-
-def read_lines(path: Path, *, need_answer: bool = False) -> list[Line]:
-    """The lines of a JSONL file of `{"prompt": str, "answer": str}`. Raises UserError naming file
-    and line."""
-    try:
-        content = path.read_bytes()
-        _refuse_packed(path, content)
-        text = content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: the dataset cannot be read ({reason}); check the path") from None
-    if not text:
-        raise UserError(f"{path}: the dataset is empty; it needs lines of {_EXAMPLE}")
-    lines = text.removesuffix("\n").split(
-        "\n"
-    )  # splitlines() would also split at characters that JSON strings hold
-    return [
-        _line(f"{path}:{number}", line, need_answer) for number, line in enumerate(lines, start=1)
-    ]
-
-
-_EXAMPLE = '{"prompt": "...", "answer": "..."}'
-
-
-def _refuse_packed(path: Path, content: bytes) -> None:
-    """Raise UserError for other formats that datasets come in."""
-    if content.startswith(b"PAR1"):
-        write = "pandas.read_parquet(FILE).to_json(NEW, orient='records', lines=True)"
-        raise UserError(
-            f"{path}: is Parquet; write it as lines of {_EXAMPLE}, with {write} for example"
-        )
-    if content.startswith((b"\x1f\x8b", b"PK\x03\x04", b"(\xb5/\xfd")):
-        raise UserError(f"{path}: is compressed; unpack it into lines of {_EXAMPLE}")
-    if content.lstrip()[:1] == b"[":
-        raise UserError(f"{path}: is one JSON list; write its items as lines of {_EXAMPLE}")
-
-
-def _line(where: str, text: str, need_answer: bool) -> Line:
-    if not text.strip():
-        raise UserError(f"{where}: empty line; remove it or write {_EXAMPLE}")
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); a line is {_EXAMPLE}") from None
-    if not isinstance(data, dict) or not isinstance(data.get("prompt"), str) or not data["prompt"]:
-        raise UserError(
-            f'{where}: needs a "prompt" that is a non-empty string, like {_EXAMPLE}{_found(data)}'
-        )
-    answer = data.get("answer")
-    if not isinstance(answer, str) and (answer is not None or need_answer):
-        raise UserError(
-            f'{where}: needs an "answer" that is a string, like {_EXAMPLE}{_found(data)}'
-        )
-    for key in ("prompt", "answer"):
-        _check_unicode(f"{where}: {key}", data.get(key) or "")
-    return Line(prompt=data["prompt"], answer=answer, where=where)
-
-
-def _found(data: Any) -> str:
-    """What a line has instead, and what to do with it."""
-    if not isinstance(data, dict):
-        return ""
-    if isinstance(data.get("prompt"), list):
-        return "; its prompt is a list: apply the model's chat template to it first"
-    keys = ", ".join(json.dumps(key) for key in list(data)[:MOST_KEYS])
-    return f"; it has {keys or 'no keys'}: rename what is meant"
-
-
-def _check_unicode(where: str, text: str) -> None:
-    """Raise UserError for half of a surrogate pair, which JSON can write and no tokenizer reads."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = ascii(text[error.start])[1:-1]
-        raise UserError(
-            f"{where}: character {error.start + 1} is {half}, half of a surrogate pair; write the "
-            "other half too, or remove it"
-        ) from None
+    tokens: Ints
+    text: str
+    answer: Any
+    columns: dict[str, Any]
+    where: str
 
 
 class Dataset:
-    """Prompts from the workload's files: each once per epoch, in an order that the seed and the
-    epoch fix."""
+    """Prompts from the workload's data, in the order of `Shuffled`. Raises UserError for what is
+    wrong with any of them."""
 
     def __init__(self, workload: Workload, tokenizer: Any) -> None:
         assert workload.data is not None
-        self._workload, self._tokenizer = workload, tokenizer
-        self._train = self._encode(read_lines(workload.data.train))
-        file = workload.data.evaluation
+        self._workload, self._data, self._tokenizer = workload, workload.data, tokenizer
+        self._before, self._after = _framing(tokenizer)
+        self._chat = Chat(workload.data, tokenizer)
+        self.notes: list[str] = []
+        files, seed = workload.data.files, workload.seed
+        columns = workload.data.prompt, workload.data.answer
+        read = [self._read(file, columns) for file in files]
+        weighted = any(file.weight is not None for file in files)
+        self._pools = read if weighted else [[prompt for part in read for prompt in part]]
+        weights = [file.weight or 1.0 for file in files] if weighted else [1.0]
+        self._order = Shuffled([len(pool) for pool in self._pools], weights, seed)
+        self._held_out = [
+            HeldOut(settings=settings, prompts=self._asked_again(number, settings))
+            for number, settings in enumerate(self._sets())
+        ]
+        self.held_out = sum(len(each.prompts.texts) for each in self._held_out)
+        self._note_bare()
+
+    def _sets(self) -> Iterator[EvaluationSet]:
+        """The evaluations, that of `data.evaluation` first."""
+        if self._data.evaluation is not None:
+            yield EvaluationSet(name=UNNAMED, files=self._data.evaluation)
+        yield from self._workload.evaluation
+
+    def _asked_again(self, number: int, settings: EvaluationSet) -> Prompts:
+        """The prompts of an evaluation, each as often in a row as it is to be sampled."""
         # A reward function may do without answers; what is compared with them does not.
-        compared = not isinstance(workload.reward, RewardFunction)
-        self._evaluation = self._encode(read_lines(file, need_answer=compared)) if file else []
-        self.held_out = len(self._evaluation)
-
-    def _encode(self, lines: list[Line]) -> list[tuple[Line, Ints]]:
-        longest = self._workload.prompt.longest
-        ids = self._tokens([line.prompt for line in lines])
-        wrong = [
-            (line.where, len(tokens))
-            for line, tokens in zip(lines, ids, strict=True)
-            if not 0 < len(tokens) <= longest
+        compared = not isinstance(self._workload.reward, RewardFunction)
+        columns = settings.prompt or self._data.prompt, settings.answer or self._data.answer
+        found = [
+            prompt
+            for file in files_of(settings.files)
+            for prompt in self._read(file, columns, need_answer=compared)
         ]
-        if wrong:
-            where, first = wrong[0]
-            others = ""
-            if len(wrong) > 1:
-                most = max(count for _, count in wrong)
-                others = f" (and {len(wrong) - 1} more of {len(lines)}; the longest has {most})"
-            raise UserError(
-                f"{where}: the prompt has {first} tokens, and the workload allows 1 to {longest}"
-                f"{others}; shorten or leave out such prompts, or raise the prompt length in the "
-                "workload and search again"
+        samples, seed = settings.samples, self._workload.seed
+        keys = keys_of(len(found), seed)
+        if settings.name != UNNAMED:
+            rows = [(p, s) for p in range(len(found)) for s in range(samples)]
+            keys = np.array([(seed, number, *row, EVALUATION) for row in rows], dtype=np.int64)
+        return self._prompts([prompt for prompt in found for _ in range(samples)], keys)
+
+    def _note_bare(self) -> None:
+        if self._chat.bare and self._data.template is None:
+            self.notes.append(
+                "prompts are texts and go to the model as they are, though its tokenizer has a "
+                'chat template: data.template = "chat" applies it, "none" says that this is meant'
             )
+
+    # --- reading ---
+
+    def _read(
+        self, file: DataFile, columns: tuple[str, str | None], *, need_answer: bool = False
+    ) -> list[Prompt]:
+        """The prompts of a source, tokenized, and as long as the workload allows."""
+        asked = [asked_in(row, *columns, need_answer=need_answer) for row in read_rows(file)]
+        texts = [self._chat.text(each) for each in asked]
+        tokens = self._tokens([text for text, _ in texts], [framed for _, framed in texts])
+        fitting = self._fit(file.name, [each.where for each in asked], tokens)
         return [
-            (line, np.asarray(tokens, dtype=np.int32))
-            for line, tokens in zip(lines, ids, strict=True)
+            Prompt(
+                tokens=np.asarray(tokens, dtype=np.int32),
+                text=text,
+                answer=each.answer,
+                columns=each.columns,
+                where=each.where,
+            )
+            for each, (text, _), tokens in zip(asked, texts, fitting, strict=True)
+            if tokens is not None
         ]
 
-    def _tokens(self, prompts: list[str]) -> list[list[int]]:
-        """The tokens of prompts, with those that the tokenizer puts before any text (a BOS) once,
-        also where a prompt begins with them as its template has it, and none after it: a prompt
-        goes on in its response."""
-        before, after = _framing(self._tokenizer)
-        asked = self._tokenizer(prompts, return_attention_mask=False)
-        found = []
-        for tokens in asked["input_ids"]:
-            tokens = tokens[: len(tokens) - len(after)]
-            twice = before and tokens[: 2 * len(before)] == before + before
-            found.append(tokens[len(before) :] if twice else tokens)
+    def _tokens(self, prompts: list[str], framed: list[bool]) -> list[list[int]]:
+        """The tokens of prompts. Those that a template `framed` have all special tokens. Others get
+        what the tokenizer puts before any text (a BOS) once, also where they begin with it, and
+        nothing after it: a prompt goes on in its response."""
+        found: list[list[int]] = [[] for _ in prompts]
+        for special in (False, True):
+            rows = [row for row, has in enumerate(framed) if has != special]
+            asked = [prompts[row] for row in rows]
+            if not asked:
+                continue
+            made = self._tokenizer(asked, add_special_tokens=special, return_attention_mask=False)
+            for row, tokens in zip(rows, made["input_ids"], strict=True):
+                found[row] = self._once(tokens) if special else tokens
         return found
+
+    def _once(self, tokens: list[int]) -> list[int]:
+        before, tokens = self._before, tokens[: len(tokens) - len(self._after)]
+        twice = before and tokens[: 2 * len(before)] == before + before
+        return tokens[len(before) :] if twice else tokens
+
+    def _fit(self, name: str, where: list[str], prompts: list[list[int]]) -> list[list[int] | None]:
+        """The tokens of prompts that the workload allows; None for those that are dropped."""
+        longest, how = self._workload.prompt.longest, self._data.overlong
+        wrong = [row for row, tokens in enumerate(prompts) if not 0 < len(tokens) <= longest]
+        too_long = [row for row in wrong if prompts[row]]
+        if wrong and (how == "error" or len(too_long) < len(wrong)):
+            raise self._does_not_fit(where, prompts, wrong)
+        if not too_long:
+            return list(prompts)
+        self.notes.append(_what_was_done(how, name, len(too_long), len(prompts), longest))
+        if how == "truncate":
+            return [tokens[-longest:] for tokens in prompts]
+        if len(too_long) == len(prompts):
+            raise UserError(
+                f"{name}: all {len(prompts)} prompts have more than {longest} tokens, so none is "
+                "left; raise the prompt length in the workload and search again"
+            )
+        return [tokens if len(tokens) <= longest else None for tokens in prompts]
+
+    def _does_not_fit(
+        self, where: list[str], prompts: list[list[int]], wrong: list[int]
+    ) -> UserError:
+        longest, first = self._workload.prompt.longest, wrong[0]
+        others = ""
+        if len(wrong) > 1:
+            most = max(len(prompts[row]) for row in wrong)
+            others = f" (and {len(wrong) - 1} more of {len(prompts)}; the longest has {most})"
+        return UserError(
+            f"{where[first]}: the prompt has {len(prompts[first])} tokens, and the workload allows "
+            f'1 to {longest}{others}; shorten such prompts, set data.overlong to "drop" or '
+            '"truncate", or raise the prompt length in the workload and search again'
+        )
+
+    # --- what a step gets ---
 
     def step(self, step: int) -> Prompts:
         batch, seed = self._workload.batch, self._workload.seed
-        position = np.arange(step * batch, (step + 1) * batch)
-        epochs, places = np.divmod(position, len(self._train))
-        orders = {
-            epoch: permutation(len(self._train), seed, epoch, ORDER)
-            for epoch in set(epochs.tolist())
-        }
-        chosen = [
-            self._train[orders[e][p]] for e, p in zip(epochs.tolist(), places.tolist(), strict=True)
-        ]
-        return self._prompts(chosen, (seed, step))
+        places = self._order.places(step * batch, (step + 1) * batch)
+        chosen = [self._pools[pool][place] for pool, place in places]
+        return self._prompts(chosen, keys_of(len(chosen), seed, step))
 
-    def evaluation(self) -> Prompts:
-        return self._prompts(self._evaluation, (self._workload.seed,))
+    def evaluations(self) -> list[HeldOut]:
+        return self._held_out
 
-    def _prompts(self, chosen: list[tuple[Line, Ints]], key: tuple[int, ...]) -> Prompts:
+    def _prompts(self, chosen: list[Prompt], keys: Any) -> Prompts:
         count = len(chosen)
         longest = np.full(count, self._workload.response.longest)
-        tokens = [tokens for _, tokens in chosen]
-        requests = make_requests(tokens, keys_of(count, *key), longest, np.zeros(count, dtype=bool))
-        lines = [line for line, _ in chosen]
+        tokens = [prompt.tokens for prompt in chosen]
         return Prompts(
-            requests=requests,
-            texts=[line.prompt for line in lines],
-            answers=[line.answer for line in lines],
-            where=[line.where for line in lines],
+            requests=make_requests(tokens, keys, longest, np.zeros(count, dtype=bool)),
+            texts=[prompt.text for prompt in chosen],
+            answers=[prompt.answer for prompt in chosen],
+            columns=[prompt.columns for prompt in chosen],
+            where=[prompt.where for prompt in chosen],
         )
 
     def stopped(self, responses: Sequence[Ints]) -> list[int | None]:
@@ -256,6 +268,11 @@ class Dataset:
         self._tokenizer.save_pretrained(directory)
 
 
+def _what_was_done(how: TooLong, name: str, count: int, of: int, longest: int) -> str:
+    done = "dropped" if how == "drop" else f"cut to their last {longest}"
+    return f"{name}: {count:,} of {of:,} prompts have more than {longest} tokens and were {done}"
+
+
 def _framing(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before and after any text."""
     (bare,) = tokenizer(["a"], add_special_tokens=False, return_attention_mask=False)["input_ids"]
@@ -271,6 +288,7 @@ class Synthetic:
     on."""
 
     held_out = 0
+    notes: list[str] = []
 
     def __init__(self, workload: Workload) -> None:
         self._workload = workload
@@ -286,12 +304,11 @@ class Synthetic:
         ]
         keys = keys_of(workload.batch, workload.seed, step)
         requests = make_requests(tokens, keys, responses, np.ones(workload.batch, dtype=bool))
-        return Prompts(
-            requests=requests, texts=self.decode(tokens), answers=[None] * len(tokens), where=[]
-        )
+        texts, none = self.decode(tokens), [None] * len(tokens)
+        return Prompts(requests=requests, texts=texts, answers=none, columns=[{} for _ in none])
 
-    def evaluation(self) -> Prompts:
-        raise AssertionError("a workload without data has nothing to evaluate on")
+    def evaluations(self) -> list[HeldOut]:
+        return []
 
     def stopped(self, responses: Sequence[Ints]) -> list[int | None]:
         return [None] * len(responses)

@@ -14,7 +14,7 @@ Rows = NDArray[np.int64]
 # The last word of every key (seed, ...) says what it is for. The first two are the planner's, with
 # which it draws the same lengths. numpy takes (a, b) and (a, b, 0) for one key; so only the first
 # may be 0, whose key is none's beginning.
-PROMPT_LENGTHS, RESPONSE_LENGTHS, TOKENS, ORDER, MINIBATCHES, SAMPLING = range(6)
+PROMPT_LENGTHS, RESPONSE_LENGTHS, TOKENS, ORDER, MINIBATCHES, SAMPLING, EVALUATION = range(7)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from executor.data.batch import Sequences
-from executor.data.prompts import Prompts, PromptSource, Synthetic
+from executor.data.prompts import HeldOut, Prompts, PromptSource, Synthetic
 from executor.data.requests import Ints
 from executor.fleet import pools
 from executor.fleet.asking import ask, to_each
@@ -37,6 +37,7 @@ class SizedPrompts:
     for a held-out batch those of step 1."""
 
     held_out = 0
+    notes: list[str] = []
 
     def __init__(self, workload: Workload, batches: Sequence[BatchSize]) -> None:
         self._workload, self._batches = workload, batches
@@ -50,8 +51,8 @@ class SizedPrompts:
         lengths = np.clip(lengths, 1, self._workload.response.longest).astype(np.int32)
         return replace(prompts, requests=replace(prompts.requests, max_tokens=lengths))
 
-    def evaluation(self) -> Prompts:
-        raise AssertionError("nothing is evaluated in a measurement")
+    def evaluations(self) -> list[HeldOut]:
+        return []
 
     def decode(self, responses: Sequence[Ints]) -> list[str]:
         return Synthetic(self._workload).decode(responses)

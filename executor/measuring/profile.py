@@ -194,4 +194,5 @@ def _with(
 def _without_evaluation(workload: Workload) -> Workload:
     if workload.data is None:
         return workload
-    return workload.changed(data=workload.data.changed(evaluate_every=0, evaluate_first=False))
+    data = workload.data.changed(evaluate_every=0, evaluate_first=False)
+    return workload.changed(data=data, evaluation=())

@@ -13,6 +13,7 @@ from executor.data.requests import Ints, Requests
 from executor.fleet import gpu_memory
 from executor.fleet.worker import Worker
 from executor.training.weights import Arrays
+from planner.spec.data import Sampler
 from planner.spec.plan import Plan
 
 # How weights come to an engine: from the trainers' GPUs, or from Ray's object store.
@@ -20,11 +21,11 @@ Channel = Literal["ipc", "nccl", "store"]
 
 
 class Engine(Protocol):
-    """Generates with one version of the weights at a time. Without a temperature it takes the
-    likeliest token."""
+    """Generates with one version of the weights at a time. The log-probs are of what a sampler
+    draws from: at its temperature, and of the tokens that it leaves."""
 
     def generate(
-        self, requests: Requests, temperature: float | None
+        self, requests: Requests, sampler: Sampler
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """Lengths `[n]` of the responses, and their tokens and log-probs end to end."""
         ...
@@ -66,9 +67,9 @@ class EngineWorker(Worker):
         response."""
         raise NotImplementedError
 
-    def generate(self, requests: Requests, temperature: float | None) -> Generated:
+    def generate(self, requests: Requests, sampler: Sampler) -> Generated:
         self._wake()
-        lengths, tokens, log_probs = self.engine.generate(requests, temperature)
+        lengths, tokens, log_probs = self.engine.generate(requests, sampler)
         self._peak = self.peak() if self._watching else {}  # an engine that sleeps holds nothing
         self._sleep()
         return Generated(

@@ -1,6 +1,7 @@
 """Generation with transformers: on cores, and as the reference that other engines are tested
 against."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from executor.data.requests import Ints, Requests, pad
 from executor.rollout.engine import Channel, EngineWorker
 from executor.training import models, weights
+from planner.spec.data import Sampler, Sampling
 from planner.spec.plan import Plan
 from planner.spec.tokenizers import stop_tokens
 
@@ -61,12 +63,12 @@ class TransformersEngine:
             self.model.to(self.device)
 
     def generate(
-        self, requests: Requests, temperature: float | None
+        self, requests: Requests, sampler: Sampler
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
         waves = []
         for begin in range(0, len(requests), self.concurrency):
             rows = np.arange(begin, min(begin + self.concurrency, len(requests)))
-            waves.append(self._wave(requests.take(rows), temperature))
+            waves.append(self._wave(requests.take(rows), sampler))
         empty = (
             np.zeros(0, dtype=np.int32),
             np.zeros(0, dtype=np.int32),
@@ -78,15 +80,14 @@ class TransformersEngine:
         return lengths, tokens, log_probs
 
     @torch.inference_mode()
-    def _wave(
-        self, requests: Requests, temperature: float | None
-    ) -> tuple[Ints, Ints, NDArray[np.float32]]:
+    def _wave(self, requests: Requests, sampler: Sampler) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """Decode some sequences together until the last one ends; the ended ones leave the batch
         now and then."""
         tokens, mask = self._left_padded(requests)
         count, longest = len(requests), int(requests.max_tokens.max())
         budget, exact = self._tensor(requests.max_tokens), self._tensor(requests.exact)
-        uniform = self._tensor(_uniform(requests.keys, longest)) if temperature else None
+        greedy = sampler.temperature == 0
+        uniform = None if greedy else self._tensor(_uniform(requests.keys, longest))
         out_tokens = torch.zeros((count, longest), dtype=torch.long, device=self.device)
         out_log_probs = torch.zeros((count, longest), device=self.device)
         lengths = torch.zeros(count, dtype=torch.long, device=self.device)
@@ -106,7 +107,13 @@ class TransformersEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
-            log_p = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+            logits = logits.float()
+            if position < sampler.min_tokens:
+                early = ~exact[rows, None] & torch.isin(self._numbers(logits), self.eos)
+                logits = logits.masked_fill(early, -torch.inf)
+            log_p = (logits / (1.0 if greedy else sampler.temperature)).log_softmax(-1)
+            if not greedy:
+                log_p = cut(log_p, sampler)
             chosen = (
                 log_p.argmax(-1) if uniform is None else _invert(log_p, uniform[rows, position])
             )
@@ -139,6 +146,9 @@ class TransformersEngine:
             np.arange(longest) >= begin[:, None]
         ).long()
 
+    def _numbers(self, logits: Tensor) -> Tensor:
+        return torch.arange(logits.shape[-1], device=self.device)
+
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.tensor(array, device=self.device)
 
@@ -146,6 +156,25 @@ class TransformersEngine:
 def _uniform(keys: NDArray[np.int64], positions: int) -> NDArray[np.float64]:
     """`[n, positions]` in [0, 1), each row fixed by its key."""
     return np.stack([np.random.default_rng(key).random(positions) for key in keys.tolist()])
+
+
+def cut(log_p: Tensor, sampler: Sampling) -> Tensor:
+    """Log-probs `[n, V]` of the tokens that a sampler leaves, -infinity for the others: first
+    `min_p` (Nguyen et al. 2024, arXiv:2407.01082), then `top_k` (Fan et al. 2018,
+    arXiv:1805.04833), then of what is left `top_p` (Holtzman et al. 2019, arXiv:1904.09751)."""
+    if sampler.min_p:
+        least = log_p.max(-1, keepdim=True).values + math.log(sampler.min_p)
+        log_p = log_p.masked_fill(log_p < least, -torch.inf)
+    if not sampler.top_k and sampler.top_p == 1:
+        return log_p.log_softmax(-1) if sampler.min_p else log_p
+    ranked, order = log_p.sort(stable=True, dim=-1, descending=True)
+    if sampler.top_k:
+        ranked[:, sampler.top_k :] = -torch.inf
+    ranked = ranked.log_softmax(-1)
+    if sampler.top_p < 1:
+        likelier = ranked.exp().cumsum(-1) - ranked.exp()
+        ranked = ranked.masked_fill(likelier >= sampler.top_p, -torch.inf)
+    return torch.empty_like(log_p).scatter_(-1, order, ranked).log_softmax(-1)
 
 
 def _invert(log_p: Tensor, uniform: Tensor) -> Tensor:

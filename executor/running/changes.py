@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from planner.spec.data import Data, DataFile, files_of
 from planner.spec.errors import UserError
 from planner.spec.workload import MODEL_ROLES, TRAINED, Workload
 
@@ -19,14 +20,17 @@ MAY_CHANGE = (
     "algorithm.",
     "optimizer.",
     "data.evaluat",
+    "evaluation",
     "reward.function",
     "reward.timeout_seconds",
     "reward.seconds_per_sequence",
 )
 MODEL_PATHS = tuple(f"{role}.path" for role in MODEL_ROLES)
-PLACES = (*MODEL_PATHS, "data.train", "data.evaluation")
-FILES = (*PLACES, "reward.function")
-FREE_FILES = ("data.evaluation", "reward.function")  # they may hold something else than before
+DATA_SOURCES = ("data.train", "data.evaluation")
+PLACES = (*MODEL_PATHS, *DATA_SOURCES)
+# They may hold something else than before.
+FREE_FILES = ("data.evaluation", "evaluation", "reward.function")
+WHOLE = ("prompt", "response", *DATA_SOURCES)  # what is told as one thing
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json")
 # Larger files are compared by their size and by so many blocks, spread evenly.
 WHOLE_BYTES, BLOCKS, BLOCK_BYTES = 2**26, 64, 2**20
@@ -40,12 +44,14 @@ def content_of(workload: Workload) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file, or of the weights, the configuration and the tokenizer in a directory;
-    empty if there is none, or none that can be read."""
+    """The SHA-256 of a file, or of the weights, the configuration and the tokenizer in a directory,
+    or of all files in one without them; empty if there is none, or none that can be read."""
     try:
         if path.is_file():
             return _of_file(path)
         files = sorted(file for pattern in MODEL_FILES for file in path.glob(pattern))
+        if not files:  # no model, but data
+            files = sorted(file for file in path.rglob("*") if file.is_file())
         lines = [f"{file.name} {_of_file(file)}\n" for file in files]
     except OSError:
         return ""
@@ -88,7 +94,7 @@ def changes(ours: Workload, theirs: Workload, saved: Mapping[str, str]) -> list[
         before, after = saved.get(key) or digest(here[key]), digest(there[key])
         if before and after and before != after:
             told.append(f"{key}: {there[key]} is not what it was")
-            if key not in FREE_FILES:
+            if not key.startswith(FREE_FILES):
                 wrong.append(f"the content of {key}")
         elif here[key] != there[key]:
             same = "as before" if before else "nothing is known of what it held before"
@@ -113,7 +119,18 @@ def _settings(workload: Workload) -> dict[str, Any]:
         if workload.optimizer.of(role).schedule != "constant":
             key = f"optimizer.{role}.decay_steps"
             flat[key] = flat[key] or workload.steps
-    return {key: value for key, value in flat.items() if key not in (*UNTOLD, *PLACES)}
+    found = {key: value for key, value in flat.items() if key not in (*UNTOLD, *PLACES)}
+    if workload.data is not None:
+        for key, sources in _sources(workload.data).items():
+            told = [
+                source.model_dump(exclude={"path"}, exclude_defaults=True) for source in sources
+            ]
+            found |= {key: told} if any(told) or len(told) > 1 else {}
+    return found
+
+
+def _sources(data: Data) -> dict[str, tuple[DataFile, ...]]:
+    return {"data.train": data.files, "data.evaluation": files_of(data.evaluation)}
 
 
 def _shown(value: Any) -> str:
@@ -129,18 +146,24 @@ def _shown(value: Any) -> str:
 def _paths(workload: Workload) -> dict[str, Path]:
     """The places of the models and files that a workload names, by key."""
     flat = dict(_flat(workload.model_dump(mode="json")))
-    named = {key: str(flat[key]) for key in FILES if flat.get(key)}
-    if "reward.function" in named:
-        named["reward.function"] = named["reward.function"].rpartition(":")[0]
-    return {key: Path(name) for key, name in named.items()}
+    named = {key: Path(flat[key]) for key in MODEL_PATHS if flat.get(key)}
+    if "reward.function" in flat:
+        named["reward.function"] = Path(flat["reward.function"].rpartition(":")[0])
+    several = _sources(workload.data) if workload.data else {}
+    several |= {f"evaluation.{each.name}": files_of(each.files) for each in workload.evaluation}
+    for key, sources in several.items():
+        paths = [source.path for source in sources if source.path is not None]
+        alone = len(sources) == 1
+        named |= {key if alone else f"{key}[{at}]": path for at, path in enumerate(paths)}
+    return named
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value with its key: `algorithm.clip` for what stands in `[algorithm]`. Lengths are
-    whole."""
+    """Each value with its key: `algorithm.clip` for what stands in `[algorithm]`. Lengths and
+    sources of data are whole."""
     for name, value in values.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and key not in ("prompt", "response"):
+        if isinstance(value, dict) and key not in WHOLE:
             yield from _flat(value, f"{key}.")
         else:
             yield key, value

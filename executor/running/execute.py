@@ -123,14 +123,23 @@ def _train(
 
     with ray_session(cpus=cpus, address=options.address):
         begun = resumed is not None
+        notes = prompts.notes
         for restarts in count():
             try:
                 with contextlib.closing(started(deadlines, path, start)) as backend:
                     directory = RunDirectory(path, tensorboard=True, track=options.track)
                     begun = True
                     run = Run(
-                        plan, steps, backend, directory, progress, saver=saver, resumed=resumed
+                        plan,
+                        steps,
+                        backend,
+                        directory,
+                        progress,
+                        saver=saver,
+                        resumed=resumed,
+                        notes=notes,
                     )
+                    notes = []
                     run.finish()
                 return
             except UserError as error:

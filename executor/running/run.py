@@ -30,7 +30,7 @@ NEARLY_ALL = 0.9  # of the responses of the first batch: so many are cut by mist
 
 class Run:
     """The steps of a plan on a backend, from the beginning or from the checkpoint `resumed`.
-    Without a saver there are no checkpoints."""
+    Without a saver there are no checkpoints. `notes` are said when it begins."""
 
     def __init__(
         self,
@@ -42,11 +42,13 @@ class Run:
         *,
         saver: "Saver | None" = None,
         resumed: "Checkpoint | None" = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self._plan, self._steps, self._backend = plan, steps, backend
         self._directory, self._saver, self._resumed = directory, saver, resumed
         self._tasks, self._course, stop = tasks_of(plan, steps), Course(), 0
         self._past: Sequence[Span] = ()
+        self._notes = notes  # to say at the beginning
         self._differs = ""
         if resumed is not None:
             self._tasks, self._course.ended, stop, self._differs = resumed.left(self._tasks)
@@ -93,6 +95,11 @@ class Run:
             self._directory.close()
 
     def _open(self) -> None:
+        self._open_directory()
+        for line in self._notes:
+            self._recorded.on_note(line)
+
+    def _open_directory(self) -> None:
         if self._resumed is None:
             self._directory.open(self._plan)
             return

@@ -20,7 +20,7 @@ from executor.fleet.asking import Answers, ask, to_each
 from executor.fleet.pools import Fleet
 from executor.fleet.worker import DiedAgain, Record
 from executor.rollout.engine import EngineWorker
-from executor.running import checkpoint
+from executor.running import checkpoint, evaluation
 from executor.running.checkpoint import Checkpoint
 from executor.running.export import export_models
 from executor.running.judges import Judges
@@ -31,6 +31,7 @@ from executor.running.supervise import Deadlines
 from executor.training import ppo
 from executor.training.trainer import COLUMNS, Minibatch, Trainer
 from planner.predict.schedule import Task
+from planner.spec.data import Sampler
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 
@@ -129,7 +130,7 @@ class Training:
         prompts = self.prompts.step(task.step)
         assert task.weights_version is not None
         version = task.weights_version
-        sequences, answers = self._generate(version, prompts, self.settings.temperature)
+        sequences, answers = self._generate(version, prompts, self.workload.sampler)
         self.steps[task.step] = StepData(
             prompts=prompts, sequences=sequences, batch=ray.put(sequences)
         )
@@ -223,22 +224,25 @@ class Training:
         return found
 
     def _evaluate(self, version: int) -> tuple[dict[str, float], Done]:
-        """Greedy responses to the held-out prompts: their mean score by the reward function, or
-        without one the share that equals the answer."""
-        prompts = self.prompts.evaluation()
-        sequences, answers = self._generate(version, prompts, None)
-        responses, records = self.prompts.decode(sequences.responses()), answers.records
-        if self.processes.judges is None:
-            right = [
-                given.strip() == (wanted or "").strip()
-                for given, wanted in zip(responses, prompts.answers, strict=True)
-            ]
-            figures = {"exact_match": float(np.mean(right))}
-        else:
-            scores, of_judges = self._score(self.processes.judges, prompts, responses)
-            figures = {"evaluation_score": float(np.nanmean(scores))}
-            records = records + of_judges
-        return figures, (records, int(sequences.response_lengths.sum()))
+        """Responses to the held-out prompts of each evaluation: their scores by the reward
+        function, or without one whether they equal the answer."""
+        figures: dict[str, float] = {}
+        records: list[Record] = []
+        tokens = 0
+        for held_out in self.prompts.evaluations():
+            prompts = held_out.prompts
+            sequences, answers = self._generate(version, prompts, held_out.settings)
+            responses = self.prompts.decode(sequences.responses())
+            records += answers.records
+            if self.processes.judges is None:
+                scores = evaluation.equal(responses, prompts.answers)
+            else:
+                scores, of_judges = self._score(self.processes.judges, prompts, responses)
+                records += of_judges
+            by_rewards = self.processes.judges is not None
+            figures |= evaluation.figures(held_out.settings, scores, responses, by_rewards)
+            tokens += int(sequences.response_lengths.sum())
+        return figures, (records, tokens)
 
     def _score(
         self, judges: Judges, prompts: Prompts, responses: list[str]
@@ -257,12 +261,12 @@ class Training:
     # --- what they share ---
 
     def _generate(
-        self, version: int, prompts: Prompts, temperature: float | None
+        self, version: int, prompts: Prompts, sampler: Sampler
     ) -> tuple[Sequences, Answers[Generated]]:
         requests, engines = prompts.requests, self.processes.engines
         shares = assign(requests.lengths, len(engines), self.workload.response.longest)
         orders = [
-            engine.order(EngineWorker.generate, requests.take(rows), temperature)
+            engine.order(EngineWorker.generate, requests.take(rows), sampler)
             for engine, rows in zip(engines, shares, strict=True)
         ]
         try:

@@ -22,6 +22,7 @@ from planner.report.study import CellRow, measured_rows, read_result, rows_of, s
 from planner.report.tables import pools_text, seconds
 from planner.search import Result, SearchOptions, find
 from planner.search import baseline as find_baseline
+from planner.spec.data import with_paths
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
@@ -171,8 +172,11 @@ def _with_paths(workload: Workload, written: Callable[[Path], str]) -> Workload:
         changes["reward"] = workload.reward.changed(function=function)
     if workload.data is not None:
         files = {"train": workload.data.train, "evaluation": workload.data.evaluation}
-        paths = {key: Path(written(path)) for key, path in files.items() if path is not None}
+        paths = {key: with_paths(given, written) for key, given in files.items()}
         changes["data"] = workload.data.changed(**paths)
+    changes["evaluation"] = tuple(
+        each.changed(files=with_paths(each.files, written)) for each in workload.evaluation
+    )
     return workload.changed(**changes)
 
 

@@ -8,6 +8,15 @@ from pydantic import Field, NonNegativeFloat, Tag, model_validator
 
 from planner.spec.algorithm import Algorithm, Optimizers, bring_up_to_date
 from planner.spec.architectures import check_length, read_config, sizes
+from planner.spec.data import (
+    Data,
+    EvaluationSet,
+    Sampler,
+    Sampling,
+    check_evaluation,
+    check_sampling,
+    with_paths,
+)
 from planner.spec.dataflow import Dataflow, ppo, reinforce
 from planner.spec.errors import UserError
 from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_key, read_data
@@ -21,8 +30,6 @@ ROLES = ("actor", "rollout", "critic", "reference", "reward")
 TENSOR_PARALLEL = (1, 2, 4, 8)  # GPUs that an engine may have
 TRAINED = ("actor", "critic")  # the others of MODEL_ROLES only infer
 Head = Literal["lm", "scalar"]
-StopToken = Annotated[int, Field(strict=True, ge=0, lt=2**24)]
-StopText = Annotated[str, Field(strict=True, min_length=1)]
 
 
 class Shape(Spec):
@@ -141,26 +148,6 @@ Reward = Annotated[
 ]
 
 
-class Data(Spec):
-    """JSONL files of `{"prompt": str, "answer": str}`; `answer` is needed for an evaluation without
-    a reward function only."""
-
-    train: Path
-    evaluation: Path | None = None
-    evaluate_every: Annotated[int, Field(ge=0, le=100_000)] = 0  # 0: never
-    evaluate_first: bool = False  # before the first step too
-    # What ends a response besides the model's EOS: tokens, and strings.
-    stop: tuple[StopToken | StopText, ...] = ()
-
-    @model_validator(mode="after")
-    def _evaluation_has_data(self) -> Self:
-        if self.evaluate_every and self.evaluation is None:
-            raise ValueError("evaluate_every is set but there is no evaluation file")
-        if self.evaluate_first and not self.evaluate_every:
-            raise ValueError("evaluate_first is set but evaluate_every is not")
-        return self
-
-
 class Workload(File):
     """One job. Lengths are tokens; `batch` and `minibatch` are sequences (over all workers), of
     which each prompt has `samples_per_prompt`, its group."""
@@ -179,6 +166,9 @@ class Workload(File):
     algorithm: Algorithm = Algorithm()
     optimizer: Optimizers = Optimizers()
     data: Data | None = None
+    # Left out of files where they are not set, so that those of earlier versions stay as they were.
+    sampling: Sampling = Field(default=Sampling(), exclude_if=lambda value: value == Sampling())
+    evaluation: tuple[EvaluationSet, ...] = Field(default=(), exclude_if=lambda value: not value)
     proximal: Literal["recompute", "rollout"] = "recompute"
     max_staleness: Annotated[int, Field(ge=0, le=MOST_STALENESS)] = 1
     tensor_parallel: Literal[1, 2, 4, 8] | None = (  # TENSOR_PARALLEL
@@ -201,6 +191,23 @@ class Workload(File):
             return data
         advantage = "reinforce++" if data.get("critic") is None else "gae"
         return {**data, "algorithm": {**algorithm, "advantage": advantage}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_temperature(cls, data: Any) -> Any:
+        sampling = data.get("sampling") if isinstance(data, dict) else None
+        if isinstance(sampling, dict) and "temperature" in sampling:
+            raise ValueError(
+                "sampling.temperature: write it as algorithm.temperature, which the losses use too"
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _data_is_used(self) -> Self:
+        check_evaluation(self.data, self.evaluation)
+        weighted = self.proximal == "recompute" and self.algorithm.importance != "off"
+        check_sampling(self.sampling, self.response.longest, weighted=weighted)
+        return self
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> Self:
@@ -296,6 +303,11 @@ class Workload(File):
         """The calls of one step. Each kind of algorithm is a function that makes them."""
         return ppo(self) if self.algorithm.needs_critic else reinforce(self)
 
+    @property
+    def sampler(self) -> Sampler:
+        """How responses to train on are sampled."""
+        return Sampler(temperature=self.algorithm.temperature, **self.sampling.model_dump())
+
     def model_of(self, role: str) -> Model:
         return self.models["actor" if role == "rollout" else role]
 
@@ -325,16 +337,23 @@ def load_workload(path: Path) -> Workload:
                 model["shape"] = shape_of(directory, named_by).model_dump()
             elif (directory / "config.json").is_file():
                 read_config(directory, named_by)
-    files = data.get("data")
-    if isinstance(files, dict):
-        for key in ("train", "evaluation"):
-            if isinstance(files.get(key), str):
-                files[key] = str(base / files[key])
+    _resolve_data(data, base)
     Workload.check_schema(data, path)
     workload = Workload.parse(data, path)
     check_lengths(workload)
     check_tokenizers(workload)
     return workload
+
+
+def _resolve_data(data: dict[str, Any], base: Path) -> None:
+    """Let the paths of data in a workload as it was read start at a folder."""
+    sets = data.get("evaluation")
+    named: list[tuple[Any, tuple[str, ...]]] = [(data.get("data"), ("train", "evaluation"))]
+    named += [(each, ("files",)) for each in (sets if isinstance(sets, list) else [])]
+    for part, keys in named:
+        for key in keys:
+            if isinstance(part, dict) and key in part:
+                part[key] = with_paths(part[key], lambda path: str(base / path))
 
 
 def shape_of(directory: Path, named_by: str) -> Shape:

@@ -29,6 +29,7 @@ from executor.rollout.engine import Channel
 from executor.training import models
 from executor.training.weights import Arrays, Described
 from planner.predict.memory import kv_cache_bytes
+from planner.spec.data import Sampler
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
@@ -106,11 +107,11 @@ class VllmEngine:
         return self.internals.failed
 
     def generate(
-        self, requests: Requests, temperature: float | None
+        self, requests: Requests, sampler: Sampler
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """Generate as `LLM.generate` does, without its object per sequence that grows with every
         token."""
-        first = self._add(requests, temperature)
+        first = self._add(requests, sampler)
         tokens: list[list[int]] = [[] for _ in range(len(requests))]
         log_probs: list[list[float]] = [[] for _ in range(len(requests))]
         left = len(requests)
@@ -133,17 +134,17 @@ class VllmEngine:
             np.fromiter(flat(log_probs), np.float32, total),
         )
 
-    def _add(self, requests: Requests, temperature: float | None) -> int:
+    def _add(self, requests: Requests, sampler: Sampler) -> int:
         """Queue requests; the number of the first one."""
         first = self._asked
         self._asked += len(requests)
         names = map(str, range(first, self._asked))
         prompts = [prompt.tolist() for prompt in requests.prompts()]
-        params = self._sampling(requests, temperature)
+        params = self._sampling(requests, sampler)
         self.internals.add(zip(names, prompts, params, strict=True))
         return first
 
-    def _sampling(self, requests: Requests, temperature: float | None) -> list[Any]:
+    def _sampling(self, requests: Requests, sampler: Sampler) -> list[Any]:
         from vllm import SamplingParams
 
         rows = zip(
@@ -151,7 +152,11 @@ class VllmEngine:
         )
         return [
             SamplingParams(
-                temperature=temperature or 0.0,
+                temperature=sampler.temperature,
+                top_p=sampler.top_p,
+                top_k=sampler.top_k,
+                min_p=sampler.min_p,
+                min_tokens=0 if exact else min(sampler.min_tokens, max_tokens),
                 seed=int(np.random.SeedSequence(key.tolist()).generate_state(1, np.uint64)[0] >> 1),
                 max_tokens=max_tokens,
                 ignore_eos=True,
