@@ -23,14 +23,14 @@ from executor.running.rehearse import Rehearsal, Sleeper
 from executor.running.run import Run
 from executor.running.run_directory import RunDirectory
 from executor.running.step import Training
-from executor.running.supervise import Deadlines, memory_of, one_line
+from executor.running.supervise import COLLECTIVE_SECONDS, Deadlines, memory_of, one_line
 from planner.predict.forecast import predict
 from planner.predict.memory import plan_memory, trainer_allowance
 from planner.predict.schedule import Task, tasks_of
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
-from planner.spec.timeline import Timeline
+from planner.spec.timeline import Span, Timeline
 
 WORKLOAD = make_workload()
 ray.cloudpickle.register_pickle_by_value(
@@ -78,7 +78,44 @@ def test_a_deadline_is_ten_times_the_prediction_but_not_below_the_floor() -> Non
     assert (
         Deadlines(plan=split(WORKLOAD)).of_call(values, early=False) == 1800
     )  # nothing is predicted
-    assert deadlines.of_collective > max(300, deadlines.of_start)
+
+
+def test_a_deadline_follows_responses_that_grow() -> None:
+    """What is predicted as 7 s takes 20 s: the next call may take 200 s, and with three times the
+    tokens 600 s. An evaluation of 5,000 prompts is 625 batches of 8."""
+    data = {"train": "x", "evaluation": "y", "evaluate_every": 1}
+    plan = split(make_workload(data=data))
+    deadlines = Deadlines(plan=plan, held_out=5000, predicted=lambda task: 7.0)
+    update, evaluate = task_of(plan, "update_actor"), task_of(plan, "evaluate")
+    later = replace(update, step=1)
+    deadlines.note(took("generate", 0, 12.0, tokens=100))
+    deadlines.note(took("update_actor", 0, 20.0))
+    assert deadlines.of_call(later, early=False) == 200
+    assert deadlines.why(later, 200) == " (200 s allowed, 7 s predicted, 20 s lately)"
+    deadlines.note(took("generate", 1, 36.0, tokens=300))
+    assert deadlines.of_call(later, early=False) == 600
+    assert deadlines.of_call(evaluate, early=False) == 625 * 360
+    deadlines.note(took("evaluate", 0, 625 * 40.0))
+    assert deadlines.of_call(evaluate, early=False) == 625 * 400
+    for step in range(2, 5):  # only the latest calls count
+        deadlines.note(took("update_actor", step, 1.0))
+    assert deadlines.of_call(replace(update, step=5), early=False) == 70
+    deadlines.note(took("values", 5, 1.0))  # of a run that had a critic: it is passed over
+    assert deadlines.of_call(evaluate, early=False) < COLLECTIVE_SECONDS
+
+
+def took(call: str, step: int, seconds: float, tokens: int = 0) -> Span:
+    return Span(
+        call=call,
+        role="actor",
+        pools=(),
+        step=step,
+        issued=0.0,
+        ready=0.0,
+        start=1.0,
+        end=1.0 + seconds,
+        tokens=tokens,
+    )
 
 
 class Stuck(Rehearsal):
@@ -114,9 +151,7 @@ def test_a_process_that_sleeps_for_ever_ends_the_run_with_its_name(
         "update_critic of step 1 on pool b: no answer to 'sleep' for 3 s from process 1 of pool b ("
     )
     assert (
-        "(3 s allowed, 0.01 s predicted)" in line
-        and "--deadline-floor" in line
-        and "\n" not in line
+        "(3 s allowed, 0.01 s predicted" in line and "--deadline-floor" in line and "\n" not in line
     )
     done = {
         (span.call, span.step) for span in Timeline.read(tmp_path / "r" / "timeline.json").spans

@@ -143,6 +143,7 @@ def loop(
                 task = running.pop(future).task
                 records, tokens = future.result()
                 spans[task.index] = _span(task, records, tokens, spans, course)
+                backend.deadlines.note(spans[task.index])
                 graph.done(task.index)
                 course.ended.add(task.index)
                 unfinished[task.step] -= 1
@@ -174,11 +175,8 @@ def _check_answered(begun: Begun, deadlines: Deadlines) -> None:
 
 def _call(backend: Backend, begun: Begun) -> tuple[list[Record], int]:
     task, deadlines = begun.task, backend.deadlines
-    allowed, expected = deadlines.of_call(task, begun.early), deadlines.expected(task)
-    limit = (
-        f" ({allowed:.3g} s allowed, {'nothing' if expected is None else f'{expected:.2g} s'} "
-        "predicted)"
-    )
+    allowed = deadlines.of_call(task, begun.early)
+    limit = deadlines.why(task, allowed)
     where = f"pool {', '.join(task.pools)}" if task.pools else "the host"
     what = f"{task.call.name} of step {task.step} on {where}"
     with one_line(deadlines.plan, what, task.pools, task.call.name, limit), within(allowed):

@@ -17,7 +17,7 @@ from executor.rollout.engines import ENGINE_KINDS, kind_of
 from executor.rollout.vllm.worker import VllmWorker
 from executor.running.judges import Judges
 from executor.running.run_directory import log
-from executor.running.supervise import Deadlines
+from executor.running.supervise import COLLECTIVE_SECONDS, Deadlines
 from executor.running.weight_sync import WeightSync, channels
 from executor.training.shards import Saved
 from executor.training.trainer import Trainer
@@ -196,7 +196,7 @@ class Processes:
         join: list[Order[None]] = []
         for ranks in self.trainers.values():
             ((host, port),) = ask([ranks[0].order(Trainer.listen)]).results
-            join += to_each(ranks, Trainer.join, self.deadlines.of_collective, host, port)
+            join += to_each(ranks, Trainer.join, COLLECTIVE_SECONDS, host, port)
         ask(join)
         ask(to_each(self.training, Trainer.load_models, self._saved))
         ask(to_each(self.training, Trainer.warm_up))

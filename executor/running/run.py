@@ -55,6 +55,8 @@ class Run:
             self._course.next_step = resumed.written
             if resumed.is_of(plan):
                 self._past = resumed.spans
+            for span in resumed.spans:
+                backend.deadlines.note(span)
         self._course.since = max((span.end for span in self._past), default=0.0)
         self._course.began -= self._course.since
         self._spans: dict[int, Span] = {}

@@ -4,22 +4,26 @@ its processes."""
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from executor.fleet.worker import OutOfMemory, Overdue, WorkerError
 from executor.running.options import DEADLINE_FLOOR_SECONDS
+from executor.running.pace import Pace
 from planner.predict.memory import plan_memory, trainer_allowance
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
+from planner.spec.timeline import Span
 from planner.spec.workload import RewardFunction
 
-FACTOR = 10.0  # of what is predicted
+FACTOR = 10.0  # of what is predicted, or of what the latest calls took
 EARLY = 10.0  # of the floor: the first calls load libraries and compile, and so does the start
 EARLY_CALLS = 2  # of each name
 UNPREDICTED_SECONDS = 1800.0
 READ_BYTES_PER_SECOND = 1e8  # a slow shared file system
-MARGIN_SECONDS = 120.0
+# A collective among trainers may take longer than any call that waits for it, however long
+# responses become: so a run ends with the name of the call.
+COLLECTIVE_SECONDS = 7 * 24 * 3600.0
 ONE_IN = (
     8  # samples of a batch may fail in the reward function; more count as a function that is wrong
 )
@@ -28,14 +32,25 @@ ONE_IN = (
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
     """Seconds that a plan's calls and its start may take: ten times the prediction
-    (`predicted(task)`, by default the plan's own), but never less than `floor`, and in the
-    beginning ten times that. An evaluation of more prompts (`held_out`) than a batch has takes as
-    many times more."""
+    (`predicted(task)`, by default the plan's own) or what the latest calls took, whichever is
+    longer, but never less than `floor`, and in the beginning ten times that. An evaluation of more
+    prompts (`held_out`) than a batch has takes as many times more."""
 
     plan: Plan
     floor: float = DEADLINE_FLOOR_SECONDS
     predicted: Callable[[Task], float] | None = None
     held_out: int = 0
+    pace: Pace = field(default_factory=Pace)
+
+    def note(self, span: Span) -> None:
+        """Let what a call took count for the later ones: responses may grow."""
+        flow = self.plan.dataflow
+        if span.call not in flow.names:  # it is of a run under another plan
+            return
+        batches = self._batches if flow[span.call].monitor else 1
+        self.pace.note(span.call, span.step, span.seconds / batches)
+        if span.call == flow.generates.name:
+            self.pace.note_generated(span.step, span.tokens)
 
     def of_call(self, task: Task, early: bool) -> float:
         """Seconds allowed for a task; `early` ones are the first of a call."""
@@ -55,8 +70,12 @@ class Deadlines:
 
     def _of_evaluation(self, of_batch: float) -> float:
         """Seconds for all held-out prompts, if a batch may take so many to be generated."""
-        batches = max(1, math.ceil(self.held_out / self.plan.workload.generated))
-        return batches * (of_batch + self._of_scoring())
+        return self._batches * (of_batch + self._of_scoring())
+
+    @property
+    def _batches(self) -> int:
+        """Batches of held-out prompts."""
+        return max(1, math.ceil(self.held_out / self.plan.workload.generated))
 
     def _of_scoring(self) -> float:
         """Seconds that a reward function may take for a batch: each try has its own limit, which
@@ -74,12 +93,35 @@ class Deadlines:
         return self.of_call(task, early) + self.floor + again
 
     def expected(self, task: Task) -> float | None:
+        """Seconds of a call (for an evaluation: of a batch) by its prediction, or by the latest
+        calls if those took longer."""
+        known = [found for found in (self.predict(task), self.lately(task)) if found is not None]
+        return max(known, default=None)
+
+    def lately(self, task: Task) -> float | None:
+        """Seconds that the latest calls of a task's name took; an evaluation also generates."""
+        names = [task.call.name]
+        if task.call.monitor:
+            names.append(self.plan.dataflow.generates.name)
+        known = [self.pace.of(name, task.step) for name in names]
+        return max((seconds for seconds in known if seconds is not None), default=None)
+
+    def predict(self, task: Task) -> float | None:
         """Predicted seconds; the longest call's for one that a prediction leaves out, such as an
         evaluation."""
         if self.predicted is not None:
             return self.predicted(task)
         calls = self.plan.predicted.call_seconds if self.plan.predicted else {}
         return calls.get(task.call.name, max(calls.values(), default=None))
+
+    def why(self, task: Task, allowed: float) -> str:
+        """Where a deadline comes from, in words."""
+        predicted, lately = self.predict(task), self.lately(task)
+        words = "nothing" if predicted is None else f"{predicted:.2g} s"
+        words = f" ({allowed:.3g} s allowed, {words} predicted"
+        if lately is not None and lately > (predicted or 0):
+            words += f", {lately:.2g} s lately"
+        return f"{words})"
 
     @property
     def of_start(self) -> float:
@@ -88,14 +130,6 @@ class Deadlines:
         models = self.plan.workload.models
         size = sum(4 * model.shape.parameters() for model in models.values())
         return EARLY * self.floor + size / READ_BYTES_PER_SECOND
-
-    @property
-    def of_collective(self) -> float:
-        """Seconds allowed for a collective among trainers. It is longer than the limit of the call
-        that waits for it, so that the run ends with the call's name."""
-        calls = self.plan.predicted.call_seconds if self.plan.predicted else {}
-        longest = FACTOR * max(calls.values(), default=UNPREDICTED_SECONDS / FACTOR)
-        return max(longest, self.of_start) + MARGIN_SECONDS
 
 
 @contextlib.contextmanager
