@@ -52,7 +52,18 @@ def instance(seed, lengths_vary=False):
         proximal=str(rng.choice(["recompute", "rollout"])),
         max_staleness=int(rng.integers(0, 2 if varied else 3)),
     )
-    return workload, cluster_of(rng, gpus=int(rng.integers(1, 3 if varied else 5)))
+    return grouped(workload, seed), cluster_of(rng, gpus=int(rng.integers(1, 3 if varied else 5)))
+
+
+def grouped(workload, seed):
+    """The workload, or without a critic often one with two samples of each prompt, of which some
+    generate more than they train on."""
+    rng = np.random.default_rng((seed, 1))
+    if workload.critic is not None or rng.random() < 0.3:
+        return workload
+    factor = 1.5 if rng.random() < 0.5 and workload.batch % 4 == 0 else 1.0
+    algorithm = {"advantage": "grpo", "oversampling_factor": factor}
+    return workload.changed(samples_per_prompt=2, algorithm=algorithm)
 
 
 def cluster_of(rng, gpus):

@@ -275,6 +275,20 @@ def test_host_calls_know_the_reward_functions_rate() -> None:
     assert score.seconds - advantages.seconds == pytest.approx([32.0])
 
 
+def test_what_is_generated_but_not_trained_on_is_scored() -> None:
+    """Half as many again: of 24 sequences of 20 tokens 16 are trained on."""
+    algorithm = {"advantage": "grpo", "oversampling_factor": 1.5}
+    changes = {"critic": None, "samples_per_prompt": 4, "algorithm": algorithm}
+    model = CostModel(SMALL.changed(**changes), CLUSTER)
+    plain = CostModel(SMALL, CLUSTER)
+    score, before = model.host("score").seconds, plain.host("score").seconds
+    assert score - before == pytest.approx([16.0 + 5e-8 * 8 * 10])  # 2 s each, and 8 * 10 tokens
+    assert model.host("advantages").seconds == plain.host("advantages").seconds
+    assert model.tokens == plain.tokens
+    old = model.infer("actor", layout(), place(1)).seconds
+    assert old == plain.infer("actor", layout(), place(1)).seconds
+
+
 # --- scenarios ---
 
 

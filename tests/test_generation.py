@@ -3,7 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.predict.generation import Speed, deal, engine_speed, generation_seconds
+from planner.predict.generation import (
+    BatchLengths,
+    GenerationRun,
+    Speed,
+    deal,
+    engine_speed,
+    generation_seconds,
+)
 from planner.spec.cluster import load_device
 from planner.spec.workload import Shape
 
@@ -47,9 +54,9 @@ class Engine:
     def outstanding(self, limit: int) -> int:
         return sum(prompt + limit for _, _, prompt in self.active)
 
-    def admit(self, prompt: int, response: int) -> None:
+    def admit(self, prompt: int, response: int, prefills: bool) -> None:
         self.active.append([prompt, response, prompt])
-        self.clock += self.speed.prefill(prompt)
+        self.clock += self.speed.prefill(prompt) if prefills else 0.0
 
     def decode(self) -> int:
         """One step; how many sequences left."""
@@ -62,10 +69,16 @@ class Engine:
 
 
 def token_by_token(
-    prompts: list[int], responses: list[int], speeds: list[Speed], concurrency: int, limit: int
+    prompts: list[int],
+    responses: list[int],
+    speeds: list[Speed],
+    concurrency: int,
+    limit: int,
+    first: int,
 ) -> float:
     engines = [Engine(speed) for speed in speeds]
-    queue = list(zip(prompts, responses, strict=True))
+    prefilled = [number < first for number in range(len(prompts))]
+    queue = list(zip(prompts, responses, prefilled, strict=True))
     while queue and any(len(engine.active) < concurrency for engine in engines):
         free = [engine for engine in engines if len(engine.active) < concurrency]
         min(free, key=lambda engine: engine.outstanding(limit)).admit(*queue.pop(0))
@@ -96,16 +109,21 @@ def next_departure(engine: Engine) -> float:
     same_prompt=st.booleans(),
     speeds=st.lists(st.sampled_from([SLOW, FAST]), min_size=1, max_size=3),
     concurrency=st.integers(1, 6),
+    first=st.integers(1, 14),
 )
 def test_events_equal_token_by_token(
-    requests: list[tuple[int, int]], same_prompt: bool, speeds: list[Speed], concurrency: int
+    requests: list[tuple[int, int]],
+    same_prompt: bool,
+    speeds: list[Speed],
+    concurrency: int,
+    first: int,
 ) -> None:
     prompts = [requests[0][0] if same_prompt else prompt for prompt, _ in requests]
     responses = [response for _, response in requests]
     seconds = generation_seconds(
-        np.array([prompts]), np.array([responses]), speeds, concurrency, 12
+        np.array([prompts]), np.array([responses]), speeds, concurrency, 12, first
     )
-    assert seconds[0] == token_by_token(prompts, responses, speeds, concurrency, 12)
+    assert seconds[0] == token_by_token(prompts, responses, speeds, concurrency, 12, first)
 
 
 def test_one_sequence_by_hand() -> None:
@@ -114,6 +132,26 @@ def test_one_sequence_by_hand() -> None:
     steps = 3 * (1 / 128 + 1 / 512 + 1 / 2048) + (4 + 5 + 6) / 8192
     seconds = generation_seconds(np.array([[4]]), np.array([[3]]), [SLOW], 8, 10)
     assert seconds == pytest.approx([prefill + steps])
+
+
+def test_the_samples_of_a_prompt_share_its_prefill() -> None:
+    """Two prompts of 40 tokens with two samples each, of one token, on one engine and on two: the
+    engine prefills both prompts once, or one each."""
+    prefill, step = 40 / 1024 + 1600 / 65536, 1 / 512 + 1 / 128
+
+    def seconds(engines: int, group: int) -> float:
+        lengths = np.full((1, 4), 40), np.full((1, 4), 1)
+        batch = BatchLengths(*lengths, group)
+        run = GenerationRun(batch, [SLOW] * engines, 4, 1)
+        run.advance()
+        floors = batch.floors(SLOW, np.array([engines]), np.array([4]))
+        assert floors[0, 0] <= run.seconds[0]
+        assert batch.wave_floors([SLOW], engines)[0] == pytest.approx(run.seconds)
+        return float(run.seconds[0])
+
+    assert seconds(1, group=2) == pytest.approx(2 * prefill + step + 4 / 2048 + 160 / 8192)
+    assert seconds(2, group=2) == pytest.approx(1 * prefill + step + 2 / 2048 + 80 / 8192)
+    assert seconds(2, group=1) == pytest.approx(2 * prefill + step + 2 / 2048 + 80 / 8192)
 
 
 def test_requests_go_to_the_fewest_outstanding_tokens() -> None:

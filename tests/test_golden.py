@@ -43,6 +43,7 @@ COMMANDS = {
     "search-7b": f"search --gpus 16 {BEST}",
     "search-tutorial": f"search --gpus 8 --workload tutorial {BEST}",
     "search-7b-8": f"search --gpus 8 {BEST}",
+    "search-grpo": f"search --gpus 16 --workload 7b-grpo {BEST}",
     "search-70b": f"search --gpus 64 --workload 70b {BEST}",
     "search-70b-too-few": f"search --gpus 1 --workload 70b {BEST}",
     "search-profile": f"search --gpus 4 --workload h200-1.5b {PROFILE} {BEST}",

@@ -54,7 +54,13 @@ def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[s
     assert best.predicted
     cluster, proof = inputs.cluster, best.predicted.proof
     yield f"Minimised: {_minimised(best, cluster)}."
-    gpus, minibatch = len(cluster.gpus), inputs.workload.minibatch
+    workload = inputs.workload
+    if workload.oversamples:
+        yield (
+            f"A step generates and scores {workload.generated:,} sequences, of which "
+            f"{workload.batch:,} are trained on."
+        )
+    gpus, minibatch = len(cluster.gpus), workload.minibatch
     used = best.gpus_of(tuple(best.pools))
     if used < gpus and proof.status == "optimal":
         yield f"The plan uses {used:,} of {gpus:,} GPUs: it would be no faster with more."

@@ -104,7 +104,8 @@ def generation_seconds(
     """Seconds [S] until the last engine is done, for `prompts` and `responses` [S, B] in tokens.
     `concurrency` is each engine's number of slots, `limit` the longest response allowed. The
     `first` requests prefill their prompts, the others find them there; None: all prefill."""
-    first = responses.shape[1] if first is None else first
+    batch = responses.shape[1]
+    first = batch if first is None else min(first, batch)
     if responses.shape[1] <= len(engines) * concurrency:
         return _one_wave(prompts, responses, engines, concurrency, limit, first)
     rows = zip(prompts, responses.tolist(), strict=True)

@@ -100,14 +100,14 @@ def _program(name: str, problem: Problem) -> Program:
     flow = problem.flow
     generates, installs = flow.generates.name, flow.installs.name
     infer = [call.name for call in flow.calls if call.kind == "infer" or call.scores]
-    hosts = [call.name for call in flow.calls if call.kind == "host" and not call.scores]
+    between = [call.name for call in flow.calls if call.kind in ("infer", "host")]
     updates = [call.name for call in flow.calls if call.kind == "train"]
     together = tuple(infer) if name in ("split-parallel", "standalone", "one-step-off") else ()
     ahead = 1 if name == "one-step-off" else 0
     items: list[Issue | Wait] = [Issue(call=generates, offset=ahead, blocking=ahead == 0)]
-    items += [Issue(call=call, blocking=call not in together) for call in infer]
-    items += [Wait(wait=together)] if together else []
-    items += [Issue(call=call, blocking=True) for call in hosts]
+    for call in between:
+        items.append(Issue(call=call, blocking=call not in together))
+        items += [Wait(wait=together)] if together and call == infer[-1] else []
     blocking = name == "colocated"
     items += [Issue(call=call, blocking=blocking) for call in updates]
     items += [] if blocking else [Wait(wait=(*updates, *((generates,) if ahead else ())))]
