@@ -216,7 +216,11 @@ def test_a_run_resumed_under_another_plan_is_compared_from_where_it_went_on() ->
     plan = ahead(1)
     whole = forecast(plan, 9)
     resumed = whole.model_copy(
-        update={"warmup": 5, "spans": tuple(s for s in whole.spans if s.step >= 3)}
+        update={
+            "warmup": 5,
+            "drain": 0,
+            "spans": tuple(s for s in whole.spans if s.step >= 3),
+        }
     )
     measured = whole_steps(plan, resumed)
     assert (measured.steps, measured.drain) == (9, 0)

@@ -144,9 +144,7 @@ def test_the_plan_predicts_what_its_simulation_shows(result):
     timeline = forecast(plan, 30)
     ends = {span.step: span.end for span in timeline.spans if span.call == "update_actor"}
     assert (ends[22] - ends[10]) / 12 == pytest.approx(plan.predicted.step_seconds, rel=1e-9)
-    assert step_seconds(timeline) == pytest.approx(
-        plan.predicted.step_seconds, rel=0.02
-    )  # the last step drains
+    assert step_seconds(timeline) == pytest.approx(plan.predicted.step_seconds, rel=1e-9)
     assert step_seconds(forecast(result.best, 33)) == pytest.approx(
         result.best.predicted.step_seconds, rel=0.05
     )

@@ -5,12 +5,16 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from planner.cli import main
 from planner.predict.cycle import cycles
+from planner.predict.forecast import forecast
 from planner.predict.schedule import steady_edges
 from planner.search import SearchOptions, find
 from planner.search.questions.space_size import count
 from planner.spec.cluster import make_cluster
+from planner.spec.timeline import step_seconds
 from planner.spec.workload import load_workload
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -41,6 +45,28 @@ def test_the_plan_that_wins():
     assert plan.predicted.proof.status == "optimal"
     assert plan.predicted.step_seconds == pytest.approx(3.581, abs=5e-4)
     assert plan.predicted.gap == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("steps", [6, 8, 20])
+def test_the_steps_in_which_a_pipeline_drains_do_not_count(steps, tmp_path):
+    """At step times that do not vary, a simulation shows what the plan says, and no picture shows
+    two figures."""
+    plan = best(1)
+    timeline = forecast(plan, steps)
+    assert (timeline.warmup, timeline.drain) == (2, 1)
+    assert step_seconds(timeline) == pytest.approx(plan.predicted.step_seconds, rel=1e-9)
+    plan.write(tmp_path / "plan.json")
+    said = CliRunner().invoke(
+        main, ["simulate", str(tmp_path / "plan.json"), "--steps", str(steps)]
+    )
+    assert f"{steps} steps: 3.58 s per step after 2 to warm up and before 1 to drain" in said.stdout
+    assert "The plan itself says" not in said.stdout
+
+
+def test_too_few_steps_for_the_steady_state_are_told(tmp_path):
+    best(1).write(tmp_path / "plan.json")
+    said = CliRunner().invoke(main, ["simulate", str(tmp_path / "plan.json"), "--steps", "2"])
+    assert "2 steps: 1.91 s per step" in said.stdout and "says 3.58 s" in said.stdout
 
 
 @pytest.mark.parametrize(

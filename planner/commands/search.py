@@ -15,7 +15,7 @@ from planner.search.questions.space_size import COUNTED, count
 from planner.spec.cluster import Cluster
 from planner.spec.plan import Plan
 
-PICTURE_STEPS = 8  # simulated; the picture shows a few of them after the warm-up
+DRAWN_STEPS = 3
 
 
 def search(
@@ -150,5 +150,6 @@ def _write(plan: Plan, out: Path, inputs: Inputs, *, picture: bool) -> str:
     drawing = out.with_suffix(".png")
     check_target(drawing)
     plan.write(out)
-    draw([forecast(plan, PICTURE_STEPS, inputs.profiles)], plan, drawing)
+    steps = 2 * plan.staleness + 1 + DRAWN_STEPS  # the pipeline fills, runs full, and drains
+    draw([forecast(plan, steps, inputs.profiles)], plan, drawing, steps=DRAWN_STEPS)
     return f"{out} and {drawing}"

@@ -9,7 +9,8 @@ from planner.predict.schedule import load_plan
 from planner.report import trace as traces
 from planner.report.compare import occupancy, pool_busy
 from planner.report.tables import calls_table, seconds
-from planner.spec.timeline import mean_call_seconds, step_seconds
+from planner.spec.plan import Plan
+from planner.spec.timeline import Timeline, mean_call_seconds, step_seconds
 
 
 def simulate(
@@ -35,11 +36,7 @@ def simulate(
     )
     console.print(calls_table(checked, mean_call_seconds(simulated)))
     console.print()
-    busy = pool_busy(simulated)
-    console.print(
-        f"{steps} steps: {seconds(step_seconds(simulated))} s per step after {simulated.warmup} to "
-        f"warm up, {occupancy(checked, busy):.0%} of all GPU time busy."
-    )
+    console.print(_summary(checked, simulated), soft_wrap=True)
     if timeline is not None:
         simulated.write(timeline)
     if trace is not None:
@@ -51,3 +48,16 @@ def simulate(
     written = [str(path) for path in (timeline, trace, gantt) if path is not None]
     if written:
         console.print(f"Wrote {', '.join(written)}.", markup=False, soft_wrap=True)
+
+
+def _summary(plan: Plan, simulated: Timeline) -> str:
+    """The step time of the steps that count, and the plan's own if it reads otherwise."""
+    shown, busy = seconds(step_seconds(simulated)), occupancy(plan, pool_busy(simulated))
+    drained = f" and before {simulated.drain} to drain" if simulated.drain else ""
+    text = (
+        f"{simulated.steps} steps: {shown} s per step after {simulated.warmup} to warm up"
+        f"{drained}, {busy:.0%} of all GPU time busy."
+    )
+    if plan.predicted is not None and (own := seconds(plan.predicted.step_seconds)) != shown:
+        text += f" The plan itself says {own} s: the steady state, averaged over its scenarios."
+    return text

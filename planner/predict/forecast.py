@@ -37,17 +37,20 @@ def task_seconds(plan: Plan, profiles: Sequence[Profile] = ()) -> Callable[[Task
 
 def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeline:
     """The simulated timeline of `steps` steps. The warm-up is the filling of the pipeline and one
-    step more."""
+    step more. What is left counts but for the steps in which the pipeline drains: nothing is
+    generated beside them, so they are shorter."""
     estimates = durations(plan, profiles)
     tasks = tasks_of(plan, steps)
     spans = simulate(tasks, task_seconds(plan, profiles))
     detailed = tuple(_with_parts(span, estimates[span.call]) for span in spans)
     warmup = min(plan.staleness + 1, max(0, steps - 1))
+    drain = min(plan.staleness, max(0, steps - warmup - 1))
     return Timeline(
         source="simulated",
         plan=plan.name,
         steps=steps,
         warmup=warmup,
+        drain=drain,
         step_ends_with=plan.dataflow.ends_step.name,
         spans=detailed,
     )

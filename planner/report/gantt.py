@@ -106,7 +106,7 @@ def render(
     )
     for axis, timeline, window, group in zip(axes, timelines, windows, lanes, strict=True):
         axis.set_xlim(0, max(w.end - w.begin for w in windows))
-        _draw_panel(axis, timeline, plan, window, group)
+        _draw_panel(axis, timeline, plan, window, group, alone=len(timelines) == 1)
     axes[-1].set_xlabel("seconds", fontsize=FONT)
     shown = dict.fromkeys(
         s.call for t, w in zip(timelines, windows, strict=True) for s in _visible(t, w)
@@ -223,14 +223,16 @@ def _visible(timeline: Timeline, window: DrawnWindow) -> list[Span]:
 
 
 def _draw_panel(
-    axis: Axes, timeline: Timeline, plan: Plan, window: DrawnWindow, lanes: list[Lane]
+    axis: Axes,
+    timeline: Timeline,
+    plan: Plan,
+    window: DrawnWindow,
+    lanes: list[Lane],
+    *,
+    alone: bool,
 ) -> None:
-    period, busy = step_seconds(timeline), busy_in(timeline, window)
-    word = "predicted" if timeline.source == "simulated" else "measured"
-    text = (
-        f"{word}: {seconds(period)} s per step, {occupancy(plan, busy):.0%} of all "
-        f"{_unit(plan, 1)} time busy"
-    )
+    busy = occupancy(plan, busy_in(timeline, window))
+    text = f"{_pace(timeline, plan, alone)}, {busy:.0%} of all {_unit(plan, 1)} time busy"
     axis.set_title(text, loc="left", fontsize=FONT + 1, pad=17)
     length = window.end - window.begin
     for lane in lanes:
@@ -251,6 +253,19 @@ def _draw_panel(
     axis.tick_params(axis="x", labelsize=FONT, color=AXIS_INK)
     hide_frame(axis, "top", "left", "right")
     axis.spines["bottom"].set_color(AXIS_INK)
+
+
+def _pace(timeline: Timeline, plan: Plan, alone: bool) -> str:
+    """Seconds per step, in words. A prediction that is drawn alone has the plan's own figure first:
+    its few steps are longer or shorter than the mean."""
+    drawn = seconds(step_seconds(timeline))
+    if timeline.source == "measured":
+        return f"measured: {drawn} s per step"
+    own = seconds(plan.predicted.step_seconds) if alone and plan.predicted else drawn
+    if own == drawn:
+        return f"predicted: {own} s per step"
+    counted = len([step for step in timeline.ends if timeline.counts(step)])
+    return f"predicted: {own} s per step ({drawn} s over the {counted or timeline.steps} simulated)"
 
 
 def _draw_bar(axis: Axes, span: Span, lane: Lane, low: float, high: float) -> None:
