@@ -87,10 +87,9 @@ def test_packed_equals_padded(rows: list[int]) -> None:
     batch = pack_rows(*rows)
     hidden = hidden_states(model, batch)[batch.before]
     weight = model.lm_head.weight
-    found = batch.columns(
-        lm_head.log_probs(hidden, weight, batch.targets, TEMPERATURE, chunk_tokens=3)
-    )
-    entropy = batch.columns(lm_head.entropies(hidden, weight, TEMPERATURE, chunk_tokens=3))
+    given = hidden, weight, batch.targets, TEMPERATURE
+    found, entropy = map(batch.columns, lm_head.log_probs_and_entropies(*given, chunk_tokens=3))
+    assert torch.equal(batch.columns(lm_head.log_probs(*given, chunk_tokens=3)), found)
     ((found + 0.1 * entropy) * weights).sum().backward()
 
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -121,10 +120,8 @@ def test_states_that_no_response_token_follows_do_not_spread(bad: float) -> None
     states = torch.randn(len(aside), 4).masked_fill(aside[:, None], bad).requires_grad_()
     weight = torch.randn(SHAPE.vocab, 4)
     hidden = states[batch.before]
-    for values in (
-        lm_head.log_probs(hidden, weight, batch.targets, TEMPERATURE),
-        lm_head.entropies(hidden, weight, TEMPERATURE),
-    ):
+    given = hidden, weight, batch.targets, TEMPERATURE
+    for values in (lm_head.log_probs(*given), *lm_head.log_probs_and_entropies(*given)):
         states.grad = None
         columns = batch.columns(values)
         assert columns.isfinite().all() and (columns[~batch.mask] == 0).all()
@@ -208,7 +205,7 @@ def test_log_probs_by_hand(temperature: float, expected: list[float]) -> None:
 )
 def test_entropy_by_hand(logits: tuple[float, ...], temperature: float, expected: float) -> None:
     hidden, weight = logits_of(*logits)
-    found = lm_head.entropies(hidden, weight, temperature)
+    _, found = lm_head.log_probs_and_entropies(hidden, weight, torch.tensor([0]), temperature)
     assert found.tolist() == [pytest.approx(expected, abs=1e-6)]
     found.sum().backward()
     assert weight.grad is not None and weight.grad.isfinite().all()
@@ -236,16 +233,28 @@ def test_chunks_change_neither_value_nor_gradient(chunk_tokens: int) -> None:
     (plain * factors).sum().backward()
 
     h, w = (x.clone().requires_grad_() for x in start)
-    found = torch.stack(
-        [
-            lm_head.log_probs(h, w, targets, TEMPERATURE, chunk_tokens),
-            lm_head.entropies(h, w, TEMPERATURE, chunk_tokens),
-        ]
-    )
+    found = torch.stack(lm_head.log_probs_and_entropies(h, w, targets, TEMPERATURE, chunk_tokens))
     (found * factors).sum().backward()
     torch.testing.assert_close(found, plain)
     torch.testing.assert_close(h.grad, hidden.grad)
     torch.testing.assert_close(w.grad, weight.grad)
+
+
+def test_entropies_keep_nothing_that_is_as_wide_as_the_vocabulary() -> None:
+    """Of each token its log-prob's denominator and its entropy are kept. Its 50 logits are computed
+    again, three tokens at a time."""
+    hidden, weight = torch.randn(9, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        given = hidden, weight, torch.arange(9), TEMPERATURE
+        both = lm_head.log_probs_and_entropies(*given, chunk_tokens=3)
+    assert sorted(tuple(tensor.shape) for tensor in kept) == [(9,), (9,), (9,), (9, 4), (50, 4)]
+    assert all(tensor.dtype == torch.float32 for tensor in both)
 
 
 def test_greedy_sampling_has_no_log_probs() -> None:
@@ -324,8 +333,8 @@ def test_shaped_logits_and_their_gradients_are_those_of_the_formula(
 
     def of_chunks() -> torch.Tensor:
         settings = TEMPERATURE, 3, used, shaping
-        log_p = lm_head.log_probs(hidden, weight, targets, *settings)
-        return log_p + 0.3 * lm_head.entropies(hidden, weight, *settings)
+        both = lm_head.log_probs_and_entropies(hidden, weight, targets, *settings)
+        return both[0] + 0.3 * both[1]
 
     upstream = torch.randn(7)
     results = []

@@ -1,6 +1,7 @@
 """Log-probs and entropies of tokens, computed from hidden states for a few tokens at a time. The
 logits of a whole micro-batch are never held, nor is their fp32 copy. The backward pass computes
-each chunk's logits again, which costs 2·V·H more operations per token, a few percent of a step."""
+each chunk's logits again, for both at once, which costs 2·V·H more operations per token, a few
+percent of a step."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
@@ -8,7 +9,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 from planner.predict.memory import LOGIT_CHUNK_TOKENS
 
@@ -46,40 +46,30 @@ def log_probs(
     bias in its `shaping`: `[S, H]`, `[V, H]`, `[S]`, bias `[V]` -> fp32 `[S]`.
 
     Matrix products run in the type of `hidden`, all else in fp32."""
-    assert temperature > 0, f"temperature {temperature}: greedy sampling has no log-probs"
-    found = _LogProbs.apply(hidden, weight, bias, targets, temperature, chunk_tokens, shaping)
+    settings = temperature, chunk_tokens, shaping, False
+    found, _ = _LogProbs.apply(hidden, weight, bias, targets, *settings)
     return cast(Tensor, found)
 
 
-def entropies(
+def log_probs_and_entropies(
     hidden: Tensor,
     weight: Tensor,
+    targets: Tensor,
     temperature: float,
     chunk_tokens: int = LOGIT_CHUNK_TOKENS,
     bias: Tensor | None = None,
     shaping: Shaping = PLAIN,
-) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature), with logits as in `log_probs`: -> fp32
-    `[S]`."""
-    rest = (weight, bias, temperature, shaping)
-    parts = [
-        checkpoint(_entropy, chunk, *rest, use_reentrant=False, preserve_rng_state=False)
-        for chunk in hidden.split(chunk_tokens)
-    ]
-    return torch.cat(parts)
-
-
-def _entropy(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, shaping: Shaping
-) -> Tensor:
-    logits = shaping.logits(linear(hidden, weight, bias))
-    log_p = (logits / temperature).log_softmax(-1)
-    return -(log_p.exp() * log_p.clamp(min=torch.finfo(torch.float32).min)).sum(
-        -1
-    )  # the clamp makes 0 * log 0 be 0
+) -> tuple[Tensor, Tensor]:
+    """What `log_probs` gives, and the entropies `[S]` in nats of softmax(logits / temperature),
+    both of the same logits: entropies take no memory and no products of their own."""
+    settings = temperature, chunk_tokens, shaping, True
+    found = _LogProbs.apply(hidden, weight, bias, targets, *settings)
+    return cast(tuple[Tensor, Tensor], found)
 
 
 class _LogProbs(torch.autograd.Function):
+    """Log-probs and entropies; no entropies where they are not `wanted`."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -90,19 +80,22 @@ class _LogProbs(torch.autograd.Function):
         temperature: float,
         chunk_tokens: int,
         shaping: Shaping,
-    ) -> Tensor:
+        wanted: bool,
+    ) -> tuple[Tensor, Tensor]:
+        assert temperature > 0, f"temperature {temperature}: greedy sampling has no log-probs"
         pairs = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
         parts = [
-            _on(hidden, _pick)(linear(h, weight, bias), t, temperature, shaping) for h, t in pairs
+            _on(hidden, _pick)(linear(h, weight, bias), t, temperature, shaping, wanted)
+            for h, t in pairs
         ]
-        picked, normalizer = (torch.cat(part) for part in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        picked, normalizer, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizer, entropy)
         ctx.temperature, ctx.chunk_tokens, ctx.shaping = temperature, chunk_tokens, shaping
-        return picked
+        return picked, entropy
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normalizer = ctx.saved_tensors
+    def backward(ctx: Any, of_picked: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, normalizer, entropy = ctx.saved_tensors
         of_hidden = torch.empty_like(hidden)
         of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
@@ -112,7 +105,9 @@ class _LogProbs(torch.autograd.Function):
                 linear(hidden[part], weight, bias),
                 targets[part],
                 normalizer[part],
-                gradient[part],
+                of_picked[part],
+                entropy[part],
+                of_entropy[part],
                 ctx.temperature,
                 ctx.shaping,
             )
@@ -121,31 +116,48 @@ class _LogProbs(torch.autograd.Function):
                 of_weight.addmm_(of_products.T, hidden[part])
             if of_bias is not None:
                 of_bias += of_products.sum(0)
-        return of_hidden, of_weight, of_bias, None, None, None, None
+        return of_hidden, of_weight, of_bias, *[None] * 5
 
 
 def _pick(
-    products: Tensor, targets: Tensor, temperature: float, shaping: Shaping
-) -> tuple[Tensor, Tensor]:
-    """Log-probs `[s]` and the logarithms of the softmax's denominators `[s]`."""
+    products: Tensor, targets: Tensor, temperature: float, shaping: Shaping, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs `[s]`, the logarithms of the softmax's denominators `[s]`, and the entropies `[s]`,
+    or `[0]` where they are not wanted."""
     scaled = shaping.logits(products) / temperature
     normalizer = scaled.logsumexp(-1)
-    return scaled.gather(-1, targets[:, None])[:, 0] - normalizer, normalizer
+    picked = scaled.gather(-1, targets[:, None])[:, 0] - normalizer
+    if not wanted:
+        return picked, normalizer, normalizer.new_empty(0)
+    log_p = _bounded(scaled - normalizer[:, None])
+    return picked, normalizer, -(log_p.exp() * log_p).sum(-1)
 
 
 def _pick_backward(
     products: Tensor,
     targets: Tensor,
     normalizer: Tensor,
-    gradient: Tensor,
+    of_picked: Tensor,
+    entropy: Tensor,
+    of_entropy: Tensor,
     temperature: float,
     shaping: Shaping,
 ) -> Tensor:
+    """The gradient by the products; -p (log p + H) is that of an entropy H by a scaled logit."""
     logits = shaping.logits(products)
-    probabilities = (logits / temperature - normalizer[:, None]).exp()
+    log_p = logits / temperature - normalizer[:, None]
     picked = torch.arange(logits.shape[1], device=logits.device) == targets[:, None]
-    of_logits = (picked.float() - probabilities) * (gradient / temperature)[:, None]
+    of_scaled = (picked.float() - log_p.exp()) * of_picked[:, None]
+    if len(entropy):
+        surplus = _bounded(log_p) + entropy[:, None]
+        of_scaled = of_scaled - log_p.exp() * surplus * of_entropy[:, None]
+    of_logits = of_scaled / temperature
     return (of_logits * shaping.derivative(logits)).to(products.dtype)
+
+
+def _bounded(log_p: Tensor) -> Tensor:
+    """Log-probs above -infinity, so that 0 * log 0 is 0."""
+    return log_p.clamp(min=torch.finfo(torch.float32).min)
 
 
 _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}

@@ -60,13 +60,11 @@ class Policy(RoleModel):
         head = self.model.get_output_embeddings()
         hidden = hidden_states(self.model, batch)[batch.before]
         settings: dict[str, Any] = {"bias": head.bias, "shaping": shaping_of(self.model.config)}
-        log_probs = lm_head.log_probs(
-            hidden, head.weight, batch.targets, self.temperature, **settings
-        )
+        given = hidden, head.weight, batch.targets, self.temperature
         if not entropy:
-            return batch.columns(log_probs)
-        entropies = lm_head.entropies(hidden, head.weight, self.temperature, **settings)
-        return torch.stack([batch.columns(log_probs), batch.columns(entropies)])
+            return batch.columns(lm_head.log_probs(*given, **settings))
+        both = lm_head.log_probs_and_entropies(*given, **settings)
+        return torch.stack([batch.columns(part) for part in both])
 
 
 class Value(RoleModel):
