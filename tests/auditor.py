@@ -96,8 +96,13 @@ class Given:
         return self.workload.dataflow.steady
 
     def calls_of(self, role):
-        """The calls that a role runs alone."""
-        return [call.name for call in self.flow.calls if call.roles == (role,)]
+        """The calls that a role runs alone; of the rollout also what is scored beside it."""
+        beside = self.scored_beside if role == "rollout" else []
+        return [call.name for call in self.flow.calls if call.roles == (role,)] + beside
+
+    @property
+    def scored_beside(self):
+        return [call.name for call in self.flow.calls if self.model.scores_beside(call)]
 
     def place(self, parts):
         return Place(parts=parts, device=self.device)
@@ -111,7 +116,8 @@ class Given:
                     parts,
                     layout,
                     rollout_memory(self.workload, layout, self.device),
-                    {"generate": seconds},
+                    {"generate": seconds}
+                    | {name: self.model.host(name, seconds).seconds for name in self.scored_beside},
                 )
             return
         (on_nodes,) = parts
@@ -159,7 +165,7 @@ class Auditor:
         hosts = {
             call.name: given.model.host(call.name).seconds
             for call in given.flow.calls
-            if not call.roles
+            if not call.roles and call.name not in given.scored_beside
         }
         least = sum(float(np.mean(s)) for s in hosts.values()) + sum(
             min((float(option.seconds[call].mean()) for option in options), default=1.0)
@@ -314,7 +320,8 @@ class Auditor:
     def _schedule(self):
         """Starts of step 0 and periods, one for each scenario; the order is the same in all."""
         stale = self.given.workload.max_staleness
-        self.periods = [self.cp.new_int_var(0, self.longest, "period") for _ in self.scenarios]
+        least = self._whole(self.given.model.least_period)  # whatever scores has to keep up
+        self.periods = [self.cp.new_int_var(least, self.longest, "period") for _ in self.scenarios]
         self.starts = [
             {call: self.cp.new_int_var(0, (stale + 2) * self.longest, call) for call in self.calls}
             for _ in self.scenarios

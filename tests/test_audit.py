@@ -5,13 +5,14 @@ import pytest
 from auditor import TOLERANCE, Auditor, Given
 from conftest import make_workload
 
-from planner.predict.cost import CostModel
+from planner.predict.cost import CostModel, Place
 from planner.predict.judge import estimate
 from planner.predict.points import point_of
 from planner.predict.profile import Profile
 from planner.search import SearchOptions, find
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.errors import UserError
+from planner.spec.plan import RolloutRole
 
 SCENARIOS = 2  # of random lengths: each multiplies the work of the auditor
 QUICK, NIGHTLY = 60, 400
@@ -202,8 +203,32 @@ def test_weights_that_go_two_ways_are_gathered_twice():
     )
 
 
-def test_a_host_call_that_is_longer_than_a_step_runs_beside_itself():
+def test_scoring_that_is_longer_than_the_rest_bounds_a_step():
     assert_optimal(*instance(108, lengths_vary=True))
+
+
+@pytest.mark.parametrize("seed", [106, 114, 122, 123])
+def test_what_is_scored_beside_generation(seed):
+    """Scoring alone takes as long as generation on one engine, more or less: the faster generation
+    is, the more sticks out."""
+    workload, cluster = instance(seed, lengths_vary=True)
+    engine = RolloutRole(
+        engine="vllm",
+        pools=("p",),
+        tensor_parallel=1,
+        replicas=1,
+        memory_fraction=0.5,
+        concurrency=workload.batch,
+    )
+    place = Place(parts=(1,), device=cluster.devices["g"])
+    alone = CostModel(workload, cluster).generate(engine, [place]).seconds.mean()
+    share = [0.7, 1.2, 3.0][seed % 3]
+    judged = {
+        "function": "r.py:f",
+        "processes": 2,
+        "seconds_per_sequence": 2 * share * float(alone) / workload.batch,
+    }
+    assert_optimal(workload.changed(reward=judged), cluster)
 
 
 @pytest.mark.nightly

@@ -23,7 +23,8 @@ from planner.commands.execute import free_name
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
-from planner.spec.workload import RewardFunction, Workload
+from planner.spec.rewards import RewardFunction
+from planner.spec.workload import Workload
 
 GOOD = "def f(prompts, responses, answers):\n    return [float(len(r)) for r in responses]\n"
 

@@ -29,8 +29,9 @@ from planner.predict.schedule import tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
+from planner.spec.rewards import RewardFunction
 from planner.spec.timeline import Timeline, step_seconds
-from planner.spec.workload import RewardFunction, Workload
+from planner.spec.workload import Workload
 
 STEPS = 3
 WORKLOAD = make_workload(batch=12, minibatch=6)

@@ -19,7 +19,7 @@ from planner.predict.memory import host_bytes
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
-from planner.spec.workload import RewardFunction
+from planner.spec.rewards import RewardFunction
 
 DRIVER = Path(__file__).parent / "driver.c"
 UUIDS = ("GPU-11111111-aaaa", "GPU-21111111-aaaa")

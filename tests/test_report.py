@@ -3,7 +3,6 @@ say."""
 
 import io
 import json
-import math
 import re
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,6 +19,7 @@ from planner.predict.forecast import forecast, forecast_of
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
 from planner.report import gantt, tables, trace
+from planner.report.bottleneck import bottleneck
 from planner.report.compare import (
     compare,
     critical_seconds,
@@ -388,7 +388,7 @@ def test_the_search_table_has_speed_ups_and_reasons() -> None:
 
 def test_the_bottleneck_is_named() -> None:
     plan = predicted(one_step_off(), 21.0)
-    assert tables.bottleneck(plan) == (
+    assert bottleneck(plan) == (
         "Bottleneck: the GPUs of rollout (4) always work: generate 95%, sync_weights 5%."
     )
     pools = text_of(tables.pools_table(plan))
@@ -405,21 +405,22 @@ def test_a_reward_function_that_takes_long_is_the_bottleneck() -> None:
     plan = predicted(colocated(workload), 999.0)
     assert plan.predicted
     seconds = dict.fromkeys(plan.dataflow.names, 1.0) | {"score": 991.0}
-    rest = len(seconds) - 1
     slow = plan.model_copy(
         update={"predicted": plan.predicted.model_copy(update={"call_seconds": seconds})}
     )
-    processes = min(512, math.ceil(991 / (0.05 * rest)))
-    assert tables.bottleneck(slow) == (
-        "Bottleneck: the reward function rewards.py:length, for which GPUs wait: score 99%, the "
-        f"rest little. With a pool of {processes} processes in it, rewards.py:length would take "
-        f"{991 / processes:.2f} s instead of 991."
+    # One wave of 991 / 512 s: two would take twice as long.
+    assert bottleneck(slow) == (
+        "Bottleneck: reward rewards.py:length, for which GPUs wait: score 99%, the rest little. "
+        "With processes = 512 it would score beside generation, and add 1.94 s to it instead of "
+        "991."
     )
     seconds["score"] = 0.5
     even = slow.predicted.model_copy(update={"call_seconds": seconds}) if slow.predicted else None
-    told = tables.bottleneck(plan.model_copy(update={"predicted": even}))
-    assert told.startswith("Bottleneck: calls that wait for each other: ")
-    assert "always work" not in told and "With a pool of 2 processes in it" in told
+    told = bottleneck(plan.model_copy(update={"predicted": even}))
+    assert told.startswith(
+        "Bottleneck: calls that wait for each other, with reward rewards.py:length: "
+    )
+    assert "always work" not in told and "With processes = 1 it" in told
 
 
 def test_nodes_with_the_same_gpus_are_said_together() -> None:
@@ -461,7 +462,7 @@ def test_progress_names_the_reward_function_that_runs() -> None:
     score = next(task for task in tasks_of(plan, 1) if task.call.name == "score")
     with LiveProgress(plan, 5, Console(file=io.StringIO(), width=120)) as progress:
         progress.on_start(score)
-        assert re.search(r"reward function rewards\.py:length +score 0", text_of(progress._table()))
+        assert re.search(r"reward rewards\.py:length +score 0", text_of(progress._table()))
         progress.on_end(next(s for s in timeline_of(plan).spans if s.call == "score"))
         assert "score" not in text_of(progress._table())
 

@@ -12,7 +12,7 @@ from executor.running.judges import Judges
 from executor.running.run_directory import log
 from executor.running.scoring import judge
 from planner.spec.errors import UserError
-from planner.spec.workload import RewardFunction
+from planner.spec.rewards import RewardFunction
 
 REWARD = """
 import os, signal, time

@@ -204,7 +204,7 @@ def test_numbers_that_are_none(tmp_path):
             "ppo.clip stands under algorithm too; keep one of them",
         ),
         ({"sync": "in_flight"}, "sync = 'in_flight' is not supported yet"),
-        ({"reward": {"function": "here.py"}}, "does not name a function"),
+        ({"reward": {"function": "here"}}, "does not name a function"),
         ({"ppo": {"value_clip": 0}}, "greater than 0"),
     ],
 )

@@ -26,7 +26,7 @@ from executor.data.sources import read_rows
 from planner.spec.data import DataFile, EvaluationSet, TooLong, files_of
 from planner.spec.errors import UserError
 from planner.spec.lengths import sample
-from planner.spec.workload import RewardFunction, Workload
+from planner.spec.workload import Workload
 
 MOST_LINES = 4  # that a message names
 UNNAMED = "held-out"  # what the evaluation of `data.evaluation` is called
@@ -118,7 +118,7 @@ class Dataset:
     def _asked_again(self, number: int, settings: EvaluationSet) -> Prompts:
         """The prompts of an evaluation, each as often in a row as it is to be sampled."""
         # A reward function may do without answers; what is compared with them does not.
-        compared = not isinstance(self._workload.reward, RewardFunction)
+        compared = not self._workload.host_rewards
         columns = settings.prompt or self._data.prompt, settings.answer or self._data.answer
         found = [
             prompt

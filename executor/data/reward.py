@@ -14,9 +14,10 @@ from typing import Any
 from executor.data.reward_file import import_function, look, score
 from executor.fleet.worker import Worker
 from planner.spec.errors import UserError
-from planner.spec.workload import RewardFunction
+from planner.spec.rewards import RewardFunction
+from planner.spec.workload import Workload
 
-__all__ = ["RewardWorker", "check", "import_function", "import_hangs", "look", "score"]
+__all__ = ["RewardWorker", "check", "import_function", "import_hangs", "look_at_all", "score"]
 
 STARTING_SECONDS = 60.0  # of a process that imports no more than our own modules
 TRY_IMPORT = """
@@ -25,6 +26,14 @@ sys.path[:], function, seconds, reply = json.loads(sys.argv[1])
 from executor.data.reward_file import try_import
 try_import(function, seconds, reply)
 """
+
+
+def look_at_all(workload: Workload) -> None:
+    """Whether the files of a workload's reward functions are Python, without running them. Raises
+    UserError."""
+    for reward in workload.host_rewards:
+        if isinstance(reward, RewardFunction) and reward.file:
+            look(reward)
 
 
 def check(reward: RewardFunction) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from planner.spec.errors import UserError
-from planner.spec.workload import RewardFunction
+from planner.spec.rewards import RewardFunction
 
 Function = Callable[[list[str], list[str], list[str | None]], Sequence[float]]
 

@@ -2,34 +2,28 @@
 that its workload names: they may lie elsewhere now, if they hold the same."""
 
 import hashlib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from planner.spec.data import Data, DataFile, files_of
 from planner.spec.errors import UserError
+from planner.spec.rewards import RewardFunction
 from planner.spec.workload import MODEL_ROLES, TRAINED, Workload
 
 # They say nothing of what is computed.
 UNTOLD = ("name", "steps", "max_staleness", "tensor_parallel")
 # The next step is computed with what they say then. What is in flight was made by these settings.
 MADE_BY = ("algorithm.temperature", "algorithm.kl_kind", "algorithm.oversampling_factor")
-MAY_CHANGE = (
-    "prompt",
-    "response",
-    "algorithm.",
-    "optimizer.",
-    "data.evaluat",
-    "evaluation",
-    "reward.function",
-    "reward.timeout_seconds",
-    "reward.seconds_per_sequence",
-)
+MAY_CHANGE = ("prompt", "response", "algorithm.", "optimizer.", "data.evaluat", "evaluation")
+# Of each reward: what it is made of may change, but neither a model nor how many rewards there are.
+REWARD = re.compile(r"rewards?(\.\d+)?\.")
+FIXED_OF_REWARDS = ("path", "random_weights", "shape.")
 MODEL_PATHS = tuple(f"{role}.path" for role in MODEL_ROLES)
 DATA_SOURCES = ("data.train", "data.evaluation")
 PLACES = (*MODEL_PATHS, *DATA_SOURCES)
-# They may hold something else than before.
-FREE_FILES = ("data.evaluation", "evaluation", "reward.function")
+FREE_FILES = ("data.evaluation", "evaluation")  # they may hold something else than before
 WHOLE = ("prompt", "response", *DATA_SOURCES)  # what is told as one thing
 MODEL_FILES = ("*.safetensors", "config.json", "tokenizer.json")
 # Larger files are compared by their size and by so many blocks, spread evenly.
@@ -94,7 +88,7 @@ def changes(ours: Workload, theirs: Workload, saved: Mapping[str, str]) -> list[
         before, after = saved.get(key) or digest(here[key]), digest(there[key])
         if before and after and before != after:
             told.append(f"{key}: {there[key]} is not what it was")
-            if not key.startswith(FREE_FILES):
+            if not key.startswith(FREE_FILES) and not _is_function(key):
                 wrong.append(f"the content of {key}")
         elif here[key] != there[key]:
             same = "as before" if before else "nothing is known of what it held before"
@@ -107,19 +101,31 @@ def changes(ours: Workload, theirs: Workload, saved: Mapping[str, str]) -> list[
 def _may_change(key: str, ours: Workload) -> bool:
     if key == "prompt" and ours.data is None:  # other lengths would make other prompts
         return False
+    if (reward := REWARD.match(key)) is not None:
+        return not key[reward.end() :].startswith(FIXED_OF_REWARDS)
     return key.startswith(MAY_CHANGE) and key not in MADE_BY
+
+
+def _is_place(key: str) -> bool:
+    """Whether a key names a model or data."""
+    return key in PLACES or (key.startswith("rewards.") and key.endswith(".path"))
+
+
+def _is_function(key: str) -> bool:
+    """Whether a key names a reward function, whose file may hold something else than before."""
+    return key.startswith("reward") and key.endswith(".function")
 
 
 def _settings(workload: Workload) -> dict[str, Any]:
     """What is said of a job by key, without the places of models and files."""
     flat = dict(_flat(workload.model_dump(mode="json")))
-    if "reward.function" in flat:
-        flat["reward.function"] = flat["reward.function"].rpartition(":")[2]
+    for key in filter(_is_function, flat):
+        flat[key] = flat[key].rpartition(":")[2]
     for role in TRAINED:  # the steps of a run say something where a learning rate decays with them
         if workload.optimizer.of(role).schedule != "constant":
             key = f"optimizer.{role}.decay_steps"
             flat[key] = flat[key] or workload.steps
-    found = {key: value for key, value in flat.items() if key not in (*UNTOLD, *PLACES)}
+    found = {key: value for key, value in flat.items() if key not in UNTOLD and not _is_place(key)}
     if workload.data is not None:
         for key, sources in _sources(workload.data).items():
             told = [
@@ -146,9 +152,12 @@ def _shown(value: Any) -> str:
 def _paths(workload: Workload) -> dict[str, Path]:
     """The places of the models and files that a workload names, by key."""
     flat = dict(_flat(workload.model_dump(mode="json")))
-    named = {key: Path(flat[key]) for key in MODEL_PATHS if flat.get(key)}
-    if "reward.function" in flat:
-        named["reward.function"] = Path(flat["reward.function"].rpartition(":")[0])
+    models = [key for key in flat if _is_place(key) and key not in DATA_SOURCES]
+    named = {key: Path(flat[key]) for key in models if flat[key]}
+    for number, reward in enumerate(workload.all_rewards):
+        if isinstance(reward, RewardFunction) and reward.file:
+            where = f"rewards.{number}" if workload.rewards else "reward"
+            named[f"{where}.function"] = Path(reward.file)
     several = _sources(workload.data) if workload.data else {}
     several |= {f"evaluation.{each.name}": files_of(each.files) for each in workload.evaluation}
     for key, sources in several.items():
@@ -160,10 +169,14 @@ def _paths(workload: Workload) -> dict[str, Path]:
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Each value with its key: `algorithm.clip` for what stands in `[algorithm]`. Lengths and
-    sources of data are whole."""
+    sources of data are whole; of several rewards there is their number too."""
     for name, value in values.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in WHOLE:
             yield from _flat(value, f"{key}.")
+        elif key == "rewards":
+            yield key, len(value)
+            for number, reward in enumerate(value):
+                yield from _flat(reward, f"{key}.{number}.")
         else:
             yield key, value

@@ -7,7 +7,7 @@ from executor.data.reward import RewardWorker, import_hangs
 from executor.fleet import pools
 from executor.fleet.asking import Rank, ask
 from executor.fleet.worker import WorkerError
-from planner.spec.workload import RewardFunction
+from planner.spec.rewards import RewardFunction
 
 
 class Judges:

@@ -19,10 +19,11 @@ from planner.spec.errors import UserError
 from planner.spec.files import read_data
 from planner.spec.machine import memory_bytes, usable_cores
 from planner.spec.plan import Plan
+from planner.spec.rewards import RewardFunction
 from planner.spec.tokenizers import check_tokenizers
 from planner.spec.workload import (
     Model,
-    RewardFunction,
+    RewardModel,
     Shape,
     Workload,
     check_lengths,
@@ -45,8 +46,10 @@ def check(plan: Plan, *, local: bool) -> PromptSource:
     check_engine(plan)
     check_algorithm(plan.workload)
     check_models(plan.workload)
-    if isinstance(plan.workload.reward, RewardFunction):
-        reward.check(plan.workload.reward)
+    _check_rewards_run(plan.workload)
+    for rewarding in plan.workload.host_rewards:
+        assert isinstance(rewarding, RewardFunction)
+        reward.check(rewarding)
     return load_prompts(plan.workload)
 
 
@@ -58,9 +61,7 @@ def problems(plan: Plan) -> list[str]:
         lambda: check_machine(plan),
         lambda: check_engine(plan),
         lambda: check_models(workload),
-        lambda: (
-            reward.look(workload.reward) if isinstance(workload.reward, RewardFunction) else None
-        ),
+        lambda: reward.look_at_all(workload),
         lambda: load_prompts(workload),
     ):
         try:
@@ -91,6 +92,19 @@ def check_algorithm(workload: Workload) -> None:
         later.insert(0, "samples_per_prompt")
     if later:
         raise UserError(f"`plan execute` cannot do this yet: {', '.join(later)}; leave it out")
+
+
+def _check_rewards_run(workload: Workload) -> None:
+    """Whether the rewards are of the kinds that runs know so far."""
+    for each in workload.all_rewards:
+        known = isinstance(each, RewardModel)
+        if isinstance(each, RewardFunction):
+            known = each.processes is None and each.form is None and bool(each.in_file)
+        if workload.rewards or not known:
+            raise UserError(
+                f"reward {each.label}: is planned for and not run yet; give one [reward] that is a "
+                'function "file.py:name" or a model'
+            )
 
 
 def check_machine(plan: Plan) -> None:

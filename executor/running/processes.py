@@ -22,7 +22,7 @@ from executor.running.weight_sync import WeightSync, channels
 from executor.training.shards import Saved
 from executor.training.trainer import Trainer
 from planner.spec.plan import Gpu, Plan
-from planner.spec.workload import RewardFunction
+from planner.spec.rewards import RewardFunction
 
 LEAVING_SECONDS = 30.0
 W = TypeVar("W", bound=Worker)
@@ -148,8 +148,9 @@ class Processes:
         for number, (pool, gpus) in enumerate(self.plan.engine_gpus()):
             engine = self.fleet.process(kind.worker, gpus, made_for)
             self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
-        if isinstance(self.plan.workload.reward, RewardFunction):
-            self.judges = Judges(self.fleet, self.plan.workload.reward)
+        for reward in self.plan.workload.host_rewards:
+            assert isinstance(reward, RewardFunction)
+            self.judges = Judges(self.fleet, reward)
 
     def _set_up(self) -> None:
         """Clocks, then the groups, then the models. Engines start while the trainers load and

@@ -13,8 +13,8 @@ from planner.predict.memory import plan_memory, trainer_allowance
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
+from planner.spec.rewards import RewardServer
 from planner.spec.timeline import Span
-from planner.spec.workload import RewardFunction
 
 FACTOR = 10.0  # of what is predicted, or of what the latest calls took
 EARLY = 10.0  # of the floor: the first calls load libraries and compile, and so does the start
@@ -55,7 +55,7 @@ class Deadlines:
     def of_call(self, task: Task, early: bool) -> float:
         """Seconds allowed for a task; `early` ones are the first of a call."""
         floor = self.floor * (EARLY if early else 1.0)
-        if task.call.scores and isinstance(self.plan.workload.reward, RewardFunction):
+        if task.call.scores and not task.call.roles:
             return self._of_scoring() + floor
         expected = self.expected(task)
         allowed = max(floor, UNPREDICTED_SECONDS if expected is None else FACTOR * expected)
@@ -78,13 +78,17 @@ class Deadlines:
         return max(1, math.ceil(self.held_out / self.plan.workload.generated))
 
     def _of_scoring(self) -> float:
-        """Seconds that a reward function may take for a batch: each try has its own limit, which
-        comes first."""
-        reward = self.plan.workload.reward
-        if not isinstance(reward, RewardFunction):
-            return 0.0
-        tries = 4 + self.plan.workload.generated // ONE_IN
-        return tries * reward.timeout_seconds
+        """Seconds that the rewards may take for a batch on the host: each try has its own limit,
+        which comes first. Samples that processes score as they finish have it each."""
+        batch, found = self.plan.workload.generated, [0.0]
+        for reward in self.plan.workload.host_rewards:
+            tries = 4 + batch // ONE_IN
+            if reward.processes is not None:
+                tries += batch // reward.processes
+            if isinstance(reward, RewardServer):
+                tries *= 1 + reward.retries
+            found.append(tries * reward.timeout_seconds)
+        return max(found)
 
     def of_silence(self, task: Task, early: bool) -> float:
         """Seconds after which a call must have ended one way or the other, as its deadline has

@@ -8,6 +8,7 @@ from planner.predict.cost import CostModel
 from planner.predict.forecast import predict
 from planner.predict.memory import plan_memory
 from planner.predict.schedule import load_plan
+from planner.report.bottleneck import bottleneck
 from planner.report.insight import (
     bubbles_table,
     critical_sentences,
@@ -17,7 +18,7 @@ from planner.report.insight import (
     source_sentence,
     waits_table,
 )
-from planner.report.tables import bottleneck, seconds
+from planner.report.tables import seconds
 from planner.search.questions import explain as explaining
 from planner.search.solver.problem import scenarios_of
 

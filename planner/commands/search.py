@@ -6,8 +6,9 @@ from pathlib import Path
 from planner.commands.inputs import Inputs, check_target, make_console, read_inputs
 from planner.commands.options import JobOptions
 from planner.predict.forecast import forecast
+from planner.report.bottleneck import bottleneck
 from planner.report.insight import space_tables
-from planner.report.tables import bottleneck, figures, plans_table, pools_table, seconds
+from planner.report.tables import figures, plans_table, pools_table, seconds
 from planner.search import SearchOptions, find
 from planner.search import baseline as find_baseline
 from planner.search.find import tied

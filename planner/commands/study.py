@@ -26,9 +26,10 @@ from planner.spec.data import with_paths
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
+from planner.spec.rewards import RewardFunction
 from planner.spec.study import Cell, Study, load_study
 from planner.spec.timeline import Timeline, step_seconds
-from planner.spec.workload import RewardFunction, Workload
+from planner.spec.workload import Reward, RewardModel, Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,12 +165,10 @@ def _with_paths(workload: Workload, written: Callable[[Path], str]) -> Workload:
     way."""
     changes: dict[str, Any] = {}
     for role, model in workload.models.items():
-        if model.path is not None:
+        if model.path is not None and role != "reward":
             changes[role] = model.changed(path=Path(written(model.path)))
-    if isinstance(workload.reward, RewardFunction):
-        file, _, name = workload.reward.function.rpartition(":")
-        function = f"{written(Path(file))}:{name}"
-        changes["reward"] = workload.reward.changed(function=function)
+    rewards = [_reward_with_path(reward, written) for reward in workload.all_rewards]
+    changes |= {"rewards": tuple(rewards)} if workload.rewards else {"reward": rewards[0]}
     if workload.data is not None:
         files = {"train": workload.data.train, "evaluation": workload.data.evaluation}
         paths = {key: with_paths(given, written) for key, given in files.items()}
@@ -178,6 +177,14 @@ def _with_paths(workload: Workload, written: Callable[[Path], str]) -> Workload:
         each.changed(files=with_paths(each.files, written)) for each in workload.evaluation
     )
     return workload.changed(**changes)
+
+
+def _reward_with_path(reward: Reward, written: Callable[[Path], str]) -> Reward:
+    if isinstance(reward, RewardModel) and reward.path is not None:
+        return reward.changed(path=Path(written(reward.path)))
+    if isinstance(reward, RewardFunction) and reward.file:
+        return reward.changed(function=reward.at(written(Path(reward.file))))
+    return reward
 
 
 def _write(asked: StudyRequest, plan: Plan, inputs: Inputs) -> None:

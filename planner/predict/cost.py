@@ -8,14 +8,16 @@ many layouts at once; the methods here are about one layout, a column of length 
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from planner.predict.columns import Grid, Integers
-from planner.predict.correction import Corrections
+from planner.predict.columns import Grid, Integers, Seconds
+from planner.predict.correction import Corrections, Ratios
 from planner.predict.costs.estimates import Estimate, Estimates
 from planner.predict.costs.lengths import SampledLengths
 from planner.predict.costs.rollouts import RolloutCosts, engines_of
+from planner.predict.costs.scoring import Scoring
 from planner.predict.costs.syncs import SyncCosts
 from planner.predict.costs.trainers import TrainerCosts
 from planner.predict.likeness import TrainerCall, like_host
@@ -25,7 +27,7 @@ from planner.predict.roofline import Cost, Place, host_seconds, sharding_of
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import Call
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
-from planner.spec.workload import RewardFunction, Workload
+from planner.spec.workload import Workload
 
 __all__ = ["SCENARIOS", "CostModel", "Estimate", "Place", "place_of"]
 
@@ -61,13 +63,16 @@ class CostModel:
         self._corrections = Corrections(profiles, cluster)
         self.trainers = TrainerCosts(workload, cluster, drawn, self._corrections)
         self.rollouts = RolloutCosts(workload, drawn, self._corrections)
+        self.scoring = Scoring(workload.host_rewards, drawn.responses)
         self.syncs = SyncCosts(workload, cluster, drawn.scenarios, self._corrections)
         self._known: dict[Hashable, Estimate] = {}
 
     def call(self, call: Call, plan: Plan) -> Estimate:
         """Any call of a plan. An evaluation is taken to be as large as a batch."""
         if call.kind == "host":
-            return self.host(call.name)
+            generates = self.workload.dataflow.generates
+            beside = self.scores_beside(call)
+            return self.host(call.name, self.call(generates, plan).seconds if beside else None)
         rollout_places = [place_of(plan, (pool,)) for pool in plan.rollout.pools]
         if call.kind == "generate":
             return self.generate(plan.rollout, rollout_places)
@@ -161,22 +166,42 @@ class CostModel:
         key = ("sync", actor.shard, actor.replicas, actor.offload, *engines, rollout.offload, *way)
         return self._once(key, estimate)
 
-    def host(self, name: str) -> Estimate:
-        """A call on the controller: a reward function, or the advantages."""
-        return self._once(("host", name), lambda: self._host(name))
+    def scores_beside(self, call: Call) -> bool:
+        """Whether a call scores what generation, which it follows, has not let it score before."""
+        return call.scores and call.kind == "host" and self.scoring.beside
+
+    @property
+    def least_period(self) -> float:
+        """Seconds that a step takes at least, whatever the plan: those in which the processes of
+        the slowest reward score its batch."""
+        scoring = [call for call in self.workload.dataflow.calls if call.scores and not call.roles]
+        whole = [float(self.host(call.name).seconds.min()) for call in scoring]
+        return max([self.scoring.busy, *whole], default=0.0)
+
+    def host(self, name: str, generation: Seconds | None = None) -> Estimate:
+        """A call on the controller: scoring on the host, or the advantages. What is scored beside
+        generation takes less after it the longer `generation` [S] took."""
+        if generation is None:
+            return self._once(("host", name), lambda: self._host(name))
+        alone = self._once(("host", name), lambda: self._host(name))
+        seconds = alone.seconds + self.scoring.after(generation)
+        return replace(alone, seconds=seconds, parts={"compute": seconds})
 
     def _host(self, name: str) -> Estimate:
-        reward, call = self.workload.reward, self.workload.dataflow[name]
+        """A host call without what is scored beside generation."""
+        call = self.workload.dataflow[name]
         # The calls before the batch is selected are about all that is generated.
         generated = call.scores or "selected" in call.writes
         sequences = self.workload.generated if generated else self.workload.batch
         seconds = host_seconds(self._generated if generated else self.tokens)
         sizes = np.full((1, self.scenarios), np.log(sequences))
         ratios = self._corrections.ratios(like_host(name, sequences=sequences), sizes)
-        if ratios.sources[0] == "roofline":
+        if self.scores_beside(call):  # what was measured had another generation before it
+            ratios = Ratios(np.ones_like(sizes), np.array(["host"]))
+        elif ratios.sources[0] == "roofline":
             ratios = ratios._replace(sources=np.array(["host"]))
-            if call.scores and isinstance(reward, RewardFunction):
-                seconds = seconds + reward.seconds_per_sequence * sequences
+            if call.scores:
+                seconds = seconds + self.scoring.after(np.zeros(self.scenarios))
         cost = Cost(compute=seconds[None], transfer=np.zeros((1, self.scenarios)))
         return Estimates.corrected(cost, ratios).only()
 

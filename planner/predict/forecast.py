@@ -39,9 +39,12 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
     """The simulated timeline of `steps` steps. The warm-up is the filling of the pipeline and one
     step more. What is left counts but for the steps in which the pipeline drains: nothing is
     generated beside them, so they are shorter."""
-    estimates = durations(plan, profiles)
+    model = CostModel(plan.workload, plan.cluster, profiles)
+    estimates = durations(plan, model=model)
     tasks = tasks_of(plan, steps)
-    spans = simulate(tasks, task_seconds(plan, profiles))
+    scoring = [call.name for call in plan.dataflow.calls if call.scores and not call.roles]
+    busy = dict.fromkeys(scoring, model.least_period)
+    spans = simulate(tasks, task_seconds(plan, profiles), busy)
     detailed = tuple(_with_parts(span, estimates[span.call]) for span in spans)
     warmup = min(plan.staleness + 1, max(0, steps - 1))
     drain = min(plan.staleness, max(0, steps - warmup - 1))
@@ -95,8 +98,9 @@ def predict(
     names = plan.dataflow.steady.names
     drawn = np.stack([estimates[name].seconds for name in names])
     periods = plan_cycles(plan).periods(drawn)
-    step, p95 = (float(Objective(name).of(periods)) for name in ("mean", "p95"))
-    minimised = float(Objective(proof.objective if proof else "mean").of(periods))
+    least, named = model.least_period, proof.objective if proof else "mean"
+    step, p95 = (float(Objective(name, least).of(periods)) for name in ("mean", "p95"))
+    minimised = float(Objective(named, least).of(periods))
     call_seconds = dict(zip(names, drawn.mean(axis=1).tolist(), strict=True))
     return Predicted(
         step_seconds=step,

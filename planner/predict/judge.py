@@ -31,7 +31,7 @@ from planner.spec.cluster import Cluster, Device
 from planner.spec.engines import engine_for
 from planner.spec.lengths import Fixed
 from planner.spec.plan import RolloutRole
-from planner.spec.workload import Model, Shape, Workload
+from planner.spec.workload import Model, RewardModel, Shape, Workload
 
 CALL_ORDER = ("generate", "infer", "train", "transfer", "wake", "offload", "host")
 TURNS = 3  # in which points are held out
@@ -249,6 +249,6 @@ def _workload(
         actor=model,
         critic=model,
         reference=model,
-        reward=model,
+        reward=RewardModel(shape=shape, random_weights=True),
         algorithm=Algorithm(epochs=epochs),
     )

@@ -1,6 +1,6 @@
 """A plan run on a simulated clock. The only user of simpy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import simpy
 
@@ -8,13 +8,19 @@ from planner.predict.schedule import Task
 from planner.spec.timeline import Span
 
 
-def simulate(tasks: Sequence[Task], seconds: Callable[[Task], float]) -> tuple[Span, ...]:
+def simulate(
+    tasks: Sequence[Task],
+    seconds: Callable[[Task], float],
+    busy: Mapping[str, float] | None = None,
+) -> tuple[Span, ...]:
     """Run tasks (from `schedule.unroll`) for the durations that `seconds` gives each; spans in
     order of issue.
 
     A task waits for its predecessors, takes its duration, and ends, which may start others. That a
     pool does one task at a time is among the predecessors. A task is one simpy event: a timeout,
-    set when the last predecessor ends. Durations must be finite and not negative."""
+    set when the last predecessor ends. Durations must be finite and not negative. A call that is
+    `busy` for so many seconds a step, beside others, ends no sooner than that after its task
+    before."""
     env = simpy.Environment()
     starts, ends = [0.0] * len(tasks), [0.0] * len(tasks)
     missing = [len(task.after) for task in tasks]  # predecessors that have not ended
@@ -23,9 +29,16 @@ def simulate(tasks: Sequence[Task], seconds: Callable[[Task], float]) -> tuple[S
         for before in task.after:
             followers[before].append(task.index)
 
+    busy, free = busy or {}, dict[str, float]()  # when what is busy will have ended
+
     def start(index: int) -> None:
-        starts[index] = env.now
-        env.timeout(seconds(tasks[index])).callbacks.append(lambda _: end(index))
+        task, starts[index] = tasks[index], env.now
+        lasts = seconds(task)
+        if task.call.name in busy:
+            name = task.call.name
+            lasts = max(lasts, free.get(name, 0.0) + busy[name] - env.now)
+            free[name] = env.now + lasts
+        env.timeout(lasts).callbacks.append(lambda _: end(index))
 
     def end(ended: int) -> None:
         ends[ended] = env.now

@@ -16,7 +16,6 @@ from planner.predict.schedule import Task
 from planner.report.tables import HOST, roles_of, seconds
 from planner.spec.plan import Plan
 from planner.spec.timeline import Span
-from planner.spec.workload import RewardFunction
 
 REFRESHES_PER_SECOND = 2  # drawing competes with the run where cores stand in for GPUs
 SHOWN_METRICS = (
@@ -107,9 +106,9 @@ class LiveProgress:
 
     def _who(self, name: str) -> str:
         """Who works while a call of this name runs that has no pool."""
-        reward = self.plan.workload.reward
-        if self.plan.dataflow[name].scores and isinstance(reward, RewardFunction):
-            return escape(f"reward function {reward.name}")
+        call, rewards = self.plan.dataflow[name], self.plan.workload.host_rewards
+        if call.scores and not call.roles:
+            return escape("reward " + ", ".join(reward.label for reward in rewards))
         return HOST
 
 

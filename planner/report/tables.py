@@ -1,20 +1,16 @@
 """What the commands print: tables and sentences about plans, memory and comparisons."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from planner.report.compare import Comparison, SecondsCompared, critical_seconds, occupancy
+from planner.report.compare import Comparison, SecondsCompared, occupancy
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
 from planner.spec.wording import plural
-from planner.spec.workload import RewardFunction
 
 SOURCES = ("measured", "interpolated", "extrapolated", "roofline")
-LITTLE_SHARE = 0.02  # of the step: a call on it that takes less is not named
-CHEAP_SHARE = 0.05  # of the rest of the step, that a reward function may take
 HOST = "host"  # stands where a call has no pool
 
 
@@ -148,47 +144,6 @@ def layout_text(layout: TrainerRole | RolloutRole) -> str:
     text += f", micro-batch {layout.micro_batch_tokens:,} tokens"
     text += ", recomputes" if layout.recompute else ""
     return text + (f", offloads {layout.offload}" if layout.offload != "none" else "")
-
-
-def bottleneck(plan: Plan) -> str:
-    """What bounds the step, in one sentence: the calls of the cycle that binds, and whether one
-    pool holds them all. A reward function on it gets another one."""
-    assert plan.predicted is not None
-    calls = critical_seconds(plan, plan.predicted.call_seconds)
-    total = sum(calls.values())
-    large = {call: value for call, value in calls.items() if value >= LITTLE_SHARE * total > 0}
-    shares = [f"{call} {value / total:.0%}" for call, value in large.items()]
-    parts = ", ".join(shares) + (", the rest little" if len(shares) < len(calls) else "")
-    reward, on_host = plan.workload.reward, [call for call in large if not _pools(plan, call)]
-    scores = next((call for call in on_host if plan.dataflow[call].scores), None)
-    if scores is not None and isinstance(reward, RewardFunction):
-        cheaper = _with_processes(reward, plan.workload.generated, calls[scores], total)
-        if calls[scores] == max(calls.values()):
-            waits = f"the reward function {reward.name}, for which GPUs wait"
-            return f"Bottleneck: {waits}: {parts}. {cheaper}"
-        return f"Bottleneck: calls that wait for each other: {parts}. {cheaper}"
-    occupied = [_pools(plan, call) for call in calls]
-    shared = set.intersection(*filter(None, occupied)) if any(occupied) and not on_host else set()
-    for pool in plan.pools:
-        if pool in shared:
-            gpus = len(plan.pools[pool].gpus)
-            return f"Bottleneck: the GPUs of {roles_of(plan, pool)} ({gpus}) always work: {parts}."
-    return f"Bottleneck: no pool on its own, but calls that wait for each other: {parts}."
-
-
-def _pools(plan: Plan, call: str) -> set[str]:
-    return set(plan.pools_of(plan.dataflow[call]))
-
-
-def _with_processes(reward: RewardFunction, batch: int, taken: float, total: float) -> str:
-    """How many processes would let a reward function take little of what the rest of the step
-    takes."""
-    wanted = taken / (CHEAP_SHARE * (total - taken)) if total > taken else batch
-    processes = max(2, min(batch, math.ceil(wanted)))
-    return (
-        f"With a pool of {processes:,} processes in it, {reward.name} would take "
-        f"{seconds(taken / processes)} s instead of {seconds(taken)}."
-    )
 
 
 def figures(plan: Plan) -> list[str]:

@@ -121,6 +121,7 @@ def reinforce(workload: "Workload") -> Dataflow:
 def _unused(workload: "Workload") -> set[str]:
     """Calls that a workload has no use for."""
     unused = {
+        "score_on_host": not ("reward" in workload.roles and workload.host_rewards),
         "select": not workload.oversamples,
         "ref_logprobs": workload.reference is None,
         "old_logprobs": workload.proximal != "recompute",
@@ -131,7 +132,7 @@ def _unused(workload: "Workload") -> set[str]:
 
 def _calls(workload: "Workload") -> tuple[Call, ...]:
     """Every call that a step may have."""
-    model_scores = "reward" in workload.roles  # otherwise a function on the host does
+    model_scores = "reward" in workload.roles  # otherwise the host alone does
     recompute = workload.proximal == "recompute"
     evaluate_every = workload.data.evaluate_every if workload.data else 0
     generated = Read(data="sequences")
@@ -156,10 +157,18 @@ def _calls(workload: "Workload") -> tuple[Call, ...]:
             scores=True,
         ),
         Call(
+            name="score_on_host",
+            roles=(),
+            kind="host",
+            reads=(generated,),
+            writes=("host_rewards",),
+            scores=True,
+        ),
+        Call(
             name="select",  # the groups whose samples differ in their scores
             roles=(),
             kind="host",
-            reads=(generated, Read(data="rewards")),
+            reads=(generated, Read(data="rewards"), Read(data="host_rewards")),
             writes=("selected",),
         ),
         Call(
@@ -190,6 +199,7 @@ def _calls(workload: "Workload") -> tuple[Call, ...]:
             reads=(
                 Read(data="rewards"),
                 Read(data="selected"),
+                Read(data="host_rewards"),
                 Read(data="log_probs"),
                 Read(data="ref_log_probs"),
                 Read(data="proximal_log_probs"),

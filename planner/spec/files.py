@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, Self
 
@@ -155,10 +155,18 @@ def _keys(path: Sequence[int | str], data: Any, *, missing: bool) -> Iterator[st
 def by_key(key: str, tag: str, otherwise: str) -> Discriminator:
     """Choose the member of a union with this tag where the mapping (or the member itself) has this
     key."""
+    return by_keys({key: tag}, otherwise)
+
+
+def by_keys(tags: Mapping[str, str], otherwise: str) -> Discriminator:
+    """Choose the member of a union with the tag of the first key that the mapping (or the member
+    itself) has."""
 
     def choose(value: Any) -> str:
-        has_key = key in value if isinstance(value, dict) else hasattr(value, key)
-        return tag if has_key else otherwise
+        for key, tag in tags.items():
+            if key in value if isinstance(value, dict) else hasattr(value, key):
+                return tag
+        return otherwise
 
     return Discriminator(choose)
 

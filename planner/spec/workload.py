@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, Tag, model_validator
+from pydantic import Field, Tag, model_validator
 
 from planner.spec.algorithm import Algorithm, Optimizers, bring_up_to_date
 from planner.spec.architectures import check_length, read_config, sizes
@@ -19,9 +19,17 @@ from planner.spec.data import (
 )
 from planner.spec.dataflow import Dataflow, ppo, reinforce
 from planner.spec.errors import UserError
-from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_key, read_data
+from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_keys, read_data
 from planner.spec.lengths import Lengths
 from planner.spec.limits import MOST_STALENESS
+from planner.spec.rewards import (
+    MATH_VERIFY,
+    HostReward,
+    Overlong,
+    RewardFunction,
+    RewardServer,
+    Weighed,
+)
 from planner.spec.tokenizers import check_tokenizers
 
 MODEL_ROLES = ("actor", "critic", "reference", "reward")
@@ -120,31 +128,30 @@ class Model(Spec):
         return self
 
 
-class RewardFunction(Spec):
-    """A Python function on the host: `function = "file.py:name"`, called with prompts and responses
-    as strings."""
+class RewardModel(Model, Weighed):
+    """A sequence classifier with one output, which scores a sequence at its last token. One with
+    another tokenizer than the actor's reads the text, by its own tokenizer and chat template."""
 
-    function: str
-    seconds_per_sequence: NonNegativeFloat = 0.0
-    timeout_seconds: Annotated[float, Field(gt=0, le=1e6)] = 60.0
-
-    @model_validator(mode="after")
-    def _file_and_name(self) -> Self:
-        if ":" not in self.function:
-            raise ValueError(
-                f'{self.function!r} does not name a function; write "path/to/file.py:function"'
-            )
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_model(cls, data: Any) -> Any:
+        """A model in any other role can be a reward model too."""
+        return dict(data) if isinstance(data, Model) else data
 
     @property
-    def name(self) -> str:
-        """The function without the folder that its file is in."""
-        return Path(self.function).name
+    def default_name(self) -> str:
+        return self.path.name if self.path is not None else "reward model"
 
 
 Reward = Annotated[
-    Annotated[RewardFunction, Tag("RewardFunction")] | Annotated[Model, Tag("Model")],
-    by_key("function", "RewardFunction", "Model"),
+    Annotated[RewardFunction, Tag("RewardFunction")]
+    | Annotated[RewardServer, Tag("RewardServer")]
+    | Annotated[Overlong, Tag("Overlong")]
+    | Annotated[RewardModel, Tag("RewardModel")],
+    by_keys(
+        {"function": "RewardFunction", "url": "RewardServer", "overlong_buffer": "Overlong"},
+        "RewardModel",
+    ),
 ]
 
 
@@ -162,7 +169,8 @@ class Workload(File):
     actor: Model
     critic: Model | None = None
     reference: Model | None = None
-    reward: Reward
+    reward: Annotated[Reward | None, Field(exclude_if=lambda reward: reward is None)] = None
+    rewards: Annotated[tuple[Reward, ...], Field(exclude_if=lambda rewards: not rewards)] = ()
     algorithm: Algorithm = Algorithm()
     optimizer: Optimizers = Optimizers()
     data: Data | None = None
@@ -265,6 +273,7 @@ class Workload(File):
             )
         if self.sync != "boundary":
             raise ValueError(f"sync = {self.sync!r} is not supported yet; leave it at 'boundary'")
+        _check_rewards(self)
         return self
 
     @property
@@ -288,9 +297,22 @@ class Workload(File):
         return self.generated if role == "reward" else self.batch
 
     @property
+    def all_rewards(self) -> tuple[Reward, ...]:
+        """The rewards, be they one or several."""
+        return self.rewards if self.reward is None else (self.reward,)
+
+    @property
+    def host_rewards(self) -> tuple[HostReward, ...]:
+        """The rewards that processes on the host give."""
+        return tuple(reward for reward in self.all_rewards if isinstance(reward, HostReward))
+
+    @property
     def models(self) -> dict[str, Model]:
         """The models by role, without the rollout (which has the actor's)."""
-        found = {role: getattr(self, role) for role in MODEL_ROLES}
+        found = {role: getattr(self, role) for role in MODEL_ROLES if role != "reward"}
+        found["reward"] = next(
+            (reward for reward in self.all_rewards if isinstance(reward, RewardModel)), None
+        )
         return {role: model for role, model in found.items() if isinstance(model, Model)}
 
     @property
@@ -317,32 +339,69 @@ class Workload(File):
         return self.prompt.longest + self.response.longest
 
 
+def _check_rewards(workload: Workload) -> None:
+    """Raise ValueError for rewards that do not add up to one number per response."""
+    if (workload.reward is None) == (not workload.rewards):
+        what = "is missing" if workload.reward is None else "stands beside rewards"
+        raise ValueError(f"reward {what}; give one [reward], or several [[rewards]]")
+    rewards = workload.all_rewards
+    if all(isinstance(reward, Overlong) for reward in rewards):
+        raise ValueError("rewards: a penalty on length alone rewards nothing; add what does")
+    if sum(isinstance(reward, RewardModel) for reward in rewards) > 1:
+        raise ValueError("rewards: one model can be placed on GPUs; put others behind a url")
+    if not sum(reward.weight for reward in rewards):
+        raise ValueError("rewards: the weights sum to nothing; change one of them")
+    labels = [reward.label for reward in rewards]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ValueError(
+                f"rewards: {labels.count(label)} are called {label!r}; give them names"
+            )
+    for reward in rewards:
+        longest = workload.response.longest
+        if isinstance(reward, Overlong) and reward.overlong_buffer > longest:
+            raise ValueError(
+                f"rewards: overlong_buffer = {reward.overlong_buffer} is more than the "
+                f"{longest} tokens of the longest response; lower it"
+            )
+
+
 def load_workload(path: Path) -> Workload:
     """Read a workload from TOML or JSON. Relative paths start at the file's folder; a model that is
     given by path alone gets its shape from its `config.json`. Raises UserError, also for a model
     that is not supported or has no positions for the longest sequence."""
     data = read_data(path)
     base = path.resolve().parent
-    for role in MODEL_ROLES:
-        model = data.get(role)
-        if not isinstance(model, dict):
-            continue
-        if isinstance(model.get("function"), str):
-            file, _, name = model["function"].rpartition(":")
-            model["function"] = f"{base / file}:{name}" if file else model["function"]
-        if isinstance(model.get("path"), str):
-            model["path"] = str(base / model["path"])
-            directory, named_by = Path(model["path"]), f"{path}: {role}.path"
-            if "shape" not in model:
-                model["shape"] = shape_of(directory, named_by).model_dump()
-            elif (directory / "config.json").is_file():
-                read_config(directory, named_by)
+    named = [(role, data.get(role)) for role in MODEL_ROLES]
+    several = data.get("rewards")
+    if isinstance(several, list):
+        named += [(f"rewards.{number}", reward) for number, reward in enumerate(several)]
+    for key, model in named:
+        if isinstance(model, dict):
+            _find_files(model, base, f"{path}: {key}")
     _resolve_data(data, base)
     Workload.check_schema(data, path)
     workload = Workload.parse(data, path)
     check_lengths(workload)
     check_tokenizers(workload)
     return workload
+
+
+def _find_files(model: dict[str, Any], base: Path, named_by: str) -> None:
+    """Let the paths of a model or a reward function start at `base`, and give a model that has a
+    path alone its shape."""
+    function = model.get("function")
+    if isinstance(function, str) and function != MATH_VERIFY:
+        file, _, name = function.rpartition(":")
+        if file or function.endswith(".py"):
+            model["function"] = f"{base / file}:{name}" if file else str(base / function)
+    if isinstance(model.get("path"), str):
+        model["path"] = str(base / model["path"])
+        directory, named_by = Path(model["path"]), f"{named_by}.path"
+        if "shape" not in model:
+            model["shape"] = shape_of(directory, named_by).model_dump()
+        elif (directory / "config.json").is_file():
+            read_config(directory, named_by)
 
 
 def _resolve_data(data: dict[str, Any], base: Path) -> None:

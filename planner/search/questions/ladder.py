@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from planner.predict.cost import CostModel
 from planner.predict.cycle import plan_cycles
+from planner.predict.objective import Objective
 from planner.search.questions.baselines import best_of
 from planner.search.solver.best_program import SAME
 from planner.search.solver.evaluate import Candidate, evaluate_structure
@@ -49,7 +50,8 @@ def seconds_of(plan: Plan, model: CostModel) -> NDArray[np.float64]:
 
 def step_of(plan: Plan, model: CostModel) -> float:
     """A plan's mean step time in seconds, as `forecast.predict` has it."""
-    return float(plan_cycles(plan).periods(seconds_of(plan, model)).mean())
+    periods = plan_cycles(plan).periods(seconds_of(plan, model))
+    return float(Objective("mean", model.least_period).of(periods))
 
 
 def ladder(plan: Plan, problem: Problem) -> tuple[Rung, ...]:

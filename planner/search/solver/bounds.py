@@ -108,7 +108,7 @@ class Bounds:
         in_sets = self._in_sets(cuts)
         for times in SLACKS:
             longer = seconds.copy()
-            longer[:, self.problem.generate] *= times
+            self.problem.fill_in_generation(longer, times * seconds[:, self.problem.generate])
             if self._bound(longer, rates, in_sets)[0] >= limit:
                 table = self.rollout[int(self.table.kind[box.number[0]])]
                 return table.sharpen(*self._engine_pools(largest), times, queues)
@@ -124,7 +124,7 @@ class Bounds:
         seconds = self.pools.least(pools, boxes.high[at, home])
         for row, on_host in self.problem.host_seconds.items():
             seconds[:, row] = with_mean(on_host)
-        seconds[:, self.problem.generate] = self._generation(boxes)
+        self.problem.fill_in_generation(seconds, self._generation(boxes))
         handed = self._handed(boxes.number, boxes.low)
         seconds[:, self._synced] += handed[:, None, None]
         return np.asarray(np.minimum(seconds, NEVER))

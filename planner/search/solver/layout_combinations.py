@@ -166,8 +166,8 @@ def _least_means(placement: Placement, option: RolloutOption, kept: KeptLayouts)
     """The least mean seconds [calls] of each call, each by itself."""
     problem = placement.problem
     means = np.zeros(len(problem.calls))
-    for row, seconds in problem.host_seconds.items():
-        means[row] = seconds.mean()
+    for row in problem.host_seconds:
+        means[row] = option.least[row].mean()
     means[problem.generate] = option.least[problem.generate].mean()
     for role, layouts in kept.items():
         for call, seconds in zip(problem.calls_of(role), layouts.means, strict=True):
@@ -254,8 +254,8 @@ def durations_of(placement: Placement, combinations: LayoutCombinations) -> Arra
     problem = placement.problem
     shape = len(problem.calls), len(combinations), problem.model.scenarios
     durations = np.zeros(shape)
-    for row, seconds in problem.host_seconds.items():
-        durations[row] = seconds
+    for row in problem.host_seconds:
+        durations[row] = combinations.rollout.least[row]
     durations[problem.generate] = combinations.rollout.least[problem.generate]
     for role, rows in combinations.rows.items():
         of_role = combinations.layouts[role].seconds

@@ -105,7 +105,7 @@ class PoolTables:
             for role in self._problem.trained_or_inferred
         ]
         seconds = np.minimum(self.seconds[:, whole].sum(axis=1), NEVER)
-        load = self._problem.objective.of_bounds(seconds)
+        load = self._problem.objective.of_parts.of_bounds(seconds)
         for number, kind in enumerate(self.kind):
             load[number, self.steps.counts[kind] :] = -np.inf
         return load

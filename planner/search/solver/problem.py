@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+
 from planner.predict.cost import SCENARIOS, CostModel, Place
 from planner.predict.layouts import tensor_parallels
 from planner.predict.memory import pool_peak
-from planner.predict.objective import MEAN, Objective, ObjectiveName
+from planner.predict.objective import MEAN, Objective, ObjectiveName, with_mean
 from planner.predict.profile import Profile, check_profiles
 from planner.predict.roofline import hand_over_seconds
 from planner.search.solver.choices import Choices, choices_of
@@ -93,9 +95,29 @@ class Problem:
 
     @cached_property
     def host_seconds(self) -> dict[int, Array]:
-        """Seconds [S] of each call on the host, by its row."""
+        """Seconds [S] of each call on the host, by its row; without what is scored beside
+        generation, which `fill_in_generation` adds."""
         on_host = [call.name for call in self.flow.calls if not call.roles]
         return {self.row[name]: self.model.host(name).seconds for name in on_host}
+
+    @cached_property
+    def _scored_beside(self) -> tuple[int, ...]:
+        """The rows of calls that score beside generation."""
+        found = [call.name for call in self.flow.calls if self.model.scores_beside(call)]
+        return tuple(self.row[name] for name in found)
+
+    def fill_in_generation(self, seconds: Array, generation: Array) -> None:
+        """Let generation take so long [..., S] in `seconds` [..., calls, S], and scoring beside it
+        what then sticks out. Where both have a column of means more, what sticks out there is a
+        bound. Seconds that generation is not below bound the two together: see `costs.scoring`."""
+        seconds[..., self.generate, :] = generation
+        for row in self._scored_beside:
+            seconds[..., row, :] = self._after(row, generation)
+
+    def _after(self, row: int, generation: Array) -> Array:
+        alone = self.host_seconds[row]
+        alone = with_mean(alone) if generation.shape[-1] > len(alone) else alone
+        return np.asarray(alone + self.model.scoring.after(generation))
 
     @cached_property
     def trained_or_inferred(self) -> tuple[str, ...]:
@@ -166,7 +188,7 @@ class Problem:
                 self.device(kind),
                 self.node(kind),
                 self.gpus[kind],
-                self.objective.of,
+                self.objective.of_parts.of,
             )
         return self._rollout[kind]
 
@@ -217,13 +239,14 @@ def problem_of(
     check_profiles(profiles, workload, cluster)
     if max_staleness is not None:
         workload = workload.changed(max_staleness=max_staleness)
+    model = CostModel(workload, cluster, profiles, scenarios)
     return Problem(
         workload=workload,
         cluster=cluster,
-        model=CostModel(workload, cluster, profiles, scenarios),
+        model=model,
         flow=workload.dataflow.steady,
         max_staleness=workload.max_staleness,
-        objective=Objective(objective),
+        objective=Objective(objective, model.least_period),
     )
 
 

@@ -20,8 +20,8 @@ QUICK_SIMULATIONS = 9
 
 class RolloutOption(NamedTuple):
     """A layout of the rollout at a placement, the memory [3] of an engine on each GPU, and the
-    `least` seconds [calls, S] of all calls with it: of generation exact, of the others what no
-    layout that fits next to such an engine undercuts."""
+    `least` seconds [calls, S] of all calls with it: of generation and of host calls exact, of the
+    others what no layout that fits next to such an engine undercuts."""
 
     layout: RolloutRole
     memory: Array
@@ -39,7 +39,7 @@ def worth_trying(
     `quick` only the first few are tried."""
     problem, table = placement.problem, placement.rollout_table
     rows = _rows_below(placement, threshold)
-    generation = problem.objective.of(table.seconds[rows])
+    generation = problem.objective.of_parts.of(table.seconds[rows])
     rows = rows[np.lexsort((generation, table.queued[rows]))]
     if quick:
         rows = _quickest(table, rows)
@@ -71,13 +71,13 @@ def _simulated(
     least = least_seconds(placement, memory)
     if least is None:
         return None
-    least[problem.generate] = table.seconds[row] + moves
+    problem.fill_in_generation(least, table.seconds[row] + moves)
     while threshold.bound(with_mean(least)[None])[0] < threshold.seconds:
         if table.done(row):
             pools = tuple(f"p{i}" for i in placement.generating)
             return RolloutOption(table.layout(row, pools, offload), memory, least)
         table.advance(row)
-        least[problem.generate] = table.seconds[row] + moves
+        problem.fill_in_generation(least, table.seconds[row] + moves)
     return None
 
 
@@ -109,11 +109,11 @@ def _rows_below(placement: Placement, threshold: Threshold) -> Indices:
     if least is None:
         return none
     durations = np.repeat(least[None], len(rows), axis=0)
-    durations[:, problem.generate] = table.seconds[rows]
+    problem.fill_in_generation(durations, table.seconds[rows])
     rows = rows[threshold.bound_by_rates(with_mean(durations)) < threshold.seconds]
     if not len(rows):
         return none
-    least[problem.generate] = table.seconds[rows].min(axis=0)
+    problem.fill_in_generation(least, table.seconds[rows].min(axis=0))
     if threshold.bound(with_mean(least)[None])[0] >= threshold.seconds:
         return none
     return rows if _each_role_may_be_below(placement, threshold, least) else none
