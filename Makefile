@@ -2,6 +2,7 @@
 # make test-fast: what needs no Ray and no patience, in under a minute · make coverage: make test, and what it did not run
 # make docs: the documentation as a site of its own, in site/
 # make test-vllm: tests of vLLM on the CPU, in a .venv-vllm of its own
+# make test-peers: our formulas against those of verl, OpenRLHF and TRL, in a .venv-peers of its own
 #
 # PYTHON      the interpreter that .venv is made from (3.11 or newer)
 # TORCH_ARGS  extra arguments of the `pip install torch`, e.g. an --index-url with CPU wheels. The tests need CPU torch
@@ -14,9 +15,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
 VLLM := .venv-vllm/bin/python
 VLLM_INSTALLED := .venv-vllm/.installed
+PEERS := .venv-peers/bin/python
+PEERS_INSTALLED := .venv-peers/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast coverage test-vllm check format docs bench nightly clean
+.PHONY: help install demo test test-fast coverage test-vllm test-peers check format docs bench nightly clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -38,7 +41,7 @@ test: install
 	$(PYTEST)
 
 test-fast: install
-	$(PYTEST) -m 'not ray and not slow and not gpu and not vllm and not nightly and not bench'
+	$(PYTEST) -m 'not ray and not slow and not gpu and not vllm and not nightly and not bench and not peers'
 
 coverage: install
 	$(PYTEST) --cov=planner --cov=executor --cov-branch --cov-report=term:skip-covered
@@ -55,6 +58,19 @@ $(VLLM_INSTALLED): pyproject.toml constraints.txt planner/__init__.py
 
 test-vllm: $(VLLM_INSTALLED)
 	$(VLLM) -m pytest tests/test_vllm_engine.py -m vllm
+
+# The peers' wheels come without what they train with; tests/peers/hollow.py has more of that.
+$(PEERS_INSTALLED): pyproject.toml constraints.txt planner/__init__.py
+	@echo "installing into .venv-peers: torch, ray, verl, OpenRLHF, TRL and the rest take a few minutes"
+	test -x $(PEERS) || $(PYTHON) -m venv .venv-peers
+	$(PEERS) -m pip --disable-pip-version-check install --quiet -c constraints.txt $(TORCH_ARGS) torch
+	$(PEERS) -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[execute]' pytest pytest-timeout pandas
+	$(PEERS) -m pip --disable-pip-version-check install --quiet --no-deps verl==0.9.1 openrlhf==0.11.2 trl==1.16.0 \
+		accelerate cloudpickle codetiming omegaconf orjson peft pyvers tensordict
+	@touch $@
+
+test-peers: $(PEERS_INSTALLED)
+	$(PEERS) -m pytest tests/peers -m peers
 
 check: install
 	$(BIN)/ruff check
@@ -88,4 +104,4 @@ demo: install
 	$(BIN)/plan compare demo/local.json runs/demo
 
 clean:
-	rm -rf .venv .venv-vllm site demo runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm .venv-peers site demo runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -3,6 +3,7 @@ it."""
 
 import contextlib
 import functools
+import importlib.util
 import os
 import shutil
 import sys
@@ -18,6 +19,8 @@ from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.plan import Plan
 from planner.spec.workload import Workload
 
+# The peers are installed apart (make test-peers).
+collect_ignore = [] if importlib.util.find_spec("verl") else ["peers"]
 STARTS_RAY = {"ray_two", "two_cores", "on_two_cores", "nodes"}  # fixtures
 # The modules of the second of two groups that take about as long; each group has a Ray of its own.
 SECOND_GROUP = {

@@ -1,0 +1,59 @@
+"""What the peers' modules of formulas import for other ends, and what is large or wants a GPU to be
+built, is imported as modules without content: between the import of this module and `end`."""
+
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+HOLLOW = {
+    "aiohttp",
+    "datasets",
+    "deepspeed",
+    "flash_attn",
+    "pyarrow",
+    "pylatexenc",
+    "torchdata",
+    "vllm",
+}
+
+
+class Hollow(ModuleType):
+    """A module in which every name is an empty class. A formula that used one would fail."""
+
+    __path__: list[str] = []
+    __version__ = "0.25.0"  # which TRL knows of vLLM, and pandas takes for no pyarrow
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+class HollowLoader(Loader):
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return Hollow(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+class HollowFinder(MetaPathFinder):
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        hollow = name.partition(".")[0] in HOLLOW
+        return ModuleSpec(name, HollowLoader()) if hollow else None
+
+
+FINDER = HollowFinder()
+sys.meta_path.append(FINDER)
+
+
+def end() -> None:
+    """Let what a formula imports while it computes be found missing, as it is."""
+    sys.meta_path.remove(FINDER)
+    for name, module in list(sys.modules.items()):
+        if isinstance(module, Hollow):
+            del sys.modules[name]
