@@ -4,6 +4,7 @@ no token. What differs by definition is in docs/peers.md."""
 
 import hollow  # isort: skip  # before the peers
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -128,7 +129,7 @@ def _unbiased(advantages: Tensor, batch: Batch) -> Tensor:
     """Our whitened advantages with verl's unbiased variance."""
     bessel = (batch.tokens - 1) / batch.tokens
     whitened: Tensor = ppo.whiten(advantages, batch.mask, eps=1e-8 * bessel)
-    return whitened * bessel**0.5
+    return whitened * math.sqrt(bessel)
 
 
 @seeds
@@ -428,7 +429,8 @@ def test_log_probs_and_entropies(seed: int, temperature: float) -> None:
     states = torch.randn(rows, hidden, generator=generator)
     weight = torch.randn(vocab, hidden, generator=generator).requires_grad_()
     targets = torch.randint(0, vocab, (rows,), generator=generator)
-    ours = lm_head.log_probs(states, weight, targets, temperature, chunk_tokens=4)
+    given = states, weight, targets, temperature, 4  # tokens in a chunk
+    ours, entropies = lm_head.log_probs_and_entropies(*given)
     logits = states @ weight.T
     for theirs in (
         verl_functional.logprobs_from_logits_naive(logits / temperature, targets),
@@ -437,18 +439,24 @@ def test_log_probs_and_entropies(seed: int, temperature: float) -> None:
         trl.selective_log_softmax(logits, targets, temperature),
     ):
         close(ours, theirs)
-        gradients = [
-            torch.autograd.grad(each.square().sum(), weight, retain_graph=True)[0]
-            for each in (ours, theirs)
-        ]
-        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
-    entropies = lm_head.entropies(states, weight, temperature, chunk_tokens=4)
+        same_gradients(ours, theirs, weight)
+    close(lm_head.log_probs(*given), ours)
     for function in (
         verl_functional.entropy_from_logits,
         openrlhf.compute_entropy,
         trl.entropy_from_logits,
     ):
-        close(entropies, function(logits / temperature))
+        theirs = function(logits / temperature)
+        close(entropies, theirs)
+        same_gradients(entropies, theirs, weight)
+
+
+def same_gradients(ours: Tensor, theirs: Tensor, weight: Tensor) -> None:
+    gradients = [
+        torch.autograd.grad(each.square().sum(), weight, retain_graph=True)[0]
+        for each in (ours, theirs)
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 # --- what differs by definition ---
