@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.config
 from processes import running
 from ray._private import auto_init_hook, ray_constants, worker
 from torch import nn
@@ -49,6 +50,16 @@ def test_storages_are_told_apart_while_they_are_empty() -> None:
     storage.resize_(0)
     assert torch_private.is_same_storage(storage, part.untyped_storage())
     assert not torch_private.is_same_storage(storage, other.untyped_storage())
+
+
+def test_fusions_do_not_depend_on_the_number_of_tokens() -> None:
+    settings: Any = torch._inductor.config.triton
+    before = settings.mix_order_reduction  # of torch 2.10 and later
+    try:
+        torch_private.fuse_alike_for_any_size()
+        assert settings.mix_order_reduction is False
+    finally:
+        settings.mix_order_reduction = before
 
 
 def test_code_may_be_compiled_for_all_roles() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch._inductor import config as inductor_config
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
 DEVICE = 6  # the place of the device's index in the handle of a tensor
@@ -23,6 +24,15 @@ def is_same_storage(one: UntypedStorage, other: UntypedStorage) -> bool:
 def allow_recompiling(times: int) -> None:
     """Let torch.compile compile the same code so often, for other modes, sizes or devices."""
     torch._dynamo.config.recompile_limit = times
+
+
+def fuse_alike_for_any_size() -> None:
+    """Keep torch.compile from choosing what it fuses by the number of tokens, as torch 2.10 began
+    to. What it compiles for many tokens is else compiled again for the first micro-batch that has
+    fewer, in the middle of a run."""
+    settings: Any = inductor_config.triton
+    if hasattr(settings, "mix_order_reduction"):
+        settings.mix_order_reduction = False
 
 
 def is_stored(module: nn.Module, buffer: str) -> bool:

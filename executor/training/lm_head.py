@@ -85,7 +85,7 @@ class _LogProbs(torch.autograd.Function):
         assert temperature > 0, f"temperature {temperature}: greedy sampling has no log-probs"
         pairs = zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
         parts = [
-            _on(hidden, _pick)(linear(h, weight, bias), t, temperature, shaping, wanted)
+            _on(h, _pick)(linear(h, weight, bias), t, temperature, shaping, wanted)
             for h, t in pairs
         ]
         picked, normalizer, entropy = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -101,7 +101,7 @@ class _LogProbs(torch.autograd.Function):
         of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[2] else None
         for begin in range(0, len(hidden), ctx.chunk_tokens):
             part = slice(begin, begin + ctx.chunk_tokens)
-            of_products = _on(hidden, _pick_backward)(
+            of_products = _on(hidden[part], _pick_backward)(
                 linear(hidden[part], weight, bias),
                 targets[part],
                 normalizer[part],
@@ -164,8 +164,9 @@ _compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 def _on(device_of: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself, or fused into one kernel where that pays."""
-    if not device_of.is_cuda:
+    """The function itself, or fused into one kernel where that pays. For no row and for a single
+    one it would be compiled once more each."""
+    if not device_of.is_cuda or len(device_of) < 2:
         return function
     if function not in _compiled:
         _compiled[function] = torch.compile(function, dynamic=True)

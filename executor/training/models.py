@@ -271,6 +271,7 @@ def compile_blocks(model: PreTrainedModel) -> None:
     """Fuse the operations between the matrix products. Each block is compiled whole, inside of
     FSDP's and recomputation's wrappers, for any number of tokens."""
     torch_private.allow_recompiling(64)  # roles, modes and devices share the code of a block
+    torch_private.fuse_alike_for_any_size()
     for block in blocks(model):
         block.forward = torch.compile(block.forward, dynamic=True)
 

@@ -55,17 +55,21 @@ class Trainer(Host):
     def warm_up(self) -> None:
         """Compile all that the roles run and take all the memory that a step may, by a full
         micro-batch each: then the first step is as fast as any, and what does not fit fails now.
-        Leaves nothing behind: no optimizer step is taken. A collective; nothing is compiled on a
-        CPU."""
+        A micro-batch of two short sequences follows, for sizes that are compiled apart. Leaves
+        nothing behind: no optimizer step is taken. A collective; nothing is compiled on a CPU."""
         compiled = {} if self.on_cpu else self.roles
         for role, hosted in compiled.items():
-            batch = self._full_micro_batch(role, hosted.layout)
+            batches = self._full_micro_batch(role, hosted.layout), self._micro_batch(2, 2)
             with self._awake(role, None), torch.no_grad():
-                hosted.module.eval()(batch)
-                reshard(hosted.module)
+                hosted.module.eval()
+                for batch in batches:
+                    hosted.module(batch)
+                    reshard(hosted.module)
             if hosted.optimizer is not None:
                 with self._awake(role, None, train=True):
-                    hosted.module.train()(batch).mean().backward()
+                    hosted.module.train()
+                    for batch in batches:
+                        hosted.module(batch).mean().backward()
                     hosted.optimizer.zero_grad()
         gc.collect()
         # To look at what one compiled model left takes half a second, in which the other ranks
@@ -77,11 +81,16 @@ class Trainer(Host):
         workload = self.plan.workload
         share = (workload.minibatch if role in TRAINED else workload.batch) // layout.gpus
         count = max(1, min(layout.micro_batch_tokens // workload.longest, share))
+        return self._micro_batch(count, workload.response.longest)
+
+    def _micro_batch(self, count: int, response: int) -> Packed:
+        """Some sequences of the longest prompt and a response of so many tokens."""
+        prompt = self.plan.workload.prompt.longest
         sequences = Sequences(
-            tokens=np.zeros((count, workload.longest), dtype=np.int32),
-            prompt_lengths=np.full(count, workload.prompt.longest, dtype=np.int32),
-            response_lengths=np.full(count, workload.response.longest, dtype=np.int32),
-            log_probs=np.zeros((count, workload.response.longest), dtype=np.float32),
+            tokens=np.zeros((count, prompt + response), dtype=np.int32),
+            prompt_lengths=np.full(count, prompt, dtype=np.int32),
+            response_lengths=np.full(count, response, dtype=np.int32),
+            log_probs=np.zeros((count, response), dtype=np.float32),
             weights_versions=np.zeros(count, dtype=np.int32),
         )
         return pack(sequences, np.arange(count), self.device)
