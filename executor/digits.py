@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 
 DIGITS = "0123456789"
+SAY_EVERY = 250  # steps, between two lines on the screen
 VOCABULARY = ["<pad>", "<eos>", "<unk>", *DIGITS, "sort", ":"]
 PAD, EOS, FIRST_DIGIT = 0, 1, VOCABULARY.index("0")
 
@@ -70,9 +72,14 @@ class Made:
     reward_accuracy: float
 
 
-def make(directory: Path, seed: int = 0, recipe: Recipe | None = None) -> Made:
+Tell = Callable[[str], None]
+
+
+def make(
+    directory: Path, seed: int = 0, recipe: Recipe | None = None, say: Tell = lambda text: None
+) -> Made:
     """Write train.jsonl, eval.jsonl, actor/, reward/, reward.py and workload.toml into `directory`,
-    all or nothing.
+    all or nothing, and `say` how far it is.
 
     Raises UserError if the directory holds something already."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -91,7 +98,7 @@ def make(directory: Path, seed: int = 0, recipe: Recipe | None = None) -> Made:
         )  # sums in a fixed order, so that the same models come out on any machine of a kind
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = _make(unfinished, seed, recipe or Recipe())
+            made = _make(unfinished, seed, recipe or Recipe(), say)
         unfinished.chmod(0o755)
         os.replace(unfinished, directory)
     finally:
@@ -100,12 +107,13 @@ def make(directory: Path, seed: int = 0, recipe: Recipe | None = None) -> Made:
     return made
 
 
-def _make(directory: Path, seed: int, recipe: Recipe) -> Made:
+def _make(directory: Path, seed: int, recipe: Recipe, say: Tell) -> Made:
+    say("Making prompts, an actor and a reward model: a minute or two of one core.")
     tokenizer = build_tokenizer()
     lines = make_lines(recipe, seed)
     train, held_out = (encode(tokenizer, part) for part in lines)
-    actor = train_actor(train, held_out, recipe)
-    reward = train_reward_model(actor, train, recipe)
+    actor = train_actor(train, held_out, recipe, say)
+    reward = train_reward_model(actor, train, recipe, say)
     made = Made(
         exact_match=exact_match(actor, held_out, recipe),
         reward_accuracy=reward_accuracy(reward, actor, held_out, recipe),
@@ -167,15 +175,18 @@ def draw(sequences: Tensor, count: int) -> Tensor:
 # --- the language model ---
 
 
-def train_actor(train: Tensor, held_out: Tensor, recipe: Recipe) -> LlamaForCausalLM:
+def train_actor(train: Tensor, held_out: Tensor, recipe: Recipe, say: Tell) -> LlamaForCausalLM:
     """Train a model from random weights, supervised, until it answers the wanted share of held-out
     prompts correctly."""
     model = LlamaForCausalLM(_config(recipe))
     optimizer = _optimizer(model, 5e-4)  # slow, so as not to overshoot
-    for _ in range(2000):
+    for step in range(2000):
         _supervised_step(model, optimizer, draw(train, recipe.batch), recipe)
-        if exact_match(model, held_out, recipe) >= recipe.exact_match:
+        right = exact_match(model, held_out, recipe)
+        if right >= recipe.exact_match:
             return model
+        if step % SAY_EVERY == 0:
+            say(f"The actor gets {right:.0%} right, and stops at {recipe.exact_match:.0%}.")
     raise AssertionError(f"never {recipe.exact_match:.0%} right: {recipe}")
 
 
@@ -231,7 +242,7 @@ def _optimizer(model: torch.nn.Module, learning_rate: float = 1e-3) -> torch.opt
 
 
 def train_reward_model(
-    actor: LlamaForCausalLM, train: Tensor, recipe: Recipe
+    actor: LlamaForCausalLM, train: Tensor, recipe: Recipe, say: Tell
 ) -> LlamaForSequenceClassification:
     """Train a model to say 1 for a right answer and 0 for a wrong one, by least squares. Its score
     at the end of a response is then about the chance that the response is right.
@@ -243,6 +254,7 @@ def train_reward_model(
     """
     teacher = copy.deepcopy(actor)
     optimizer = _optimizer(teacher)
+    say("The actor is trained; the reward model learns from a copy that is trained on.")
     for _ in range(recipe.teacher_steps):
         _supervised_step(teacher, optimizer, draw(train, recipe.batch), recipe)
     model = LlamaForSequenceClassification(_config(recipe, num_labels=1))
@@ -253,7 +265,9 @@ def train_reward_model(
         optimizer, max_lr=1e-3, total_steps=recipe.reward_steps
     )
     quarter = recipe.batch // 4
-    for _ in range(recipe.reward_steps):
+    for step in range(recipe.reward_steps):
+        if step % SAY_EVERY == 0:
+            say(f"The reward model has done {step} of {recipe.reward_steps} steps.")
         chosen = torch.randint(len(train), (quarter,))
         perturbed, originals = _most_liked(model, draw(train, 4 * quarter), quarter, recipe)
         given = torch.cat([draw(train, 2 * quarter), perturbed, sampled[chosen]])
@@ -393,6 +407,6 @@ temperature = 0.7
 epochs = 1
 
 [optimizer]
-actor = { lr = 3e-4 }
-critic = { lr = 1e-3 }
+actor = {{ lr = 3e-4 }}
+critic = {{ lr = 1e-3 }}
 """

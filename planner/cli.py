@@ -57,8 +57,8 @@ class Commands(click.Group):
             _end(f"{error.format_message()} See '{where} --help'.")
         except click.ClickException as error:
             _end(error.format_message())
-        except click.Abort:
-            _end("interrupted", INTERRUPTED)
+        except click.Abort as error:
+            _end(str(error.__cause__ or "") or "interrupted", INTERRUPTED)
         sys.exit(outcome if isinstance(outcome, int) else 0)
 
 
@@ -531,7 +531,7 @@ def study(
 
 
 @main.command()
-@click.argument("name", type=click.Choice(["digits"]))
+@click.argument("name", metavar="NAME", type=click.Choice(["digits"]))
 @click.option(
     "--out",
     type=file_path("DIR"),
@@ -542,7 +542,8 @@ def study(
 def task(name: str, out: Path, seed: int) -> None:
     """Make the small task that is shipped.
 
-    Writes prompts, a tiny language model that is only partly right, and a tiny reward model."""
+    NAME is digits. Writes prompts, a tiny language model that is only partly right, and a tiny
+    reward model."""
     from planner.commands.execute import task
 
     task(name, out, seed)
@@ -562,9 +563,11 @@ def space(job: JobOptions, max_staleness: int | None) -> None:
 
 
 @main.command()
-@click.argument("kind", type=click.Choice(FILE_KINDS))
+@click.argument("kind", metavar="KIND", type=click.Choice(FILE_KINDS))
 def schema(kind: str) -> None:
-    """Print the JSON Schema of a kind of file."""
+    """Print the JSON Schema of a kind of file.
+
+    KIND is plan, timeline, profile, workload, cluster, study or cell."""
     from planner.commands.check import schema
 
     schema(kind)

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 from conftest import ROLES, colocated, make_plan, make_workload, split
 from processes import PATIENCE
 
+from planner import __version__
 from planner.cli import FILE_KINDS, Commands, main
 from planner.predict.schedule import load_plan
 from planner.spec.cluster import make_cluster
@@ -94,17 +95,47 @@ def test_a_wrong_command_line_is_one_line(arguments: list[str]) -> None:
     assert "--help" in one_line(plan(*arguments))
 
 
-def test_ctrl_c_ends_with_one_line_and_130() -> None:
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (KeyboardInterrupt(), "plan: interrupted"),
+        (KeyboardInterrupt("interrupted and saved"), "plan: interrupted and saved"),
+    ],
+)
+def test_ctrl_c_ends_with_one_line_and_130(error: KeyboardInterrupt, line: str) -> None:
     @click.group(cls=Commands)
     def group() -> None: ...
 
     @group.command()
     def stop() -> None:
-        raise KeyboardInterrupt
+        raise error
 
     result = CliRunner().invoke(group, ["stop"])
     assert result.exit_code == 130
-    assert result.stderr.strip() == "plan: interrupted"
+    assert result.stderr.strip() == line
+
+
+@pytest.mark.parametrize(("command", "what"), [("schema", "KIND"), ("task", "NAME")])
+def test_a_wrong_argument_is_called_as_the_help_calls_it(command: str, what: str) -> None:
+    line = one_line(plan(command, "nothing", *(["--out", "x"] if command == "task" else [])))
+    assert f"Invalid value for '{what}': 'nothing' is not" in line and "{" not in line
+    help_text = plan(command, "--help").stdout
+    assert f"{command} [OPTIONS] {what}\n" in help_text
+    choices = FILE_KINDS if command == "schema" else ("digits",)
+    assert all(choice in help_text for choice in choices)
+
+
+def test_python_runs_the_package_as_plan(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "planner", "--version"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"splitplan, version {__version__}\n" == plan("--version").stdout
 
 
 def test_a_message_of_many_lines_becomes_one() -> None:

@@ -75,9 +75,7 @@ def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_
 
 def test_too_few_minutes_are_refused_before_anything_is_started(tmp_path: Path) -> None:
     workload, out = make_workload(), tmp_path / "p.json"
-    with pytest.raises(
-        UserError, match=r"--minutes 0.01: no group .* 1 cores, .* takes about 11 s"
-    ):
+    with pytest.raises(UserError, match=r"--minutes 0.01: no group .* 1 core, .* takes about 11 s"):
         profile(workload, cpu_cluster(2), out, progress=lambda text: None, minutes=0.01)
     assert not out.exists()
 

@@ -2,6 +2,7 @@
 killed too."""
 
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -76,3 +77,14 @@ def test_a_private_ray_leaves_nothing_that_would_keep_the_process_from_joining_a
     with session._this_host_only():
         assert os.environ[session.NO_CLUSTER] == "0" and not ray_constants.ENABLE_RAY_CLUSTER
     assert session.NO_CLUSTER not in os.environ and known is ray_constants.ENABLE_RAY_CLUSTER
+
+
+@pytest.mark.slow
+def test_a_cluster_that_hangs_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lets us connect, and says nothing."""
+    monkeypatch.setattr(session, "JOINING_SECONDS", 4.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        line = f"the Ray cluster at {address} has not answered for 4 s; look at"
+        with pytest.raises(UserError, match=line), session.ray_session(cpus=None, address=address):
+            raise AssertionError("it was joined")

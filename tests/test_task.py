@@ -21,10 +21,20 @@ QUICK = digits.Recipe(
 )
 
 
+SAID: list[str] = []
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     directory = tmp_path_factory.mktemp("task") / "digits"
-    return directory, digits.make(directory, 0, QUICK)
+    return directory, digits.make(directory, 0, QUICK, SAID.append)
+
+
+def test_it_says_what_it_does_and_how_far_it_is(made):
+    first, actor, *_, last = SAID
+    assert first.startswith("Making prompts, an actor and a reward model")
+    assert actor == "The actor gets 0% right, and stops at 10%."
+    assert last == "The reward model has done 0 of 20 steps."
 
 
 def lines(path):

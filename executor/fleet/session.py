@@ -8,6 +8,7 @@ import secrets
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -33,6 +34,7 @@ MOST_PATH_BYTES = 20
 SHORT_PATHS = ("/tmp", "/var/tmp", "/dev/shm")
 NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # what Ray calls it everywhere
 ENDING_SECONDS, HANGING_SECONDS = 3.0, 60.0  # in which processes end, and Ray answers
+JOINING_SECONDS = 60.0  # in which a cluster lets a process join
 LAST_FILES, LAST_LINES = 4, 100
 RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")  # lines with which Ray marks a log
 # Each process stands for one GPU or one core: more threads would only fight. Models come from local
@@ -141,6 +143,7 @@ def _this_host_only() -> Iterator[None]:
 def _connect(address: str) -> None:
     if address != "auto":
         _check_listens(address)  # Ray would try for minutes
+    _check_answers(address)
     try:
         _init(address=address, runtime_env={"env_vars": ENVIRONMENT})
     except (ConnectionError, ValueError, ray.exceptions.AuthenticationError) as error:
@@ -164,6 +167,22 @@ def _check_listens(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError, OverflowError) as error:
         raise UserError(f"no Ray cluster at {address} ({error}); {_START}") from None
+
+
+def _check_answers(address: str) -> None:
+    """Join from another process first. In this one nothing could end Ray's waiting for a cluster
+    whose processes hang. What else may be wrong with it is told later."""
+    command = [sys.executable, "-c", _JOIN, address]
+    try:
+        subprocess.run(command, capture_output=True, timeout=JOINING_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"the Ray cluster at {address} has not answered for {JOINING_SECONDS:.0f} s; look at "
+            "whether its processes (gcs_server, raylet) run, or start it again"
+        ) from None
+
+
+_JOIN = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
 
 
 def _init(**options: Any) -> None:

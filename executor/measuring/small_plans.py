@@ -8,6 +8,7 @@ from planner.predict.memory_check import check_memory
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Plan, Pool, RolloutRole, TrainerRole
+from planner.spec.wording import counted, plural
 from planner.spec.workload import Workload
 
 
@@ -159,9 +160,9 @@ def _rollout(
 def _name(plan: Plan) -> str:
     """A name that tells a plan from the others that are measured."""
     layout, rollout = plan.trainers["actor"], plan.rollout
-    sizes = " + ".join(str(len(pool.gpus)) for pool in plan.pools.values())
-    unit = "cores" if plan.device_of(layout.pools[0]).kind == "cpu" else "GPUs"
-    text = f"{sizes} {unit}, shard {layout.shard}"
+    sizes = [len(pool.gpus) for pool in plan.pools.values()]
+    unit = "core" if plan.device_of(layout.pools[0]).kind == "cpu" else "GPU"
+    text = f"{' + '.join(map(str, sizes))} {plural(unit, sum(sizes))}, shard {layout.shard}"
     if layout.replicas > 1:
         text += f" x {layout.replicas}"
     text += f", {layout.micro_batch_tokens} tokens"
@@ -169,6 +170,5 @@ def _name(plan: Plan) -> str:
         text += ", recomputed"
     if layout.offload != "none":
         text += ", offloaded"
-    engines = "engines" if rollout.replicas > 1 else "engine"
-    text += f", {rollout.replicas} {engines} of {rollout.tensor_parallel}"
+    text += f", {counted(rollout.replicas, 'engine')} of {rollout.tensor_parallel}"
     return text + (" that sleep" if rollout.offload else "")

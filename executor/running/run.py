@@ -192,10 +192,9 @@ class Run:
                 f"interrupted, and the last checkpoint could not be written ({saver.error}); see "
                 f"{path}/log.txt"
             )
-        self._recorded.on_note(
-            f"saved; go on with: plan execute --resume {path} --steps {self._steps}"
+        raise KeyboardInterrupt(
+            f"interrupted and saved; go on with: plan execute --resume {path} --steps {self._steps}"
         )
-        raise KeyboardInterrupt
 
     def _export(self) -> None:
         with self._as_one_line("export of the models", "export"):
@@ -253,7 +252,8 @@ class Recorded:
 
 def log_end(error: BaseException) -> None:
     """Write into the run's log what ended it; if a process did, also what the processes said."""
-    log.error("ended by %s: %s", type(error).__name__, error)
+    name = "an interrupt" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+    log.error("ended by %s", f"{name}: {error}" if str(error) else name)
     if isinstance(error.__cause__, WorkerError):
         log.error("".join(traceback.format_exception(error.__cause__)))
         log.error("what processes wrote last:\n%s", last_words())

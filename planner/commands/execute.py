@@ -126,10 +126,7 @@ def task(name: str, out: Path, seed: int) -> None:
     from executor.digits import make
 
     console = make_console()
-    with console.status(
-        "making prompts, the language model and the reward model (a minute or two)"
-    ):
-        make(out, seed)
+    make(out, seed, say=lambda text: console.print(text, markup=False, soft_wrap=True))
     console.print(
         f"Wrote the task to {out}; its workload is {out / 'workload.toml'}.",
         markup=False,

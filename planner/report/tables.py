@@ -154,7 +154,7 @@ def figures(plan: Plan) -> list[str]:
     proof = {
         "optimal": f"proven optimal{space}",
         "gap": "not proven optimal",
-        "time_limit": "not proven optimal in the time given",
+        "time_limit": "not proven optimal when the search was ended",
         "none": "not searched",
     }[expected.proof.status]
     bound = seconds(expected.lower_bound_seconds)
