@@ -21,28 +21,37 @@ from planner.spec.workload import Workload
 
 # The peers are installed apart (make test-peers).
 collect_ignore = [] if importlib.util.find_spec("verl") else ["peers"]
+
+# Models of tests are tiny. Threads would wait for each other, and take a core while they do.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 STARTS_RAY = {"ray_two", "two_cores", "on_two_cores", "nodes"}  # fixtures
-# The modules of the second of two groups that take about as long; each group has a Ray of its own.
-SECOND_GROUP = {
-    "test_cluster",
-    "test_faults",
-    "test_learning",
-    "test_network",
-    "test_soak",
-    "test_study",
+# Modules by group: three that take about as long, each in a process with a Ray of its own. Modules
+# that are not named are in the first.
+GROUP = {
+    "test_checkpoint": 2,
+    "test_executor_training": 2,
+    "test_measure": 2,
+    "test_sync": 2,
+    "test_cluster": 3,
+    "test_faults": 3,
+    "test_learning": 3,
+    "test_network": 3,
+    "test_soak": 3,
+    "test_study": 3,
 }
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start Ray run one after the other in the process of their group: they share a
-    fleet, which takes both cores."""
+    """Tests that start Ray run one after the other in the process of their group, and share its
+    fleet. They wait for processes most of the time, so several groups fit on two cores."""
     for item in items:
         if STARTS_RAY & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)
         if item.get_closest_marker("ray"):
-            second = item.path.stem in SECOND_GROUP
-            item.add_marker(pytest.mark.xdist_group("ray-2" if second else "ray-1"))
+            group = GROUP.get(item.path.stem, 1)
+            item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
 
 
 SHAPE = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 64, "vocab": 48}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import click
 import pytest
+from click.core import ParameterSource
+from processes import PATIENCE
 
 from planner.cli import main
 
@@ -41,12 +43,23 @@ def test_relative_links_lead_to_files(page: Path) -> None:
     assert not [target for target in inside if not (page.parent / target).exists()]
 
 
+def shown(page: Path) -> list[list[str]]:
+    """The words of the commands in a page's blocks, without `plan`."""
+    blocks = [block.replace("\\\n", " ") for block in FENCED.findall(page.read_text())]
+    lines = [line for block in blocks for line in re.findall(r"(?m)^ *plan ([a-z].*)$", block)]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
 @page
-def test_shown_commands_parse(page: Path) -> None:
-    for block in FENCED.findall(page.read_text()):
-        for line in re.findall(r"^ *plan ([a-z].*)$", block, re.MULTILINE):
-            words = shlex.split(line.removesuffix("\\"), comments=True)
-            command_of(words).make_context(words[0], words[1:])  # raises UsageError
+def test_shown_commands_take_the_options_that_they_name_and_no_others(page: Path) -> None:
+    """A value that is missing would take the option behind it; click refuses a word too many."""
+    for words in shown(page):
+        command = command_of(words)
+        context = command.make_context(words[0], words[1:])
+        options = [option for option in command.params if isinstance(option, click.Option)]
+        named = {option.name for option in options if {*option.opts} & {*words}}
+        sources = {option.name: context.get_parameter_source(option.name or "") for option in options}
+        assert {n for n, source in sources.items() if source is ParameterSource.COMMANDLINE} == named
 
 
 def test_the_tutorial_shows_what_the_search_prints() -> None:
@@ -78,7 +91,7 @@ def test_prose_is_wrapped_at_100_columns(page: Path) -> None:
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("material", reason="the extra `docs` is not installed")
     command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     html = "".join(path.read_text() for path in tmp_path.rglob("*.html"))
     assert '<h2 id="plan-search">' in html  # made from the commands

@@ -4,6 +4,7 @@ them. Those of vLLM are looked at in test_vllm_engine.py."""
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch._inductor.config
 from processes import running
@@ -11,7 +12,7 @@ from ray._private import auto_init_hook, ray_constants, worker
 from torch import nn
 from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from executor.fleet import ray_private, torch_private
+from executor.fleet import gpu_memory, ray_private, torch_private
 
 
 def test_rays_session_has_a_directory_of_logs(ray_two: None) -> None:
@@ -41,7 +42,12 @@ def test_ray_looks_for_modules_where_it_is_told_and_nowhere_else() -> None:
 
 
 def test_torch_takes_settings_of_its_allocator() -> None:
-    torch_private.set_allocator("expandable_segments:False")
+    with pytest.raises(ValueError, match="Expected 'True' or 'False'"):
+        torch_private.set_allocator("expandable_segments:maybe")
+    grow = f"expandable_segments:True,large_segment_size_mb:{gpu_memory.SEGMENT_MB}"
+    for settings in (grow, "expandable_segments:False"):
+        torch_private.set_allocator(settings)
+        assert torch._C._accelerator_getAllocatorSettings() == settings
 
 
 def test_storages_are_told_apart_while_they_are_empty() -> None:

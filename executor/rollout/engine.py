@@ -1,5 +1,6 @@
 """Generation: the seam behind which engines are alike, and the process that an engine runs in."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
@@ -38,7 +39,7 @@ class Engine(Protocol):
     def wake(self) -> None: ...
 
 
-class EngineWorker(Worker):
+class EngineWorker(Worker, ABC):
     """The process of an engine. It knows the version of its weights and marks what it generates
     with it."""
 
@@ -62,10 +63,10 @@ class EngineWorker(Worker):
         """Import what the engine runs on, which needs no GPU. Nothing here: that this module is
         imported suffices."""
 
+    @abstractmethod
     def start(self, plan: Plan, pool: str, channel: Channel) -> list[int]:
         """Become an engine of a plan, which gets its weights by this channel; the tokens that end a
         response."""
-        raise NotImplementedError
 
     def generate(self, requests: Requests, sampler: Sampler) -> Generated:
         self._wake()
