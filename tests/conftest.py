@@ -29,9 +29,9 @@ STARTS_RAY = {"ray_two", "two_cores", "on_two_cores", "nodes"}  # fixtures
 # Modules by group: three that take about as long, each in a process with a Ray of its own. Modules
 # that are not named are in the first.
 GROUP = {
-    "test_checkpoint": 2,
     "test_executor_training": 2,
     "test_measure": 2,
+    "test_resume": 2,
     "test_sync": 2,
     "test_cluster": 3,
     "test_faults": 3,
@@ -294,6 +294,15 @@ def model_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     )
     tokenizer.save_pretrained(found["actor"])
     return found
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> Path:
+    """The directory of a run with two small checkpoints."""
+    from interrupted import write_run
+
+    write_run(tmp_path / "run")
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session", autouse=True)

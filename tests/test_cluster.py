@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from conftest import make_plan, make_workload
+from interrupted import metrics_of
 from processes import PATIENCE, descendants, end, end_agents, working
-from test_checkpoint import metrics_of
 
 from executor.fleet import pools
 from executor.training.host import _interface

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import colocated, make_workload, nearly, split
+from interrupted import OPTIONS, WORKLOAD, metrics_of
 from processes import PATIENCE, WORKERS, descendants, end, still_there, working
 from safetensors.numpy import load_file
-from test_checkpoint import OPTIONS, WORKLOAD, metrics_of
 
 from executor.fleet.pools import Fleet
 from executor.running import checkpoint, step

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from interrupted import metrics_of
 from processes import PATIENCE, descendants, end, end_agents, still_there, working
-from test_checkpoint import metrics_of
 from test_cluster import spread
 
 from executor.fleet.session import NO_CLUSTER

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 from conftest import colocated, make_workload
+from interrupted import metrics_of
 from processes import descendants, end_agents, working
-from test_checkpoint import metrics_of
 
 from executor.fleet import session
 from executor.running import checkpoint
