@@ -34,17 +34,18 @@ $(INSTALLED): pyproject.toml constraints.txt planner/__init__.py
 	$(PIP) install --quiet -c constraints.txt -e '.[execute,dev,docs]'
 	@touch $@
 
-# Two processes: tests that start Ray in one, the others in both (tests/conftest.py).
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Four processes for two cores: those that start Ray, three at most (tests/conftest.py), wait most of the time. What
+# needs no Ray only computes, in two.
+PYTEST := $(BIN)/python -m pytest --dist loadgroup -n
 
 test: install
-	$(PYTEST)
+	$(PYTEST) 4
 
 test-fast: install
-	$(PYTEST) -m 'not ray and not slow and not gpu and not vllm and not nightly and not bench and not peers'
+	$(PYTEST) 2 -m 'not ray and not slow and not gpu and not vllm and not nightly and not bench and not peers'
 
 coverage: install
-	$(PYTEST) --cov=planner --cov=executor --cov-branch --cov-report=term:skip-covered
+	$(PYTEST) 4 --cov=planner --cov=executor --cov-branch --cov-report=term:skip-covered
 
 # A build of vLLM for CPUs wants versions of its own, 0.32.0 the torch of constraints.txt. The libraries for pictures and
 # sound that it brings are built for torch with CUDA; beside another one transformers fails to import them.

@@ -36,9 +36,9 @@ def running(pid: int) -> bool:
     return False
 
 
-def still_there(pids: Iterable[int], seconds: float = 120.0) -> list[int]:
-    """Those of some processes that run after so long; ending takes Ray's a moment."""
-    deadline = time.monotonic() + seconds
+def still_there(pids: Iterable[int]) -> list[int]:
+    """Those of some processes that do not end; ending takes Ray's a moment."""
+    deadline = time.monotonic() + PATIENCE
     while (left := [pid for pid in pids if running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left

@@ -75,6 +75,7 @@ def _attend(
 AttentionInterface.register("counted", _attend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(64, 4, 2, 160), (96, 6, 6, 512)])
 def test_a_compiled_block_keeps_what_is_counted(
     size: tuple[int, int, int, int], monkeypatch: Any

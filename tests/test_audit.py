@@ -15,7 +15,10 @@ from planner.spec.errors import UserError
 from planner.spec.plan import RolloutRole
 
 SCENARIOS = 2  # of random lengths: each multiplies the work of the auditor
-QUICK, NIGHTLY = 60, 400
+# As many seeds are tried by `make test-fast`, by `make test` and by `make nightly`.
+QUICK, SLOW, NIGHTLY = 10, 60, 460
+LONGER = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(QUICK, SLOW)]
+SEEDS = [*range(QUICK), *LONGER]
 
 
 def instance(seed, lengths_vary=False):
@@ -144,17 +147,18 @@ def assert_optimal(workload, cluster, *profiles):
     return predicted
 
 
-@pytest.mark.parametrize("seed", range(QUICK))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_the_search_finds_the_auditors_optimum(seed):
     assert_optimal(*instance(seed))
 
 
-@pytest.mark.parametrize("seed", range(QUICK // 3))
+@pytest.mark.parametrize("seed", SEEDS[: SLOW // 3])
 def test_the_search_finds_the_auditors_optimum_of_measured_costs(seed):
     workload, cluster = instance(seed)
     assert_optimal(workload, cluster, profile_of(workload, cluster, seed))
 
 
+@pytest.mark.slow
 def test_a_layout_that_pays_only_on_split_nodes_is_found():
     """A pool of 2 + 1 + 1 GPUs where larger micro-batches save gathers that 2 + 2 GPUs hide behind
     the computation."""
@@ -232,7 +236,7 @@ def test_what_is_scored_beside_generation(seed):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("seed", range(QUICK, QUICK + NIGHTLY))
+@pytest.mark.parametrize("seed", range(SLOW, NIGHTLY))
 def test_the_search_finds_the_auditors_optimum_every_night(seed):
     workload, cluster = instance(seed, lengths_vary=True)
     assert_optimal(workload, cluster, *[profile_of(workload, cluster, seed)] * (seed % 2))

@@ -43,6 +43,7 @@ def plan_bytes(directory, options, hash_seed, cores):
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [SIXTEEN, SMALL], ids=["16 GPUs", "small"])
 def test_hash_seed_and_cores_do_not_matter(tmp_path, options):
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import SHAPE, colocated, cpu_cluster, make_plan, make_workload, split
+from processes import PATIENCE
 
 from executor.data import reward
 from executor.fleet import session
@@ -315,7 +316,7 @@ def test_an_import_leaves_nothing_in_our_process_and_none_behind(tmp_path: Path)
     before = dict(sys.modules), list(sys.path)
     reward.check(asked)
     assert (dict(sys.modules), list(sys.path)) == before
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while Path(f"/proc/{pids.read_text()}").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not Path(f"/proc/{pids.read_text()}").exists()

@@ -327,7 +327,6 @@ def test_a_run_from_files_with_a_reward_function(
     assert "evaluation_score" not in metrics[0] and 0 < metrics[1]["evaluation_score"] <= 1
     assert 0 < metrics[0]["initial_evaluation_score"] <= 1
     assert not {"exact_match", "initial_evaluation_score"} & metrics[1].keys()
-    assert Timeline.read(path / "timeline.json").spans[0].start < 5  # the clock began after it
     assert metrics[0]["score"] == pytest.approx(
         metrics[0]["response_tokens"] / 8, abs=0.2
     )  # the eos is no word

@@ -161,8 +161,8 @@ def _listens(network: Network, address: str) -> bool:
     ).returncode
 
 
-def wait_for(there: object, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(there: object) -> None:
+    deadline = time.monotonic() + PATIENCE
     assert callable(there)
     while not there():
         assert time.monotonic() < deadline

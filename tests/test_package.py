@@ -128,6 +128,7 @@ def test_base_install_requires_nothing_heavy(wheel: Path) -> None:
     assert not names & {"torch", "ray", "vllm", "transformers", "safetensors", "tensorboard"}
 
 
+@pytest.mark.slow
 def test_wheel_alone_searches(wheel: Path, tmp_path: Path) -> None:
     """The wheel in a venv of its own that sees its declared dependencies (links to those installed
     here) and no more: an import that is not declared fails here, and torch and ray are truly

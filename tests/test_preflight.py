@@ -149,6 +149,7 @@ except UserError as error:
 """
 
 
+@pytest.mark.slow
 def test_too_few_gpus_and_a_torch_that_cannot_use_them(on_machine: Callable[..., str]) -> None:
     said = on_machine(CHECKED.format(count=4))
     assert "needs 4 GPUs of kind h200 and this machine has 2" in said
@@ -158,6 +159,7 @@ def test_too_few_gpus_and_a_torch_that_cannot_use_them(on_machine: Callable[...,
         assert "built without CUDA" in on_machine(CHECKED.format(count=2))
 
 
+@pytest.mark.slow
 def test_a_driver_that_does_not_answer_is_one_line(on_machine: Callable[..., str]) -> None:
     said = on_machine(CHECKED.format(count=2), "-DFAILS")
     assert said == "the NVIDIA driver does not answer (Driver Not Loaded); check the driver\n"

@@ -1,11 +1,11 @@
 """Samples that a reward function hangs, crashes or fails on."""
 
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import cpu_cluster
+from processes import PATIENCE
 
 from executor.fleet.pools import Fleet
 from executor.running.judges import Judges
@@ -15,10 +15,20 @@ from planner.spec.errors import UserError
 from planner.spec.rewards import RewardFunction
 
 REWARD = """
-import os, signal, time
+import os, pathlib, signal, time
+
+MET = pathlib.Path(__file__).parent / "met"
+
+def meet(prompts, responses, answers):
+    assert len(prompts) == 1
+    if int(prompts[0]) % 10 == 0:
+        MET.joinpath(prompts[0]).touch()
+        while len(list(MET.iterdir())) < 8:
+            time.sleep(0.1)
+    return [int(response) / 2 for response in responses]
 
 def hang(prompts, responses, answers):
-    if any(int(prompt) % 10 == 0 for prompt in prompts):
+    if "3" in prompts:
         time.sleep(1000)
     return [int(response) / 2 for response in responses]
 
@@ -34,8 +44,9 @@ def fail(prompts, responses, answers):
 
 def scores_of(
     tmp_path: Path, name: str, count: int, seconds: float
-) -> tuple[list[float], list[int], float]:
-    """Scores of the samples that have one, the rows of those without, and the seconds taken."""
+) -> tuple[list[float], list[int]]:
+    """Scores of the samples that have one, and the rows of those without."""
+    (tmp_path / "met").mkdir()
     (tmp_path / "judged.py").write_text(REWARD)
     reward = RewardFunction(function=f"{tmp_path}/judged.py:{name}", timeout_seconds=seconds)
     texts = [str(row) for row in range(count)]
@@ -43,24 +54,27 @@ def scores_of(
     try:
         judges = Judges(fleet, reward)
         judges.set_up()
-        began = time.monotonic()
         scores, records = judge(judges, texts, texts, [None] * count)
-        taken = time.monotonic() - began
         assert len(judges) == 1 and all(record.end >= record.start for record in records)
     finally:
         fleet.close()
-    without = np.flatnonzero(np.isnan(scores)).tolist()
-    return scores[~np.isnan(scores)].tolist(), without, taken
+    return scores[~np.isnan(scores)].tolist(), np.flatnonzero(np.isnan(scores)).tolist()
 
 
 @pytest.mark.ray
-def test_samples_that_hang_take_their_time_together(ray_two: None, tmp_path: Path) -> None:
-    """Eight of eighty hang, for 20 s each: one after the other they would take 160 s, after the
-    batch's own 20."""
-    scores, without, taken = scores_of(tmp_path, "hang", 80, 20.0)
-    assert without == list(range(0, 80, 10))
-    assert scores == [row / 2 for row in range(80) if row % 10]
-    assert taken < 100
+def test_samples_that_take_long_take_their_time_together(ray_two: None, tmp_path: Path) -> None:
+    """Eight of eighty wait for each other, and all others get their scores meanwhile."""
+    scores, without = scores_of(tmp_path, "meet", 80, PATIENCE)
+    assert without == [] and scores == [row / 2 for row in range(80)]
+
+
+@pytest.mark.ray
+def test_a_sample_that_hangs_costs_its_time_twice_and_no_other(
+    ray_two: None, tmp_path: Path
+) -> None:
+    """Once in the batch, once alone."""
+    scores, without = scores_of(tmp_path, "hang", 8, 5.0)
+    assert without == [3] and scores == [0, 0.5, 1, 2, 2.5, 3, 3.5]
 
 
 @pytest.mark.ray
@@ -68,7 +82,7 @@ def test_a_crash_costs_its_sample(
     ray_two: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     log.addHandler(caplog.handler)  # a run before has told it not to propagate
-    scores, without, _ = scores_of(tmp_path, "crash", 8, 60.0)
+    scores, without = scores_of(tmp_path, "crash", 8, 60.0)
     log.removeHandler(caplog.handler)
     assert without == [3] and scores == [0, 0.5, 1, 2, 2.5, 3, 3.5]
     line = next(line for line in caplog.messages if line.startswith("dropped"))

@@ -199,6 +199,7 @@ def test_on_policy_only_where_no_staleness_is_allowed():
     assert strict.best.predicted.step_seconds >= find(workload, cluster).best.predicted.step_seconds
 
 
+@pytest.mark.slow
 def test_search_is_deterministic():
     first, second = (find(*default()).best for _ in range(2))
     assert first.model_copy(update={"predicted": None}) == second.model_copy(

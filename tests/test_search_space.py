@@ -390,6 +390,7 @@ def test_layouts_as_columns_are_those_one_by_one(name, measured):
                 )
 
 
+@pytest.mark.slow
 def test_bounds_are_never_above_what_a_placement_takes():
     workload, cluster = default()
     problem = problem_of(workload, cluster, (), None)
@@ -409,6 +410,7 @@ def test_bounds_are_never_above_what_a_placement_takes():
     assert ran > 15
 
 
+@pytest.mark.slow
 def test_what_is_ruled_out_is_no_better_on_any_smaller_pools():
     workload, cluster = default()
     problem = problem_of(workload, cluster, (), None)

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import colocated, make_workload
 from interrupted import metrics_of
-from processes import descendants, end_agents, working
+from processes import PATIENCE, descendants, end_agents, working
 
 from executor.fleet import session
 from executor.running import checkpoint
@@ -35,7 +35,6 @@ SECRETS = {
     "HF_TOKEN": "hf_of-this-test",
     "WANDB_API_KEY": "a-key-of-this-test",
 }
-PATIENCE = 120.0  # seconds without a new step
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 
