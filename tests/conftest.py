@@ -306,13 +306,11 @@ def two(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def temporary_files() -> Iterator[None]:
-    """Processes that test side by side have directories for temporary files of their own: what one
-    of them leaves is not looked for by another. The path is short, for Ray makes sockets there."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is None:
-        yield
-        return
+def temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Each process that tests has a directory for temporary files of its own: what another one
+    leaves is not looked for by this one. The path is short, for Ray makes sockets there."""
+    tmp_path_factory.getbasetemp()  # pytest's own stay where they are, to be looked at
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "one")
     directory = Path(tempfile.mkdtemp(prefix=f"{worker}-"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TMPDIR", str(directory))

@@ -96,4 +96,4 @@ def test_too_many_failures_end_the_run_with_file_and_line(ray_two: None, tmp_pat
         scores_of(tmp_path, "fail", 8, 60.0)
     line = str(error.value)
     assert "2 of 8 samples failed twice, the last one prompt '2'" in line
-    assert "ZeroDivisionError: division by zero (judged.py:15)" in line
+    assert "ZeroDivisionError: division by zero (judged.py:25)" in line
