@@ -290,7 +290,7 @@ def test_an_order_that_ends_every_process_is_not_sent_forever(ray_two: None) -> 
     line = r"^engine 1 died in crash \(.*\), and so did the 2 in its place$"
     orders: list[Order[Any]] = [lives.order(Sleeping.sleep, 0.1), dies[0].order(Crashing.crash)]
     try:
-        with within(60.0), pytest.raises(DiedAgain, match=line) as raised:
+        with within(PATIENCE), pytest.raises(DiedAgain, match=line) as raised:
             ask(orders, revive=revive)
     finally:
         pools.stop([lives, *dies])
