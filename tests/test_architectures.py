@@ -108,7 +108,10 @@ def test_parameters_are_those_of_the_model(tmp_path: Path) -> None:
         ({**LLAMA, "quantization_config": {"quant_method": "fp8"}}, "quantised"),
         ({**LLAMA, "use_bidirectional_attention": True}, "not causal"),
         ({**LLAMA, "model_type": "stablelm"}, "model_type 'stablelm' is not supported"),
-        ({"hidden_size": 64}, "model_type None"),
+        ({"hidden_size": 64}, "names no model_type"),
+        ({**LLAMA, "model_type": None}, "model_type None"),
+        ({**LLAMA, "rope_scaling": {"type": "linear", "factor": "2"}}, "factor = '2'"),
+        ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": -4}}, "factor = -4"),
         ({**LLAMA, "rope_scaling": {"type": "su"}}, "rotary scaling 'su'"),
         ({"model_type": "llama"}, "num_attention_heads"),
         ({**LLAMA, "normalize_reward": True}, "normalised"),
@@ -122,6 +125,23 @@ def test_what_is_not_supported_is_refused_by_name(
 ) -> None:
     line = refusal(tmp_path, config)
     assert told in line and str(tmp_path / "actor/config.json") in line
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_adapter_is_refused_beside_a_whole_model_too(tmp_path: Path, whole: bool) -> None:
+    file = write_workload(tmp_path, LLAMA)
+    (tmp_path / "actor/adapter_config.json").write_text('{"peft_type": "LORA"}')
+    if not whole:
+        (tmp_path / "actor/config.json").unlink()
+    with pytest.raises(UserError, match=r"adapter \(LoRA\) of a model; merge the two"):
+        load_workload(file)
+
+
+def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
+    file = write_workload(tmp_path, LLAMA)
+    (tmp_path / "actor/config.json").rename(tmp_path / "actor/model.gguf")
+    with pytest.raises(UserError, match="holds GGUF, which cannot be trained"):
+        load_workload(file)
 
 
 def test_a_shape_in_the_workload_hides_no_obstacle(tmp_path: Path) -> None:

@@ -324,3 +324,34 @@ def test_a_tied_head_that_differs_is_refused(tmp_path: Path) -> None:
     models.load("actor", model, 0, torch.float32)
     save_file({**tensors, "lm_head.weight": embedding + 1}, file)
     assert "config.json says that they are one" in refused(model)
+    grown = torch.cat([embedding[:-1], embedding[-1:] + 1])
+    save_file({**tensors, "lm_head.weight": grown}, file)
+    assert "config.json says that they are one" in refused(model)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    model = saved(tmp_path, models.load("actor", random(), 0, torch.float32))
+    tensors = load_file(tmp_path / loading.SINGLE)
+    tensors["model.norm.weight"][-1] = value
+    save_file(tensors, tmp_path / loading.SINGLE)
+    assert "model.norm.weight has values that are not finite" in refused(model)
+
+
+@pytest.mark.parametrize("token", ["</s>", [1, "</s>"], 10_000, -1])
+def test_an_end_that_is_no_token_is_refused(tmp_path: Path, token: Any) -> None:
+    model = saved(tmp_path, models.load("actor", random(), 0, torch.float32))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": token}))
+    with pytest.raises(UserError, match="which is none of its"):
+        models.check("actor", model)
+
+
+def test_an_attention_that_is_not_installed_is_not_needed(tmp_path: Path) -> None:
+    own = models.load("actor", random(), 0, torch.float32)
+    model = saved(tmp_path, own)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("attn_implementation", "_attn_implementation"):
+        asks = json.dumps({**config, key: "flash_attention_2"})
+        (tmp_path / "config.json").write_text(asks)
+        models.check("actor", model)
+        assert_same(models.load("actor", model, 0, torch.float32), own)

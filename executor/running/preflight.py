@@ -255,11 +255,13 @@ def _check_directory(role: str, model: Model, path: Path) -> None:
             f"{role}: {path} wants code of its own (auto_map), which is never run; use a built-in "
             "model type"
         )
-    names = config.get("architectures") or []
-    if role in ARCHITECTURES and not any(str(name).endswith(ARCHITECTURES[role]) for name in names):
+    named = config.get("architectures") or []
+    names = [str(name) for name in (named if isinstance(named, list) else [named])]
+    if role in ARCHITECTURES and not any(name.endswith(ARCHITECTURES[role]) for name in names):
         raise UserError(
-            f"{role}: {path} holds {', '.join(map(str, names)) or 'no known architecture'}, "
-            f"but a {role} is a model {ARCHITECTURES[role]}; name another directory"
+            f"{role}: {path} holds {', '.join(names) or 'no known architecture'} (architectures of "
+            f"config.json), but the {role} has to be a model {ARCHITECTURES[role]}; name another "
+            "directory"
         )
     found = shape_of(path, role)
     for name in Shape.model_fields:

@@ -30,7 +30,7 @@ OUTPUTS = ("lm_head", "embed_out")  # of the head that gives logits
 SCALAR = ("ForTokenClassification", "ForSequenceClassification")
 FLOATS = ("F64", "F32", "F16", "BF16")
 BUFFER = re.compile(r"(^|\.)(inv_freq|masked_bias|attention\.bias|attn\.bias)$")
-SAMPLE = 64  # rows by which two tensors are told apart
+SAMPLE = 64  # first and last rows by which two tensors are told apart
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -140,10 +140,15 @@ class StoredWeights:
             raise self._error(
                 f"{names[0]} is stored as {kind}", "use a checkpoint that is not quantised"
             )
-        for name in names:  # of a tied parameter there may be several
+        sample = _sample(stored)
+        if not sample.isfinite().all():
+            raise self._error(
+                f"{names[0]} has values that are not finite", "use another checkpoint of it"
+            )
+        for name in names[1:]:  # of a tied parameter there may be several
             if self._is_there(name):
                 other = self._slice([name], shape)[1]
-                if not torch.equal(stored[:SAMPLE], other[:SAMPLE]):
+                if not torch.equal(sample, _sample(other)):
                     raise self._error(
                         f"{names[0]} and {name} differ, and config.json says that they are one",
                         "set tie_word_embeddings to false there",
@@ -215,6 +220,12 @@ class StoredWeights:
 
     def _error(self, what: str, do: str) -> UserError:
         return UserError(f"{self.role}: weights in {self.directory}: {what}; {do}")
+
+
+def _sample(stored: Any) -> Tensor:
+    """The first and the last rows of a stored tensor."""
+    last = max(SAMPLE, stored.get_shape()[0] - SAMPLE)
+    return torch.cat([stored[:SAMPLE], stored[last:]])
 
 
 def parameters(model: nn.Module) -> Iterator[tuple[list[str], nn.Parameter]]:

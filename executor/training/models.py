@@ -135,6 +135,8 @@ def check(role: str, model: Model) -> None:
             "save the model again"
         ) from None
     weights_of(role, model, 0, found)
+    if role == "actor":
+        _check_ends(role, model, found)
     counted = sum(parameter.numel() for parameter in found.parameters())
     planned = model.shape.parameters(head_of(role))
     if abs(planned - counted) > MISCOUNT * counted:
@@ -142,6 +144,17 @@ def check(role: str, model: Model) -> None:
             f"{role}: {model.path} has {counted:,} parameters, and {planned:,} are planned for; "
             "its structure is not supported, use another model"
         )
+
+
+def _check_ends(role: str, model: Model, found: PreTrainedModel) -> None:
+    """Whether what ends a text are tokens. Raises UserError."""
+    for token in eos_tokens(found):
+        if not isinstance(token, int) or not 0 <= token < model.shape.vocab:
+            raise UserError(
+                f"{role}: {model.path} ends texts with {token!r} (eos_token_id of "
+                f"generation_config.json or config.json), which is none of its "
+                f"{model.shape.vocab:,} tokens; correct it there"
+            )
 
 
 def empty(role: str, model: Model, dtype: torch.dtype) -> PreTrainedModel:
@@ -179,6 +192,7 @@ def build(role: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrained
     device."""
     config = copy.deepcopy(config)
     config.dtype = dtype
+    config._attn_implementation = None  # a file may ask for one that is not installed
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -284,7 +298,7 @@ def eos_tokens(model: PreTrainedModel) -> list[int]:
 
 def listed(tokens: int | list[int] | None) -> list[int]:
     """Token ids as Hugging Face configurations hold them: one, several or none."""
-    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
+    return [] if tokens is None else list(tokens) if isinstance(tokens, list) else [tokens]
 
 
 def export(model: PreTrainedModel, state: dict[str, Tensor], directory: Path) -> None:

@@ -93,12 +93,24 @@ def obstacle(config: Config) -> str | None:
         return f"it has layers without softmax attention ({told}); {_use_another()}"
     if config.get("is_encoder_decoder") or config.get("use_bidirectional_attention"):
         return f"its attention is not causal; {_use_another()}"
-    if config.get("model_type") not in MODEL_TYPES:
+    if "model_type" not in config:
+        return "it names no model_type; save the model again with save_pretrained"
+    if config["model_type"] not in MODEL_TYPES:
         return f"model_type {config.get('model_type')!r} is not supported; {_use_another()}"
+    for rope in _ropes(config):
+        for key in ("factor", "original_max_position_embeddings"):
+            if not _is_size(rope.get(key, 1)):
+                return f"its rotary scaling has {key} = {rope[key]!r}, which is no positive number"
     unknown = {rope["kind"] for rope in _ropes(config)} - FIXED_ROPE - ROPE_BY_LENGTH
     if unknown:
         return f"its rotary scaling {min(unknown)!r} is not supported; {_use_another()}"
     return None
+
+
+def _is_size(value: Any) -> bool:
+    """Whether a value is a positive number, or left out."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (number and value > 0)
 
 
 def _use_another() -> str:
@@ -121,7 +133,7 @@ def positions(config: Config) -> tuple[int, str] | None:
             limit = min(limit, original or most)
             key = "original_max_position_embeddings" if limit < most else key
         elif rope["kind"] in ("linear", "yarn"):
-            limit = max(limit, int((original or most) * rope.get("factor", 1)))
+            limit = max(limit, int((original or most) * (rope.get("factor") or 1)))
     return limit, key
 
 
@@ -136,7 +148,17 @@ def _ropes(config: Config) -> Iterator[dict[str, Any]]:
 def read_config(directory: Path, named_by: str) -> Config:
     """The `config.json` of a model directory. Raises UserError where there is none, or for a model
     that is not supported."""
-    file = directory / "config.json"
+    file, adapter = directory / "config.json", directory / "adapter_config.json"
+    if adapter.is_file():
+        raise UserError(
+            f"{named_by}: {adapter} says that this is an adapter (LoRA) of a model; merge the two "
+            "(merge_and_unload of PEFT) and name what is saved then"
+        )
+    if not file.is_file() and any(directory.glob("*.gguf")):
+        raise UserError(
+            f"{named_by}: {directory} holds GGUF, which cannot be trained; name the directory of "
+            "the safetensors that it was made from"
+        )
     if not file.is_file():
         raise UserError(
             f"{named_by}: no model directory at {directory} (config.json is missing); check the "
