@@ -1,4 +1,4 @@
-# make demo · make test · make check · make bench · make install       (each makes .venv first, if it is missing or stale)
+# make demo · make demo-llm · make test · make check · make bench · make install       (each makes .venv first, if it is missing or stale)
 # make test-fast: what needs no Ray and no patience, in under a minute · make coverage: make test, and what it did not run
 # make docs: the documentation as a site of its own, in site/
 # make test-vllm: tests of vLLM on the CPU, in a .venv-vllm of its own
@@ -19,7 +19,7 @@ PEERS := .venv-peers/bin/python
 PEERS_INSTALLED := .venv-peers/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-fast coverage test-vllm test-peers check format docs bench nightly clean
+.PHONY: help install demo demo-llm test test-fast coverage test-vllm test-peers check format docs bench nightly clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -104,5 +104,24 @@ demo: install
 	$(BIN)/plan execute demo/local.json --name demo --steps 20
 	$(BIN)/plan compare demo/local.json runs/demo
 
+# A real language model learns arithmetic: on a GPU of the kind GPU, or, without one and small, on two cores.
+GPU ?= h200
+ifeq ($(shell command -v nvidia-smi),)
+LLM_EXTRAS := execute,dev,docs,llm
+LLM_SEARCH := --cluster local --workload demo-llm/small.toml
+else
+LLM_EXTRAS := execute,vllm,dev,docs,llm
+LLM_SEARCH := --gpus 1 --device $(GPU) --workload demo-llm/grpo.toml
+endif
+
+demo-llm: install
+	$(PIP) install --quiet -c constraints.txt $(TORCH_ARGS) -e '.[$(LLM_EXTRAS)]'
+	rm -rf demo-llm runs/demo-llm
+	$(BIN)/python reports/llm/prepare.py demo-llm
+	$(BIN)/plan search $(LLM_SEARCH) --out demo-llm/best.json
+	$(BIN)/plan execute demo-llm/best.json --name demo-llm
+	$(BIN)/plan compare demo-llm/best.json runs/demo-llm
+	$(BIN)/plan samples runs/demo-llm
+
 clean:
-	rm -rf .venv .venv-vllm .venv-peers site demo runs/demo build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm .venv-peers site demo demo-llm runs/demo runs/demo-llm build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
