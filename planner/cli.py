@@ -439,7 +439,7 @@ def compare(plan: Path, run: Path, out: Path | None, profiles: tuple[Path, ...])
     metavar="N",
     help="Number of GPUs to measure (with --cluster local: of cores).",
 )
-@click.option("--device", metavar="NAME", help="Kind of GPU, as in profiles/devices.toml (default: h200).")
+@click.option("--device", metavar="NAME", help="Kind of GPU (default: h200).")
 @click.option("--workload", required=True, metavar="FILE|NAME", help="Whose calls to measure.")
 @minutes("Time to spend; the least valuable measurements are left out.")
 @click.option(

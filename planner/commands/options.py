@@ -107,7 +107,7 @@ def inputs_but_gpus(command: Command) -> Command:
         return command(job=job, **others)
 
     options = (
-        click.option("--device", metavar="NAME", help="Kind of GPU, as in profiles/devices.toml (default: h200)."),
+        click.option("--device", metavar="NAME", help="Kind of GPU (default: h200)."),
         click.option(
             "--gpus-per-node", type=COUNT, metavar="N", help="GPUs of a full node (default 8)."
         ),
