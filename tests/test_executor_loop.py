@@ -403,7 +403,7 @@ def test_two_interrupts_end_a_run_whose_ray_was_stopped(tmp_path: Path) -> None:
     [
         (signal.SIGINT, False),
         (signal.SIGTERM, True),
-        (signal.SIGTERM, False),
+        pytest.param(signal.SIGTERM, False, marks=pytest.mark.nightly),
         (signal.SIGHUP, False),
     ],
 )

@@ -54,7 +54,10 @@ def test_it_learns(sorting, on_two_cores, tmp_path, staleness):
     assert min(rises(sorting, tmp_path, staleness)) > RIGHT
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0], ids=["zero", "flipped"])
+@pytest.mark.parametrize(
+    "factor",
+    [pytest.param(0.0, id="zero", marks=pytest.mark.nightly), pytest.param(-1.0, id="flipped")],
+)
 def test_it_does_not_learn_from_wrong_advantages(
     sorting, on_two_cores, tmp_path, monkeypatch, factor
 ):

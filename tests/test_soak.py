@@ -132,7 +132,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "kills", [5, pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])]
+    "kills", [3, pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])]
 )
 def test_runs_outlive_kills_at_random_times(
     kills: int, on_two_cores: None, tmp_path: Path, temporary: str
