@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from executor.fleet.asking import Rank
 from executor.fleet.worker import Worker
 
@@ -22,6 +24,7 @@ def asks(ranks: list[Rank[Trainer]]) -> None:
 """
 
 
+@pytest.mark.slow  # mypy reads torch, if nobody has before
 def test_mypy_checks_what_a_process_is_asked(tmp_path: Path) -> None:
     file = tmp_path / "snippet.py"
     file.write_text(SNIPPET)
