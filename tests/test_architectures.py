@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from transformers import AutoConfig
 
+from planner.cli import main
 from planner.search.find import find
-from planner.spec.architectures import MODEL_TYPES, obstacle, positions
+from planner.spec.architectures import MODEL_TYPES, check_vllm, obstacle, positions
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.workload import Workload, load_workload, shape_of
@@ -206,3 +208,28 @@ def test_engines_wider_than_the_heads_allow_are_refused_with_what_works() -> Non
     phi_4 = {**SHAPE_28, "heads": 40, "kv_heads": 10}  # whose key heads 4 GPUs cannot divide
     with pytest.raises(ValueError, match="set it to 1 or 2, or leave"):
         workload_of(phi_4, 4)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "cohere2"}, "models of type cohere2"),
+        ({"model_type": "qwen2", "use_sliding_window": True}, "windows in models of type qwen2"),
+        ({"model_type": "qwen3", "attention_bias": True}, "biases in attention"),
+        ({"model_type": "olmo"}, "fewer key heads than query heads"),
+    ],
+)
+def test_what_vllm_does_not_compute_is_refused_where_it_would_be_the_engine(
+    tmp_path: Path, config: dict[str, Any], said: str
+) -> None:
+    file = write_workload(tmp_path, {**LLAMA, **config})
+    load_workload(file)
+    on_gpus = CliRunner().invoke(main, ["search", "--gpus", "1", "--workload", str(file)])
+    assert on_gpus.exit_code == 2 and "engine vllm cannot be used" in on_gpus.stderr
+    assert said in on_gpus.stderr and len(on_gpus.stderr.splitlines()) == 1
+
+
+def test_what_vllm_computes_is_not_refused(tmp_path: Path) -> None:
+    write_workload(tmp_path, LLAMA)
+    check_vllm(tmp_path / "actor", "actor")
+    check_vllm(tmp_path / "elsewhere", "actor")

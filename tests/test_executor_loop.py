@@ -31,6 +31,7 @@ from executor.running.rehearse import Rehearsal
 from executor.running.run import Recorded, Run
 from executor.running.run_directory import RunDirectory, log
 from executor.running.saving import Saver
+from executor.running.step import check_agreement
 from executor.running.supervise import Deadlines
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
@@ -497,3 +498,11 @@ def test_a_first_batch_of_truncated_responses_is_told_once(
     directory.close()
     assert len(notes.notes) == warned
     assert all("95% of the responses of step 0 were cut" in note for note in notes.notes)
+
+
+def test_an_engine_that_computes_another_model_ends_the_first_step() -> None:
+    plan = colocated(make_workload())
+    check_agreement(0.05, plan)  # rounding to bf16
+    said = rf"differ by 2\.2 a token between the engine \({plan.rollout.engine}\) and training"
+    with pytest.raises(UserError, match=said):
+        check_agreement(2.248, plan)

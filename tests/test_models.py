@@ -94,18 +94,20 @@ TRIED = {
 }
 
 
-def config_of(kind: str, role: str) -> PreTrainedConfig:
-    sizes = {**SIZES, **OWN.get(kind, {}), **({} if role == "actor" else {"num_labels": 1})}
+def config_of(kind: str, role: str, **more: Any) -> PreTrainedConfig:
+    labels = {} if role == "actor" else {"num_labels": 1}
+    sizes = {**SIZES, **OWN.get(kind, {}), **labels, **more}
     if not MODEL_TYPES[kind].grouped:
         del sizes["head_dim"], sizes["num_key_value_heads"]
     made: PreTrainedConfig = AutoConfig.for_model(kind, **sizes)
     return made
 
 
-def write(kind: str, role: str, directory: Path) -> PreTrainedModel:
-    """A model with weights that are large enough for a scale or a cap to show."""
+def write(kind: str, role: str, directory: Path, **more: Any) -> PreTrainedModel:
+    """A model with weights that are large enough for a scale or a cap to show; `more` of its
+    configuration."""
     torch.manual_seed(1)
-    model = models.build(role, config_of(kind, role), torch.float32)
+    model = models.build(role, config_of(kind, role, **more), torch.float32)
     model.eval()
     model.set_attn_implementation("eager")
     with torch.no_grad():
@@ -320,8 +322,9 @@ def test_scaling_by_length_is_that_of_short_sequences(tmp_path: Path) -> None:
 
 
 def table() -> str:
-    rows = [f"| `{kind}` | {TRIED[kind]} |\n" for kind in MODEL_TYPES]
-    return "".join(["| `model_type` | tried with |\n", "|---|---|\n", *rows])
+    vllm = {kind: "yes" if traits.in_vllm else "no" for kind, traits in MODEL_TYPES.items()}
+    rows = [f"| `{kind}` | {TRIED[kind]} | {vllm[kind]} |\n" for kind in MODEL_TYPES]
+    return "".join(["| `model_type` | tried with | in vLLM |\n", "|---|---|---|\n", *rows])
 
 
 def test_the_page_lists_what_was_tried(renew_golden: bool) -> None:

@@ -1,6 +1,7 @@
 """vLLM behind the seam of engines, with a build of it for CPUs (`make test-vllm`). It computes in
 float32, so what it generates is what transformers would."""
 
+import inspect
 import logging
 import os
 import tempfile
@@ -28,6 +29,7 @@ from executor.rollout.vllm.worker import VllmWorker, made_for
 from executor.running import preflight
 from executor.running.processes import fleet_for
 from executor.training import models, weights
+from executor.training.weights import Described
 from planner.spec.cluster import make_cluster
 from planner.spec.data import Sampler
 from planner.spec.errors import UserError
@@ -105,21 +107,39 @@ def started(
 
 
 def test_vllm_has_the_private_names_that_are_used() -> None:
+    """Also those of GPUs, which no other test here uses."""
     from vllm import LLM
+    from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+    from vllm.distributed.parallel_state import GroupCoordinator
+    from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    from vllm.v1.worker.worker_base import WorkerBase
 
     from executor.rollout.vllm import private
 
-    transfers = (private.NCCLWeightTransferEngine, private.IPCWeightTransferEngine)
     used = {
-        LLM: ("collective_rpc", "init_weight_transfer_engine", "start_weight_update",
-              "update_weights", "finish_weight_update", "reset_prefix_cache"),
+        LLM: ("collective_rpc", "sleep", "wake_up"),
         private.AsyncScheduler: ("update_from_output",),
-        **dict.fromkeys(transfers, ("init_transfer_engine", "receive_weights", "shutdown",
-                                    "start_weight_update", "finish_weight_update")),
-    }  # fmt: skip
+        PyNcclCommunicator: ("broadcast", "destroy"),
+        GPUModelRunner: ("get_model", "reload_weights"),
+    }
     missing = [(o, name) for o, names in used.items() for name in names if not hasattr(o, name)]
     assert not missing
-    assert hasattr(private.NCCLWeightTransferEngine, "trainer_init")
+    asked = list(inspect.signature(stateless_init_process_group).parameters)
+    assert asked == ["master_address", "master_port", "rank", "world_size", "device"]
+    assert "self.mq_broadcaster" in inspect.getsource(GroupCoordinator)
+    assert "self.rank" in inspect.getsource(WorkerBase)
+
+
+def test_weights_are_found_in_a_window() -> None:
+    from executor.rollout.vllm.extension import _in_window  # which needs vLLM
+
+    weights = [Described(name="a", shape=(2, 3)), Described(name="b", shape=(4,))]
+    tensors = [torch.randn(weight.shape).bfloat16() for weight in weights]
+    window = torch.cat([tensor.view(torch.uint8).flatten() for tensor in tensors])
+    (first, a), (second, b) = _in_window(torch.cat([window, window]), weights)
+    assert (first, second) == ("a", "b")
+    assert torch.equal(a, tensors[0]) and torch.equal(b, tensors[1])
 
 
 @pytest.fixture

@@ -1,16 +1,36 @@
-"""The software that a measurement is made with."""
+"""The software that is installed: what a measurement is made with, and whether it was tried on
+GPUs."""
 
 import contextlib
 import platform
+import re
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("torch", "transformers", "ray", "vllm")
+# The newest versions that our tests ran with on GPUs; docs/run.md says what ran where.
+NEWEST_ON_GPUS = {"torch": "2.11", "transformers": "5.17", "ray": "2.60", "vllm": "0.26"}
 
 
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that are installed, by name."""
     found = {"python": platform.python_version()}
-    for name in PACKAGES:
+    for name in NEWEST_ON_GPUS:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def newer_than_tried() -> list[str]:
+    """The packages that are newer than any that was tried on GPUs, with both versions."""
+    installed = versions()
+    return [
+        f"{name} {installed[name]} (tried: {newest})"
+        for name, newest in NEWEST_ON_GPUS.items()
+        if name in installed and _minor(installed[name]) > _minor(newest)
+    ]
+
+
+def _minor(version: str) -> tuple[int, int]:
+    """The first two numbers of a version; what has none, such as a build from a checkout, counts as
+    old."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return (int(found[1]), int(found[2])) if found else (0, 0)

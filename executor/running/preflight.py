@@ -14,6 +14,7 @@ from executor.fleet import driver, gpus, pools
 from planner.predict.memory import host_bytes
 from planner.predict.memory_check import check_memory
 from planner.spec.algorithm import Algorithm
+from planner.spec.architectures import check_vllm
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
@@ -181,6 +182,9 @@ def check_engine(plan: Plan) -> None:
     rollout = plan.rollout
     on_gpus = plan.device_of(rollout.pools[0]).kind == "cuda"
     traits = ENGINES[rollout.engine]
+    actor = plan.workload.actor.path
+    if rollout.engine == "vllm" and actor is not None:
+        check_vllm(actor, "actor")
     if traits.spans_gpus and on_gpus:
         _check_reach(plan)
     elif rollout.tensor_parallel != 1:

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -200,6 +201,14 @@ def build(role: str, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrained
     finally:
         torch.set_default_dtype(before)
     return found
+
+
+def stored_names(model: PreTrainedModel) -> dict[str, str]:
+    """What files call each parameter. transformers renames some while it loads, as the head of
+    GPT-NeoX; what reads files itself, as an engine does, expects the names that are there."""
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    names = {id(tensor): name for name, tensor in revert_weight_conversion(model, named).items()}
+    return {name: names[id(tensor)] for name, tensor in named.items()}
 
 
 def _class_of(role: str, config: PreTrainedConfig) -> Any:

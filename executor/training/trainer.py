@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from executor.data.batch import Sequences
 from executor.data.requests import Rows
-from executor.training import models, nccl_sender, ppo, shards, weights
+from executor.training import models, nccl_group, ppo, shards, weights
 from executor.training.host import Host, Hosted
 from executor.training.learning_rate import learning_rate
 from executor.training.packing import Packed, pack
@@ -233,17 +233,17 @@ class Trainer(Host):
 
     def rendezvous(self) -> tuple[str, int]:
         """Where to form a group: this host and a free port of it."""
-        return ray.util.get_node_ip_address(), nccl_sender.free_port()
+        return ray.util.get_node_ip_address(), nccl_group.free_port()
 
     def lead_group(self, host: str, port: int, world: int) -> None:
         """Form the NCCL group with the GPUs of the engines elsewhere, as its rank 0. Returns when
         all have joined (`VllmWorker.join_group`)."""
         self._leave_engines()
-        self.group = nccl_sender.connect(host, port, world)
+        self.group = nccl_group.join(host, port, 0, world)
 
     def _leave_engines(self) -> None:
         if self.group is not None:
-            nccl_sender.disconnect(self.group)
+            nccl_group.leave(self.group)
         self.group = None
 
     def send_weights(self, version: int) -> None:
@@ -252,7 +252,7 @@ class Trainer(Host):
         with self._awake("actor", version) as hosted:
             gathered = weights.compute_weights(hosted.module)
             if self.rank == 0:
-                nccl_sender.send(self.group, gathered)
+                nccl_group.send(self.group, gathered)
             else:
                 collections.deque(gathered, maxlen=0)
 

@@ -63,6 +63,9 @@ def check(plan: Path, here: bool) -> None:
     )
     for line in found:
         console.print(f"- {line}", markup=False, soft_wrap=True)
+    if newer := _newer_than_tried(checked):
+        line = f"Newer than what was tried on GPUs: {', '.join(newer)}; see docs/run.md."
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _missing_here(plan: Plan) -> list[str]:
@@ -72,6 +75,14 @@ def _missing_here(plan: Plan) -> list[str]:
     from executor.running.preflight import problems  # torch and ray are slow to load
 
     return problems(plan)
+
+
+def _newer_than_tried(plan: Plan) -> list[str]:
+    """The packages here that a plan for GPUs would be the first to try on some."""
+    from executor.measuring import software
+
+    on_gpus = any(plan.device_of(pool).kind == "cuda" for pool in plan.pools)
+    return software.newer_than_tried() if on_gpus else []
 
 
 def schema(kind: str) -> None:

@@ -12,7 +12,9 @@ from planner import __version__
 from planner.commands.local import local_cluster
 from planner.commands.options import JobOptions
 from planner.predict.profile import Profile, check_profiles, load_profiles, warnings_of
+from planner.spec.architectures import check_vllm
 from planner.spec.cluster import Cluster, load_cluster, make_cluster
+from planner.spec.engines import engine_for
 from planner.spec.errors import UserError
 from planner.spec.files import names_a_file, profiles_dir
 from planner.spec.plan import Plan, Provenance
@@ -46,12 +48,11 @@ def read_inputs(job: JobOptions) -> Inputs:
     UserError."""
     found = _load(job.profiles, make_console(stderr=True))
     hashes = {str(path): profile.sha256 for path, profile in zip(job.profiles, found, strict=True)}
-    return Inputs(
-        workload=read_workload(job.workload),
-        cluster=read_cluster(job),
-        profiles=found,
-        profile_hashes=hashes,
-    )
+    workload, cluster = read_workload(job.workload), read_cluster(job)
+    engines = {engine_for(device.kind) for device in cluster.devices.values()}
+    if "vllm" in engines and workload.actor.path is not None:
+        check_vllm(workload.actor.path, "actor")
+    return Inputs(workload=workload, cluster=cluster, profiles=found, profile_hashes=hashes)
 
 
 def read_cluster(job: JobOptions) -> Cluster:

@@ -19,19 +19,20 @@ ROPE_BY_LENGTH = {"dynamic", "longrope"}  # another scaling from some length on
 @dataclass(frozen=True, kw_only=True)
 class ModelType:
     """What a model type does where its config.json is silent (0 key heads: one for each query
-    head; head size 0: hidden / heads), whether its MLP is gated, and whether it may have fewer key
-    heads or other sizes of heads at all."""
+    head; head size 0: hidden / heads), whether its MLP is gated, whether it may have fewer key
+    heads or other sizes of heads at all, and whether every version of vLLM computes it too."""
 
     tied: bool = False
     kv_heads: int = 0
     head_dim: int = 0
     gated: bool = True
     grouped: bool = True
+    in_vllm: bool = True
 
 
 MODEL_TYPES = {
     "cohere": ModelType(tied=True),
-    "cohere2": ModelType(tied=True),
+    "cohere2": ModelType(tied=True, in_vllm=False),  # its windows are one token wider there
     "gemma": ModelType(tied=True, kv_heads=16, head_dim=256),
     "gemma2": ModelType(tied=True, kv_heads=4, head_dim=256),
     "gemma3_text": ModelType(tied=True, kv_heads=4, head_dim=256),
@@ -44,8 +45,8 @@ MODEL_TYPES = {
     "mistral": ModelType(kv_heads=8),
     "olmo": ModelType(),
     "olmo2": ModelType(),
-    "olmo3": ModelType(),
-    "phi": ModelType(gated=False),
+    "olmo3": ModelType(in_vllm=False),  # 0.25 does not start
+    "phi": ModelType(gated=False, in_vllm=False),  # newer versions lose the bias of its head
     "phi3": ModelType(),
     "qwen2": ModelType(kv_heads=32),
     "qwen3": ModelType(kv_heads=32, head_dim=128),
@@ -111,6 +112,34 @@ def _is_size(value: Any) -> bool:
     """Whether a value is a positive number, or left out."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return value is None or (number and value > 0)
+
+
+def vllm_obstacle(config: Config) -> str | None:
+    """What of a supported model vLLM does not compute as transformers does, in one of its versions
+    at least; None if there is nothing. `tests/test_vllm_models.py` tries all others."""
+    kind = str(config.get("model_type"))
+    if not MODEL_TYPES[kind].in_vllm:
+        return f"models of type {kind}"
+    if kind in ("qwen2", "qwen3") and config.get("use_sliding_window"):
+        return f"windows in models of type {kind} (use_sliding_window)"
+    if kind == "olmo" and sizes(config)["kv_heads"] < config["num_attention_heads"]:
+        return f"fewer key heads than query heads in models of type {kind}"
+    if kind == "qwen3" and config.get("attention_bias"):
+        return f"biases in attention of models of type {kind} (attention_bias)"
+    return None
+
+
+def check_vllm(directory: Path, role: str) -> None:
+    """Whether vLLM computes a model as transformers does; of a directory that is not here nothing
+    is known. Raises UserError."""
+    if not (directory / "config.json").is_file():
+        return
+    reason = vllm_obstacle(read_config(directory, role))
+    if reason is not None:
+        raise UserError(
+            f"{role}: engine vllm cannot be used for {directory}: it does not compute {reason} as "
+            "training does; use another model, or engine transformers in the plan"
+        )
 
 
 def _use_another() -> str:

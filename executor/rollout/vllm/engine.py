@@ -1,5 +1,4 @@
-"""Generation with vLLM; `scheduler.py`, `extension.py` and `transfer.py` are what vLLM is
-given to work with.
+"""Generation with vLLM; `scheduler.py` and `extension.py` are what vLLM is given to work with.
 
 vLLM's engine runs inside of our worker's process (`worker.py`) and on each of its GPUs in a
 process that ends with ours. So one schedules the next step and collects what the last one made
@@ -15,6 +14,7 @@ import itertools
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,6 @@ from transformers import AutoConfig, GenerationConfig
 
 from executor.data.requests import Ints, Requests
 from executor.fleet import gpus
-from executor.rollout.engine import Channel
 from executor.training import models
 from executor.training.weights import Arrays, Described
 from planner.predict.memory import kv_cache_bytes
@@ -58,11 +57,12 @@ class VllmEngine:
         """Raises UserError if the vLLM that is installed was built for other devices."""
         load_library()
         from vllm import LLM
-        from vllm.config import WeightTransferConfig
 
         rollout, workload = plan.rollout, plan.workload
         on_cpu = _on_cpu(plan)
         self.eos = [*eos_tokens(workload.actor), *stop_tokens(workload)]
+        # vLLM reads files itself, and expects the names that are there.
+        self._stored = models.stored_names(models.empty("actor", workload.actor, torch.bfloat16))
         self._awake = {"weights", "kv_cache"}
         self._asked = 0  # requests so far
         if not on_cpu:
@@ -89,7 +89,6 @@ class VllmEngine:
                 scheduler_cls="executor.rollout.vllm.scheduler.Scheduler",
                 # Looking for common beginnings takes time at every token of a sequence.
                 enable_prefix_caching=False,
-                weight_transfer_config=WeightTransferConfig(backend="nccl"),  # see `receive_by`
             )
         from executor.rollout.vllm.private import Internals
 
@@ -195,44 +194,30 @@ class VllmEngine:
     # --- weights ---
 
     def install(self, arrays: Arrays) -> None:
-        """All weights. On a CPU vLLM computes with another format than theirs, so it builds its
-        layers again."""
-        tensors = [(name, torch.tensor(array)) for name, array in arrays.items()]
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        """Take over all weights, on a CPU."""
+        tensors = [(self._stored[name], torch.tensor(array)) for name, array in arrays.items()]
+        self.llm.collective_rpc("install", args=(tensors,))
 
-    def receive_by(self, channel: Channel) -> None:
-        """Let the GPUs take weights over by this channel from here on."""
-        self.llm.collective_rpc("receive_by", args=(channel,))
-
-    def join_group(self, host: str, port: int, rank: int, world: int) -> None:
-        """Join the sender's NCCL group with this engine's GPUs as ranks from `rank` on. Returns
+    def join_group(self, host: str, port: int, first: int, world: int) -> None:
+        """Join a trainer's NCCL group with this engine's GPUs as ranks from `first` on. Returns
         when all have."""
-        info = {
-            "master_address": host,
-            "master_port": port,
-            "rank_offset": rank,
-            "world_size": world,
-        }
-        self.llm.init_weight_transfer_engine({"init_info": info})
+        self.llm.collective_rpc("join_group", args=(host, port, first, world))
 
-    def begin_receiving(self) -> None:
-        """New weights will come, all of them, until `end_receiving`."""
-        self.llm.start_weight_update()
+    def leave_group(self) -> None:
+        """Leave the group, if the GPUs are in one."""
+        self.llm.collective_rpc("leave_group")
 
     def receive(self, weights: Sequence[Described]) -> None:
-        """All weights, from the NCCL group's sender."""
-        self.llm.update_weights({"update_info": _names(weights)})
+        """Take over all weights, from the group's trainer."""
+        self.llm.collective_rpc("receive", args=(self._as_stored(weights),))
 
     def read(self, weights: Sequence[Described], handles: dict[str, Any]) -> None:
-        """Some weights, end to end in a buffer on each of the engine's GPUs; its CUDA IPC handle by
-        GPU."""
-        sizes = [weight.bytes for weight in weights]
-        info = {**_names(weights), "packed": True, "tensor_sizes": sizes, "ipc_handles": handles}
-        self.llm.update_weights({"update_info": info})
+        """Take over some weights, end to end in a buffer on each of the engine's GPUs; its CUDA IPC
+        handle by GPU."""
+        self.llm.collective_rpc("read", args=(self._as_stored(weights), handles))
 
-    def end_receiving(self) -> None:
-        self.llm.finish_weight_update()
-        self.llm.reset_prefix_cache()
+    def _as_stored(self, weights: Sequence[Described]) -> list[Described]:
+        return [replace(weight, name=self._stored[weight.name]) for weight in weights]
 
 
 def graph_sizes(concurrency: int) -> list[int]:
@@ -341,11 +326,3 @@ def _config(model: Model) -> str:
     config.dtype = torch.bfloat16
     text: str = config.to_json_string()
     return text
-
-
-def _names(weights: Sequence[Described]) -> dict[str, Any]:
-    return {
-        "names": [weight.name for weight in weights],
-        "dtype_names": ["bfloat16"] * len(weights),
-        "shapes": [list(weight.shape) for weight in weights],
-    }

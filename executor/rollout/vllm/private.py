@@ -1,25 +1,18 @@
-"""All that is used of vLLM besides its documented interface. `tests/test_vllm_engine.py` says
-whether it is there; pyproject.toml bounds the versions. Imports vLLM, so it is imported where an
-engine runs."""
+"""All that is used of vLLM besides its documented interface, but for the group over NCCL that
+trainers use too (`executor/training/nccl_group.py`). `tests/test_vllm_engine.py` says whether it is
+there, in the oldest and the newest version that pyproject.toml allows. Imports vLLM, so it is
+imported where an engine runs."""
 
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm.config import set_current_vllm_config as within
 from vllm.distributed.parallel_state import get_tp_group
-from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
-from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
-from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-__all__ = [
-    "AsyncScheduler",
-    "IPCWeightTransferEngine",
-    "Internals",
-    "NCCLWeightTransferEngine",
-    "unlink_broadcaster",
-    "unpack_tensor",
-]
+__all__ = ["AsyncScheduler", "Internals", "prepare_heads", "unlink_broadcaster", "within"]
 
 
 class Internals:
@@ -53,6 +46,13 @@ class Internals:
         """Remove the names of the queues between this process and those of the GPUs."""
         for queue in (self.executor.rpc_broadcast_mq, *self.executor.response_mqs):
             _unlink(queue)
+
+
+def prepare_heads(model: Any) -> None:
+    """Bring the weights of the vocabulary's head into the format that vLLM computes with."""
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
 
 
 def unlink_broadcaster() -> None:

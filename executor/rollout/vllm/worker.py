@@ -55,7 +55,7 @@ class VllmWorker(EngineWorker):
             self.engine, self.made_for = VllmEngine(plan), made_for(plan)
         assert self.made_for == made_for(plan), "this process has an engine of another kind"
         if channel != "store":
-            self.engine.receive_by(channel)
+            self.engine.leave_group()
         # Then there is a transfer between any two generations.
         self.engine.drop_weights = plan.staleness == 0 and "evaluate" not in plan.dataflow.names
         self.offload, self.version = (
@@ -84,7 +84,6 @@ class VllmWorker(EngineWorker):
         if self.offload:
             with self.part("wake"):
                 self.engine.wake("weights")
-        self.engine.begin_receiving()
         self.coming = version
 
     def read_window(self, chunk: Sequence[Described], handles: dict[str, Any]) -> None:
@@ -94,5 +93,4 @@ class VllmWorker(EngineWorker):
 
     def end_receiving(self) -> None:
         """Take the weights over after the last chunk."""
-        self.engine.end_receiving()
         self.version = self.coming

