@@ -353,6 +353,22 @@ def simulate(
     ),
 )
 @click.option(
+    "--samples",
+    type=click.IntRange(0, 2**20),
+    default=8,
+    show_default=True,
+    metavar="N",
+    help="Sequences of a step to write into samples.jsonl (0: none, nor of evaluations).",
+)
+@click.option(
+    "--samples-every",
+    type=STEP_COUNT,
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Steps between two of which samples are written; evaluations are written whole.",
+)
+@click.option(
     "--resume", type=file_path("RUN_DIR"), help="Continue a run, or one of its checkpoints."
 )
 @click.option(
@@ -371,6 +387,8 @@ def execute(
     keep: int,
     max_restarts: int,
     track: tuple[str, ...],
+    samples: int,
+    samples_every: int,
     resume: Path | None,
     other_plan: Path | None,
     profiles: tuple[Path, ...],
@@ -387,6 +405,8 @@ def execute(
         deadline_floor=deadline_floor,
         address=address,
         track=tuple(dict.fromkeys(track)),
+        samples=samples,
+        samples_every=samples_every,
     )
     if resume is not None:
         if plan is not None or rehearse or name:
@@ -422,6 +442,30 @@ def compare(plan: Path, run: Path, out: Path | None, profiles: tuple[Path, ...])
     from planner.commands.compare import compare
 
     compare(plan, run, out, profiles)
+
+
+@main.command()
+@click.argument("run", type=file_path("RUN_DIR"))
+@click.option("--step", type=COUNT_OR_NONE, metavar="N", help="Samples of this step only.")
+@click.option("--best", type=COUNT, metavar="N", help="The N samples with the highest scores.")
+@click.option("--worst", type=COUNT, metavar="N", help="The N samples with the lowest scores.")
+@click.option("--evaluation", is_flag=True, help="Responses of evaluations, not of training.")
+@click.option("--set", "only", metavar="NAME", help="Responses of the evaluation of this name.")
+def samples(
+    run: Path,
+    step: int | None,
+    best: int | None,
+    worst: int | None,
+    evaluation: bool,
+    only: str | None,
+) -> None:
+    """Page through what the model said in a run.
+
+    Shows prompts, responses and their scores, as the run has written them into samples.jsonl."""
+    from planner.commands.samples import Choice, samples
+
+    choice = Choice(step=step, evaluation=evaluation, only=only, best=best, worst=worst)
+    samples(run, choice)
 
 
 # --- measuring ---

@@ -30,6 +30,7 @@ from executor.running.options import RunOptions
 from executor.running.rehearse import Rehearsal
 from executor.running.run import Recorded, Run
 from executor.running.run_directory import RunDirectory, log
+from executor.running.said import Said
 from executor.running.saving import Saver
 from executor.running.step import check_agreement
 from executor.running.supervise import Deadlines
@@ -167,6 +168,9 @@ class Quick:
     def end_step(self, step: int) -> dict[str, float]:
         return {"step": step}
 
+    def said(self) -> list[Said]:
+        return []
+
     def snapshot(self, directory: Path) -> NoReturn:
         raise AssertionError("there is nothing to save")
 
@@ -235,8 +239,8 @@ def test_the_clock_begins_after_the_evaluation_before_the_first_step(
 class Interrupted(RunDirectory):
     """Ctrl-C comes before the run has begun."""
 
-    def open(self, plan: Plan, *, metrics: bytes = b"", step: int = 0) -> None:
-        super().open(plan, metrics=metrics, step=step)
+    def open(self, plan: Plan, *, metrics: bytes = b"", samples: str = "", step: int = 0) -> None:
+        super().open(plan, metrics=metrics, samples=samples, step=step)
         raise KeyboardInterrupt
 
 
@@ -256,8 +260,8 @@ def files_of_log() -> list[logging.FileHandler]:
 class Full(RunDirectory):
     """Its disk is full."""
 
-    def open(self, plan: Plan, *, metrics: bytes = b"", step: int = 0) -> None:
-        super().open(plan, metrics=metrics, step=step)
+    def open(self, plan: Plan, *, metrics: bytes = b"", samples: str = "", step: int = 0) -> None:
+        super().open(plan, metrics=metrics, samples=samples, step=step)
         with Path("/dev/full").open("w") as full:
             for file in (self._metrics, *(handler.stream for handler in files_of_log())):
                 os.dup2(full.fileno(), file.fileno())
@@ -491,8 +495,9 @@ def test_a_first_batch_of_truncated_responses_is_told_once(
     tmp_path: Path, shares: tuple[float, ...], warned: int
 ) -> None:
     notes, directory = Notes(), RunDirectory(tmp_path / "r", tensorboard=False)
-    directory.open(colocated(make_workload()))
-    recorded = Recorded(directory, notes, "update_actor", ())
+    plan = colocated(make_workload())
+    directory.open(plan)
+    recorded = Recorded(plan, Quick(), Course(), directory, notes, ())
     for step, share in enumerate(shares):
         recorded.on_step({"step": step, "truncated_share": share})
     directory.close()

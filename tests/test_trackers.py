@@ -41,6 +41,20 @@ def metrics_of(step: int) -> dict[str, Any]:
     }
 
 
+def said_in(step: int, evaluation: str | None = None) -> dict[str, Any]:
+    return {
+        "step": step,
+        "evaluation": evaluation,
+        "prompt": "a | <b>",
+        "response": "c\nd",
+        "answer": {"x": 1},
+        "scores": {"score": 0.5, "length": None},
+        "response_tokens": 2,
+        "truncated": False,
+        "staleness": None if evaluation else 0,
+    }
+
+
 def record(path: Path, steps: range, track: tuple[str, ...] = (), again: bool = False) -> None:
     directory = RunDirectory(path, tensorboard=True, track=track)
     directory.open(
@@ -48,6 +62,7 @@ def record(path: Path, steps: range, track: tuple[str, ...] = (), again: bool = 
     )
     for step in steps:
         directory.write_metrics(metrics_of(step))
+        directory.write_samples([said_in(step), said_in(step, "sums"), said_in(step)])
     directory.close()
 
 
@@ -78,6 +93,14 @@ def test_tensorboard_has_scalars_and_histograms(tmp_path: Path) -> None:
     assert [event.value for event in events.Scalars("staleness_histogram/2")] == [2.0] * 3
     histogram = events.Histograms("weights_versions")[-1].histogram_value
     assert (histogram.num, histogram.min, histogram.max) == (3, 3, 4)
+    texts = events.Tensors("samples/text_summary")
+    assert [event.step for event in texts] == [0, 1, 2]
+    (text,) = texts[0].tensor_proto.string_val
+    lines = text.decode().splitlines()
+    assert lines[0].startswith("| prompt | response | answer | score | length | response_tokens")
+    row = "| <pre>a &#124; &lt;b&gt;</pre> | <pre>c<br>d</pre> | <pre>{&quot;x&quot;: 1}</pre> |"
+    assert len(lines) == 4 and lines[2].startswith(row)
+    assert len(events.Tensors("evaluation/sums/text_summary")) == 3
 
 
 def test_a_tracker_that_fails_leaves_the_run_as_it_was(tmp_path: Path) -> None:
@@ -85,6 +108,7 @@ def test_a_tracker_that_fails_leaves_the_run_as_it_was(tmp_path: Path) -> None:
         def log(self, step: int, *told: Any) -> None:
             raise ConnectionError("nobody there")
 
+        def tell(self, name: str, step: int, rows: trackers.TableRows) -> None: ...
         def close(self, failed: bool) -> None:
             raise AssertionError("it is told no more")
 
@@ -141,6 +165,10 @@ def test_weights_and_biases_goes_on_with_its_run(
     record(tmp_path / "r", range(2, 3), ("wandb",), again=True)
     kept = list((tmp_path / "r" / "wandb").glob(f"offline-run-*-{name}/run-{name}.wandb"))
     assert kept and b"weights_versions_histogram" in b"".join(path.read_bytes() for path in kept)
+    tables = list((tmp_path / "r").rglob("*.table.json"))
+    assert any(
+        json.loads(path.read_text())["data"][0][:2] == ["a | <b>", "c\nd"] for path in tables
+    )
 
 
 def test_mlflow_has_the_metrics_of_all_steps(
@@ -156,6 +184,8 @@ def test_mlflow_has_the_metrics_of_all_steps(
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.run_name == "r" and run.info.status == "FINISHED"
     assert run.data.params["algorithm.clip"] == "0.2" and run.data.params["plan"] == "split"
+    table = mlflow.load_table("samples/step-000002.json", [run.info.run_id])
+    assert table["response"].tolist() == ["c\nd"] * 2 and table["score"].tolist() == [0.5] * 2
     history = client.get_metric_history(run.info.run_id, "reward")
     assert [(point.step, point.value) for point in history] == [(0, 0.5), (1, 1.5), (2, 2.5)]
     assert (

@@ -22,6 +22,8 @@ from safetensors.numpy import load_file
 
 from executor.running.changes import changes, check_there
 from executor.running.export import EXPORTED, FINAL
+from executor.running.run_directory import SAMPLES
+from executor.running.said import kept
 from executor.running.stops import EndedCall, in_flight
 from executor.training.shards import FileEntry, RoleState, Saved
 from planner.predict.schedule import Task
@@ -102,6 +104,15 @@ class Checkpoint:
     def written(self) -> int:
         """The number of steps whose metrics are written."""
         return self.metrics.count(b"\n")
+
+    def samples(self, *, again: bool) -> str:
+        """What the model said up to here; `again` if sequences in flight are generated again."""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            content = (self.run / SAMPLES).read_text(encoding="utf-8")
+            done = () if again else self.manifest.done
+            trained = {step for call, step, _ in done if call == "advantages"}
+            return kept(content, self.written, trained, self.manifest.evaluations)
+        return ""
 
     def is_of(self, plan: Plan) -> bool:
         """Whether a plan places and orders everything as this run did."""

@@ -108,6 +108,7 @@ def _train(
         step,
         trackers,
     )
+    from executor.running.said import Listener
 
     trackers.check(options.track)
     prompts = preflight.check(plan, local=options.address is None)
@@ -119,7 +120,8 @@ def _train(
     cpus = pools.needed(plan) if pools.resource_of(plan) == "CPU" else None
 
     def start() -> Backend:
-        return step.Training(plan, prompts, deadlines=deadlines, resumed=resumed)
+        listener = Listener(every=options.samples_every, count=options.samples)
+        return step.Training(plan, prompts, deadlines=deadlines, resumed=resumed, listener=listener)
 
     with ray_session(cpus=cpus, address=options.address):
         begun = resumed is not None

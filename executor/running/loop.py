@@ -20,6 +20,7 @@ from planner.spec.errors import UserError
 from planner.spec.timeline import Span
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
+    from executor.running.said import Said
     from executor.running.saving import Snapshot
 
 LOOK_SECONDS = 1.0  # between two looks at how long calls take
@@ -59,6 +60,10 @@ class Backend(Protocol):
 
     def end_step(self, step: int) -> dict[str, Any]:
         """Every call of a step has ended: its metrics."""
+        ...
+
+    def said(self) -> list["Said"]:
+        """What the model has said since this was asked before."""
         ...
 
     def snapshot(self, directory: Path) -> "Snapshot":

@@ -17,6 +17,9 @@ class RunOptions:
     `save_every` steps (0: never), and the last `keep` of them stay; after a failure of processes
     the run starts again by itself from the last one, at most `max_restarts` times.
 
+    Of every `samples_every`-th step `samples` sequences are written down, and with any also all
+    responses of evaluations.
+
     A call that takes ten times its predicted seconds, and more than `deadline_floor`, counts as
     failed. `address` is that of a Ray cluster (None: one is started on this machine's loopback);
     `track` names trackers in addition to TensorBoard (wandb, mlflow).
@@ -28,6 +31,8 @@ class RunOptions:
     keep: int = 2
     max_restarts: int = 3
     deadline_floor: float = DEADLINE_FLOOR_SECONDS
+    samples: int = 8
+    samples_every: int = 10
     address: str | None = None
     track: tuple[str, ...] = ()
 
@@ -42,6 +47,8 @@ class RunOptions:
         check_range("--keep", self.keep, 1)
         check_range("--save-every", self.save_every, 0)
         check_range("--max-restarts", self.max_restarts, 0)
+        check_range("--samples", self.samples, 0)
+        check_range("--samples-every", self.samples_every, 1)
         if not 0 < self.deadline_floor <= MOST_FLOOR_SECONDS:
             raise UserError(
                 f"--deadline-floor {self.deadline_floor:g}: choose a number of seconds, at most "

@@ -59,6 +59,9 @@ class Rehearsal:
     def end_step(self, step: int) -> dict[str, Any]:
         return {"step": step}
 
+    def said(self) -> list[Any]:
+        return []
+
     def snapshot(self, directory: Path) -> Any:
         raise AssertionError("a rehearsal has nothing to save")
 

@@ -11,8 +11,10 @@ from executor.fleet import pools
 from executor.fleet.asking import within
 from executor.fleet.session import last_words
 from executor.fleet.worker import WorkerError
+from executor.running import first_batch
 from executor.running.loop import Backend, Course, Progress, loop
 from executor.running.run_directory import RunDirectory, log, timeline_of
+from executor.running.step_figures import idle_shares
 from executor.running.stops import Stops, in_flight
 from executor.running.supervise import one_line
 from planner.predict.schedule import Task, tasks_of
@@ -23,9 +25,6 @@ from planner.spec.timeline import Span, Timeline
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
     from executor.running.checkpoint import Checkpoint
     from executor.running.saving import Saver
-
-
-NEARLY_ALL = 0.9  # of the responses of the first batch: so many are cut by mistake
 
 
 class Run:
@@ -61,7 +60,7 @@ class Run:
         self._course.began -= self._course.since
         self._spans: dict[int, Span] = {}
         self._stops = Stops(self._tasks, saver.every if saver else 0, passed=stop)
-        self._recorded = Recorded(directory, progress, plan.dataflow.ends_step.name, self._past)
+        self._recorded = Recorded(plan, backend, self._course, directory, progress, self._past)
 
     @property
     def timeline(self) -> Timeline:
@@ -114,7 +113,8 @@ class Run:
                 "permission"
             ) from None
         metrics, step = self._resumed.metrics, self._resumed.manifest.step
-        self._directory.open(self._plan, metrics=metrics, step=step)
+        samples = self._resumed.samples(again=bool(self._differs))
+        self._directory.open(self._plan, metrics=metrics, samples=samples, step=step)
         log.info("resumed from %s", self._resumed.directory)
         for line in [*changed, self._differs]:
             if line:
@@ -210,21 +210,37 @@ class Run:
 
 
 class Recorded:
-    """Progress that also writes each step's metrics, with its speed."""
+    """Progress that also writes each step's metrics, with its speed and how much pools did nothing
+    in it, and what the model said."""
 
     def __init__(
-        self, directory: RunDirectory, progress: Progress, ends_step: str, past: Sequence[Span]
+        self,
+        plan: Plan,
+        backend: Backend,
+        course: Course,
+        directory: RunDirectory,
+        progress: Progress,
+        past: Sequence[Span],
     ) -> None:
-        self._directory, self._progress, self._ends_step = directory, progress, ends_step
+        self._plan, self._backend, self._course = plan, backend, course
+        self._directory, self._progress = directory, progress
+        self._ends_step = plan.dataflow.ends_step.name
         self._has_steps = bool(past)
-        self._ends = {span.step: span.end for span in past if span.call == ends_step}
+        self._ends = {span.step: span.end for span in past if span.call == self._ends_step}
+        self._spans = list(past)  # that may reach into a step whose metrics are not written
+        self._begun: dict[tuple[str, int], tuple[tuple[str, ...], float]] = {}
 
     def on_start(self, task: Task) -> None:
+        since = time.perf_counter() - self._course.began
+        self._begun[task.call.name, task.step] = task.pools, since
         self._progress.on_start(task)
 
     def on_end(self, span: Span) -> None:
+        self._begun.pop((span.call, span.step), None)
+        self._spans.append(span)
         if span.call == self._ends_step:
             self._ends[span.step] = span.end
+        self._directory.write_samples(self._backend.said())
         self._progress.on_end(span)
 
     def on_step(self, metrics: dict[str, Any]) -> None:
@@ -234,16 +250,19 @@ class Recorded:
             metrics = {**metrics, "seconds": seconds}
             if "tokens" in metrics:
                 metrics["tokens_per_second"] = metrics["tokens"] / seconds
+            metrics |= self._idle(began, self._ends[step])
             log.info("step %d ended, %.3g s", step, seconds)
         self._directory.write_metrics(metrics)
         self._progress.on_step(metrics)
-        if not self._has_steps and metrics.get("truncated_share", 0.0) >= NEARLY_ALL:
-            self.on_note(
-                f"{metrics['truncated_share']:.0%} of the responses of step {metrics['step']} were "
-                "cut at the longest length: if the model ends them with another token or text than "
-                "its generation_config.json says, name it in data.stop; or raise response.max"
-            )
+        if not self._has_steps:
+            for line in first_batch.warnings(metrics, self._plan.workload):
+                self.on_note(line)
         self._has_steps = True
+
+    def _idle(self, began: float, end: float) -> dict[str, float]:
+        shares = idle_shares(self._plan.pools, self._spans, self._begun.values(), began, end)
+        self._spans = [span for span in self._spans if span.end > end]
+        return shares
 
     def on_note(self, text: str) -> None:
         log.info(text)

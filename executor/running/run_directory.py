@@ -19,8 +19,10 @@ from planner.spec.timeline import Span, Timeline
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
     from executor.running import trackers
+    from executor.running.said import Said
 
 log = logging.getLogger("splitplan")
+SAMPLES = "samples.jsonl"
 
 
 def check_free(runs: Path, name: str) -> Path:
@@ -103,10 +105,12 @@ class RunDirectory:
             ) from None
         self._files.callback(os.close, lock(path))
 
-    def open(self, plan: Plan, *, metrics: bytes = b"", step: int = 0) -> None:
-        """Begin with the `metrics` of the steps before `step`."""
+    def open(self, plan: Plan, *, metrics: bytes = b"", samples: str = "", step: int = 0) -> None:
+        """Begin with the `metrics` and `samples` of the steps before `step`."""
         plan.write(self.path / "plan.json")
         write_atomic(self.path / "metrics.jsonl", metrics)
+        if samples or (self.path / SAMPLES).exists():
+            write_atomic(self.path / SAMPLES, samples)
         handler = _Log(self.path / "log.txt", encoding="utf-8")
         self._files.callback(handler.close)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -140,6 +144,21 @@ class RunDirectory:
             ) from None
         if self._trackers is not None:
             self._trackers.log(metrics)
+
+    def write_samples(self, lines: list["Said"]) -> None:
+        """Append what the model said. On a full disk it is lost, and the log says so once: a run
+        does not end for it."""
+        if not lines:
+            return
+        from executor.running.said import text_of
+
+        try:
+            with (self.path / SAMPLES).open("a", encoding="utf-8") as file:
+                file.write(text_of(lines))
+        except OSError as error:
+            log.error("%s: cannot be written (%s)", self.path / SAMPLES, error.strerror)
+        if self._trackers is not None:
+            self._trackers.tell(lines)
 
     def write_timeline(self, timeline: Timeline) -> None:
         write_atomic(self.path / "timeline.json", timeline.to_json())

@@ -25,8 +25,10 @@ from executor.running.checkpoint import Checkpoint
 from executor.running.export import export_models
 from executor.running.judges import Judges
 from executor.running.processes import Processes
+from executor.running.said import Listener, Said, lines_of
 from executor.running.saving import Snapshot
 from executor.running.scoring import judge
+from executor.running.step_figures import spread_of
 from executor.running.supervise import Deadlines
 from executor.training import ppo
 from executor.training.trainer import COLUMNS, Minibatch, Trainer
@@ -103,7 +105,9 @@ class Training:
         fleet: Fleet | None = None,
         deadlines: Deadlines | None = None,
         resumed: Checkpoint | None = None,
+        listener: Listener | None = None,
     ) -> None:
+        self.listener = listener or Listener()
         self.plan, self.workload, self.settings, self.prompts = (
             plan,
             plan.workload,
@@ -165,11 +169,11 @@ class Training:
     def advantages(self, task: Task) -> Done:
         start = time.perf_counter()
         step, settings = self.steps[task.step], self.settings
+        ended = self._ended(step.prompts, step.sequences)
+        self._tell_of_step(task.step, ended)
         step.drop_unscored()
         step.columns["log_probs"] = step.sequences.log_probs
         step.columns.setdefault("proximal_log_probs", step.sequences.log_probs)
-        stopped = [cut is not None for cut in self.prompts.stopped(step.sequences.responses())]
-        ended = step.prompts.requests.exact | step.sequences.ended(self.processes.eos) | stopped
         columns = {name: torch.tensor(column) for name, column in step.columns.items()}
         mask = torch.tensor(step.sequences.mask)
         assert step.scores is not None
@@ -200,6 +204,9 @@ class Training:
             mask=mask,
         )
         step.metrics |= {**metrics, "log_prob_gap": float(gap)}
+        some = step.sequences.response_lengths > 0
+        step.metrics |= spread_of("score", step.scores[some])
+        step.metrics |= spread_of("response_tokens", step.sequences.response_lengths[some])
         step.metrics |= {f"importance/{name}": value for name, value in off_policy.items()}
         tokens = int(step.sequences.response_lengths.sum())
         return [Record(start=start, end=time.perf_counter())], tokens
@@ -219,18 +226,18 @@ class Training:
 
     def evaluate(self, task: Task) -> Done:
         assert task.weights_version is not None
-        figures, done = self._evaluate(task.weights_version)
+        figures, done = self._evaluate(task.step, task.weights_version)
         self.evaluations.setdefault(task.step, {}).update(figures)
         return done
 
     def evaluate_first(self) -> dict[str, float]:
         """Evaluate the weights that the run begins with; the figures go to the first step."""
-        figures, _ = self._evaluate(0)
+        figures, _ = self._evaluate(0, 0)
         found = {f"initial_{name}": figure for name, figure in figures.items()}
         self.evaluations.setdefault(0, {}).update(found)
         return found
 
-    def _evaluate(self, version: int) -> tuple[dict[str, float], Done]:
+    def _evaluate(self, step: int, version: int) -> tuple[dict[str, float], Done]:
         """Responses to the held-out prompts of each evaluation: their scores by the reward
         function, or without one whether they equal the answer."""
         figures: dict[str, float] = {}
@@ -248,6 +255,18 @@ class Training:
                 records += of_judges
             by_rewards = self.processes.judges is not None
             figures |= evaluation.figures(held_out.settings, scores, responses, by_rewards)
+            if self.listener.listens:
+                lines = lines_of(
+                    step=step,
+                    evaluation=held_out.settings.name,
+                    prompts=prompts,
+                    sequences=sequences,
+                    responses=responses,
+                    ended=self._ended(prompts, sequences),
+                    scores={"score": scores},
+                    rows=np.arange(len(responses)),
+                )
+                self.listener.add(lines)
             tokens += int(sequences.response_lengths.sum())
         return figures, (records, tokens)
 
@@ -266,6 +285,29 @@ class Training:
         return np.concatenate(scores), records
 
     # --- what they share ---
+
+    def _ended(self, prompts: Prompts, sequences: Sequences) -> NDArray[np.bool_]:
+        """Whether a response ended by itself, `[B]`."""
+        stopped = [cut is not None for cut in self.prompts.stopped(sequences.responses())]
+        return prompts.requests.exact | sequences.ended(self.processes.eos) | stopped
+
+    def _tell_of_step(self, number: int, ended: NDArray[np.bool_]) -> None:
+        """Tell the listener of the sequences that it wants."""
+        step = self.steps[number]
+        rows = self.listener.rows(number, len(step.prompts.texts))
+        responses = step.sequences.responses()
+        assert step.scores is not None
+        lines = lines_of(
+            step=number,
+            evaluation=None,
+            prompts=step.prompts,
+            sequences=step.sequences,
+            responses=self.prompts.decode([responses[row] for row in rows]),
+            ended=ended[rows],
+            scores={"score": step.scores},
+            rows=rows,
+        )
+        self.listener.add(lines)
 
     def _generate(
         self, version: int, prompts: Prompts, sampler: Sampler
@@ -352,6 +394,9 @@ class Training:
         return self.plan.trainers[role].micro_batch_tokens
 
     # --- between the calls ---
+
+    def said(self) -> list[Said]:
+        return self.listener.take()
 
     def end_step(self, number: int) -> dict[str, Any]:
         """Drop a step's data, of which only the metrics stay."""

@@ -2,6 +2,7 @@
 and MLflow, which are loaded when asked for. Their own environment variables say where these two
 send the metrics, and with which key."""
 
+import html
 import json
 import logging
 import math
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
+from executor.running.said import Said
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
@@ -27,11 +29,18 @@ PROJECT = "splitplan"
 TRACKING = "tracking.json"
 Scalars = dict[str, float]
 Samples = dict[str, NDArray[np.int64]]  # one number per sequence of the batch
+TableRow = dict[str, Any]
+TableRows = list[TableRow]
+MOST_ROWS = 64  # of a table; samples.jsonl has all
 
 
 class Tracker(Protocol):
     def log(self, step: int, scalars: Scalars, samples: Samples) -> None:
         """Told on the thread of the loop; must return at once."""
+        ...
+
+    def tell(self, name: str, step: int, rows: TableRows) -> None:
+        """Told what the model said, as a table `name` of a step."""
         ...
 
     def close(self, failed: bool) -> None: ...
@@ -74,13 +83,24 @@ class Trackers:
         scalars, samples = flatten(metrics)
         self._each(lambda tracker: tracker.log(metrics["step"], scalars, samples))
 
+    def tell(self, lines: Sequence[Said]) -> None:
+        """A table of the samples of each step, and one of each evaluation."""
+        tables: dict[tuple[str, int], TableRows] = {}
+        for line in lines:
+            name = f"evaluation/{line['evaluation']}" if line["evaluation"] else "samples"
+            table = tables.setdefault((name, line["step"]), [])
+            if len(table) < MOST_ROWS:
+                table.append(row_of(line))
+        for (name, step), table in tables.items():
+            self._each(lambda tracker, *told: tracker.tell(*told), name, step, table)
+
     def close(self, failed: bool) -> None:
         self._each(lambda tracker: tracker.close(failed))
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
+    def _each(self, tell: Callable[..., None], *told: Any) -> None:
         for name, tracker in list(self._open.items()):
             try:
-                tell(tracker)
+                tell(tracker, *told)
             except Exception as error:
                 del self._open[name]
                 reason = " ".join(str(error).split())[:300] or type(error).__name__
@@ -105,6 +125,28 @@ def flatten(metrics: dict[str, Any]) -> tuple[Scalars, Samples]:
     return scalars, samples
 
 
+def row_of(line: Said) -> TableRow:
+    """A sample as a row of a table: its texts, its answer as JSON, and its scores."""
+    answer = line["answer"]
+    said = {
+        "prompt": line["prompt"],
+        "response": line["response"],
+        "answer": answer if isinstance(answer, str) else json.dumps(answer, default=str),
+    }
+    figures = {key: line[key] for key in ("response_tokens", "truncated", "staleness")}
+    return {**said, **line["scores"], **figures}
+
+
+def _markdown(rows: TableRows) -> str:
+    """A table that TensorBoard shows as one."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
+    for row in rows:
+        cells = [html.escape(str(cell)).replace("|", "&#124;") for cell in row.values()]
+        cells = [f"<pre>{cell}</pre>".replace("\n", "<br>") for cell in cells]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 class TensorBoard:
     """Event files in the run directory; what they hold of later steps, before a run was resumed, is
     not shown."""
@@ -119,6 +161,9 @@ class TensorBoard:
             if len(values):
                 self._writer.add_histogram(name, values, step)
 
+    def tell(self, name: str, step: int, rows: TableRows) -> None:
+        self._writer.add_text(name, _markdown(rows), step)
+
     def close(self, failed: bool) -> None:
         self._writer.close()
 
@@ -130,7 +175,7 @@ class WeightsAndBiases:
     def __init__(self, path: Path, plan: Plan, run_id: str | None) -> None:
         import wandb
 
-        self._histogram = wandb.Histogram
+        self._histogram, self._table = wandb.Histogram, wandb.Table
         self._run = wandb.init(
             project=PROJECT,
             name=path.name,
@@ -151,6 +196,11 @@ class WeightsAndBiases:
             if len(values)
         }
         self._run.log({"step": step, **scalars, **histograms})
+
+    def tell(self, name: str, step: int, rows: TableRows) -> None:
+        columns = list(rows[0])
+        cells = [[row[column] for column in columns] for row in rows]
+        self._run.log({"step": step, name: self._table(columns=columns, data=cells)})
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -185,15 +235,23 @@ class MLflow:
             for name, value in scalars.items()
             if math.isfinite(value)
         ]
+        self._submit(lambda: self._client.log_batch(self.id, metrics=metrics))
+
+    def tell(self, name: str, step: int, rows: TableRows) -> None:
+        columns = {column: [row[column] for row in rows] for column in rows[0]}
+        file = f"{name}/step-{step:06d}.json"
+        self._submit(lambda: self._client.log_table(self.id, columns, file))
+
+    def _submit(self, send: Callable[[], Any]) -> None:
         if self._error is not None:
             raise self._error
-        self._thread.submit(self._send, metrics)
+        self._thread.submit(self._send, send)
 
-    def _send(self, metrics: list[Any]) -> None:
+    def _send(self, send: Callable[[], Any]) -> None:
         if self._error is not None:
             return
         try:
-            self._client.log_batch(self.id, metrics=metrics)
+            send()
         except Exception as error:
             self._error = error
 

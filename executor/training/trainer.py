@@ -174,8 +174,7 @@ class Trainer(Host):
         self, module: nn.Module, batch: Packed, columns: Mapping[str, Tensor], tokens: int
     ) -> tuple[Tensor, ppo.Stats]:
         settings = self.plan.workload.algorithm
-        output = module(batch, entropy=settings.entropy_coef > 0)
-        log_probs, entropy = output if settings.entropy_coef else (output, None)
+        log_probs, entropy = module(batch, entropy=True)
         loss, stats = ppo.policy_loss(
             log_probs=log_probs,
             proximal_log_probs=columns["proximal_log_probs"],
@@ -197,12 +196,10 @@ class Trainer(Host):
                 normalizer=tokens,
             )
             loss, stats = loss + kl, stats | kl_stats
-        if entropy is not None:
-            bonus, entropy_stats = ppo.entropy_loss(
-                entropy=entropy, mask=batch.mask, coef=settings.entropy_coef, normalizer=tokens
-            )
-            loss, stats = loss + bonus, stats | entropy_stats
-        return loss, stats
+        bonus, entropy_stats = ppo.entropy_loss(
+            entropy=entropy, mask=batch.mask, coef=settings.entropy_coef, normalizer=tokens
+        )
+        return loss + bonus, stats | entropy_stats
 
     def _value_loss(
         self, module: nn.Module, batch: Packed, columns: Mapping[str, Tensor], tokens: int

@@ -21,6 +21,7 @@ from planner.spec.timeline import Timeline, step_seconds
 
 # A rehearsal takes as long as the real run would. The steps that fill a pipeline come on top.
 REHEARSED_STEPS = 3
+WRITTEN = ("timeline.json", "trace.json", "gantt.png", "metrics.jsonl", "samples.jsonl", "log.txt")
 NEEDED = ("ray", "torch", "transformers", "safetensors", "pynvml")
 
 
@@ -96,10 +97,8 @@ def _report(run: Path, plan: Path, console: Console, progress: LiveProgress) -> 
     from planner.report.gantt import draw  # matplotlib is slow to load
 
     draw([timeline], checked, run / "gantt.png")
-    console.print(
-        f"The run is in {run}: timeline.json, trace.json, gantt.png, metrics.jsonl, log.txt.",
-        soft_wrap=True,
-    )
+    written = ", ".join(name for name in WRITTEN if (run / name).exists())
+    console.print(f"The run is in {run}: {written}.", soft_wrap=True)
     console.print(f"Next: plan compare {plan} {run}", soft_wrap=True)
 
 
