@@ -330,6 +330,14 @@ def test_a_run_from_files_with_a_reward_function(
     assert metrics[0]["score"] == pytest.approx(
         metrics[0]["response_tokens"] / 8, abs=0.2
     )  # the eos is no word
+    assert all(line["actor/entropy"] > 0 and 0 <= line["idle/b"] < 1 for line in metrics)
+    said = [json.loads(line) for line in (path / "samples.jsonl").read_text().splitlines()]
+    of_first = [line for line in said if line["evaluation"] is None]
+    assert len(of_first) == 8 and {line["step"] for line in of_first} == {0}
+    mean = sum(line["scores"]["score"] for line in of_first) / 8
+    assert mean == pytest.approx(metrics[0]["score"])
+    assert [line["step"] for line in said if line["evaluation"] == "held-out"] == [0] * 9 + [1] * 9
+    assert said[-1]["where"] == f"{tmp_path}/held_out.jsonl:9"
     final = path / "checkpoints/final"
     assert AutoTokenizer.from_pretrained(final / "actor")("1 2")["input_ids"] == [3, 4]
     before, after = (
