@@ -231,6 +231,16 @@ def test_messages_go_through_the_template(tmp_path: Path) -> None:
     assert not dataset(tmp_path, [{"prompt": "a"}], None).notes
 
 
+def test_who_judges_an_evaluation_is_said(tmp_path: Path) -> None:
+    held_out = tmp_path / "held.jsonl"
+    held_out.write_text('{"prompt": "a", "answer": "b"}\n')
+    data = {"train": held_out, "evaluation": held_out, "evaluate_every": 1}
+    (said,) = Dataset(make_workload(data=data), tokenizer(None)).notes
+    assert said.startswith("evaluations compare with the answers: a reward model is asked for")
+    judged = make_workload(data=data, reward={"function": "rewards.py:f"})
+    assert not Dataset(judged, tokenizer(None)).notes
+
+
 def test_a_system_prompt_and_arguments_of_the_template(tmp_path: Path) -> None:
     own = {"prompt": [{"role": "system", "content": "b"}, *CHAT["prompt"]]}
     made = dataset(tmp_path, [CHAT, own], system="c", template_args={"think": True})

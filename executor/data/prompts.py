@@ -108,6 +108,7 @@ class Dataset:
         ]
         self.held_out = sum(len(each.prompts.texts) for each in self._held_out)
         self._note_bare()
+        self._note_judge()
 
     def _sets(self) -> Iterator[EvaluationSet]:
         """The evaluations, that of `data.evaluation` first."""
@@ -137,6 +138,16 @@ class Dataset:
             self.notes.append(
                 "prompts are texts and go to the model as they are, though its tokenizer has a "
                 'chat template: data.template = "chat" applies it, "none" says that this is meant'
+            )
+
+    def _note_judge(self) -> None:
+        """The GPUs of a reward model have their order of calls, in which evaluations are not."""
+        if self._held_out and "reward" in self._workload.models:
+            others = self._workload.host_rewards
+            how = "score only with the other rewards" if others else "compare with the answers"
+            self.notes.append(
+                f"evaluations {how}: a reward model is asked for the batches of steps alone, as "
+                "the plan orders its GPUs' calls"
             )
 
     # --- reading ---
