@@ -109,6 +109,7 @@ def snapshot(directory: Path, step: int, rows: int = 8) -> saving.Snapshot:
         metrics={step: {"kl": float("nan")}},
         evaluations={},
         skipped={},
+        kl_coef=None,
         written=written,
     )
 

@@ -1,145 +1,120 @@
-"""What measured points make of the roofline, by hand: which points a call is compared with, and
-what lies between and beyond them."""
+"""Distances between policies, and what corrects for them. The numbers in these tests are worked out
+by hand in the comments beside them."""
 
-from collections.abc import Sequence
+import math
 
-import numpy as np
 import pytest
+import torch
+from test_advantages import INF, LN2, NAN, close, mask_of
+from torch import tensor
 
-from planner.predict.correction import Corrections, Ratios
-from planner.predict.likeness import Likeness
-from planner.predict.points import Point, TrainerPoint
-from planner.predict.profile import Profile
-from planner.spec.cluster import make_cluster
-from planner.spec.workload import Shape
+from executor.training.correction import importance_weights, off_policy
+from executor.training.kl import adapted_coef, kl_penalty
 
-SHAPE = Shape(hidden=512, layers=8, heads=8, kv_heads=2, intermediate=1536, vocab=32000)
-CLUSTER = make_cluster(4)
-H200 = CLUSTER.devices["h200"]
+# --- KL ---
 
 
-def measured(
-    ratio: float,
-    tokens: int = 1000,
-    shard: int = 1,
-    role: str = "actor",
-    micro_batch_tokens: int = 4096,
-    gpus: int = 4,
-    sequences: int = 8,
-) -> TrainerPoint:
-    """A forward pass over `tokens` tokens per rank that took `ratio` times the roofline's
-    seconds."""
-    prompt, response = gpus * tokens // 4, 3 * gpus * tokens // 4
-    point = TrainerPoint(
-        call="infer",
-        role=role,
-        gpus=gpus,
-        shard=shard,
-        micro_batch_tokens=micro_batch_tokens,
-        sequences=sequences,
-        prompt_tokens=prompt,
-        response_tokens=response,
-        seconds=1.0,
-    )
-    return point.changed(seconds=ratio * point.roofline(SHAPE, H200, CLUSTER))
+def test_kl_estimators_by_hand():
+    # policy 1/2, reference 1/4: x = -ln 2. k1 = ln 2, k2 = (ln 2)² / 2 = 0.2402265, k3 = 1/2 - 1 +
+    # ln 2 = 0.1931472 policy 1/4, reference 1/2: x = ln 2. k1 = -ln 2, k2 the same, k3 = 2 - 1 - ln
+    # 2 = 0.3068528
+    log_probs, ref = tensor([0.5, 0.25]).log(), tensor([0.25, 0.5]).log()
+    assert close(kl_penalty(log_probs, ref, "k1"), [0.6931472, -0.6931472])
+    assert close(kl_penalty(log_probs, ref, "k2"), [0.2402265, 0.2402265])
+    assert close(kl_penalty(log_probs, ref, "k3"), [0.1931472, 0.3068528])
+    with pytest.raises(ValueError, match="k1, k2 or k3"):
+        kl_penalty(log_probs, ref, "k4")
 
 
-def corrections(*points: Point, device: str = "h200") -> Corrections:
-    return Corrections([Profile(device=device, model=SHAPE, points=points)], CLUSTER)
+def test_k1_and_k3_are_unbiased_estimators():
+    # KL between [1/2, 1/4, 1/4] and [1/4, 1/4, 1/2]: 1/2 ln 2 + 0 - 1/4 ln 2 = ln 2 / 4
+    p, q = tensor([0.5, 0.25, 0.25]), tensor([0.25, 0.25, 0.5])
+    for kind in ("k1", "k3"):
+        assert (p * kl_penalty(p.log(), q.log(), kind)).sum().item() == pytest.approx(LN2 / 4)
 
 
-def ratios(found: Corrections, tokens: Sequence[int], **changes: int) -> Ratios:
-    """The ratios of calls over so many tokens per rank, each in one scenario."""
-    like = measured(1.0, **changes).likeness(SHAPE, H200)
-    return found.ratios(like, np.log(np.array(tokens, dtype=float))[:, None])
+def test_k3_of_a_token_is_at_most_10():
+    # x = 2: e² - 3 = 4.389056, slope 1 - e² = -6.389056 by the log-prob; x = 3 and -12: above 10
+    x = tensor([-2.0, -3.0, 12.0], requires_grad=True)
+    kl = kl_penalty(x, tensor([0.0, 0.0, 0.0]), "k3")
+    kl.sum().backward()
+    assert close(kl, [4.389056, 10.0, 10.0]) and close(x.grad, [-6.389056, 0.0, 0.0])
 
 
-def test_between_two_sizes_the_logarithm_counts_and_beyond_them_nothing_changes() -> None:
-    known = corrections(measured(1.2, tokens=1000), measured(1.1, tokens=4000))
-    found = ratios(known, [500, 1000, 2000, 4000, 8000])
-    assert found.values[:, 0] == pytest.approx([1.2, 1.2, 1.15, 1.1, 1.1])
-    assert found.sources.tolist() == [
-        "extrapolated",
-        "measured",
-        "interpolated",
-        "measured",
-        "extrapolated",
-    ]
+def test_k3_stays_finite():
+    x = tensor([-500.0], requires_grad=True)
+    kl_penalty(x, tensor([0.0]), "k3").sum().backward()
+    assert kl_penalty(x, tensor([0.0]), "k3").isfinite().all() and x.grad.isfinite().all()
 
 
-def test_without_a_like_point_the_roofline_is_all_there_is() -> None:
-    like = measured(1.0).likeness(SHAPE, H200)
-    other = like._replace(key=("train", *like.key[1:]))
-    found = corrections(measured(1.2)).ratios(other, np.zeros((2, 3)))
-    assert (found.values == 1).all() and found.sources.tolist() == ["roofline", "roofline"]
+@pytest.mark.parametrize(
+    ("kl", "coef"),
+    [
+        (0.1, 0.5),  # on target
+        (0.11, 0.5 * (1 + 0.1 * 64 / 1000)),  # a tenth above
+        (5.0, 0.5 * (1 + 0.2 * 64 / 1000)),  # far above: no faster than at a fifth
+        (0.0, 0.5 * (1 - 0.2 * 64 / 1000)),
+    ],
+)
+def test_the_weight_of_the_penalty_follows_its_target(kl, coef):
+    found = adapted_coef(0.5, kl, target=0.1, sequences=64, horizon=1000)
+    assert found == pytest.approx(coef)
 
 
-def test_a_profile_of_a_device_that_the_cluster_lacks_is_passed_over() -> None:
-    found = ratios(corrections(measured(1.2), device="h100"), [1000])
-    assert found.sources.tolist() == ["roofline"]
+# --- importance weights ---
+
+# Ratios of the proximal to the behaviour policy: their products are 4 and 1/4, their geometric
+# means 4^(1/3) = 1.587 and 1/4.
+RATIOS = tensor([[0.5, 2.0, 4.0], [0.25, NAN, INF]])
+MASK = mask_of(3, 1)
 
 
-def test_the_nearest_split_counts_and_of_two_as_near_the_smaller() -> None:
-    known = corrections(measured(1.2, shard=1), measured(1.6, shard=4))
-    assert ratios(known, [1000], shard=4).values[0, 0] == pytest.approx(1.6)
-    nearest = ratios(known, [1000], shard=2)
-    assert nearest.values[0, 0] == pytest.approx(1.2)
-    assert nearest.sources.tolist() == ["extrapolated"]
+@pytest.mark.parametrize(
+    ("level", "weights"),
+    [
+        ("token", [[0.5, 2.0, 3.0], [0.25, 0.0, 0.0]]),  # 4 is truncated at 3
+        ("sequence", [[3.0, 3.0, 3.0], [0.25, 0.0, 0.0]]),
+        ("off", [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]]),
+    ],
+)
+def test_weights_are_truncated(level, weights):
+    assert close(importance_weights(RATIOS.log(), MASK, level=level, cap=3.0), weights)
 
 
-def test_points_of_the_role_come_first_and_another_of_its_head_will_do() -> None:
-    both = corrections(measured(1.2, role="actor"), measured(1.4, role="reference"))
-    actor, reference = (
-        both.ratios(like, np.log([[1000.0]])).values[0, 0]
-        for like in (
-            measured(1.0, role="actor").likeness(SHAPE, H200),
-            measured(1.0, role="reference").likeness(SHAPE, H200),
-        )
-    )
-    assert (actor, reference) == (pytest.approx(1.2), pytest.approx(1.4))
-    alone = corrections(measured(1.4, role="reference"))
-    assert ratios(alone, [1000]).values[0, 0] == pytest.approx(1.4)
+@pytest.mark.parametrize(
+    ("masking", "low", "high", "weights"),
+    [
+        ("token", 0.5, 3.0, [[0.5, 2.0, 0.0], [0.0, 0.0, 0.0]]),  # 4 and 1/4 are outside
+        ("sequence", 0.2, 3.9, [[0.0, 0.0, 0.0], [0.25, 0.0, 0.0]]),
+        ("geometric", 0.5, 2.0, [[0.5, 2.0, 3.0], [0.0, 0.0, 0.0]]),
+    ],
+)
+def test_what_is_too_far_off_is_masked(masking, low, high, weights):
+    found = importance_weights(RATIOS.log(), MASK, cap=3.0, masking=masking, low=low, high=high)
+    assert close(found, weights)
+    assert (found >= 0).all()
 
 
-def test_preferred_values_narrow_the_points_as_far_as_there_are_any() -> None:
-    known = corrections(
-        measured(1.2, micro_batch_tokens=4096, gpus=4),
-        measured(1.4, micro_batch_tokens=8192, gpus=4),
-        measured(1.6, micro_batch_tokens=8192, gpus=2),
-    )
-    exact = ratios(known, [1000], micro_batch_tokens=8192, gpus=2)
-    assert exact.values[0, 0] == pytest.approx(1.6) and exact.sources[0] == "measured"
-    # No point has one GPU: the mean of those with these micro-batches, and of another call.
-    near = ratios(known, [1000], micro_batch_tokens=8192, gpus=1)
-    assert near.values[0, 0] == pytest.approx(1.5) and near.sources[0] == "interpolated"
+def test_weights_of_policies_far_apart_are_finite_and_not_nothing():
+    weights = importance_weights(tensor([[-500.0, 500.0]]), mask_of(2), cap=2.0)
+    assert 0 < weights[0, 0] < 1e-8 and weights[0, 1] == 2.0
 
 
-def test_a_call_of_another_batch_is_not_measured_though_its_size_is() -> None:
-    known = corrections(measured(1.2, sequences=8))
-    assert ratios(known, [1000], sequences=16).sources.tolist() == ["interpolated"]
+# --- off-policy diagnostics ---
 
 
-def test_many_calls_at_once_are_the_same_calls_one_by_one() -> None:
-    known = corrections(
-        measured(1.2, shard=1), measured(1.3, shard=2, tokens=3000), measured(1.5, shard=4)
-    )
-    like = measured(1.0).likeness(SHAPE, H200)
-    columns = Likeness(like.key, like.role, np.array([1, 2, 4, 2]), like.preferred, like.exact)
-    sizes = np.log([[900.0, 1100.0], [2000.0, 2500.0], [1000.0, 1000.0], [9000.0, 9000.0]])
-    together = known.ratios(columns, sizes)
-    for row, shard in enumerate((1, 2, 4, 2)):
-        alone = known.ratios(like._replace(split=shard), sizes[row : row + 1])
-        assert (alone.values[0] == together.values[row]).all()
-        assert alone.sources[0] == together.sources[row]
+def test_off_policy_by_hand():
+    # ratios 1/2, 1, 1, 4 (the others are masked): mean 6.5 / 4; (sum)² = 42.25, n * sum of squares
+    # = 4 * 18.25 = 73; k3: 1/2 - 1 + ln 2, 0, 0, 4 - 1 - 2 ln 2: (2.5 - ln 2) / 4
+    log_ratio = tensor([[0.5, 1.0, 1.0], [4.0, NAN, 1.0]]).log()
+    found = off_policy(log_ratio[mask_of(3, 1)])
+    expected = {"mean": 1.625, "p01": 0.5, "p99": 4.0, "max": 4.0, "effective_share": 42.25 / 73}
+    assert found == pytest.approx({**expected, "staleness_kl": (2.5 - LN2) / 4})
+    # of the ratios 1 .. 201 one per cent on each side are two
+    found = off_policy(torch.arange(1, 202).float().log())
+    assert (found["p01"], found["p99"], found["max"]) == pytest.approx((3, 199, 201))
 
 
-def test_a_mean_ratio_is_of_all_points_that_go_the_same_way() -> None:
-    first, second = measured(1.2), measured(1.6, shard=4)
-    known = corrections(first, second)
-    key = first.likeness(SHAPE, H200).key
-    assert known.mean_ratio(key) == pytest.approx(1.4)
-    assert known.mean_ratio("another") == 1.0
-    assert known.mean_source(first.likeness(SHAPE, H200)) == "measured"
-    other = first.likeness(SHAPE, H200)._replace(exact=(99,))
-    assert known.mean_source(other) == "interpolated"
-    assert known.mean_source(other._replace(key="another")) == "roofline"
+def test_off_policy_of_no_tokens_is_nan():
+    found = off_policy(torch.zeros(0))
+    assert found and all(math.isnan(value) for value in found.values())

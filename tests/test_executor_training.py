@@ -97,7 +97,7 @@ def test_the_rollout_samples_from_the_distribution_that_the_trainer_sees(
 ) -> None:
     for metrics in on_one_core.metrics:
         assert metrics["actor/importance_weight"] == pytest.approx(1, abs=1e-5)
-        assert metrics["actor/staleness_kl"] == pytest.approx(0, abs=1e-8)
+        assert metrics["importance/staleness_kl"] == pytest.approx(0, abs=1e-8)
 
 
 def test_two_shards_with_recomputation_equal_one_process(
@@ -172,7 +172,10 @@ def test_after_inference_and_after_training_only_shards_stay(ray_two: None) -> N
             trainer.infer(role, version, [batch], [rows])
             assert all(isinstance(p, DTensor) for p in trainer.roles[role].module.parameters())
         trainer.train(
-            "critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=tokens)]
+            "critic",
+            1,
+            [batch, columns],
+            [Minibatch(micro_batches=[rows], tokens=tokens, sequences=len(rows))],
         )
         assert all(isinstance(p, DTensor) for p in trainer.roles["critic"].module.parameters())
 
@@ -186,7 +189,10 @@ def test_adam_is_given_clipped_gradients(ray_two: None) -> None:
     batch, columns = ray.put(sequences), ray.put({"values": 0 * column, "returns": column})
     with trainer_here(workload) as trainer:
         (stats,) = trainer.train(
-            "critic", 1, [batch, columns], [Minibatch(micro_batches=[rows], tokens=tokens)]
+            "critic",
+            1,
+            [batch, columns],
+            [Minibatch(micro_batches=[rows], tokens=tokens, sequences=len(rows))],
         )
         optimizer = trainer.roles["critic"].optimizer
         assert optimizer is not None
@@ -205,7 +211,7 @@ def test_the_value_is_clipped_unless_that_is_off(ray_two: None, clip: Any, loss:
     rows, tokens = np.arange(len(sequences.lengths)), int(sequences.response_lengths.sum())
     old = np.full(sequences.mask.shape, 5.0, dtype=np.float32)
     batch, columns = ray.put(sequences), ray.put({"values": old, "returns": 0 * old})
-    minibatch = Minibatch(micro_batches=[rows], tokens=tokens)
+    minibatch = Minibatch(micro_batches=[rows], tokens=tokens, sequences=len(rows))
     with trainer_here(workload) as trainer:
         (stats,) = trainer.train("critic", 1, [batch, columns], [minibatch])
     assert stats["value_loss"] == pytest.approx(loss * tokens)
@@ -236,7 +242,7 @@ def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:
     assert [step["weights_version"] for step in metrics] == [0, 0, 1]
     assert [step["staleness_histogram"] for step in metrics] == [{"0": 12}, {"1": 12}, {"1": 12}]
     assert [step["weights_versions"] for step in metrics] == [[[0, 12]], [[0, 12]], [[1, 12]]]
-    assert metrics[2]["actor/staleness_kl"] > 0
+    assert metrics[2]["importance/staleness_kl"] > 0
     shares = [step["importance/effective_share"] for step in metrics]
     assert shares[0] == pytest.approx(1) and shares[2] < 0.9999
     assert (

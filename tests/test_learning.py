@@ -2,6 +2,7 @@
 advantages are wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from executor import digits
 from executor.running.execute import execute
 from executor.running.options import RunOptions
-from executor.training import ppo
+from executor.training import advantages
 from planner.predict.schedule import load_plan
 from planner.search import SearchOptions, find
 from planner.spec.timeline import Timeline
@@ -63,11 +64,11 @@ def test_it_does_not_learn_from_wrong_advantages(
 ):
     """The test above would notice: with the advantages at zero or of the other sign nothing
     rises."""
-    right = ppo.advantages
+    right = advantages.estimate
 
     def wrong(**arguments):
-        advantages, returns, metrics = right(**arguments)
-        return factor * advantages, returns, metrics
+        found = right(**arguments)
+        return replace(found, advantages=factor * found.advantages)
 
-    monkeypatch.setattr(ppo, "advantages", wrong)
+    monkeypatch.setattr(advantages, "estimate", wrong)
     assert max(rises(sorting, tmp_path, 0)) < WRONG

@@ -2,7 +2,7 @@
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,9 @@ class Sequences:
         last = self.tokens[np.arange(len(self.lengths)), self.lengths - 1]
         return (self.response_lengths > 0) & np.isin(last, eos)
 
+    def take(self, rows: Rows) -> "Sequences":
+        return Sequences(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
     def responses(self) -> list[Ints]:
         rows = zip(self.tokens, self.prompt_lengths, self.response_lengths, strict=True)
         return [tokens[p : p + r] for tokens, p, r in rows]
@@ -89,27 +92,39 @@ def collate(requests: Requests, shares: Sequence[Rows], made: Sequence[Generated
 # --- spreading ---
 
 
-def assign(prompt_lengths: Ints, engines: int, budget: int) -> list[Rows]:
+def assign(prompt_lengths: Ints, engines: int, budget: int, group: int = 1) -> list[Rows]:
     """Give each request, in order, to the engine with the fewest outstanding tokens. Return the
     rows of each engine.
 
     A request counts with its prompt and a `budget` of response tokens, the same for all: nobody may
-    know how long a response will be.
+    know how long a response will be. The requests of a `group` have one prompt, which an engine
+    computes once: they go to one engine, as far as it has less than its even share of all requests.
+
+    >>> [rows.tolist() for rows in assign(np.array([4, 4, 4, 4, 4, 4]), 2, 9, group=2)]
+    [[0, 1, 4], [2, 3, 5]]
     """
+    count = len(prompt_lengths)
+    most = count if group == 1 else -(-count // engines)
     outstanding = [0] * engines
     rows: list[list[int]] = [[] for _ in range(engines)]
-    for row, length in enumerate(prompt_lengths.tolist()):
-        engine = outstanding.index(min(outstanding))
-        rows[engine].append(row)
-        outstanding[engine] += length + budget
+    for begin in range(0, count, group):
+        left = list(range(begin, min(begin + group, count)))
+        while left:
+            open_ones = [number for number in range(engines) if len(rows[number]) < most]
+            engine = min(open_ones, key=lambda number: outstanding[number])
+            taken = left[: most - len(rows[engine])]
+            rows[engine] += taken
+            outstanding[engine] += int(prompt_lengths[taken].sum()) + len(taken) * budget
+            left = left[len(taken) :]
     return [np.array(share, dtype=np.int64) for share in rows]
 
 
-def minibatches(count: int, size: int, *key: int) -> list[Rows]:
-    """The rows of a batch in minibatches of `size`, by a permutation that the key (seed, step,
-    epoch) fixes: formed before anything is spread over ranks, so that placement does not change the
-    mathematics."""
-    return np.split(permutation(count, *key, MINIBATCHES), count // size)
+def minibatches(count: int, size: int, *key: int, group: int = 1) -> list[Rows]:
+    """The rows of a batch in minibatches of `size`, by a permutation of its groups that the key
+    (seed, step, epoch) fixes: formed before anything is spread over ranks, so that placement does
+    not change the mathematics."""
+    groups = permutation(count // group, *key, MINIBATCHES)
+    return np.split((groups[:, None] * group + np.arange(group)).ravel(), count // size)
 
 
 def spread(rows: Rows, lengths: Ints, ranks: int, micro_batch_tokens: int) -> list[list[Rows]]:

@@ -43,6 +43,18 @@ class Prompts:
     columns: list[dict[str, Any]] = field(default_factory=list)
     where: list[str] = field(default_factory=list)  # file:line; nothing for random tokens
 
+    def take(self, rows: Rows) -> "Prompts":
+        def chosen(given: list[Any]) -> list[Any]:
+            return [given[row] for row in rows.tolist()] if given else []
+
+        return Prompts(
+            requests=self.requests.take(rows),
+            texts=chosen(self.texts),
+            answers=chosen(self.answers),
+            columns=chosen(self.columns),
+            where=chosen(self.where),
+        )
+
     def named(self, rows: Rows) -> str:
         """Some of the prompts, by the lines that they are in."""
         if not self.where:
@@ -228,10 +240,11 @@ class Dataset:
     # --- what a step gets ---
 
     def step(self, step: int) -> Prompts:
-        batch, seed = self._workload.batch, self._workload.seed
-        places = self._order.places(step * batch, (step + 1) * batch)
-        chosen = [self._pools[pool][place] for pool, place in places]
-        return self._prompts(chosen, keys_of(len(chosen), seed, step))
+        samples, seed = self._workload.group, self._workload.seed
+        count = self._workload.generated // samples
+        places = self._order.places(step * count, (step + 1) * count)
+        chosen = [self._pools[pool][place] for pool, place in places for _ in range(samples)]
+        return self._prompts(chosen, keys_of(count, seed, step, samples=samples))
 
     def evaluations(self) -> list[HeldOut]:
         return self._held_out
@@ -306,15 +319,17 @@ class Synthetic:
 
     def step(self, step: int) -> Prompts:
         workload = self._workload
-        prompts = sample(workload.prompt, workload.batch, workload.seed, step, PROMPT_LENGTHS)
-        responses = sample(workload.response, workload.batch, workload.seed, step, RESPONSE_LENGTHS)
-        rng = np.random.default_rng((workload.seed, step, TOKENS))
-        tokens = [
+        generated, samples, seed = workload.generated, workload.group, workload.seed
+        prompts = sample(workload.prompt, generated // samples, seed, step, PROMPT_LENGTHS)
+        responses = sample(workload.response, generated, seed, step, RESPONSE_LENGTHS)
+        rng = np.random.default_rng((seed, step, TOKENS))
+        drawn = [
             rng.integers(workload.actor.shape.vocab, size=n, dtype=np.int32)
             for n in prompts.tolist()
         ]
-        keys = keys_of(workload.batch, workload.seed, step)
-        requests = make_requests(tokens, keys, responses, np.ones(workload.batch, dtype=bool))
+        tokens = [prompt for prompt in drawn for _ in range(samples)]
+        keys = keys_of(len(drawn), seed, step, samples=samples)
+        requests = make_requests(tokens, keys, responses, np.ones(generated, dtype=bool))
         texts, none = self.decode(tokens), [None] * len(tokens)
         return Prompts(requests=requests, texts=texts, answers=none, columns=[{} for _ in none])
 

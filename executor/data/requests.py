@@ -42,6 +42,16 @@ class Requests:
     def prompts(self) -> list[Ints]:
         return _split(self.tokens, self.lengths)
 
+    def distinct(self) -> tuple[Rows, Rows]:
+        """The first row of each prompt that stands once or several times in a row, and for each
+        row the number of its prompt among these."""
+        prompts = self.prompts()
+        new = [
+            row == 0 or not np.array_equal(prompt, prompts[row - 1])
+            for row, prompt in enumerate(prompts)
+        ]
+        return np.flatnonzero(new), np.cumsum(new) - 1
+
 
 def make_requests(
     prompts: Sequence[Ints],
@@ -58,9 +68,10 @@ def make_requests(
     )
 
 
-def keys_of(count: int, *key: int) -> NDArray[np.int64]:
-    """The keys (..., prompt, sample, purpose) of each of `count` prompts."""
-    return np.array([(*key, prompt, 0, SAMPLING) for prompt in range(count)], dtype=np.int64)
+def keys_of(count: int, *key: int, samples: int = 1) -> NDArray[np.int64]:
+    """The keys (..., prompt, sample, purpose) of each sample of `count` prompts."""
+    rows = [(prompt, sample) for prompt in range(count) for sample in range(samples)]
+    return np.array([(*key, *row, SAMPLING) for row in rows], dtype=np.int64)
 
 
 def _split(flat: NDArray[Any], lengths: Ints) -> list[NDArray[Any]]:

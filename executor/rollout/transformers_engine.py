@@ -82,8 +82,9 @@ class TransformersEngine:
     @torch.inference_mode()
     def _wave(self, requests: Requests, sampler: Sampler) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """Decode some sequences together until the last one ends; the ended ones leave the batch
-        now and then."""
-        tokens, mask = self._left_padded(requests)
+        now and then. Those of one prompt, in a row, share its prefill."""
+        prompts, prompt_of = requests.distinct()
+        tokens, mask = self._left_padded(requests.take(prompts))
         count, longest = len(requests), int(requests.max_tokens.max())
         budget, exact = self._tensor(requests.max_tokens), self._tensor(requests.exact)
         greedy = sampler.temperature == 0
@@ -107,6 +108,10 @@ class TransformersEngine:
                 use_cache=True,
                 logits_to_keep=1,
             ).logits[:, -1]
+            if len(logits) < len(rows):  # each prompt was computed once for all of its samples
+                samples = self._tensor(prompt_of)
+                cache.batch_select_indices(samples)
+                logits, positions, mask = logits[samples], positions[samples], mask[samples]
             logits = logits.float()
             if position < sampler.min_tokens:
                 early = ~exact[rows, None] & torch.isin(self._numbers(logits), self.eos)

@@ -55,6 +55,7 @@ class Manifest(File):
     metrics: dict[int, dict[str, float | None]]
     evaluations: dict[int, dict[str, float]]
     skipped: dict[str, int]
+    kl_coef: float | None = Field(default=None, exclude_if=lambda value: value is None)
     roles: dict[str, RoleState]
     files: dict[str, FileEntry]
     content: dict[str, str] = Field(default_factory=dict)

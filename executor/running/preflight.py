@@ -13,7 +13,6 @@ from executor.data.prompts import Dataset, PromptSource, Synthetic
 from executor.fleet import driver, gpus, pools
 from planner.predict.memory import host_bytes
 from planner.predict.memory_check import check_memory
-from planner.spec.algorithm import Algorithm
 from planner.spec.architectures import check_vllm
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
@@ -45,7 +44,6 @@ def check(plan: Plan, *, local: bool) -> PromptSource:
     if local:
         check_machine(plan)
     check_engine(plan)
-    check_algorithm(plan.workload)
     check_models(plan.workload)
     _check_rewards_run(plan.workload)
     for rewarding in plan.workload.host_rewards:
@@ -78,21 +76,6 @@ def check_memory_of(plan: Plan) -> None:
         check_memory(plan)
     except UserError as error:
         raise UserError(f"plan {plan.name!r}: {error}") from None
-
-
-def check_algorithm(workload: Workload) -> None:
-    """Whether a run can do what a plan can be searched for."""
-    algorithm, built = workload.algorithm, Algorithm()
-    keys = ("loss", "aggregation", "kl_target", "clip_high", "importance", "ratio_mask")
-    later = [
-        *(("advantage",) if algorithm.needs_group else ()),
-        *(key for key in keys if getattr(algorithm, key) != getattr(built, key)),
-        *(key for key in ("mask_truncated", "critic_warmup") if getattr(algorithm, key)),
-    ]
-    if workload.group > 1:
-        later.insert(0, "samples_per_prompt")
-    if later:
-        raise UserError(f"`plan execute` cannot do this yet: {', '.join(later)}; leave it out")
 
 
 def _check_rewards_run(workload: Workload) -> None:

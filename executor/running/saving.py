@@ -43,6 +43,7 @@ class Snapshot:
     metrics: dict[int, dict[str, Any]]
     evaluations: dict[int, dict[str, float]]
     skipped: dict[str, int]
+    kl_coef: float | None
     written: Callable[[], list[tuple[dict[str, RoleState], dict[str, FileEntry]]] | None]
 
 
@@ -150,6 +151,7 @@ def _write(
         metrics={number: _finite(metrics) for number, metrics in taken.metrics.items()},
         evaluations=taken.evaluations,
         skipped=taken.skipped,
+        kl_coef=taken.kl_coef,
         roles={role: merge(states) for role, states in roles.items()},
         files=files,
         content=content,

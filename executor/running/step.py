@@ -1,6 +1,6 @@
 """One PPO step: what each call does, seen from the controller. Their order is the plan's, kept by
-the loop in `loop.py`; the mathematics is in `ppo.py`; what happens on the GPUs is in `trainer.py`
-and in the engines of `executor/rollout`."""
+the loop in `loop.py`; what is learned from is said in `learning.py`; what happens on the GPUs is in
+`trainer.py` and in the engines of `executor/rollout`."""
 
 import time
 from collections import Counter
@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from executor.data.batch import Generated, Sequences, assign, collate, join, minibatches, spread
 from executor.data.prompts import Prompts, PromptSource
+from executor.data.requests import Rows
 from executor.fleet.asking import Answers, ask, to_each
 from executor.fleet.pools import Fleet
 from executor.fleet.worker import DiedAgain, Record
 from executor.rollout.engine import EngineWorker
-from executor.running import checkpoint, evaluation
+from executor.running import checkpoint, evaluation, learning
 from executor.running.checkpoint import Checkpoint
 from executor.running.export import export_models
 from executor.running.judges import Judges
@@ -30,7 +31,8 @@ from executor.running.saving import Snapshot
 from executor.running.scoring import judge
 from executor.running.step_figures import spread_of
 from executor.running.supervise import Deadlines
-from executor.training import ppo
+from executor.training import kl
+from executor.training.aggregation import mean_stats
 from executor.training.trainer import COLUMNS, Minibatch, Trainer
 from planner.predict.schedule import Task
 from planner.spec.data import Sampler
@@ -53,8 +55,16 @@ class StepData:
     sequences: Sequences
     batch: ray.ObjectRef[Any]  # the sequences in Ray's object store
     scores: NDArray[np.float32] | None = None  # [B]
+    selected: Rows | None = None  # [B], of all that were generated
     columns: COLUMNS = field(default_factory=dict)  # [B, R] by the name of the datum
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    def take(self, rows: Rows) -> None:
+        """Go on with these sequences alone."""
+        assert self.scores is not None
+        self.selected, self.prompts = rows, self.prompts.take(rows)
+        self.sequences, self.scores = self.sequences.take(rows), self.scores[rows]
+        self.batch = ray.put(self.sequences)
 
     def drop_unscored(self) -> None:
         """Sequences without a finite score become prompts with empty responses, from which nothing
@@ -72,7 +82,10 @@ class StepData:
         """The data that a checkpoint keeps of it, without the metrics; prompts can be had again."""
         found = {f"sequences/{f.name}": getattr(self.sequences, f.name) for f in fields(Sequences)}
         found |= {f"columns/{name}": column for name, column in self.columns.items()}
-        return found if self.scores is None else {**found, "scores": self.scores}
+        for name in ("scores", "selected"):
+            if (array := getattr(self, name)) is not None:
+                found[name] = array
+        return found
 
     @classmethod
     def restored(
@@ -84,11 +97,13 @@ class StepData:
             for name, x in arrays.items()
             if name.startswith("columns/")
         }
+        selected = arrays.get("selected")
         return cls(
-            prompts=prompts,
+            prompts=prompts if selected is None else prompts.take(selected),
             sequences=sequences,
             batch=ray.put(sequences),
             scores=arrays.get("scores"),
+            selected=selected,
             columns=columns,
             metrics=metrics,
         )
@@ -123,6 +138,7 @@ class Training:
         self.skipped: dict[
             str, int
         ] = {}  # optimizer steps in a row without finite gradients, by role
+        self.kl_coef = self.settings.kl_coef
         self.processes = Processes(plan, fleet, self.deadlines, resumed.saved if resumed else None)
         if resumed:
             self._restore(resumed)
@@ -138,7 +154,8 @@ class Training:
         prompts = self.prompts.step(task.step)
         assert task.weights_version is not None
         version = task.weights_version
-        sequences, answers = self._generate(version, prompts, self.workload.sampler)
+        workload = self.workload
+        sequences, answers = self._generate(version, prompts, workload.sampler, workload.group)
         self.steps[task.step] = StepData(
             prompts=prompts, sequences=sequences, batch=ray.put(sequences)
         )
@@ -154,6 +171,16 @@ class Training:
         step.scores, records = self._score(self.processes.judges, step.prompts, responses)
         return records, int(step.sequences.lengths.sum())
 
+    def select(self, task: Task) -> Done:
+        """Keep the groups whose scores differ, as many as a batch has."""
+        start = time.perf_counter()
+        step, workload = self.steps[task.step], self.workload
+        assert step.scores is not None
+        rows, metrics = learning.select(step.scores, workload.group, workload.batch)
+        step.metrics |= metrics
+        step.take(rows)
+        return [Record(start=start, end=time.perf_counter())], int(step.sequences.lengths.sum())
+
     def ref_logprobs(self, task: Task) -> Done:
         self.steps[task.step].columns["ref_log_probs"], done = self._infer(task, "reference")
         return done
@@ -168,54 +195,53 @@ class Training:
 
     def advantages(self, task: Task) -> Done:
         start = time.perf_counter()
-        step, settings = self.steps[task.step], self.settings
+        step = self.steps[task.step]
         ended = self._ended(step.prompts, step.sequences)
         self._tell_of_step(task.step, ended)
         step.drop_unscored()
         step.columns["log_probs"] = step.sequences.log_probs
         step.columns.setdefault("proximal_log_probs", step.sequences.log_probs)
-        columns = {name: torch.tensor(column) for name, column in step.columns.items()}
-        mask = torch.tensor(step.sequences.mask)
         assert step.scores is not None
-        advantages, returns, metrics = ppo.advantages(
-            scores=torch.tensor(step.scores),
-            log_probs=columns["proximal_log_probs"],
-            mask=mask,
-            ended=torch.tensor(ended),
-            ref_log_probs=columns.get("ref_log_probs"),
-            values=columns.get("values"),
-            gamma=settings.gamma,
-            lam=settings.lam,
-            kl_coef=settings.kl_coef,
-            kl_kind=settings.kl_kind,
-            missing_eos_penalty=settings.missing_eos_penalty,
-            whiten_advantages=settings.whitens,
+        columns, metrics = learning.estimate(
+            self.workload,
+            step.columns,
+            scores=step.scores,
+            mask=step.sequences.mask,
+            ended=ended,
+            kl_coef=self.kl_coef,
         )
-        step.columns |= {"advantages": advantages.numpy(), "returns": returns.numpy()}
-        # Engine against actor: the engine's rounding where the data are fresh, staleness where they
-        # are not.
-        gap = (columns["proximal_log_probs"] - columns["log_probs"]).abs()[mask].mean()
+        step.columns |= columns
+        step.metrics |= metrics
         fresh = task.step == 0  # at any staleness: nothing was updated before
         if fresh and not self.workload.sampler.cuts:
-            check_agreement(float(gap), self.plan)
-        off_policy = ppo.off_policy(
-            proximal_log_probs=columns["proximal_log_probs"],
-            behaviour_log_probs=columns["log_probs"],
-            mask=mask,
-        )
-        step.metrics |= {**metrics, "log_prob_gap": float(gap)}
+            check_agreement(metrics["log_prob_gap"], self.plan)
         some = step.sequences.response_lengths > 0
         step.metrics |= spread_of("score", step.scores[some])
         step.metrics |= spread_of("response_tokens", step.sequences.response_lengths[some])
-        step.metrics |= {f"importance/{name}": value for name, value in off_policy.items()}
+        self._adapt_kl(step)
         tokens = int(step.sequences.response_lengths.sum())
         return [Record(start=start, end=time.perf_counter())], tokens
+
+    def _adapt_kl(self, step: StepData) -> None:
+        """Let the weight of the KL penalty follow its target, from the next step on."""
+        settings = self.settings
+        if settings.kl_target is not None:
+            step.metrics["kl_coef"] = self.kl_coef
+            self.kl_coef = kl.adapted_coef(
+                self.kl_coef,
+                step.metrics["kl"],
+                target=settings.kl_target,
+                sequences=self.workload.batch,
+                horizon=settings.kl_horizon,
+            )
 
     def update_critic(self, task: Task) -> Done:
         return self._train(task, "critic", ("values", "returns"))
 
     def update_actor(self, task: Task) -> Done:
-        columns = ["advantages", "proximal_log_probs", "log_probs"]
+        if task.step < self.settings.critic_warmup:
+            return self._train(task, "actor", (), epochs=0)
+        columns = ["advantages", "proximal_log_probs", "weights"]
         if self.settings.kl_kind != "k1" and self.workload.reference:
             columns.append("ref_log_probs")  # the KL penalty is part of the loss
         return self._train(task, "actor", tuple(columns))
@@ -245,7 +271,8 @@ class Training:
         tokens = 0
         for held_out in self.prompts.evaluations():
             prompts = held_out.prompts
-            sequences, answers = self._generate(version, prompts, held_out.settings)
+            settings = held_out.settings
+            sequences, answers = self._generate(version, prompts, settings, settings.samples)
             responses = self.prompts.decode(sequences.responses())
             records += answers.records
             if self.processes.judges is None:
@@ -310,10 +337,11 @@ class Training:
         self.listener.add(lines)
 
     def _generate(
-        self, version: int, prompts: Prompts, sampler: Sampler
+        self, version: int, prompts: Prompts, sampler: Sampler, group: int
     ) -> tuple[Sequences, Answers[Generated]]:
         requests, engines = prompts.requests, self.processes.engines
-        shares = assign(requests.lengths, len(engines), self.workload.response.longest)
+        longest = self.workload.response.longest
+        shares = assign(requests.lengths, len(engines), longest, group)
         orders = [
             engine.order(EngineWorker.generate, requests.take(rows), sampler)
             for engine, rows in zip(engines, shares, strict=True)
@@ -351,19 +379,29 @@ class Training:
         shape = lengths.shape if role == "reward" else step.sequences.mask.shape
         return join(shares, answers.results, shape), (answers.records, int(lengths.sum()))
 
-    def _train(self, task: Task, role: str, columns: tuple[str, ...]) -> Done:
+    def _train(
+        self, task: Task, role: str, columns: tuple[str, ...], epochs: int | None = None
+    ) -> Done:
         """Epochs of minibatches, each formed over the whole batch and then spread over the
         ranks."""
         step, ranks = self.steps[task.step], self.processes.of(role)
-        lengths, seed = step.sequences.lengths, self.workload.seed
+        lengths, workload = step.sequences.lengths, self.workload
+        counted = step.sequences.response_lengths  # the tokens of each sequence that are learned
+        if "weights" in columns:
+            counted = np.count_nonzero(step.columns["weights"], axis=1)
         most = self.micro_batch_tokens(task, role)
         each: list[list[Minibatch]] = [[] for _ in ranks]
-        for epoch in range(self.settings.epochs):
-            for rows in minibatches(len(lengths), self.workload.minibatch, seed, task.step, epoch):
-                tokens = int(step.sequences.response_lengths[rows].sum())
+        epochs = self.settings.epochs if epochs is None else epochs
+        for epoch in range(epochs):
+            key = workload.seed, task.step, epoch
+            for rows in minibatches(len(lengths), workload.minibatch, *key, group=workload.group):
+                tokens, sequences = counted[rows].sum(), np.count_nonzero(counted[rows])
                 shares = spread(rows, lengths, len(ranks), most)
                 for rank, share in enumerate(shares):
-                    each[rank].append(Minibatch(micro_batches=share, tokens=tokens))
+                    minibatch = Minibatch(
+                        micro_batches=share, tokens=int(tokens), sequences=int(sequences)
+                    )
+                    each[rank].append(minibatch)
         needed = ray.put({name: step.columns[name] for name in columns})
         version = task.weights_version
         assert version is not None, "an update makes a version of the weights"
@@ -373,9 +411,10 @@ class Training:
                 for rank, share in zip(ranks, each, strict=True)
             ]
         )
-        step.metrics |= _train_metrics(role, answers.results)
+        if epochs:
+            step.metrics |= _train_metrics(role, answers.results)
         self._count_skipped(task, role, [part["grad_norm"] for part in answers.results[0]])
-        return answers.records, int(lengths.sum()) * self.settings.epochs
+        return answers.records, int(lengths.sum()) * epochs
 
     def _count_skipped(self, task: Task, role: str, norms: list[float]) -> None:
         for norm in norms:
@@ -429,12 +468,15 @@ class Training:
             metrics={number: dict(step.metrics) for number, step in self.steps.items()},
             evaluations=dict(self.evaluations),
             skipped=dict(self.skipped),
+            kl_coef=None if self.settings.kl_target is None else self.kl_coef,
             written=written,
         )
 
     def _restore(self, resumed: Checkpoint) -> None:
         manifest, arrays = resumed.manifest, resumed.arrays()
         self.evaluations, self.skipped = dict(manifest.evaluations), dict(manifest.skipped)
+        if self.settings.kl_target is not None and manifest.kl_coef is not None:
+            self.kl_coef = manifest.kl_coef
         for number, metrics in manifest.metrics.items():
             own = {
                 name.removeprefix(f"{number}/"): x
@@ -474,7 +516,7 @@ def _train_metrics(role: str, ranks: list[list[dict[str, float]]]) -> dict[str, 
         if any(finite) and not counts:
             continue
         sums = {name: sum(part[name] for part in parts) for name in parts[0] if name != "grad_norm"}
-        means.append({"grad_norm": parts[0]["grad_norm"], **ppo.mean_stats(sums)})
+        means.append({"grad_norm": parts[0]["grad_norm"], **mean_stats(sums)})
     names = [name for name in means[0] if name != "tokens"]
     found = {f"{role}/{name}": float(np.mean([mean[name] for mean in means])) for name in names}
     return {**found, f"{role}/skipped": float(finite.count(False))}

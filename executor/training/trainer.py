@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from executor.data.batch import Sequences
 from executor.data.requests import Rows
-from executor.training import models, nccl_group, ppo, shards, weights
+from executor.training import aggregation, losses, models, nccl_group, shards, weights
+from executor.training.aggregation import Stats
 from executor.training.host import Host, Hosted
 from executor.training.learning_rate import learning_rate
 from executor.training.packing import Packed, pack
@@ -34,11 +35,12 @@ COLUMNS = dict[str, NDArray[np.float32]]  # further columns [B, R] of a batch, b
 
 @dataclass(frozen=True, kw_only=True)
 class Minibatch:
-    """One optimizer step as a rank sees it: its micro-batches, and the response tokens over all
-    ranks."""
+    """One optimizer step as a rank sees it: its micro-batches, and over all ranks the response
+    tokens that are learned from and the sequences that have some."""
 
     micro_batches: list[Rows]
     tokens: int
+    sequences: int
 
 
 class Trainer(Host):
@@ -156,7 +158,7 @@ class Trainer(Host):
             batch = pack(sequences, rows, self.device)
             columns = {name: self._columns(x, rows, batch) for name, x in further.items()}
             loss_of = self._policy_loss if role == "actor" else self._value_loss
-            loss, stats = loss_of(hosted.module, batch, columns, minibatch.tokens)
+            loss, stats = loss_of(hosted.module, batch, columns, minibatch)
             (
                 loss * hosted.layout.gpus
             ).backward()  # FSDP averages over the ranks; the normalizer wants their sum
@@ -171,47 +173,64 @@ class Trainer(Host):
         return {"grad_norm": float(norm), **{name: float(value) for name, value in sums.items()}}
 
     def _policy_loss(
-        self, module: nn.Module, batch: Packed, columns: Mapping[str, Tensor], tokens: int
-    ) -> tuple[Tensor, ppo.Stats]:
+        self,
+        module: nn.Module,
+        batch: Packed,
+        columns: Mapping[str, Tensor],
+        minibatch: Minibatch,
+    ) -> tuple[Tensor, Stats]:
         settings = self.plan.workload.algorithm
         log_probs, entropy = module(batch, entropy=True)
-        loss, stats = ppo.policy_loss(
+        mask = batch.mask & (columns["weights"] > 0)
+        divided_by = aggregation.normalizer(
+            settings.aggregation,
+            mask,
+            tokens=minibatch.tokens,
+            sequences=minibatch.sequences,
+            longest=self.plan.workload.response.longest,
+        )
+        loss, stats = losses.policy_loss(
+            kind=settings.loss,
             log_probs=log_probs,
             proximal_log_probs=columns["proximal_log_probs"],
-            behaviour_log_probs=columns["log_probs"],
             advantages=columns["advantages"],
-            mask=batch.mask,
+            weights=columns["weights"],
+            mask=mask,
             clip=settings.clip,
-            importance_cap=settings.importance_cap,
-            normalizer=tokens,
+            clip_high=settings.clip_high,
             dual_clip=settings.dual_clip,
+            normalizer=divided_by,
         )
         if settings.kl_kind != "k1" and "ref_log_probs" in columns:
-            kl, kl_stats = ppo.kl_loss(
+            kl, kl_stats = losses.kl_loss(
                 log_probs=log_probs,
                 ref_log_probs=columns["ref_log_probs"],
-                mask=batch.mask,
+                mask=mask,
                 kind=settings.kl_kind,
                 coef=settings.kl_coef,
-                normalizer=tokens,
+                normalizer=divided_by,
             )
             loss, stats = loss + kl, stats | kl_stats
-        bonus, entropy_stats = ppo.entropy_loss(
-            entropy=entropy, mask=batch.mask, coef=settings.entropy_coef, normalizer=tokens
+        bonus, entropy_stats = losses.entropy_loss(
+            entropy=entropy, mask=mask, coef=settings.entropy_coef, normalizer=divided_by
         )
         return loss + bonus, stats | entropy_stats
 
     def _value_loss(
-        self, module: nn.Module, batch: Packed, columns: Mapping[str, Tensor], tokens: int
-    ) -> tuple[Tensor, ppo.Stats]:
+        self,
+        module: nn.Module,
+        batch: Packed,
+        columns: Mapping[str, Tensor],
+        minibatch: Minibatch,
+    ) -> tuple[Tensor, Stats]:
         clip = self.plan.workload.algorithm.value_clip
-        return ppo.value_loss(
+        return losses.value_loss(
             values=module(batch),
             old_values=columns["values"],
             returns=columns["returns"],
             mask=batch.mask,
             clip=None if clip == "off" else clip,
-            normalizer=tokens,
+            normalizer=minibatch.tokens,
         )
 
     def gather(self, role: str, version: int) -> ray.ObjectRef[Any] | None:

@@ -72,6 +72,10 @@ class Algorithm(Spec):
                 f"ratio_mask_low = {self.ratio_mask_low:g} is not below ratio_mask_high = "
                 f"{self.ratio_mask_high:g}; change one of them"
             )
+        if self.dual_clip is not None and self.loss == "cispo":
+            raise ValueError(
+                "dual_clip bounds an objective that loss = 'cispo' has not; leave it out"
+            )
         if self.critic_warmup and not self.needs_critic:
             raise ValueError(
                 f"critic_warmup is for a critic, which advantage = {self.advantage!r} has not; "

@@ -259,6 +259,11 @@ class Workload(File):
             )
         if algorithm.kl_target is not None and self.reference is None:
             raise ValueError("kl_target needs a reference; add [reference], or leave it out")
+        if algorithm.kl_target is not None and self.proximal != "recompute":
+            raise ValueError(
+                "kl_target follows the KL of one step after the other, which proximal = "
+                f"{self.proximal!r} does not wait for; set proximal = 'recompute'"
+            )
         return self
 
     @model_validator(mode="after")

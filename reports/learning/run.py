@@ -45,7 +45,7 @@ KEPT = (
     "actor/clip_share",
     "actor/cap_share",
     "actor/approx_kl",
-    "actor/staleness_kl",
+    "importance/staleness_kl",
     "actor/grad_norm",
 )
 

@@ -21,7 +21,12 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weig
 from verl.utils import torch_functional as verl_functional
 from verl.workers.config import ActorConfig
 
-from executor.training import lm_head, ppo
+from executor.training import lm_head
+from executor.training.advantages import estimate, gae, token_rewards, whiten
+from executor.training.aggregation import Stats, mean_stats
+from executor.training.correction import importance_weights, off_policy
+from executor.training.kl import kl_penalty
+from executor.training.losses import entropy_loss, kl_loss, policy_loss, value_loss
 
 hollow.end()
 pytestmark = pytest.mark.peers
@@ -87,7 +92,7 @@ def same_loss(ours: Tensor, theirs: Tensor, our_input: Tensor, their_input: Tens
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
 def test_kl(seed: int, kind: Any) -> None:
     batch = Batch(seed)
-    ours = ppo.kl_penalty(batch.log_probs, batch.reference, kind)
+    ours = kl_penalty(batch.log_probs, batch.reference, kind)
     close(ours, verl.kl_penalty(batch.log_probs, batch.reference, kind))
     theirs = openrlhf.compute_approx_kl(batch.log_probs, batch.reference, kl_estimator=kind)
     close(ours.clamp(-K3_MAX, K3_MAX), theirs)  # OpenRLHF caps k1 and k2 too
@@ -97,15 +102,15 @@ def test_kl(seed: int, kind: Any) -> None:
 def test_kl_far_away(kind: Any) -> None:
     """Up to log-ratios at which k3 is capped, and a ratio would not be finite."""
     x = torch.linspace(-120, 120, 481, requires_grad=True)
-    ours = ppo.kl_penalty(x, torch.zeros_like(x), kind).sum()
+    ours = kl_penalty(x, torch.zeros_like(x), kind).sum()
     same_loss(ours, verl.kl_penalty(x, torch.zeros_like(x), kind).sum(), x, x)
 
 
 @seeds
 def test_rewards_of_tokens(seed: int) -> None:
     batch = Batch(seed)
-    kl = ppo.kl_penalty(batch.nan("proximal"), batch.nan("reference"), "k1")
-    ours = ppo.token_rewards(batch.scores, kl, KL_COEF, batch.mask)
+    kl = kl_penalty(batch.nan("proximal"), batch.nan("reference"), "k1")
+    ours = token_rewards(batch.scores, kl, KL_COEF, batch.mask)
     last = batch.mask & (batch.real.cumsum(1) == batch.real.sum(1, keepdim=True))
     scores = batch.scores[:, None] * last
     close(ours, verl.compute_rewards(scores, batch.proximal, batch.reference, KL_COEF))
@@ -118,7 +123,7 @@ def test_rewards_of_tokens(seed: int) -> None:
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
 def test_gae(seed: int, gamma: float, lam: float) -> None:
     batch = Batch(seed)
-    advantages, returns = ppo.gae(batch.nan("rewards"), batch.nan("values"), batch.mask, gamma, lam)
+    advantages, returns = gae(batch.nan("rewards"), batch.nan("values"), batch.mask, gamma, lam)
     given = batch.rewards, batch.values, batch.real, gamma, lam
     whitened, their_returns = verl.compute_gae_advantage_return(*given)
     close(returns, their_returns * batch.real)
@@ -128,7 +133,7 @@ def test_gae(seed: int, gamma: float, lam: float) -> None:
 def _unbiased(advantages: Tensor, batch: Batch) -> Tensor:
     """Our whitened advantages with verl's unbiased variance."""
     bessel = (batch.tokens - 1) / batch.tokens
-    whitened: Tensor = ppo.whiten(advantages, batch.mask, eps=1e-8 * bessel)
+    whitened: Tensor = whiten(advantages, batch.mask, eps=1e-8 * bessel)
     return whitened * math.sqrt(bessel)
 
 
@@ -136,7 +141,7 @@ def _unbiased(advantages: Tensor, batch: Batch) -> Tensor:
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5)])
 def test_gae_without_holes(seed: int, gamma: float, lam: float) -> None:
     batch = Batch(seed, holes=False)
-    ours = ppo.gae(batch.nan("rewards"), batch.nan("values"), batch.mask, gamma, lam)
+    ours = gae(batch.nan("rewards"), batch.nan("values"), batch.mask, gamma, lam)
     theirs = RemoteExperienceMaker.get_advantages_and_returns(
         None, batch.values, batch.rewards, batch.mask, gamma, lam
     )
@@ -149,7 +154,7 @@ def test_rewards_to_go(seed: int) -> None:
     """The returns without a critic."""
     batch = Batch(seed)
     zeros = torch.zeros_like(batch.rewards)
-    _, ours = ppo.gae(batch.nan("rewards"), zeros, batch.mask, 0.9, 1.0)
+    _, ours = gae(batch.nan("rewards"), zeros, batch.mask, 0.9, 1.0)
     config = SimpleNamespace(gamma=0.9)
     _, theirs = verl.compute_reinforce_plus_plus_outcome_advantage(
         batch.rewards, batch.real, config
@@ -165,7 +170,8 @@ def test_from_scores_to_whitened_advantages(seed: int, kind: str) -> None:
     batch = Batch(seed, holes=False)
     batch.scores[-3] = 0.0  # the empty response, which OpenRLHF gives a reward
     gamma, lam = (1.0, 0.95) if kind == "gae" else (0.9, 1.0)
-    ours, returns, _ = ppo.advantages(
+    ours = estimate(
+        kind="gae" if kind == "gae" else "reinforce++",
         scores=batch.scores,
         log_probs=batch.nan("proximal"),
         ref_log_probs=batch.nan("reference"),
@@ -178,8 +184,8 @@ def test_from_scores_to_whitened_advantages(seed: int, kind: str) -> None:
     )
     experience = _experience(batch, 1)
     _openrlhf_maker(kind, gamma, lam).compute_advantages_and_returns([experience])
-    close(ours, experience.advantages * batch.real)
-    close(returns, experience.returns * batch.real)
+    close(ours.advantages, experience.advantages * batch.real)
+    close(ours.returns, experience.returns * batch.real)
 
 
 def _experience(batch: Batch, samples: int) -> SimpleNamespace:
@@ -211,12 +217,17 @@ def _openrlhf_maker(kind: str, gamma: float, lam: float, samples: int = 1) -> An
 # --- losses ---
 
 
-def our_policy_loss(batch: Batch, log_probs: Tensor, **settings: Any) -> tuple[Tensor, ppo.Stats]:
-    return ppo.policy_loss(
+def our_weights(batch: Batch) -> Tensor:
+    log_ratio = batch.nan("proximal") - batch.nan("behaviour")
+    return importance_weights(log_ratio, batch.mask, cap=CAP)
+
+
+def our_policy_loss(batch: Batch, log_probs: Tensor, **settings: Any) -> tuple[Tensor, Stats]:
+    return policy_loss(
         log_probs=log_probs,
         proximal_log_probs=batch.nan("proximal"),
-        behaviour_log_probs=batch.nan("behaviour"),
         advantages=batch.nan("advantages"),
+        weights=our_weights(batch),
         mask=batch.mask,
         clip=CLIP,
         normalizer=batch.tokens,
@@ -229,7 +240,7 @@ def test_policy_loss_of_verl(seed: int) -> None:
     """Dual clip is always on there, and the importance weights are truncated."""
     batch = Batch(seed)
     ours, theirs = batch.nan("log_probs"), batch.plain("log_probs")
-    our_loss, stats = our_policy_loss(batch, ours, importance_cap=CAP, dual_clip=DUAL)
+    our_loss, stats = our_policy_loss(batch, ours, dual_clip=DUAL)
     weights, facts = compute_rollout_correction_weights(
         batch.proximal - batch.behaviour, batch.real, "token", CAP
     )
@@ -246,11 +257,11 @@ def test_policy_loss_of_verl(seed: int) -> None:
         batch.proximal, theirs, batch.advantages, batch.real, "token-mean", config, weights
     )
     same_loss(our_loss, their_loss, ours, theirs)
-    means = ppo.mean_stats(stats)
+    means = mean_stats(stats)
     assert means["clip_share"] == pytest.approx(said["actor/pg_clipfrac"])
     assert means["dual_clip_share"] == pytest.approx(said["actor/pg_clipfrac_lower"])
     assert means["importance_weight"] == pytest.approx(facts["rollout_is_mean"], rel=1e-4) or (
-        means["cap_share"] > 0  # verl's mean is that of what is not truncated
+        (our_weights(batch) == CAP).any()  # verl's mean is that of what is not truncated
     )
 
 
@@ -259,7 +270,7 @@ def test_policy_loss_of_verl(seed: int) -> None:
 def test_policy_loss_of_openrlhf(seed: int, dual: float | None) -> None:
     batch = Batch(seed)
     ours, theirs = batch.nan("log_probs"), batch.plain("log_probs")
-    our_loss, stats = our_policy_loss(batch, ours, importance_cap=CAP, dual_clip=dual)
+    our_loss, stats = our_policy_loss(batch, ours, dual_clip=dual)
     loss = PolicyLoss(
         CLIP,
         CLIP,
@@ -271,9 +282,10 @@ def test_policy_loss_of_openrlhf(seed: int, dual: float | None) -> None:
     given = batch.proximal, batch.advantages, batch.real, batch.behaviour
     their_loss, clipped, _, _, filtered = loss(theirs, *given)
     same_loss(our_loss, their_loss, ours, theirs)
-    means = ppo.mean_stats(stats)
+    means = mean_stats(stats)
     assert means["clip_share"] == pytest.approx(clipped.item())
-    assert means["cap_share"] == pytest.approx(filtered.item())
+    capped = (our_weights(batch) == CAP).sum() / batch.tokens
+    assert capped.item() == pytest.approx(filtered.item())
 
 
 def trl_loss(batch: Batch, log_probs: Tensor, **settings: Any) -> Tensor:
@@ -332,7 +344,7 @@ def test_policy_loss_of_trl(seed: int) -> None:
     batch = Batch(seed)
     batch.behaviour = batch.proximal
     ours, theirs = batch.nan("log_probs"), batch.plain("log_probs")
-    our_loss, _ = our_policy_loss(batch, ours, importance_cap=CAP)
+    our_loss, _ = our_policy_loss(batch, ours)
     same_loss(our_loss, trl_loss(batch, theirs), ours, theirs)
 
 
@@ -343,8 +355,8 @@ def test_kl_loss_of_trl(seed: int) -> None:
     batch.behaviour = batch.proximal
     batch.reference = batch.log_probs + (batch.reference - batch.log_probs).clamp(-2, 2)
     ours, theirs = batch.nan("log_probs"), batch.plain("log_probs")
-    our_loss, _ = our_policy_loss(batch, ours, importance_cap=CAP)
-    kl, _ = ppo.kl_loss(
+    our_loss, _ = our_policy_loss(batch, ours)
+    kl, _ = kl_loss(
         log_probs=ours,
         ref_log_probs=batch.nan("reference"),
         mask=batch.mask,
@@ -360,7 +372,7 @@ def test_kl_loss_of_trl(seed: int) -> None:
 def test_kl_loss(seed: int, kind: Any) -> None:
     batch = Batch(seed)
     ours, theirs = batch.nan("log_probs"), batch.plain("log_probs")
-    our_loss, _ = ppo.kl_loss(
+    our_loss, _ = kl_loss(
         log_probs=ours,
         ref_log_probs=batch.nan("reference"),
         mask=batch.mask,
@@ -377,7 +389,7 @@ def test_kl_loss(seed: int, kind: Any) -> None:
 def test_value_loss(seed: int, clip: float | None) -> None:
     batch = Batch(seed)
     ours, theirs = batch.nan("values"), batch.plain("values")
-    our_loss, stats = ppo.value_loss(
+    our_loss, stats = value_loss(
         values=ours,
         old_values=batch.nan("old_values"),
         returns=batch.nan("returns"),
@@ -397,7 +409,7 @@ def test_value_loss(seed: int, clip: float | None) -> None:
     close(our_loss, of_verl)
     (their_gradient,) = torch.autograd.grad(of_verl, theirs)
     close(our_gradient, their_gradient)
-    assert ppo.mean_stats(stats)["value_clip_share"] == pytest.approx(clipped.item())
+    assert mean_stats(stats)["value_clip_share"] == pytest.approx(clipped.item())
 
 
 @seeds
@@ -407,7 +419,7 @@ def test_micro_batches_add_up(seed: int) -> None:
     entropy = batch.nan("values")
     parts = [slice(0, 2), slice(2, None)]
     ours = sum(
-        ppo.entropy_loss(
+        entropy_loss(
             entropy=entropy[part], mask=batch.mask[part], coef=-1.0, normalizer=batch.tokens
         )[0]
         for part in parts
@@ -465,7 +477,7 @@ def same_gradients(ours: Tensor, theirs: Tensor, weight: Tensor) -> None:
 def test_one_token_cannot_be_whitened_by_verl() -> None:
     """Its variance is the unbiased one."""
     values, mask = torch.tensor([[3.0, nan]]), torch.tensor([[True, False]])
-    assert ppo.whiten(values, mask).tolist() == [[0.0, 0.0]]
+    assert whiten(values, mask).tolist() == [[0.0, 0.0]]
     with pytest.raises(ValueError, match="division by zero"):
         verl_functional.masked_whiten(values, mask)
 
@@ -478,10 +490,6 @@ def test_how_many_tokens_stale_ones_are_worth(seed: int) -> None:
     _, theirs = compute_rollout_correction_weights(
         batch.proximal - batch.behaviour, batch.real, "token", CAP
     )
-    ours = ppo.off_policy(
-        proximal_log_probs=batch.nan("proximal"),
-        behaviour_log_probs=batch.nan("behaviour"),
-        mask=batch.mask,
-    )
+    ours = off_policy((batch.proximal - batch.behaviour)[batch.mask])
     assert ours["effective_share"] == pytest.approx(theirs["rollout_is_eff_sample_size"], rel=1e-4)
     assert ours["mean"] == pytest.approx(theirs["rollout_is_mean"], rel=1e-4)

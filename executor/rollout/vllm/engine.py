@@ -87,8 +87,9 @@ class VllmEngine:
                 logprobs_mode="processed_logprobs",
                 enable_sleep_mode=rollout.offload and not on_cpu,
                 scheduler_cls="executor.rollout.vllm.scheduler.Scheduler",
-                # Looking for common beginnings takes time at every token of a sequence.
-                enable_prefix_caching=False,
+                # The samples of a prompt share its prefill. Without any, looking for common
+                # beginnings would only take time at every token of a sequence.
+                enable_prefix_caching=workload.group > 1,
             )
         from executor.rollout.vllm.private import Internals
 
@@ -110,6 +111,7 @@ class VllmEngine:
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """Generate as `LLM.generate` does, without its object per sequence that grows with every
         token."""
+        self.internals.forget_prefixes()  # which other weights may have computed
         first = self._add(requests, sampler)
         tokens: list[list[int]] = [[] for _ in range(len(requests))]
         log_probs: list[list[float]] = [[] for _ in range(len(requests))]

@@ -36,6 +36,10 @@ class Internals:
             request = self._engine.input_processor.process_inputs(name, prompt, params, tasks)
             self._engine.engine_core.add_request(request)
 
+    def forget_prefixes(self) -> None:
+        """Compute the beginnings of prompts anew, whose keys and values may be cached."""
+        assert self.scheduler.reset_prefix_cache(), "an engine that works on nothing holds blocks"
+
     def step(self) -> list[Any]:
         """What the next step yields: some tokens of each sequence in it. Nothing for a first step,
         whose tokens come when the second one has been queued."""

@@ -16,7 +16,7 @@ def made_for(plan: Plan) -> str:
     """All that an engine cannot change once it has started."""
     rollout = plan.rollout.model_dump_json(exclude={"pools", "replicas"})
     actor, stops = plan.workload.actor.model_dump_json(), stop_tokens(plan.workload)
-    return f"{rollout} {actor} {plan.workload.longest} {stops}"
+    return f"{rollout} {actor} {plan.workload.longest} {stops} {plan.workload.group > 1}"
 
 
 class VllmWorker(EngineWorker):

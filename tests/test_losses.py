@@ -1,37 +1,39 @@
-"""The losses of PPO. The numbers in these tests are worked out by hand in the comments beside
+"""The losses. The numbers in these tests are worked out by hand in the comments beside
 them."""
 
 import math
 
 import pytest
 import torch
-from test_ppo import INF, LN2, NAN, close, mask_of
+from test_advantages import INF, LN2, NAN, close, mask_of
 from torch import Tensor, tensor
 
-from executor.training import lm_head, ppo
+from executor.training import lm_head
+from executor.training.aggregation import mean_stats, normalizer
+from executor.training.losses import entropy_loss, kl_loss, policy_loss, value_loss
 
 
-def policy(log_probs, proximal, behaviour, advantages, mask, **options):
-    defaults = {"clip": 0.2, "importance_cap": 2.0, "normalizer": 1}
-    return ppo.policy_loss(
+def policy(log_probs, proximal, weights, advantages, mask, **options):
+    defaults = {"clip": 0.2, "normalizer": 1}
+    return policy_loss(
         log_probs=log_probs,
         proximal_log_probs=proximal,
-        behaviour_log_probs=behaviour,
         advantages=advantages,
+        weights=weights,
         mask=mask,
         **(defaults | options),
     )
 
 
 def one_token_policy(
-    ratio: float, advantage: float, importance: float = 1.0, **options
+    ratio: float, advantage: float, weight: float = 1.0, **options
 ) -> tuple[float, float, dict]:
-    """Loss, d loss / d log-prob and stats of one token with these ratios new / proximal and
-    proximal / behaviour."""
+    """Loss, d loss / d log-prob and stats of one token with this ratio new / proximal and this
+    importance weight."""
     log_probs = tensor([[math.log(ratio)]], requires_grad=True)
-    behaviour = tensor([[-math.log(importance)]])
+    weights, advantages = tensor([[weight]]), tensor([[advantage]])
     loss, stats = policy(
-        log_probs, tensor([[0.0]]), behaviour, tensor([[advantage]]), tensor([[True]]), **options
+        log_probs, tensor([[0.0]]), weights, advantages, tensor([[True]]), **options
     )
     loss.backward()
     return loss.item(), log_probs.grad.item(), {name: total.item() for name, total in stats.items()}
@@ -84,13 +86,23 @@ def test_dual_clip_must_be_above_1():
 
 
 @pytest.mark.parametrize(
-    ("importance", "weight", "capped"),
-    [(1.0, 1.0, 0), (0.25, 0.25, 0), (1.5, 1.5, 0), (8.0, 2.0, 1)],
+    ("ratio", "advantage", "loss", "gradient", "clipped"),
+    [
+        (1.25, 3.0, -3.75, -3.75, 0),  # inside of 1.28
+        (1.5, 3.0, -3.84, 0.0, 1),  # 1.28 * 3
+        (0.5, -3.0, 2.4, 0.0, 1),  # below as before: 0.8 * 3
+    ],
 )
-def test_importance_weight_is_truncated(importance, weight, capped):
-    loss, gradient, stats = one_token_policy(1.1, 3.0, importance)
+def test_the_upper_bound_may_be_another(ratio, advantage, loss, gradient, clipped):
+    found = one_token_policy(ratio, advantage, clip_high=0.28)
+    assert found[:2] == pytest.approx((loss, gradient)) and found[2]["clip_share"] == clipped
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.5])
+def test_the_importance_weight_is_a_factor(weight):
+    loss, gradient, stats = one_token_policy(1.1, 3.0, weight)
     assert loss == pytest.approx(-3.3 * weight) and gradient == pytest.approx(-3.3 * weight)
-    assert stats["importance_weight"] == pytest.approx(weight) and stats["cap_share"] == capped
+    assert stats["importance_weight"] == pytest.approx(weight)
 
 
 def test_clipping_is_against_the_proximal_policy():
@@ -99,28 +111,85 @@ def test_clipping_is_against_the_proximal_policy():
     assert one_token_policy(1.1, 1.0, 1.5)[1] == pytest.approx(-1.65)
 
 
-def test_no_gradient_into_proximal_behaviour_or_advantages():
+def test_no_gradient_into_proximal_weights_or_advantages():
     tensors = [tensor([[-1.0]], requires_grad=True) for _ in range(4)]
-    log_p, proximal, behaviour, advantages = tensors
-    policy(log_p, proximal, behaviour, advantages, tensor([[True]]))[0].backward()
+    log_p, proximal, weights, advantages = tensors
+    policy(log_p, proximal, weights, advantages, tensor([[True]]))[0].backward()
     assert tensors[0].grad is not None and all(t.grad is None for t in tensors[1:])
 
 
 def test_kl_stats_by_hand():
-    # new / proximal = 2: 2 - 1 - ln 2 = 0.3068528; proximal / behaviour = 1/2: 1/2 - 1 + ln 2 =
-    # 0.1931472
-    _, _, stats = one_token_policy(2.0, 1.0, 0.5)
-    assert stats["approx_kl"] == pytest.approx(0.3068528) and stats[
-        "staleness_kl"
-    ] == pytest.approx(0.1931472)
+    # new / proximal = 2: 2 - 1 - ln 2 = 0.3068528
+    assert one_token_policy(2.0, 1.0)[2]["approx_kl"] == pytest.approx(0.3068528)
+
+
+# Two responses with ratios 2, 1/2 and 4; their geometric means are 1 and 4.
+GSPO = tensor([[2.0, 0.5], [4.0, NAN]])
+
+
+def test_gspo_by_hand():
+    """The ratio is the sequence's: within 1.2 the first has all its tokens' gradients, and the
+    second is clipped as a whole."""
+    log_probs = GSPO.log().requires_grad_()
+    mask, ones = mask_of(2, 1), torch.ones(2, 2)
+    loss, stats = policy(log_probs, 0 * ones, ones, 3 * ones, mask, kind="gspo", normalizer=2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-(3 + 3 + 1.2 * 3) / 2)
+    assert close(log_probs.grad, [[-1.5, -1.5], [0.0, 0.0]])  # -1 * 3 / 2 for each token
+    assert stats["clip_share"] == 1 and stats["ratio"] == pytest.approx(1 + 1 + 4)
+
+
+def test_cispo_by_hand():
+    """No gradient is cut off: the ratio is a weight, 1.2 where it is above that, 0.8 below."""
+    log_probs = GSPO.log().requires_grad_()
+    mask, ones = mask_of(2, 1), torch.ones(2, 2)
+    loss, stats = policy(log_probs, 0 * ones, ones, 3 * ones, mask, kind="cispo", normalizer=2)
+    loss.backward()
+    # -(1.2 ln 2 - 0.8 ln 2 + 1.2 ln 4) * 3 / 2
+    assert loss.item() == pytest.approx(-(1.2 - 0.8 + 2.4) * LN2 * 1.5)
+    assert close(log_probs.grad, [[-1.8, -1.2], [-1.8, 0.0]])
+    assert stats["clip_share"] == 3
+
+
+# --- aggregation ---
+
+# Responses of 3, 1 and 0 tokens in a minibatch of 8 tokens and 4 sequences, of which others have
+# the rest; the longest may have 5.
+AGGREGATED = {"tokens": 8, "sequences": 4, "longest": 5}
+
+
+@pytest.mark.parametrize(
+    ("kind", "divided_by", "loss"),
+    [
+        ("token", [8, 8, 8], -(1 + 2 + 3 + 6) / 8),
+        ("sequence", [12, 4, 1], -(2 + 6) / 4),  # the means of both
+        ("constant", [20, 20, 20], -(6 + 6) / 4 / 5),  # their sums, over 5 tokens each
+    ],
+)
+def test_aggregation_by_hand(kind, divided_by, loss):
+    mask = mask_of(3, 1, 0)
+    by = normalizer(kind, mask, **AGGREGATED)
+    assert by.flatten().tolist() == divided_by
+    zeros, ones = torch.zeros(3, 3), torch.ones(3, 3)
+    advantages = tensor([[1.0, 2.0, 3.0], [6.0, NAN, INF], [NAN, NAN, NAN]])
+    found, _ = policy(zeros, zeros, ones, advantages, mask, normalizer=by)
+    assert found.item() == pytest.approx(loss)
+
+
+def test_a_minibatch_of_nothing_has_loss_0():
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    for kind in ("token", "sequence", "constant"):
+        by = normalizer(kind, mask, tokens=0, sequences=0, longest=5)
+        assert (by == 1).all()
 
 
 def test_policy_loss_is_the_sum_over_tokens_by_the_normalizer():
     log_probs = torch.zeros(2, 2)
     advantages, mask = tensor([[1.0, 2.0], [4.0, 8.0]]), tensor([[True, True], [True, False]])
-    loss, stats = policy(log_probs, log_probs, log_probs, advantages, mask, normalizer=14)
+    ones = torch.ones(2, 2)
+    loss, stats = policy(log_probs, log_probs, ones, advantages, mask, normalizer=14)
     assert loss.item() == pytest.approx(-0.5)  # -(1 + 2 + 4) / 14
-    assert ppo.mean_stats(stats) == pytest.approx(
+    assert mean_stats(stats) == pytest.approx(
         {
             "tokens": 3,
             "policy_loss": -7 / 3,
@@ -128,9 +197,7 @@ def test_policy_loss_is_the_sum_over_tokens_by_the_normalizer():
             "clip_share": 0,
             "dual_clip_share": 0,
             "importance_weight": 1,
-            "cap_share": 0,
             "approx_kl": 0,
-            "staleness_kl": 0,
         }
     )
 
@@ -138,7 +205,7 @@ def test_policy_loss_is_the_sum_over_tokens_by_the_normalizer():
 def test_a_ratio_that_would_overflow_stays_finite():
     log_probs = tensor([[0.0]], requires_grad=True)
     far = tensor([[-500.0]])
-    loss, stats = policy(log_probs, far, far, tensor([[-1.0]]), tensor([[True]]))
+    loss, stats = policy(log_probs, far, tensor([[1.0]]), tensor([[-1.0]]), tensor([[True]]))
     loss.backward()
     assert (
         loss.isfinite()
@@ -152,7 +219,7 @@ def test_a_gradient_step_raises_good_tokens_and_lowers_bad_ones():
     logits = torch.randn(2, 5, requires_grad=True)
     tokens, mask = tensor([3, 1]), torch.ones(1, 2, dtype=torch.bool)
     before = lm_head.log_probs(logits, torch.eye(5), tokens, 1.0)[None]
-    loss, _ = policy(before, before, before, tensor([[1.0, -1.0]]), mask)
+    loss, _ = policy(before, before, mask.float(), tensor([[1.0, -1.0]]), mask)
     loss.backward()
     assert logits.grad is not None
     with torch.no_grad():
@@ -174,7 +241,7 @@ def test_a_gradient_step_raises_good_tokens_and_lowers_bad_ones():
 )
 def test_value_clipping(value, loss, gradient, clipped):
     values = tensor([[value]], requires_grad=True)
-    actual, stats = ppo.value_loss(
+    actual, stats = value_loss(
         values=values,
         old_values=tensor([[1.0]]),
         returns=tensor([[2.0]]),
@@ -189,7 +256,7 @@ def test_value_clipping(value, loss, gradient, clipped):
 
 def test_value_loss_without_clipping():
     values = tensor([[3.0, 1.0]], requires_grad=True)
-    loss, stats = ppo.value_loss(
+    loss, stats = value_loss(
         values=values,
         old_values=tensor([[0.0, 0.0]]),
         returns=tensor([[1.0, 0.0]]),
@@ -209,7 +276,7 @@ def test_kl_loss_by_hand():
     ref, mask = tensor([[0.25, 0.25]]).log(), tensor([[True, True]])
     for kind, value, slope in (("k2", 0.2402265, LN2), ("k3", 0.1931472, 0.5)):
         log_probs = tensor([[0.5, 0.5]]).log().requires_grad_()
-        loss, stats = ppo.kl_loss(
+        loss, stats = kl_loss(
             log_probs=log_probs, ref_log_probs=ref, mask=mask, kind=kind, coef=0.1, normalizer=4
         )
         loss.backward()
@@ -221,14 +288,12 @@ def test_kl_loss_by_hand():
 def test_k1_is_refused_as_a_loss():
     x = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="reward"):
-        ppo.kl_loss(log_probs=x, ref_log_probs=x, mask=x == 0, kind="k1", coef=1, normalizer=1)
+        kl_loss(log_probs=x, ref_log_probs=x, mask=x == 0, kind="k1", coef=1, normalizer=1)
 
 
 def test_entropy_loss_rewards_entropy():
     entropy = tensor([[2.0, 4.0]], requires_grad=True)
-    loss, stats = ppo.entropy_loss(
-        entropy=entropy, mask=tensor([[True, True]]), coef=0.1, normalizer=3
-    )
+    loss, stats = entropy_loss(entropy=entropy, mask=tensor([[True, True]]), coef=0.1, normalizer=3)
     loss.backward()
     assert entropy.grad is not None
     assert loss.item() == pytest.approx(-0.2) and (entropy.grad < 0).all() and stats["entropy"] == 6
@@ -244,7 +309,7 @@ def random_batch() -> dict[str, Tensor]:
     names = (
         "log_probs",
         "proximal",
-        "behaviour",
+        "weights",
         "ref",
         "advantages",
         "values",
@@ -263,21 +328,37 @@ def losses(data: dict[str, Tensor], normalizer: float) -> list[tuple[Tensor, dic
         policy(
             log_probs,
             data["proximal"],
-            data["behaviour"],
+            data["weights"].exp(),
             data["advantages"],
             dual_clip=1.5,
             **common,
         ),
-        ppo.value_loss(
+        policy(
+            log_probs,
+            data["proximal"],
+            data["weights"].exp(),
+            data["advantages"],
+            kind="gspo",
+            **common,
+        ),
+        policy(
+            log_probs,
+            data["proximal"],
+            data["weights"].exp(),
+            data["advantages"],
+            kind="cispo",
+            **common,
+        ),
+        value_loss(
             values=data["values"],
             old_values=data["old_values"],
             returns=data["returns"],
             clip=0.2,
             **common,
         ),
-        ppo.kl_loss(log_probs=log_probs, ref_log_probs=data["ref"], kind="k2", coef=0.1, **common),
-        ppo.kl_loss(log_probs=log_probs, ref_log_probs=data["ref"], kind="k3", coef=0.1, **common),
-        ppo.entropy_loss(entropy=data["entropy"], coef=0.1, **common),
+        kl_loss(log_probs=log_probs, ref_log_probs=data["ref"], kind="k2", coef=0.1, **common),
+        kl_loss(log_probs=log_probs, ref_log_probs=data["ref"], kind="k3", coef=0.1, **common),
+        entropy_loss(entropy=data["entropy"], coef=0.1, **common),
     ]
 
 
@@ -342,9 +423,9 @@ def test_what_is_in_masked_places_does_not_matter(bad):
 
 
 def test_the_random_batch_reaches_every_bound():
-    stats = {name: total.item() for _, s in losses(random_batch(), 8) for name, total in s.items()}
-    for name in ("clip_share", "dual_clip_share", "cap_share", "value_clip_share"):
-        assert 0 < stats[name] < 8, name
+    ppo, gspo, _, value, *_ = [stats for _, stats in losses(random_batch(), 8)]
+    assert 0 < ppo["clip_share"] < 8 and 0 < ppo["dual_clip_share"] < 8
+    assert 0 < gspo["clip_share"] < 8 and 0 < value["value_clip_share"] < 8
 
 
 def test_a_batch_without_tokens_has_loss_0_and_gradient_0():
@@ -354,7 +435,7 @@ def test_a_batch_without_tokens_has_loss_0_and_gradient_0():
     }
     data, leaves = with_leaves(data)
     totals, stats, gradients = run([data], leaves, normalizer=0)
-    assert totals == [0] * 5
+    assert totals == [0] * 7
     assert all(total == 0 for s in stats for total in s.values())
     assert all((gradient == 0).all() for gradient in gradients.values())
-    assert ppo.mean_stats(stats[0])["ratio"] == 0
+    assert mean_stats(stats[0])["ratio"] == 0
