@@ -187,8 +187,8 @@ def test_wrong_inputs_are_refused(
         ),
         (
             MODEL.format(role="reward"),
-            '[reward]\nfunction = "r.py"\n',
-            "reward: 'r.py' does not name a function",
+            '[reward]\nfunction = "r"\n',
+            "reward: 'r' does not name a function",
         ),
         ("steps = 3", 'steps = 3\ndata = "lines"', "data: needs a mapping of keys, not 'lines'"),
     ],

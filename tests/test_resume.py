@@ -98,7 +98,8 @@ def test_another_learning_rate_is_used_logged_and_kept(
     whole: Path, on_two_cores: None, tmp_path: Path
 ) -> None:
     found = at_step_2(whole, tmp_path)
-    plan = split(make_workload(optimizer={"actor": {"lr": 1e-5}, "critic": {"lr": 1e-3}}))
+    rates = {"actor": {"lr": 1e-5}, "critic": {"lr": 1e-3}}
+    plan = split(make_workload(steps=STEPS, optimizer=rates))
     run = resume(found, plan=plan, options=OPTIONS)
     ours, theirs = metrics_of(run), metrics_of(whole)
     assert ours[:2] == theirs[:2] and ours[2]["reward"] == theirs[2]["reward"]
