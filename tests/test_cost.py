@@ -6,6 +6,7 @@ import pytest
 
 from planner.predict import roofline
 from planner.predict.cost import CostModel, Place, place_of
+from planner.predict.costs.estimates import Estimate
 from planner.predict.dealing import shares
 from planner.predict.roofline import (
     forward_flops,
@@ -274,6 +275,36 @@ def test_host_calls_know_the_reward_functions_rate() -> None:
     score, advantages = (CostModel(SMALL, CLUSTER).host(name) for name in ("score", "advantages"))
     assert score.source == advantages.source == "host"
     assert score.seconds - advantages.seconds == pytest.approx([32.0])
+
+
+@pytest.mark.parametrize(("responses", "batches"), [(None, 1.0), (4, 1.0), (40, 2.5)])
+def test_an_evaluation_takes_as_long_as_its_responses(
+    responses: int | None, batches: float
+) -> None:
+    data = {"train": "x", "evaluation": "y", "evaluate_every": 2}
+    workload = SMALL.changed(data={**data, "evaluation_responses": responses})
+    plan = Plan(
+        name="test",
+        workload=workload,
+        cluster=CLUSTER,
+        pools={"a": Pool(gpus=((0, 0),))},
+        roles={"actor": layout(), "critic": layout(), "rollout": rollout()},
+        program=tuple(Issue(call=call.name) for call in workload.dataflow.calls),
+        staleness=0,
+    )
+    model = CostModel(workload, CLUSTER)
+    generated, evaluated = (
+        model.call(workload.dataflow[name], plan) for name in ("generate", "evaluate")
+    )
+    assert workload.generated == 16
+    assert evaluated.seconds == pytest.approx(batches * generated.seconds)
+
+
+def test_an_evaluation_repeats_no_moves() -> None:
+    one = np.ones(2)
+    parts = {"compute": 3 * one, "wake": one, "offload": one}
+    estimate = Estimate(seconds=5 * one, parts=parts, source="roofline")
+    assert estimate.repeated(2.0).seconds.tolist() == [8.0, 8.0]
 
 
 def test_what_is_generated_but_not_trained_on_is_scored() -> None:

@@ -21,7 +21,7 @@ from executor.data.order import Shuffled
 from executor.data.prompts import Dataset
 from executor.data.rows import Row
 from executor.data.sources import read_rows
-from planner.spec.data import DataFile
+from planner.spec.data import Data, DataFile, EvaluationSet, count_evaluation
 from planner.spec.errors import UserError
 
 GOOD = '{"prompt": "1 2", "answer": "2"}'
@@ -229,6 +229,17 @@ def test_messages_go_through_the_template(tmp_path: Path) -> None:
     made = dataset(tmp_path, [{"prompt": "a"}], template="none")
     assert words(made) == {"a"} and not made.notes
     assert not dataset(tmp_path, [{"prompt": "a"}], None).notes
+
+
+def test_the_lines_of_held_out_files_are_counted(tmp_path: Path) -> None:
+    """Only where all of them are JSON lines that are here."""
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    file = tmp_path / "a.jsonl"
+    sets = (EvaluationSet(name="s", files=file, samples=3, temperature=1.0),)
+    data = Data(train=file, evaluation=file, evaluate_every=1)
+    assert count_evaluation(data, ()) == 2 and count_evaluation(data, sets) == 8
+    for other in (tmp_path / "none.jsonl", tmp_path / "b.parquet"):
+        assert count_evaluation(data.changed(evaluation=other), sets) is None
 
 
 def test_who_judges_an_evaluation_is_said(tmp_path: Path) -> None:

@@ -68,14 +68,16 @@ class CostModel:
         self._known: dict[Hashable, Estimate] = {}
 
     def call(self, call: Call, plan: Plan) -> Estimate:
-        """Any call of a plan. An evaluation is taken to be as large as a batch."""
+        """Any call of a plan. An evaluation generates as many batches as its responses make, or one
+        where fewer are known of: the longest ones take as long."""
         if call.kind == "host":
             generates = self.workload.dataflow.generates
             beside = self.scores_beside(call)
             return self.host(call.name, self.call(generates, plan).seconds if beside else None)
         rollout_places = [place_of(plan, (pool,)) for pool in plan.rollout.pools]
         if call.kind == "generate":
-            return self.generate(plan.rollout, rollout_places)
+            generated = self.generate(plan.rollout, rollout_places)
+            return generated.repeated(self._evaluated()) if call.monitor else generated
         role = call.roles[0]
         layout = plan.trainers[role]
         place = place_of(plan, layout.pools)
@@ -91,6 +93,12 @@ class CostModel:
                 shared=layout.pools[0] in plan.rollout.pools,
             )
         return (self.train if call.kind == "train" else self.infer)(role, layout, place)
+
+    def _evaluated(self) -> float:
+        """The batches that an evaluation generates."""
+        data = self.workload.data
+        known = data.evaluation_responses if data else None
+        return max(1.0, (known or 0) / self.workload.generated)
 
     def infer(self, role: str, layout: TrainerRole, place: Place) -> Estimate:
         """A forward pass of a role over the batch."""

@@ -131,6 +131,7 @@ class Data(Spec):
     evaluation: OneOrMore | None = None
     evaluate_every: Annotated[int, Field(ge=0, le=100_000)] = 0  # 0: never
     evaluate_first: bool = False  # before the first step too
+    evaluation_responses: Annotated[int, Field(ge=0, le=2**40)] | None = None  # of one evaluation
 
     @model_validator(mode="after")
     def _template_is_used(self) -> Self:
@@ -144,6 +145,22 @@ class Data(Spec):
     def files(self) -> tuple[DataFile, ...]:
         """The sources of the prompts to train on."""
         return files_of(self.train)
+
+
+def count_evaluation(data: Data, sets: tuple[EvaluationSet, ...]) -> int | None:
+    """The responses that an evaluation generates, from the lines of its files; None where one is
+    not here, or not of JSON lines."""
+    total = 0
+    named = [(file, 1) for file in files_of(data.evaluation)]
+    for file, samples in named + [(file, s.samples) for s in sets for file in files_of(s.files)]:
+        if file.path is None or file.path.suffix != ".jsonl" or not file.path.is_file():
+            return None
+        try:
+            with file.path.open("rb") as lines:
+                total += samples * sum(1 for line in lines if line.strip())
+        except OSError:
+            return None
+    return total
 
 
 def check_evaluation(data: Data | None, sets: tuple[EvaluationSet, ...]) -> None:

@@ -15,6 +15,7 @@ from planner.spec.data import (
     Sampling,
     check_evaluation,
     check_sampling,
+    count_evaluation,
     with_paths,
 )
 from planner.spec.dataflow import Dataflow, ppo, reinforce
@@ -389,7 +390,16 @@ def load_workload(path: Path) -> Workload:
     workload = Workload.parse(data, path)
     check_lengths(workload)
     check_tokenizers(workload)
-    return workload
+    return _with_evaluation_counted(workload)
+
+
+def _with_evaluation_counted(workload: Workload) -> Workload:
+    """The workload, which says how much an evaluation generates if that is known."""
+    data = workload.data
+    if data is None or not data.evaluate_every or data.evaluation_responses is not None:
+        return workload
+    counted = count_evaluation(data, workload.evaluation)
+    return workload.changed(data=data.changed(evaluation_responses=counted))
 
 
 def _find_files(model: dict[str, Any], base: Path, named_by: str) -> None:

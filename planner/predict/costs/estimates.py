@@ -42,6 +42,13 @@ class Estimate:
             parts[name] = parts.get(name, np.zeros(scenarios)) + seconds
         return replace(self, seconds=self.seconds + moves.both, parts=parts)
 
+    def repeated(self, times: float) -> "Estimate":
+        """The estimate for so many times the work, between the same moves."""
+        work = {name: x for name, x in self.parts.items() if name not in Moves._fields}
+        parts = self.parts | {name: times * x for name, x in work.items()}
+        seconds = self.seconds + (times - 1) * sum(work.values(), np.zeros(len(self.seconds)))
+        return replace(self, seconds=seconds, parts=parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimates:
