@@ -5,7 +5,7 @@ what is measured, `measure.py` runs it, and `samples.py` makes points of it."""
 import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -45,21 +45,11 @@ def profile(
 
     Small pools are measured side by side, so calls share the host's memory and links as they do in
     a run. Raises UserError, before anything is started where that can be known before."""
-    began = time.monotonic()
-    if len(cluster.nodes) != 1:
-        raise UserError(
-            f"cluster {cluster.name!r} has {len(cluster.nodes)} nodes; measure on one node of each "
-            "kind"
-        )
+    clock = _Clock(minutes, progress)
     workload = _without_evaluation(workload)
     empty = _empty(workload, cluster, command)
     result = _resumed(out, empty)
-    groups = groups_here(workload, cluster, only, progress)
-    if not groups:
-        raise UserError(
-            f"workload {workload.name!r} fits no {len(cluster.gpus)} GPUs of {cluster.name} as one "
-            "plan"
-        )
+    groups = _groups(workload, cluster, only, progress)
     preflight.check(max(_plans(groups), key=pools.needed), local=True)
     missing = [group.only(batches) for group in groups if (batches := _missing(group, result))]
     _announce(missing, len(groups) - len(missing), minutes, progress)
@@ -67,41 +57,83 @@ def profile(
         return result
     if result is empty:
         result.write(out)  # now, rather than after the first group, if it cannot be written
-
-    def say(text: str) -> None:
-        progress(f"[{time.monotonic() - began:5.0f} s] {text}")
-
-    def seconds_left() -> float:
-        return np.inf if minutes is None else 60 * minutes - (time.monotonic() - began)
-
     on_cores = pools.resource_of(groups[0].plans[0]) == "CPU"
     failed: list[str] = []
     session = ray_session(cpus=cluster.nodes[0].gpus if on_cores else None, address=None)
-    with session, contextlib.ExitStack() as fleets:
-        fleet: pools.Fleet | None = None
-        for number in range(len(missing)):
-            group = fitting(missing[number:], seconds_left())[0]
-            if group is None:
-                say(f"no time is left for {missing[number].name}")
-                continue
-            say(f"{number + 1} of {len(missing)}: {group.name}, about {group.seconds:.0f} s")
-            if fleet is None:
-                fleet = fleets.enter_context(contextlib.closing(fleet_for(_plans(groups))))
-            try:
-                points, held_out = measure(group, fleet, say)
-                result = _with(result, group, points, held_out, empty.command)
-            except UserError as error:  # other groups may do nevertheless, on new processes
-                say(f"failed: {error}")
+    with session, contextlib.closing(_measured(missing, _plans(groups), clock)) as measured:
+        for group, found in measured:
+            if found is None:
                 failed.append(group.name)
-                fleets.close()
-                fleet = None
+            else:
+                result = _with(result, group, *found, empty.command)
             result.write(out)
-    say("done")
+    clock.say("done")
     if failed:
         raise UserError(
             f"{'; '.join(failed)} could not be measured, as said above; the rest is in {out}"
         )
     return result
+
+
+class _Clock:
+    """The seconds of a measurement, of which there may be only so many `minutes`."""
+
+    def __init__(self, minutes: float | None, progress: Say) -> None:
+        self._minutes, self._progress = minutes, progress
+        self._began = time.monotonic()
+
+    def say(self, text: str) -> None:
+        self._progress(f"[{time.monotonic() - self._began:5.0f} s] {text}")
+
+    @property
+    def left(self) -> float:
+        spent = time.monotonic() - self._began
+        return np.inf if self._minutes is None else 60 * self._minutes - spent
+
+
+def _groups(workload: Workload, cluster: Cluster, only: str, progress: Say) -> list[Group]:
+    """What is to be measured on the one node of a cluster. Raises UserError if there is nothing."""
+    if len(cluster.nodes) != 1:
+        raise UserError(
+            f"cluster {cluster.name!r} has {len(cluster.nodes)} nodes; measure on one node of each "
+            "kind"
+        )
+    groups = groups_here(workload, cluster, only, progress)
+    if not groups:
+        raise UserError(
+            f"workload {workload.name!r} fits no {len(cluster.gpus)} GPUs of {cluster.name} as one "
+            "plan"
+        )
+    return groups
+
+
+Found = tuple[Sequence[Point], Sequence[Point]]  # measured points, and held-out ones
+
+
+def _measured(
+    missing: Sequence[Group], plans: list[Plan], clock: _Clock
+) -> Generator[tuple[Group, Found | None], None, None]:
+    """The groups for which there is time, with their points, or None where they failed; on
+    processes that all of `plans` can use."""
+    with contextlib.ExitStack() as fleets:
+        fleet: pools.Fleet | None = None
+        for number in range(len(missing)):
+            group = fitting(missing[number:], clock.left)[0]
+            if group is None:
+                clock.say(f"no time is left for {missing[number].name}")
+                continue
+            clock.say(f"{number + 1} of {len(missing)}: {group.name}, about {group.seconds:.0f} s")
+            if fleet is None:
+                fleet = fleets.enter_context(contextlib.closing(fleet_for(plans)))
+            try:
+                found = measure(group, fleet, clock.say)
+            except UserError as error:  # other groups may do nevertheless, on new processes
+                clock.say(f"failed: {error}")
+                fleets.close()
+                fleet = None
+                yield group, None
+                continue
+            yield group, found
 
 
 def _plans(groups: Sequence[Group]) -> list[Plan]:

@@ -58,19 +58,16 @@ def cycles(calls: tuple[str, ...], edges: Edges) -> Cycles:
     index = {call: i for i, call in enumerate(calls)}
     graph = nx.DiGraph()
     graph.add_nodes_from(calls)
-    needed = _needed(index, edges)
-    graph.add_weighted_edges_from(sorted((u, v, edges[u, v]) for u, v in needed), weight="distance")
-    rows: dict[tuple[int, ...], int] = {}
+    graph.add_edges_from(sorted(_needed(index, edges)))
+    steps_of: dict[tuple[bool, ...], int] = {}  # the fewest, by which calls a cycle runs through
     for cycle in nx.simple_cycles(graph):
-        on = [0] * len(calls)
-        for call in cycle:
-            on[index[call]] = 1
-        distance = sum(
-            graph[u][v]["distance"] for u, v in zip(cycle, [*cycle[1:], cycle[0]], strict=True)
-        )
-        assert distance > 0, f"a cycle without delay: {cycle}"
-        rows[tuple(on)] = min(distance, rows.get(tuple(on), distance))
-    counts, distance = np.array(list(rows), dtype=float), np.array(list(rows.values()), dtype=float)
+        pairs = zip(cycle, [*cycle[1:], cycle[0]], strict=True)
+        steps = sum(edges[pair] for pair in pairs)
+        assert steps > 0, f"a cycle without delay: {cycle}"
+        on = tuple(call in cycle for call in calls)
+        steps_of[on] = min(steps, steps_of.get(on, steps))
+    counts = np.array(list(steps_of), dtype=float)
+    distance = np.array(list(steps_of.values()), dtype=float)
     kept = undominated(counts / distance[:, None])
     return Cycles(calls=calls, counts=counts[kept], distance=distance[kept])
 
@@ -81,33 +78,34 @@ def _needed(index: Mapping[str, int], edges: Edges) -> list[tuple[str, str]]:
     direct = np.full((len(index), len(index)), np.inf)
     for (u, v), distance in edges.items():
         direct[index[u], index[v]] = distance
-    through = np.full_like(
-        direct, np.inf
-    )  # fewest steps of a path with another call between its ends
-    reach = direct.copy()
+    reach = direct.copy()  # the fewest steps of a path
+    detour = np.full_like(direct, np.inf)  # and of one with another call between its ends
     for via in range(len(index)):
         path = reach[:, via, None] + reach[None, via, :]
-        path[via], path[:, via] = np.inf, np.inf
-        through, reach = np.minimum(through, path), np.minimum(reach, path)
-    return [
-        (u, v)
-        for u, v in edges
-        if u == v or through[index[u], index[v]] > direct[index[u], index[v]]
-    ]
+        path[via] = np.inf
+        path[:, via] = np.inf
+        detour = np.minimum(detour, path)
+        reach = np.minimum(reach, path)
+
+    def is_needed(u: str, v: str) -> bool:
+        ends = index[u], index[v]
+        return u == v or bool(detour[ends] > direct[ends])
+
+    return [edge for edge in edges if is_needed(*edge)]
 
 
 def undominated(rates: NDArray[np.float64]) -> NDArray[np.int64]:
     """Indices of the rows [n, m] that no other row equals or exceeds everywhere (of equal rows the
     first)."""
-    left = np.argsort(
-        -rates.sum(axis=1), kind="stable"
-    )  # a row is exceeded only by rows of a greater sum
+    # A row is exceeded only by rows of a greater sum.
+    left = np.argsort(-rates.sum(axis=1), kind="stable")
     kept: list[int] = []
     while len(left):
-        kept.append(int(left[0]))
-        left = left[1:][
-            ~(rates[left[1:]] <= rates[left[0]] + SLACK * np.abs(rates[left[0]])).all(axis=1)
-        ]
+        first, left = left[0], left[1:]
+        kept.append(int(first))
+        limits = rates[first] + SLACK * np.abs(rates[first])
+        exceeded = (rates[left] <= limits).all(axis=1)
+        left = left[~exceeded]
     return np.array(sorted(kept), dtype=np.int64)
 
 

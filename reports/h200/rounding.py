@@ -37,48 +37,47 @@ def normed(x: Tensor) -> Tensor:
 def rotated(x: Tensor) -> Tensor:
     """`[tokens, heads, head_dim]`, each token by its place."""
     frequencies = 1e6 ** (-torch.arange(0, shape.head_dim, 2) / shape.head_dim)
-    angles = (torch.arange(TOKENS)[:, None] * frequencies).repeat(1, 2)[:, None]
-    one, other = x.float().chunk(2, -1)
-    return x.float() * angles.cos() + torch.cat([-other, one], -1) * angles.sin()
+    angles = torch.arange(TOKENS)[:, None] * frequencies
+    angles = angles.repeat(1, 2)[:, None]
+    x = x.float()
+    one, other = x.chunk(2, -1)
+    turned = torch.cat([-other, one], -1)
+    return x * angles.cos() + turned * angles.sin()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`[tokens, heads, head_dim]` each -> `[tokens, hidden]`."""
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return (
-        scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0]
-        .transpose(0, 1)
-        .flatten(1)
-    )
+    found = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return found[0].transpose(0, 1).flatten(1)
+
+
+def plus(residual: Tensor, more: Tensor) -> Tensor:
+    """Added in fp32, and kept in the type of the residual."""
+    return (residual.float() + more.float()).to(residual.dtype)
 
 
 def layer(x: Tensor, weights: list[Tensor], kind: torch.dtype) -> Tensor:
-    q_, k_, v_, o_, gate, up, down = (w.to(kind) for w in weights)
+    """The residual after a layer whose products have a kind of number."""
+    to_q, to_k, to_v, from_heads, gate, up, down = (weight.to(kind) for weight in weights)
     h = normed(x).to(kind)
-    q, k, v = (linear(h, w).view(TOKENS, -1, shape.head_dim) for w in (q_, k_, v_))
-    x = (x.float() + linear(attention(rotated(q).to(kind), rotated(k).to(kind), v), o_).float()).to(
-        x.dtype
-    )
+    q, k, v = (linear(h, to).view(TOKENS, -1, shape.head_dim) for to in (to_q, to_k, to_v))
+    q, k = rotated(q).to(kind), rotated(k).to(kind)
+    x = plus(x, linear(attention(q, k, v), from_heads))
     h = normed(x).to(kind)
-    inner = silu(linear(h, gate).float()).to(kind) * linear(h, up)
-    return (x.float() + linear(inner, down).float()).to(x.dtype)
+    opened = silu(linear(h, gate).float()).to(kind)
+    return plus(x, linear(opened * linear(h, up), down))
 
 
 with torch.no_grad():
     torch.manual_seed(0)
-    wide, narrow, hidden = (
-        shape.heads * shape.head_dim,
-        shape.kv_heads * shape.head_dim,
-        shape.hidden,
-    )
+    hidden, inner = shape.hidden, shape.intermediate
+    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     embedding = weight(shape.vocab, hidden)
     start = embedding[torch.randint(0, shape.vocab, (TOKENS,))]
     states = {way: start.to(residual) for way, (_, residual) in WAYS.items()}
     sizes = [(wide, hidden), (narrow, hidden), (narrow, hidden), (hidden, wide)]
-    sizes += [
-        (shape.intermediate, hidden),
-        (shape.intermediate, hidden),
-        (hidden, shape.intermediate),
-    ]
+    sizes += [(inner, hidden), (inner, hidden), (hidden, inner)]
     for _ in range(shape.layers):
         weights = [weight(*size) for size in sizes]
         states = {way: layer(states[way], weights, kind) for way, (kind, _) in WAYS.items()}

@@ -44,15 +44,12 @@ class Bounds:
     ) -> None:
         self.problem, self.families = problem, families
         self.call_sets = CallSets(problem)
+        self.rollout = [problem.rollout_table(kind) for kind in problem.gpus]
+        sync, listed = problem.calls[problem.sync], self.call_sets.listed
+        self._synced = [column for column, calls in enumerate(listed) if sync in calls]
         keys = [pool_keys(problem, family) for family in families]
         self.pools = PoolTables(problem, self.call_sets, chain.from_iterable(keys))
         pools = [self.pools.numbers(of_family) for of_family in keys]
-        self.rollout = [problem.rollout_table(kind) for kind in problem.gpus]
-        self._synced = [
-            column
-            for column, calls in enumerate(self.call_sets.listed)
-            if problem.calls[problem.sync] in calls
-        ]
         self.table = family_table(problem, families, programs, self.call_sets, pools)
 
     # --- bounds ---
@@ -69,12 +66,15 @@ class Bounds:
     def by_cuts(self, boxes: Boxes, cuts: Cuts) -> Array:
         """Seconds [n] that no program is below on any sizes of boxes of one family, by the cuts of
         its programs."""
-        found = np.zeros(len(boxes.number))
-        in_sets = self._in_sets(cuts)
-        for first in range(0, len(found) if cuts else 0, BOXES_AT_ONCE):
-            some = np.arange(first, min(first + BOXES_AT_ONCE, len(found)))
+        count, in_sets = len(boxes.number), self._in_sets(cuts)
+        found = np.zeros(count)
+        if not cuts:
+            return found
+        for first in range(0, count, BOXES_AT_ONCE):
+            some = np.arange(first, min(first + BOXES_AT_ONCE, count))
             part = boxes.take(some)
-            found[some] = self._bound(self._least(part), self.table.rates[part.number], in_sets)
+            rates = self.table.rates[part.number]
+            found[some] = self._bound(self._least(part), rates, in_sets)
         return found
 
     def _in_sets(self, cuts: Cuts) -> Cuts:
@@ -177,8 +177,8 @@ class Bounds:
         number = boxes.number
         left = np.repeat(limit[:, None], boxes.high.shape[1], axis=1)
         if self.problem.objective.linear:  # else it could not be subtracted
-            generation = self._generation(boxes)[:, -1]
-            handed = self._handed(number, boxes.low)
-            left = left - np.where(self.table.generates[number], generation[:, None], 0.0)
-            left = left - np.where(self.table.acts[number], handed[:, None], 0.0)
+            generation = self._generation(boxes)[:, -1:]
+            handed = self._handed(number, boxes.low)[:, None]
+            left = left - np.where(self.table.generates[number], generation, 0.0)
+            left = left - np.where(self.table.acts[number], handed, 0.0)
         return self.pools.smallest(self.table.pools[number], left)

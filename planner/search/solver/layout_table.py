@@ -114,11 +114,7 @@ class LayoutTables:
         if key not in self.memo:
             device, node = self.model.cluster.devices[kind], self.largest_node[kind]
             grid = trainer_grid(self.model.workload, role, self.ranks(kind), node, device)
-            shard_nodes = np.where(grid.shard > 1, -(-grid.shard // node), 1)
-            replicas_on_a_node = np.maximum(node // grid.shard, 1)
-            replica_nodes = np.where(grid.gpus <= node, 1, -(-grid.replicas // replicas_on_a_node))
-            sharding = Sharding.of(grid, shard_nodes, replica_nodes)
-            self.memo[key] = self._made(role, grid, sharding, device)
+            self.memo[key] = self._made(role, grid, _on_full_nodes(grid, node), device)
         return self.memo[key]
 
     def _on_parts(self, role: str, kind: str, place: Place, alike: int) -> LayoutTable:
@@ -170,6 +166,15 @@ class LayoutTables:
         return np.stack(rows)
 
 
+def _on_full_nodes(grid: Grid, node: int) -> Sharding:
+    """How layouts lie on nodes of `node` GPUs that they fill."""
+    shard_nodes = np.where(grid.shard > 1, -(-grid.shard // node), 1)
+    replicas_on_a_node = np.maximum(node // grid.shard, 1)
+    nodes_of_replicas = -(-grid.replicas // replicas_on_a_node)
+    replica_nodes = np.where(grid.gpus <= node, 1, nodes_of_replicas)
+    return Sharding.of(grid, shard_nodes, replica_nodes)
+
+
 def _ranks_as_on_full_nodes(parts: tuple[int, ...], node: int) -> int:
     """How many ranks of a pool with these GPUs per node lie as if the nodes were filled.
 
@@ -189,8 +194,9 @@ def _distinct(sharding: Sharding) -> tuple[Sharding, Indices]:
     same; and which of them each row has."""
     columns = np.column_stack([np.asarray(column, dtype=np.int64) for column in sharding])
     order = np.lexsort(columns.T)
+    ordered = columns[order]
     new = np.ones(len(order), dtype=bool)
-    new[1:] = (columns[order][1:] != columns[order][:-1]).any(axis=1)
+    new[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
     which = np.empty(len(order), dtype=np.int64)
     which[order] = np.cumsum(new) - 1
     first = order[new]
@@ -205,12 +211,12 @@ def _undominated(table: LayoutTable) -> LayoutTable:
         return table
     key = np.column_stack([grid.shard, grid.replicas, grid.offload])
     order = np.lexsort((np.arange(count), *key.T))  # rows of a group lie together
-    same = (key[order][1:] == key[order][:-1]).all(axis=1)
-    group = np.concatenate([[0], np.cumsum(~same)])
-    kept = np.ones(count, dtype=bool)
+    ordered = key[order]
+    begins = (ordered[1:] != ordered[:-1]).any(axis=1)
+    group = np.concatenate([[0], np.cumsum(begins)])
     costs = np.concatenate([table.memory, *table.seconds], axis=1)[order]
-    largest = int(np.bincount(group).max())
-    for step in range(1, largest):  # compare each row with the one `step` places further on
+    kept = np.ones(count, dtype=bool)
+    for step in range(1, int(np.bincount(group).max())):  # from each row to one of its group
         first = np.flatnonzero(group[step:] == group[:-step])
         second = first + step
         worse = (costs[first] <= costs[second]).all(axis=1)

@@ -57,14 +57,17 @@ class SizeLimits:
         self._high = np.zeros((count, most), dtype=np.int64)
         self.free = np.zeros((count, most), dtype=bool)
         for number, family in enumerate(families):
-            for group, (pools, limit) in enumerate(family.limits):
-                self._in_group[number, group, list(pools)] = 1
-                self._most[number, group] = limit
-            for pool in range(len(family.structure)):
-                largest = min(limit for pools, limit in family.limits if pool in pools)
-                self._low[number, pool] = family.given.get(pool, 1)
-                self._high[number, pool] = family.given.get(pool, largest)
-                self.free[number, pool] = pool not in family.given
+            self._add(number, family)
+
+    def _add(self, number: int, family: PlacementFamily) -> None:
+        for group, (pools, limit) in enumerate(family.limits):
+            self._in_group[number, group, list(pools)] = 1
+            self._most[number, group] = limit
+        for pool in range(len(family.structure)):
+            largest = min(limit for pools, limit in family.limits if pool in pools)
+            self._low[number, pool] = family.given.get(pool, 1)
+            self._high[number, pool] = family.given.get(pool, largest)
+            self.free[number, pool] = pool not in family.given
 
     def roots(self) -> Boxes:
         """One box with all sizes for each family."""
@@ -75,14 +78,17 @@ class SizeLimits:
         """The GPUs [n, P] by which each pool may exceed `low` if the others do not. Negative where
         `low` is too much already."""
         in_group = self._in_group[number]
-        left = self._most[number] - (in_group * low[:, None, :]).sum(axis=2)
-        of_pools = np.where(in_group > 0, left[:, :, None], UNLIMITED)
-        return np.asarray(of_pools.min(axis=1))
+        held = (in_group * low[:, None, :]).sum(axis=2)
+        left = self._most[number] - held
+        left_to_pool = np.where(in_group > 0, left[:, :, None], UNLIMITED)  # by each of its groups
+        return np.asarray(left_to_pool.min(axis=1))
 
     def possible(self, boxes: Boxes) -> Mask:
         """Whether the largest sizes of each box [n] can be had at once."""
-        held = (self._in_group[boxes.number] * boxes.high[:, None, :]).sum(axis=2)
-        return np.asarray((held <= self._most[boxes.number]).all(axis=1), dtype=np.bool_)
+        in_group = self._in_group[boxes.number]
+        held = (in_group * boxes.high[:, None, :]).sum(axis=2)
+        is_met = held <= self._most[boxes.number]
+        return np.asarray(is_met.all(axis=1), dtype=np.bool_)
 
 
 def sizes_of(family: PlacementFamily, sizes: Sizes) -> tuple[int, ...]:
@@ -99,12 +105,15 @@ def sizes_of(family: PlacementFamily, sizes: Sizes) -> tuple[int, ...]:
 def halved(boxes: Boxes) -> Boxes:
     """Both halves of each box along its relatively widest side."""
     ratio = np.where(boxes.high > 0, boxes.high / np.maximum(boxes.low, 1), 0.0)
-    side, at = ratio.argmax(axis=1), np.arange(len(boxes.number))
-    middle = (boxes.low[at, side] + boxes.high[at, side]) // 2
-    lower, upper = boxes.high.copy(), boxes.low.copy()
-    lower[at, side] = middle
-    upper[at, side] = middle + 1
-    return joined(boxes._replace(high=lower), boxes._replace(low=upper))
+    widest = np.arange(len(boxes.number)), ratio.argmax(axis=1)
+    middle = (boxes.low[widest] + boxes.high[widest]) // 2
+    highest_of_lower = boxes.high.copy()
+    highest_of_lower[widest] = middle
+    lowest_of_upper = boxes.low.copy()
+    lowest_of_upper[widest] = middle + 1
+    lower = boxes._replace(high=highest_of_lower)
+    upper = boxes._replace(low=lowest_of_upper)
+    return joined(lower, upper)
 
 
 def without_corner(box: Boxes) -> Boxes:
@@ -114,15 +123,14 @@ def without_corner(box: Boxes) -> Boxes:
     low, high = box.low[0].tolist(), box.high[0].tolist()
     lows, highs = [], []
     for pool in range(len(low)):
-        if low[pool] < high[pool]:
-            lows.append([*high[:pool], *low[pool:]])
-            highs.append([*high[:pool], high[pool] - 1, *high[pool + 1 :]])
-    return Boxes(
-        np.repeat(box.number, len(lows)),
-        np.array(lows),
-        np.array(highs),
-        np.repeat(box.bound, len(lows)),
-    )
+        if low[pool] == high[pool]:
+            continue
+        # The pools before this one have their largest sizes, and this one has not.
+        lows.append([*high[:pool], *low[pool:]])
+        highs.append([*high[:pool], high[pool] - 1, *high[pool + 1 :]])
+    count = len(lows)
+    number, bound = np.repeat(box.number, count), np.repeat(box.bound, count)
+    return Boxes(number, np.array(lows), np.array(highs), bound)
 
 
 def inside(boxes: Boxes, hull: Boxes) -> Mask:
