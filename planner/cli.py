@@ -336,6 +336,14 @@ def simulate(
     help="Checkpoints to keep.",
 )
 @click.option(
+    "--export-every",
+    type=click.IntRange(0, MOST_STEPS),
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Steps between exports of the models from a checkpoint (0: only at the end).",
+)
+@click.option(
     "--max-restarts",
     type=click.IntRange(0, MOST_STEPS),
     default=3,
@@ -385,6 +393,7 @@ def execute(
     deadline_floor: float,
     save_every: int,
     keep: int,
+    export_every: int,
     max_restarts: int,
     track: tuple[str, ...],
     samples: int,
@@ -407,6 +416,7 @@ def execute(
         track=tuple(dict.fromkeys(track)),
         samples=samples,
         samples_every=samples_every,
+        export_every=export_every,
     )
     if resume is not None:
         if plan is not None or rehearse or name:
@@ -442,6 +452,22 @@ def compare(plan: Path, run: Path, out: Path | None, profiles: tuple[Path, ...])
     from planner.commands.compare import compare
 
     compare(plan, run, out, profiles)
+
+
+@main.command()
+@click.argument("what", type=click.Choice(["export"]))
+@click.argument("checkpoint", type=file_path("CHECKPOINT"))
+@click.argument("out", type=file_path("OUT"))
+def checkpoint(what: str, checkpoint: Path, out: Path) -> None:
+    """Write the models of a checkpoint as Hugging Face directories.
+
+    CHECKPOINT is a directory such as runs/first/checkpoints/step-000010, or a run, whose last one
+    is taken. The models are written in bf16, as OUT/actor and OUT/critic. The run may go on
+    meanwhile."""
+    from planner.commands.checkpoint import export
+
+    assert what == "export"
+    export(checkpoint, out)
 
 
 @main.command()

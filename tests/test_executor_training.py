@@ -255,7 +255,8 @@ def test_one_step_off_trains_on_stale_sequences(train: Train) -> None:
 
 def test_a_run_writes_what_it_promises(on_two_cores: None, tmp_path: Path) -> None:
     workload = make_workload(steps=2, proximal="rollout", reference=None, critic=None)
-    path = execute(colocated(workload, cores=1), name="r", runs=tmp_path)
+    options = RunOptions(save_every=0, export_every=2)
+    path = execute(colocated(workload, cores=1), name="r", runs=tmp_path, options=options)
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1] and all(
         line["tokens_per_second"] > 0 for line in lines
@@ -272,6 +273,9 @@ def test_a_run_writes_what_it_promises(on_two_cores: None, tmp_path: Path) -> No
     assert list(path.glob("events.out.tfevents.*"))
     actor = AutoModelForCausalLM.from_pretrained(path / "checkpoints/final/actor")
     assert actor(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 48)
+    exported = AutoModelForCausalLM.from_pretrained(path / "exports/step-000002/actor")
+    halves = dict(exported.named_parameters())
+    assert all(torch.equal(whole.bfloat16(), halves[n]) for n, whole in actor.named_parameters())
 
 
 REWARD = """

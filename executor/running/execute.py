@@ -115,8 +115,13 @@ def _train(
     deadlines = Deadlines(plan=plan, floor=options.deadline_floor, held_out=prompts.held_out)
     steps = options.steps or plan.workload.steps
     saver = None
-    if options.save_every:
-        saver = saving.Saver(path / "checkpoints", every=options.save_every, keep=options.keep)
+    if options.save_every or options.export_every:
+        saver = saving.Saver(
+            path / "checkpoints",
+            every=options.save_every,
+            keep=options.keep,
+            export_every=options.export_every,
+        )
     cpus = pools.needed(plan) if pools.resource_of(plan) == "CPU" else None
 
     def start() -> Backend:

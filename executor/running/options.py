@@ -18,7 +18,8 @@ class RunOptions:
     the run starts again by itself from the last one, at most `max_restarts` times.
 
     Of every `samples_every`-th step `samples` sequences are written down, and with any also all
-    responses of evaluations.
+    responses of evaluations. The models are exported every `export_every` steps (0: at the end
+    only), from a checkpoint.
 
     A call that takes ten times its predicted seconds, and more than `deadline_floor`, counts as
     failed. `address` is that of a Ray cluster (None: one is started on this machine's loopback);
@@ -33,6 +34,7 @@ class RunOptions:
     deadline_floor: float = DEADLINE_FLOOR_SECONDS
     samples: int = 8
     samples_every: int = 10
+    export_every: int = 0
     address: str | None = None
     track: tuple[str, ...] = ()
 
@@ -48,6 +50,7 @@ class RunOptions:
         check_range("--save-every", self.save_every, 0)
         check_range("--max-restarts", self.max_restarts, 0)
         check_range("--samples", self.samples, 0)
+        check_range("--export-every", self.export_every, 0)
         check_range("--samples-every", self.samples_every, 1)
         if not 0 < self.deadline_floor <= MOST_FLOOR_SECONDS:
             raise UserError(

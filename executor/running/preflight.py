@@ -272,10 +272,10 @@ def load_prompts(workload: Workload) -> PromptSource:
             "data needs a tokenizer, and an actor of random weights has none; give actor.path or "
             "drop data"
         )
-    return Dataset(workload, _tokenizer(workload.actor.path))
+    return Dataset(workload, tokenizer_of(workload.actor.path))
 
 
-def _tokenizer(path: Path) -> Any:
+def tokenizer_of(path: Path) -> Any:
     """Load the tokenizer, from tokenizer.json where there is one: that file is complete, and
     AutoTokenizer would replace parts of it by the usual ones of the model type."""
     if not any(

@@ -59,7 +59,7 @@ class Run:
         self._course.since = max((span.end for span in self._past), default=0.0)
         self._course.began -= self._course.since
         self._spans: dict[int, Span] = {}
-        self._stops = Stops(self._tasks, saver.every if saver else 0, passed=stop)
+        self._stops = Stops(self._tasks, saver.every if saver else (), passed=stop)
         self._recorded = Recorded(plan, backend, self._course, directory, progress, self._past)
 
     @property

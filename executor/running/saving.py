@@ -24,6 +24,7 @@ from executor.running.checkpoint import (
     Manifest,
     listed,
 )
+from executor.running.export_checkpoint import EXPORTS, export_apart
 from executor.running.run_directory import log
 from executor.running.stops import EndedCall
 from executor.training.shards import FileEntry, RoleState, entry_of, merge
@@ -49,13 +50,14 @@ class Snapshot:
 
 class Saver:
     """Writes checkpoints into `directory` in a thread, one at a time, and keeps the last `keep` of
-    them. `every` is the number of steps between two of them.
+    them. One comes every `every` steps and every `export_every` steps (0: never); after the latter
+    its models are exported beside `directory`.
 
     One that cannot be written leaves a line in the log and those before it as they are."""
 
-    def __init__(self, directory: Path, *, every: int, keep: int) -> None:
+    def __init__(self, directory: Path, *, every: int, keep: int, export_every: int = 0) -> None:
         self._directory, self._keep = directory, keep
-        self.every = every
+        self.every, self._export_every = (every, export_every), export_every
         self._content: dict[str, str] | None = None  # of models and files, looked at once
         self._thread: Thread | None = None
         for unfinished in directory.glob(".step-*"):  # of a run that was killed
@@ -98,11 +100,22 @@ class Saver:
                 os.replace(unfinished, final)
                 prune(self._directory, self._keep)
                 log.info("checkpoint %s: written after %.3g s", name, time.perf_counter() - began)
+                if self._export_every and step % self._export_every == 0:
+                    self._export(final)
             except Exception as error:
                 self._failed(name, unfinished, error)
 
         self._thread = Thread(target=write, daemon=True)
         self._thread.start()
+
+    def _export(self, checkpoint: Path) -> None:
+        """Export the models of a checkpoint. A run goes on without, if that fails."""
+        out = self._directory.parent / EXPORTS / checkpoint.name
+        shutil.rmtree(out, ignore_errors=True)
+        if problem := export_apart(checkpoint.resolve(), out.resolve()):
+            log.error("the models of %s could not be exported (%s)", checkpoint.name, problem)
+        else:
+            log.info("the models of %s are in %s", checkpoint.name, out)
 
     def _failed(self, name: str, unfinished: Path, error: Exception) -> None:
         self.error = " ".join(str(error).split())[:300]

@@ -31,15 +31,17 @@ def in_flight(tasks: Sequence[Task], stop: int) -> tuple[EndedCall, ...]:
 
 
 class Stops:
-    """Tells the loop which task must not start yet: the first one behind the next checkpoint, which
-    comes every `every` steps (0: never), or, once somebody has asked to stop, the first one behind
-    the next stop."""
+    """Tells the loop which task must not start yet: the first one behind the next checkpoint, or,
+    once somebody has asked to stop, the first one behind the next stop. Each number in `every`
+    asks for a checkpoint every so many steps (0: never)."""
 
-    def __init__(self, tasks: Sequence[Task], every: int, passed: int = 0) -> None:
+    def __init__(self, tasks: Sequence[Task], every: Sequence[int], passed: int = 0) -> None:
         synced = [task for task in tasks if task.call.kind == "transfer"]
         self._stops = {task.index + 1: task.step for task in synced}
         self._saves = {
-            stop: step for stop, step in self._stops.items() if every and (step + 1) % every == 0
+            stop: step
+            for stop, step in self._stops.items()
+            if any(steps and (step + 1) % steps == 0 for steps in every)
         }
         self._passed = passed  # a stop; what was issued before it has ended
         self.asked = False
