@@ -3,7 +3,10 @@ is one line with file and line."""
 
 import csv
 import gzip
+import importlib.util
+import io
 import json
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import make_workload
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -21,6 +26,7 @@ from executor.data.order import Shuffled
 from executor.data.prompts import Dataset
 from executor.data.rows import Row
 from executor.data.sources import read_rows
+from executor.running.said import text_of
 from planner.spec.data import Data, DataFile, EvaluationSet, count_evaluation
 from planner.spec.errors import UserError
 
@@ -336,3 +342,70 @@ def test_a_stream_can_be_entered_anywhere_and_keeps_to_its_shares() -> None:
         assert np.abs(shares - count * np.array([0.1, 0.2, 0.7])).max() < 3
     of_last = [place for pool, place in whole if pool == 2]
     assert sorted(of_last[:5]) == sorted(of_last[5:10]) == [0, 1, 2, 3, 4]
+
+
+# --- files that are wrong in any way ---
+
+
+def written() -> dict[str, bytes]:
+    """A good file of each kind that can be written here, by its suffix."""
+    lines = [json.dumps(row) for row in [*ROWS, CHAT]]
+    found = {
+        ".jsonl": "\n".join(lines).encode(),
+        ".json": f"[{','.join(lines)}]".encode(),
+        ".csv": b'prompt,answer\r\n"a,\nb",1\r\nc,"2 ""x"""\r\n',
+    }
+    if importlib.util.find_spec("pyarrow"):
+        import pyarrow
+        import pyarrow.parquet
+
+        sink, table = io.BytesIO(), pyarrow.Table.from_pylist(ROWS)
+        pyarrow.parquet.write_table(table, sink)
+        found[".parquet"] = sink.getvalue()
+        sink = io.BytesIO()
+        with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        found[".arrow"] = sink.getvalue()
+    return found
+
+
+FILES = written()
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> tuple[str, bytes]:
+    """A file with one to three damages, and perhaps with the suffix of another kind."""
+    suffix = draw(st.sampled_from(sorted(FILES)))
+    content = FILES[suffix]
+    for _ in range(draw(st.integers(1, 3))):
+        at, length = draw(st.integers(0, len(content))), draw(st.integers(0, 4))
+        new = draw(
+            st.binary(max_size=4) | st.sampled_from([b'"', b"\n", b"\r\n", b"{", b"\\ud800"])
+        )
+        content = content[:at] + (new + content[at + length :] if draw(st.booleans()) else b"")
+    return draw(st.sampled_from([suffix] * 4 + sorted(FILES))), content
+
+
+@pytest.mark.parametrize(
+    "count", [300, pytest.param(20_000, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)])]
+)
+def test_a_damaged_file_is_read_or_refused_in_one_line(count: int) -> None:
+    made = tokenizer()
+
+    @settings(max_examples=count, deadline=None, derandomize=count == 300, database=None)
+    @given(damaged())
+    def check(file: tuple[str, bytes]) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / f"train{file[0]}"
+            path.write_bytes(file[1])
+            data = {"train": path, "template": "chat", "overlong": "truncate"}
+            try:
+                source = Dataset(make_workload(data=data), made)
+            except UserError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+            else:
+                prompts = source.step(0)
+                assert len(prompts.texts) == 8 and all(prompts.texts)
+                assert text_of([{"answer": answer} for answer in prompts.answers])
+
+    check()

@@ -48,7 +48,17 @@ POINTS = (
 )
 FILES: dict[str, File] = {
     "plan": PLAN,
-    "workload": WORKLOAD,
+    "workload": WORKLOAD.changed(
+        data={
+            "train": ["a.jsonl", {"path": "b", "weight": 2.0}, {"hub": "c/d", "split": "train"}],
+            "template": "chat",
+            "template_args": {"think": False},
+            "stop": [7, "end"],
+            "evaluate_every": 2,
+        },
+        sampling={"top_p": 0.9, "top_k": 40, "min_tokens": 2},
+        evaluation=[{"name": "e", "files": "e.csv", "samples": 4, "temperature": 0.7}],
+    ),
     "profile": Profile(device="h200", model=SHAPE, points=POINTS, held_out=POINTS[:1]),
     "timeline": forecast(PLAN, 3).model_copy(update={"source": "measured"}),
     "cluster": make_cluster(2),
