@@ -114,6 +114,8 @@ def test_parameters_are_those_of_the_model(tmp_path: Path) -> None:
         ({**LLAMA, "model_type": None}, "model_type None"),
         ({**LLAMA, "rope_scaling": {"type": "linear", "factor": "2"}}, "factor = '2'"),
         ({**LLAMA, "rope_scaling": {"type": "yarn", "factor": -4}}, "factor = -4"),
+        ({**LLAMA, "sliding_window": 0}, "sliding_window is 0"),
+        ({**LLAMA, "sliding_window": -1}, "sliding_window is -1"),
         ({**LLAMA, "rope_scaling": {"type": "su"}}, "rotary scaling 'su'"),
         ({"model_type": "llama"}, "num_attention_heads"),
         ({**LLAMA, "normalize_reward": True}, "normalised"),

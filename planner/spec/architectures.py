@@ -98,6 +98,11 @@ def obstacle(config: Config) -> str | None:
         return "it names no model_type; save the model again with save_pretrained"
     if config["model_type"] not in MODEL_TYPES:
         return f"model_type {config.get('model_type')!r} is not supported; {_use_another()}"
+    window = config.get("sliding_window")
+    if not _is_size(window) or isinstance(window, float):
+        return (
+            f"its sliding_window is {window!r}; set it to a number of tokens, or to null for none"
+        )
     for rope in _ropes(config):
         for key in ("factor", "original_max_position_embeddings"):
             if not _is_size(rope.get(key, 1)):
