@@ -23,6 +23,7 @@ from planner.commands.options import (
     max_staleness,
     minutes,
     profiles_of_plan,
+    settings_of_workload,
 )
 from planner.spec.errors import UserError
 from planner.spec.limits import MOST_STEPS
@@ -180,14 +181,15 @@ def baseline(job: JobOptions, name: str, out: Path) -> None:
 @main.command()
 @click.argument("plan", type=file_path("PLAN"))
 @click.option("--here", is_flag=True, help="Fail if this machine cannot run it.")
-def check(plan: Path, here: bool) -> None:
+@settings_of_workload
+def check(plan: Path, here: bool, settings: tuple[str, ...]) -> None:
     """Check a plan as a whole, memory included.
 
     Also says whether this machine could run it: its GPUs, driver and engine, the models, prompts
     and reward."""
     from planner.commands.check import check
 
-    check(plan, here)
+    check(plan, here, settings)
 
 
 @main.command()
@@ -268,6 +270,7 @@ def pareto(
 @click.option("--trace", type=file_path(), help="Write a trace that opens in Perfetto.")
 @click.option("--timeline", type=file_path(), help="Write the simulated timeline.")
 @profiles_of_plan
+@settings_of_workload
 def simulate(
     plan: Path,
     steps: int,
@@ -275,11 +278,13 @@ def simulate(
     trace: Path | None,
     timeline: Path | None,
     profiles: tuple[Path, ...],
+    settings: tuple[str, ...],
 ) -> None:
     """Run a plan on a simulated clock."""
     from planner.commands.simulate import simulate
 
-    simulate(plan, steps, gantt=gantt, trace=trace, timeline=timeline, profiles=profiles)
+    files = {"gantt": gantt, "trace": trace, "timeline": timeline}
+    simulate(plan, steps, profiles=profiles, settings=settings, **files)
 
 
 @main.command()
@@ -383,6 +388,7 @@ def simulate(
     "--plan", "other_plan", type=file_path(), help="With --resume: continue under this plan."
 )
 @profiles_of_plan
+@settings_of_workload
 def execute(
     plan: Path | None,
     name: str,
@@ -401,6 +407,7 @@ def execute(
     resume: Path | None,
     other_plan: Path | None,
     profiles: tuple[Path, ...],
+    settings: tuple[str, ...],
 ) -> None:
     """Run the job as the plan says, with live progress."""
     from executor.running.options import RunOptions
@@ -424,16 +431,16 @@ def execute(
                 "--resume continues a run: leave out PLAN, --name and --rehearse; --plan is "
                 "another plan"
             )
-        commands.resume(resume, other_plan, options)
+        commands.resume(resume, other_plan, options, settings)
         return
     if plan is None or other_plan is not None:
         raise UserError(
             "name the PLAN to run; --plan is for continuing a run under another one, with --resume"
         )
     if rehearse:
-        commands.rehearse(plan, options, name=name, runs=runs, profiles=profiles)
+        commands.rehearse(plan, options, name=name, runs=runs, profiles=profiles, settings=settings)
     else:
-        commands.execute(plan, options, name=name, runs=runs)
+        commands.execute(plan, options, name=name, runs=runs, settings=settings)
 
 
 @main.command()
@@ -524,6 +531,7 @@ def samples(
     required=True,
     help="Where to write the profile; measurements that it already has are kept.",
 )
+@settings_of_workload
 def profile(
     cluster: str | None,
     gpus: int | None,
@@ -532,6 +540,7 @@ def profile(
     minutes: float | None,
     only: str,
     out: Path,
+    settings: tuple[str, ...],
 ) -> None:
     """Measure how long the calls of a workload take on this machine.
 
@@ -539,7 +548,9 @@ def profile(
     are measured."""
     from planner.commands.profile import profile
 
-    job = JobOptions(gpus=gpus, device=device, cluster=cluster, workload=workload)
+    job = JobOptions(
+        gpus=gpus, device=device, cluster=cluster, workload=workload, settings=settings
+    )
     profile(job, minutes=minutes, only=only, out=out, command=_command_line())
 
 

@@ -1,6 +1,7 @@
 """`plan check` and `plan schema`."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from planner.commands.execute import missing_extra
@@ -31,9 +32,9 @@ KINDS: dict[str, type[File]] = {
 }
 
 
-def check(plan: Path, here: bool) -> None:
+def check(plan: Path, here: bool, settings: Sequence[str] = ()) -> None:
     """The file, its program, and the memory of each pool; and whether this machine could run it."""
-    checked = load_plan(plan)
+    checked = load_plan(plan, settings)
     try:
         check_memory(checked)
     except UserError as error:

@@ -12,7 +12,7 @@ from executor.fleet.signals import interruptible
 from executor.running.options import RunOptions
 from planner.commands.inputs import make_console, profiles_of
 from planner.predict.forecast import task_seconds
-from planner.predict.schedule import load_plan
+from planner.predict.schedule import load_plan, with_settings
 from planner.report import trace
 from planner.report.live import LiveProgress
 from planner.spec.errors import UserError
@@ -40,12 +40,14 @@ def missing_extra() -> list[str]:
 
 
 @interruptible()
-def execute(plan: Path, options: RunOptions, *, name: str, runs: Path) -> None:
+def execute(
+    plan: Path, options: RunOptions, *, name: str, runs: Path, settings: Sequence[str] = ()
+) -> None:
     """Run a plan for real, and write down what happened. `name` may be empty."""
     need_extra("plan execute")
     from executor.running.execute import execute  # ray and torch are slow to load
 
-    checked, console = load_plan(plan), make_console()
+    checked, console = load_plan(plan, settings), make_console()
     name = name or free_name(runs, checked.name)
     with _progress(checked, options, console) as progress:
         run = execute(checked, name=name, runs=runs, options=options, progress=progress)
@@ -54,13 +56,19 @@ def execute(plan: Path, options: RunOptions, *, name: str, runs: Path) -> None:
 
 @interruptible()
 def rehearse(
-    plan: Path, options: RunOptions, *, name: str, runs: Path, profiles: Sequence[Path]
+    plan: Path,
+    options: RunOptions,
+    *,
+    name: str,
+    runs: Path,
+    profiles: Sequence[Path],
+    settings: Sequence[str] = (),
 ) -> None:
     """Run a plan with processes that sleep as long as its calls are predicted to take."""
     need_extra("plan execute")
     from executor.running.execute import rehearse  # ray is slow to load
 
-    checked, console = load_plan(plan), make_console()
+    checked, console = load_plan(plan, settings), make_console()
     name = name or free_name(runs, checked.name)
     costs = profiles_of(checked, plan, profiles, make_console(stderr=True))
     seconds = task_seconds(checked, costs)
@@ -71,7 +79,9 @@ def rehearse(
 
 
 @interruptible()
-def resume(path: Path, other_plan: Path | None, options: RunOptions) -> None:
+def resume(
+    path: Path, other_plan: Path | None, options: RunOptions, settings: Sequence[str] = ()
+) -> None:
     """Continue a run from its last checkpoint, or from the one that is named."""
     need_extra("plan execute")
     from executor.running import checkpoint  # torch is slow to load
@@ -79,6 +89,7 @@ def resume(path: Path, other_plan: Path | None, options: RunOptions) -> None:
 
     found = checkpoint.find(path)
     plan = found.plan if other_plan is None else load_plan(other_plan)
+    plan = with_settings(plan, settings, other_plan or found.run / "plan.json")
     console = make_console()
     console.print(f"Going on from {found.directory}.", markup=False, soft_wrap=True)
     with _progress(plan, options, console) as progress:

@@ -48,7 +48,7 @@ def read_inputs(job: JobOptions) -> Inputs:
     UserError."""
     found = _load(job.profiles, make_console(stderr=True))
     hashes = {str(path): profile.sha256 for path, profile in zip(job.profiles, found, strict=True)}
-    workload, cluster = read_workload(job.workload), read_cluster(job)
+    workload, cluster = read_workload(job.workload, job.settings), read_cluster(job)
     engines = {engine_for(device.kind) for device in cluster.devices.values()}
     if "vllm" in engines and workload.actor.path is not None:
         check_vllm(workload.actor.path, "actor")
@@ -73,15 +73,15 @@ def read_cluster(job: JobOptions) -> Cluster:
     return local_cluster(job.gpus) if local else load_cluster(Path(job.cluster))
 
 
-def read_workload(name: str) -> Workload:
-    """A workload file, or a shipped one by its name. Raises UserError."""
+def read_workload(name: str, settings: Sequence[str] = ()) -> Workload:
+    """A workload file, or a shipped one by its name, with other settings. Raises UserError."""
     shipped = {path.stem: path for path in sorted((profiles_dir() / "workloads").glob("*.toml"))}
     path = shipped.get(name) or Path(name)
     if not path.exists() and not names_a_file(name):
         raise UserError(
             f"no workload {name!r} is shipped, and no such file; shipped are {', '.join(shipped)}"
         )
-    return load_workload(path)
+    return load_workload(path, settings)
 
 
 def profiles_of(

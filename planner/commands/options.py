@@ -18,7 +18,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
     """Which job is planned, on which GPUs, at which measured costs. `cluster` and `workload` are
-    each a file or a name. `planner.commands.inputs` reads and checks them."""
+    each a file or a name, and `settings` are other values for keys of the workload.
+    `planner.commands.inputs` reads and checks them."""
 
     gpus: int | None = None
     device: str | None = None
@@ -26,6 +27,7 @@ class JobOptions:
     cluster: str | None = None
     workload: str = "7b"
     profiles: tuple[Path, ...] = ()
+    settings: tuple[str, ...] = ()
 
 
 class Duration(click.FloatRange):
@@ -93,6 +95,7 @@ def inputs_but_gpus(command: Command) -> Command:
         cluster: str | None,
         workload: str,
         profiles: tuple[Path, ...],
+        settings: tuple[str, ...],
         gpus: int | None = None,
         **others: Any,
     ) -> Any:
@@ -103,6 +106,7 @@ def inputs_but_gpus(command: Command) -> Command:
             cluster=cluster,
             workload=workload,
             profiles=profiles,
+            settings=settings,
         )
         return command(job=job, **others)
 
@@ -129,11 +133,25 @@ def inputs_but_gpus(command: Command) -> Command:
             help="Costs that `plan profile` measured. May be given more than once.",
         ),
     )
-    decorated: Any = gathered
+    decorated: Any = settings_of_workload(gathered)
     for option in reversed(options):
         decorated = option(decorated)
     result: Command = decorated
     return result
+
+
+def settings_of_workload(command: Command) -> Command:
+    """Adds `--set`."""
+    return click.option(
+        "--set",
+        "settings",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help=(
+            "Another value for a key of the workload, such as algorithm.clip=0.3. May be given "
+            "more than once."
+        ),
+    )(command)
 
 
 def profiles_of_plan(command: Command) -> Command:

@@ -13,7 +13,7 @@ from planner.report.judged import tables
 def profile(job: JobOptions, *, minutes: float | None, only: str, out: Path, command: str) -> None:
     need_extra("plan profile")
     check_target(out, ".json")
-    workload = read_workload(job.workload)
+    workload = read_workload(job.workload, job.settings)
     if job.cluster is None:  # all GPUs on one node, or else this machine's cores
         where = "local" if job.gpus is None else None
         job = replace(job, cluster=where, gpus_per_node=job.gpus)

@@ -21,6 +21,7 @@ def simulate(
     trace: Path | None,
     timeline: Path | None,
     profiles: Sequence[Path],
+    settings: Sequence[str] = (),
 ) -> None:
     for target, suffixes in (
         (gantt, (".png", ".svg", ".pdf")),
@@ -30,7 +31,7 @@ def simulate(
         if target is not None:
             check_target(target, *suffixes)
     console = make_console()
-    checked = load_plan(plan)
+    checked = load_plan(plan, settings)
     simulated = forecast(
         checked, steps, profiles_of(checked, plan, profiles, make_console(stderr=True))
     )

@@ -74,7 +74,7 @@ def pareto(
     check_target(out, ".png", ".svg", ".pdf")
     if table is not None:
         check_target(table, ".csv")
-    workload, profiles = read_workload(job.workload), load_profiles(job.profiles)
+    workload, profiles = read_workload(job.workload, job.settings), load_profiles(job.profiles)
     stalest = workload.max_staleness if max_staleness is None else max_staleness
     clusters = [_cluster_of(job, count) for count in counts]
     errors, console = make_console(stderr=True), make_console()

@@ -6,6 +6,7 @@ What reads and pools ask for stands in `edges.py`; waits, which only a program h
 The simulator, the exact evaluator and the executor all consume tasks or event graphs from here.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,8 @@ from planner.predict.edges import Need, PoolsOf, Turn, needs, steps_behind
 from planner.spec.dataflow import Call, Dataflow
 from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Plan, Wait
+from planner.spec.settings import keep_costs, set_in
+from planner.spec.workload import find_files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,9 +241,22 @@ def check(plan: Plan) -> None:
         )
 
 
-def load_plan(path: Path) -> Plan:
-    """Read a plan and check it as a whole. Raises UserError."""
-    plan = Plan.read(path)
+def load_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
+    """Read a plan, with other settings of its workload, and check it as a whole. Raises
+    UserError."""
+    return with_settings(Plan.read(path), settings, path)
+
+
+def with_settings(plan: Plan, settings: Sequence[str], path: Path) -> Plan:
+    """A plan from a file whose workload has other settings, checked as a whole. What was predicted
+    is left out where it no longer holds. Raises UserError."""
+    if settings:
+        data = json.loads(plan.to_json())
+        set_in(data["workload"], settings)
+        find_files(data["workload"], path.resolve().parent, path)
+        if not keep_costs(settings):
+            data["predicted"] = None
+        plan = Plan.parse(data, path)
     try:
         check(plan)
     except UserError as error:

@@ -1,6 +1,7 @@
 """The question: the models, the batch, the lengths and the algorithm of one training job."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -31,6 +32,7 @@ from planner.spec.rewards import (
     RewardServer,
     Weighed,
 )
+from planner.spec.settings import set_in
 from planner.spec.tokenizers import check_tokenizers
 
 MODEL_ROLES = ("actor", "critic", "reference", "reward")
@@ -372,20 +374,14 @@ def _check_rewards(workload: Workload) -> None:
             )
 
 
-def load_workload(path: Path) -> Workload:
-    """Read a workload from TOML or JSON. Relative paths start at the file's folder; a model that is
-    given by path alone gets its shape from its `config.json`. Raises UserError, also for a model
-    that is not supported or has no positions for the longest sequence."""
+def load_workload(path: Path, settings: Sequence[str] = ()) -> Workload:
+    """Read a workload from TOML or JSON, with other `settings` (`set_in`). Relative paths start at
+    the file's folder; a model that is given by path alone gets its shape from its `config.json`.
+    Raises UserError, also for a model that is not supported or has no positions for the longest
+    sequence."""
     data = read_data(path)
-    base = path.resolve().parent
-    named = [(role, data.get(role)) for role in MODEL_ROLES]
-    several = data.get("rewards")
-    if isinstance(several, list):
-        named += [(f"rewards.{number}", reward) for number, reward in enumerate(several)]
-    for key, model in named:
-        if isinstance(model, dict):
-            _find_files(model, base, f"{path}: {key}")
-    _resolve_data(data, base)
+    set_in(data, settings)
+    find_files(data, path.resolve().parent, path)
     Workload.check_schema(data, path)
     workload = Workload.parse(data, path)
     check_lengths(workload)
@@ -402,7 +398,20 @@ def _with_evaluation_counted(workload: Workload) -> Workload:
     return workload.changed(data=data.changed(evaluation_responses=counted))
 
 
-def _find_files(model: dict[str, Any], base: Path, named_by: str) -> None:
+def find_files(data: dict[str, Any], base: Path, path: Path) -> None:
+    """Let the paths in a workload as it was read from `path` start at a folder, and give models
+    that have a path alone their shapes. Raises UserError."""
+    named = [(role, data.get(role)) for role in MODEL_ROLES]
+    several = data.get("rewards")
+    if isinstance(several, list):
+        named += [(f"rewards.{number}", reward) for number, reward in enumerate(several)]
+    for key, model in named:
+        if isinstance(model, dict):
+            _find_files_of(model, base, f"{path}: {key}")
+    _resolve_data(data, base)
+
+
+def _find_files_of(model: dict[str, Any], base: Path, named_by: str) -> None:
     """Let the paths of a model or a reward function start at `base`, and give a model that has a
     path alone its shape."""
     function = model.get("function")
