@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from processes import abandoned, descendants, still_there
@@ -24,6 +24,8 @@ collect_ignore = [] if importlib.util.find_spec("verl") else ["peers"]
 
 # Models of tests are tiny. Threads would wait for each other, and take a core while they do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if TYPE_CHECKING:
+    from executor.data.reward_forms import Samples
 
 STARTS_RAY = {"ray_two", "two_cores", "on_two_cores", "nodes"}  # fixtures
 # Modules by group: three that take about as long, each in a process with a Ray of its own. Modules
@@ -89,6 +91,20 @@ def make_workload(**changes: Any) -> Workload:
         "seed": 7,
     }
     return Workload.model_validate({**base, **changes})
+
+
+def samples_of(prompts: str, responses: str, answers: Sequence[Any] | None = None) -> "Samples":
+    """Samples of prompts and responses that are words."""
+    from executor.data.reward_forms import Samples
+
+    texts, given = prompts.split(), responses.split()
+    return Samples(
+        prompts=texts,
+        asked=list(texts),
+        responses=given,
+        answers=list(answers or [None] * len(texts)),
+        columns=[{} for _ in texts],
+    )
 
 
 def small_workload(**changes: Any) -> Workload:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SHAPE, colocated, cpu_cluster, make_plan, make_workload, split
+from conftest import SHAPE, colocated, cpu_cluster, make_plan, make_workload, samples_of, split
 from processes import PATIENCE
 
 from executor.data import reward
@@ -88,7 +88,7 @@ def test_a_reward_function_that_returns_the_wrong_thing(
 ) -> None:
     asked = write_reward(tmp_path, f"def f(prompts, responses, answers):\n    return {body}\n")
     with pytest.raises(UserError, match="reward function") as error:
-        reward.score(asked, reward.import_function(asked), ["a", "b"], ["x", "yy"], [None, None])
+        reward.score(asked, reward.import_function(asked), samples_of("a b", "x yy"))
     assert what in str(error.value) and "\n" not in str(error.value)
 
 
@@ -96,9 +96,7 @@ def test_a_good_reward_function_may_return_what_behaves_like_numbers(tmp_path: P
     asked = write_reward(
         tmp_path, "import numpy\ndef f(p, r, a):\n    return numpy.arange(len(r))\n"
     )
-    assert reward.score(
-        asked, reward.import_function(asked), ["a", "b"], ["x", "yy"], [None, None]
-    ) == [
+    assert reward.score(asked, reward.import_function(asked), samples_of("a b", "x yy")) == [
         0.0,
         1.0,
     ]
@@ -296,11 +294,12 @@ def test_a_reward_file_is_ordinary_python(tmp_path: Path, method: str) -> None:
     asked = write_reward(tmp_path, ORDINARY.replace("METHOD", repr(method)))
     reward.check(asked)
     script = (
-        "from executor.data import reward\nfrom planner.spec.workload import RewardFunction\n"
+        "from executor.data import reward\nfrom planner.spec.rewards import RewardFunction\n"
+        "from conftest import samples_of\n"
         f"asked = RewardFunction(function={asked.function!r})\n"
-        "print(reward.score(asked, reward.import_function(asked), ['a'], ['four'], [None]))\n"
+        "print(reward.score(asked, reward.import_function(asked), samples_of('a', 'four')))\n"
     )
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}\n{script}"]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout == "[5.0]\n"
 
@@ -333,7 +332,7 @@ def test_an_exception_of_a_reward_function_is_told_with_file_and_line(tmp_path: 
     code = "import beside2\n\ndef f(p, r, a):\n    return [beside2.half(0)]\n"
     asked = write_reward(tmp_path, code)
     with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero \(reward\.py:4\)"):
-        reward.score(asked, reward.import_function(asked), ["a"], ["x"], [None])
+        reward.score(asked, reward.import_function(asked), samples_of("a", "x"))
     with pytest.raises(UserError, match=r"ZeroDivisionError: division by zero \(reward\.py:2\)"):
         reward.import_function(write_reward(tmp_path, "x = 1\n1 / 0\n"))
 
@@ -342,4 +341,4 @@ def test_an_exception_of_a_reward_function_is_told_with_file_and_line(tmp_path: 
 def test_a_score_that_float32_does_not_hold_is_no_finite_score(tmp_path: Path, value: str) -> None:
     asked = write_reward(tmp_path, f"import numpy\ndef f(p, r, a):\n    return [1.0, {value}]\n")
     with pytest.raises(UserError, match="for prompt 'b'; it must be a finite number of float32"):
-        reward.score(asked, reward.import_function(asked), ["a", "b"], ["x", "y"], [None] * 2)
+        reward.score(asked, reward.import_function(asked), samples_of("a b", "x y"))

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import cpu_cluster
+from conftest import cpu_cluster, samples_of
 from processes import PATIENCE
 
 from executor.fleet.pools import Fleet
-from executor.running.judges import Judges
+from executor.running.judges import FunctionJudges
 from executor.running.run_directory import log
 from executor.running.scoring import judge
 from planner.spec.errors import UserError
@@ -52,9 +52,9 @@ def scores_of(
     texts = [str(row) for row in range(count)]
     fleet = Fleet(cpu_cluster(1).gpus, "CPU")
     try:
-        judges = Judges(fleet, reward)
+        judges = FunctionJudges(fleet, reward, 0)
         judges.set_up()
-        scores, records = judge(judges, texts, texts, [None] * count)
+        scores, records = judge(judges, samples_of(" ".join(texts), " ".join(texts)))
         assert len(judges) == 1 and all(record.end >= record.start for record in records)
     finally:
         fleet.close()

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from executor.data.reward_file import import_function, look, score
+from executor.data.reward_forms import Samples
 from executor.fleet.worker import Worker
 from planner.spec.errors import UserError
 from planner.spec.rewards import RewardFunction
@@ -22,9 +22,9 @@ __all__ = ["RewardWorker", "check", "import_function", "import_hangs", "look_at_
 STARTING_SECONDS = 60.0  # of a process that imports no more than our own modules
 TRY_IMPORT = """
 import json, sys
-sys.path[:], function, seconds, reply = json.loads(sys.argv[1])
+sys.path[:], given, seconds, reply = json.loads(sys.argv[1])
 from executor.data.reward_file import try_import
-try_import(function, seconds, reply)
+try_import(given, seconds, reply)
 """
 
 
@@ -36,17 +36,21 @@ def look_at_all(workload: Workload) -> None:
             look(reward)
 
 
-def check(reward: RewardFunction) -> None:
+def check(reward: RewardFunction) -> list[str]:
     """Import the function once, within the time that the user gives it, in a process of its own:
-    what the file does then is not done to ours. Raises UserError."""
+    what the file does then is not done to ours. The columns of the data that it asks for. Raises
+    UserError."""
     with tempfile.TemporaryDirectory() as directory:
         reply = Path(directory) / "reply.json"
-        given = json.dumps([sys.path, reward.function, reward.timeout_seconds, str(reply)])
+        told = reward.model_dump_json()
+        given = json.dumps([sys.path, told, reward.timeout_seconds, str(reply)])
         ended_by = _run([sys.executable, "-P", "-c", TRY_IMPORT, given], reward.timeout_seconds)
         if reply.exists():
-            if problem := json.loads(reply.read_text(encoding="utf-8")):
-                raise UserError(problem)
-            return
+            answer = json.loads(reply.read_text(encoding="utf-8"))
+            if answer["problem"]:
+                raise UserError(answer["problem"])
+            columns: list[str] = answer["columns"]
+            return columns
     if ended_by in (None, signal.SIGALRM):
         raise import_hangs(reward)
     raise UserError(
@@ -89,7 +93,7 @@ class RewardWorker(Worker):
     controller's."""
 
     def import_function(self, reward: RewardFunction) -> None:
-        self.reward, self.function = reward, import_function(reward)
+        self.reward, self.found = reward, import_function(reward)
 
-    def score(self, prompts: list[str], responses: list[str], answers: list[Any]) -> list[float]:
-        return score(self.reward, self.function, prompts, responses, answers)
+    def score(self, samples: Samples) -> list[float]:
+        return score(self.reward, self.found, samples)

@@ -12,18 +12,34 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from executor.data.math_verify import check_math_verify, verified
+from executor.data.reward_forms import (
+    FORMS,
+    Function,
+    Samples,
+    call,
+    form_of,
+    misfit,
+    needed_columns,
+)
 from planner.spec.errors import UserError
-from planner.spec.rewards import RewardFunction
+from planner.spec.rewards import MATH_VERIFY, Form, RewardFunction
 
-Function = Callable[[list[str], list[str], list[str | None]], Sequence[float]]
+VERLS_NAME = "compute_score"
+
+
+class Rewarded(NamedTuple):
+    """A reward function and how it is called."""
+
+    function: Function
+    form: Form
 
 
 def look(reward: RewardFunction) -> None:
@@ -35,26 +51,49 @@ def look(reward: RewardFunction) -> None:
         raise _not_imported(reward, error) from None
 
 
-def import_function(reward: RewardFunction) -> Function:
-    """Import the function from the file that the user named. Raises UserError."""
+def import_function(reward: RewardFunction) -> Rewarded:
+    """Import the function from the file that the user named, or find it by its name. Raises
+    UserError."""
+    if reward.function == MATH_VERIFY:
+        check_math_verify()
+        return Rewarded(verified, "splitplan")
     path, name = _named(reward)
-    function: Function | None = getattr(_module(reward, path), name, None)
+    module = _module(reward, path)
+    function = getattr(module, name, None) if name else _only(reward, module)
     if not callable(function):
         raise UserError(
             f"reward function {reward.function!r}: {path} has no function {name!r}; check its name"
         )
-    _check_takes(reward, function)
-    return function
+    found = Rewarded(function, reward.form or form_of(function))
+    _check_takes(reward, found)
+    return found
 
 
 def _named(reward: RewardFunction) -> tuple[Path, str]:
-    file, _, name = reward.function.rpartition(":")
-    path = Path(file)
+    path = Path(reward.file)
     if not path.is_file():
         raise UserError(
             f"reward function {reward.function!r}: there is no file {path}; check the path"
         )
-    return path, name
+    return path, reward.in_file
+
+
+def _only(reward: RewardFunction, module: ModuleType) -> Any:
+    """The one function that a file defines, or the one that has the name that verl asks for."""
+    there = [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+    if len(there) != 1 and VERLS_NAME not in there:
+        what = f"has the functions {', '.join(there)}" if there else "has no function"
+        raise UserError(
+            f"reward function {reward.function!r}: {reward.file} {what}; name one with "
+            f'"{Path(reward.file).name}:function"'
+        )
+    return getattr(module, VERLS_NAME if VERLS_NAME in there else there[0])
 
 
 def _module(reward: RewardFunction, path: Path) -> ModuleType:
@@ -91,45 +130,37 @@ def _module_name(path: Path) -> str:
     return name if name.isidentifier() and not taken else f"reward_{name.replace('.', '_')}"
 
 
-def _check_takes(reward: RewardFunction, function: Function) -> None:
+def _check_takes(reward: RewardFunction, found: Rewarded) -> None:
     """Raise UserError for a function that cannot be called with what it will be given."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # what is not written in Python may not tell
-        return
-    try:
-        signature.bind([], [], [])
-    except TypeError:
+    if misfit(found.function, found.form):
         raise UserError(
-            f"reward function {reward.function!r} takes {signature}, and is called with (prompts, "
-            "responses, answers); "
-            "let it take these three lists"
-        ) from None
+            f"reward function {reward.function!r} takes {inspect.signature(found.function)}, and "
+            f"is called with {FORMS[found.form]}; let it take these, or set form"
+        )
 
 
-def score(
-    reward: RewardFunction,
-    function: Function,
-    prompts: list[str],
-    responses: list[str],
-    answers: list[Any],
-) -> list[float]:
+def score(reward: RewardFunction, found: Rewarded, samples: Samples) -> list[float]:
     """The function's rewards, one finite number per response. Raises UserError if it fails or
     returns anything else."""
     called = f"reward function {reward.function!r}"
     try:
-        rewards = list(function(prompts, responses, answers))
+        rewards = call(found.function, found.form, samples)
     except (Exception, SystemExit) as error:
         raise UserError(
-            f"{called} failed: {_told(reward, error)}; it takes (prompts, responses, answers)"
+            f"{called} failed: {_told(reward, error)}; it is called with {FORMS[found.form]}"
         ) from None
-    if len(rewards) != len(responses):
+    return checked(called, rewards, samples)
+
+
+def checked(called: str, rewards: list[Any], samples: Samples) -> list[float]:
+    """One finite number per response. Raises UserError for anything else."""
+    if len(rewards) != len(samples):
         raise UserError(
-            f"{called} returned {len(rewards)} rewards for {len(responses)} responses; one each is "
+            f"{called} returned {len(rewards)} rewards for {len(samples)} responses; one each is "
             "needed"
         )
     numbers = [_number(value) for value in rewards]
-    for prompt, value, number in zip(prompts, rewards, numbers, strict=True):
+    for prompt, value, number in zip(samples.prompts, rewards, numbers, strict=True):
         if not math.isfinite(number):
             raise UserError(
                 f"{called} returned {repr(value)[:60]} for prompt {prompt[:60]!r}; it must be a "
@@ -160,7 +191,7 @@ def _told(reward: RewardFunction, error: BaseException) -> str:
     """An error in one line, with the last line of the user's file that it came through, or where
     it was raised."""
     line = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    path, _ = _named(reward)
+    path = Path(reward.file)
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if Path(frame.filename) == path]
     if own:
@@ -170,14 +201,17 @@ def _told(reward: RewardFunction, error: BaseException) -> str:
     return line
 
 
-def try_import(function: str, seconds: float, reply: str) -> None:
-    """Import a function and write what is wrong with it, if anything, into the file `reply`. The
-    kernel ends this process if that takes longer than so many seconds."""
+def try_import(given: str, seconds: float, reply: str) -> None:
+    """Import a function, which is given as JSON of a `RewardFunction`, and write into the file
+    `reply` what is wrong with it, if anything, and the columns that it asks for. The kernel ends
+    this process if that takes longer than so many seconds."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
-    problem = ""
+    problem, columns = "", list[str]()
     try:
-        import_function(RewardFunction(function=function))
+        found = import_function(RewardFunction.model_validate_json(given))
+        columns = needed_columns(found.function) if found.form == "trl" else []
     except UserError as error:
         problem = str(error)
-    Path(reply).write_text(json.dumps(problem), encoding="utf-8")
+    answer = json.dumps({"problem": problem, "columns": columns})
+    Path(reply).write_text(answer, encoding="utf-8")
     os._exit(0)  # whatever threads the file has started

@@ -1,7 +1,7 @@
 """Generation: the seam behind which engines are alike, and the process that an engine runs in."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -13,6 +13,7 @@ from executor.data.batch import Generated
 from executor.data.requests import Ints, Requests
 from executor.fleet import gpu_memory
 from executor.fleet.worker import Worker
+from executor.rollout.tray import HandOver
 from executor.training.weights import Arrays
 from planner.spec.data import Sampler
 from planner.spec.plan import Plan
@@ -21,14 +22,18 @@ from planner.spec.plan import Plan
 Channel = Literal["ipc", "nccl", "store"]
 
 
+OnFinished = Callable[[Sequence[int], Sequence[Sequence[int]]], None]
+
+
 class Engine(Protocol):
     """Generates with one version of the weights at a time. The log-probs are of what a sampler
     draws from: at its temperature, and of the tokens that it leaves."""
 
     def generate(
-        self, requests: Requests, sampler: Sampler
+        self, requests: Requests, sampler: Sampler, hand_over: OnFinished | None = None
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
-        """Lengths `[n]` of the responses, and their tokens and log-probs end to end."""
+        """Lengths `[n]` of the responses, and their tokens and log-probs end to end. Responses that
+        finish are handed over meanwhile, by the numbers of their requests."""
         ...
 
     def install(self, arrays: Arrays) -> None:
@@ -68,9 +73,11 @@ class EngineWorker(Worker, ABC):
         """Become an engine of a plan, which gets its weights by this channel; the tokens that end a
         response."""
 
-    def generate(self, requests: Requests, sampler: Sampler) -> Generated:
+    def generate(
+        self, requests: Requests, sampler: Sampler, hand_over: HandOver | None = None
+    ) -> Generated:
         self._wake()
-        lengths, tokens, log_probs = self.engine.generate(requests, sampler)
+        lengths, tokens, log_probs = self.engine.generate(requests, sampler, hand_over)
         self._peak = self.peak() if self._watching else {}  # an engine that sleeps holds nothing
         self._sleep()
         return Generated(

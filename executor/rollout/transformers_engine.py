@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from executor.data.requests import Ints, Requests, pad
-from executor.rollout.engine import Channel, EngineWorker
+from executor.rollout.engine import Channel, EngineWorker, OnFinished
 from executor.training import models, weights
 from planner.spec.data import Sampler, Sampling
 from planner.spec.plan import Plan
@@ -63,12 +63,12 @@ class TransformersEngine:
             self.model.to(self.device)
 
     def generate(
-        self, requests: Requests, sampler: Sampler
+        self, requests: Requests, sampler: Sampler, hand_over: OnFinished | None = None
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
         waves = []
         for begin in range(0, len(requests), self.concurrency):
             rows = np.arange(begin, min(begin + self.concurrency, len(requests)))
-            waves.append(self._wave(requests.take(rows), sampler))
+            waves.append(self._wave(requests.take(rows), sampler, hand_over, begin))
         empty = (
             np.zeros(0, dtype=np.int32),
             np.zeros(0, dtype=np.int32),
@@ -80,9 +80,12 @@ class TransformersEngine:
         return lengths, tokens, log_probs
 
     @torch.inference_mode()
-    def _wave(self, requests: Requests, sampler: Sampler) -> tuple[Ints, Ints, NDArray[np.float32]]:
+    def _wave(
+        self, requests: Requests, sampler: Sampler, hand_over: OnFinished | None, first: int
+    ) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """Decode some sequences together until the last one ends; the ended ones leave the batch
-        now and then. Those of one prompt, in a row, share its prefill."""
+        now and then. Those of one prompt, in a row, share its prefill. `first` is
+        the number of the first of them among all requests."""
         prompts, prompt_of = requests.distinct()
         tokens, mask = self._left_padded(requests.take(prompts))
         count, longest = len(requests), int(requests.max_tokens.max())
@@ -126,7 +129,12 @@ class TransformersEngine:
             out_tokens[live, position] = chosen[alive]
             out_log_probs[live, position] = log_p.gather(-1, chosen[:, None])[alive, 0]
             lengths[live] = position + 1
-            alive &= (budget[rows] > position + 1) & (exact[rows] | ~torch.isin(chosen, self.eos))
+            before = alive
+            alive = before & (budget[rows] > position + 1)
+            alive &= exact[rows] | ~torch.isin(chosen, self.eos)
+            if hand_over is not None and (ended := rows[before & ~alive].tolist()):
+                responses = out_tokens[ended, : position + 1].tolist()
+                hand_over([first + row for row in ended], responses)
             left = int(alive.sum())
             if left == 0:
                 break

@@ -8,22 +8,24 @@ from typing import Any
 
 import ray
 
-from executor.data import reward
+from executor.data import reward, reward_server
 from executor.data.prompts import Dataset, PromptSource, Synthetic
+from executor.data.reading import Reader
+from executor.data.reward_forms import Samples
 from executor.fleet import driver, gpus, pools
+from executor.running import rewarding
 from planner.predict.memory import host_bytes
 from planner.predict.memory_check import check_memory
-from planner.spec.architectures import check_vllm
+from planner.spec.architectures import check_vllm, positions, read_config
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
 from planner.spec.machine import memory_bytes, usable_cores
 from planner.spec.plan import Plan
-from planner.spec.rewards import RewardFunction
-from planner.spec.tokenizers import check_tokenizers
+from planner.spec.rewards import RewardFunction, RewardServer
+from planner.spec.tokenizers import check_tokenizers, reads_text
 from planner.spec.workload import (
     Model,
-    RewardModel,
     Shape,
     Workload,
     check_lengths,
@@ -45,11 +47,10 @@ def check(plan: Plan, *, local: bool) -> PromptSource:
         check_machine(plan)
     check_engine(plan)
     check_models(plan.workload)
-    _check_rewards_run(plan.workload)
-    for rewarding in plan.workload.host_rewards:
-        assert isinstance(rewarding, RewardFunction)
-        reward.check(rewarding)
-    return load_prompts(plan.workload)
+    asked_for = _check_functions(plan.workload)
+    prompts = load_prompts(plan.workload)
+    _check_rewards(plan.workload, prompts, asked_for)
+    return prompts
 
 
 def problems(plan: Plan) -> list[str]:
@@ -78,17 +79,47 @@ def check_memory_of(plan: Plan) -> None:
         raise UserError(f"plan {plan.name!r}: {error}") from None
 
 
-def _check_rewards_run(workload: Workload) -> None:
-    """Whether the rewards are of the kinds that runs know so far."""
-    for each in workload.all_rewards:
-        known = isinstance(each, RewardModel)
-        if isinstance(each, RewardFunction):
-            known = each.processes is None and each.form is None and bool(each.in_file)
-        if workload.rewards or not known:
-            raise UserError(
-                f"reward {each.label}: is planned for and not run yet; give one [reward] that is a "
-                'function "file.py:name" or a model'
-            )
+def _check_functions(workload: Workload) -> dict[str, list[str]]:
+    """Import every reward function once; the columns that each asks for, by its name."""
+    functions = [each for each in workload.host_rewards if isinstance(each, RewardFunction)]
+    return {each.label: reward.check(each) for each in functions}
+
+
+def _check_rewards(
+    workload: Workload, prompts: PromptSource, asked_for: dict[str, list[str]]
+) -> None:
+    """Whether the data have the columns that reward functions ask for, servers answer, and a reward
+    model can read the prompts by a tokenizer of its own."""
+    first = sample_of(workload, prompts)
+    there = first.columns[0]
+    for label, columns in asked_for.items():
+        for name in columns:
+            if name not in there:
+                has = ", ".join(there) or "none"
+                raise UserError(
+                    f"reward {label}: asks for a column {name!r}, and the data have {has}; add it, "
+                    "or give the parameter a default"
+                )
+    for server in workload.host_rewards:
+        if isinstance(server, RewardServer):
+            reward_server.check(server, first)
+    if (reader := reader_of(workload)) is not None:
+        reader.read(first)
+
+
+def sample_of(workload: Workload, prompts: PromptSource) -> Samples:
+    """The first prompt of a run, with an empty response."""
+    first = prompts.step(0)
+    return rewarding.samples(workload, first, [""], [0])
+
+
+def reader_of(workload: Workload) -> Reader | None:
+    """How the reward model reads text; None where it reads the actor's tokens."""
+    model = workload.models.get("reward")
+    if model is None or model.path is None or not reads_text(workload):
+        return None
+    found = positions(read_config(model.path, "reward"))
+    return Reader(tokenizer_of(model.path, "reward"), found[0] if found else None)
 
 
 def check_machine(plan: Plan) -> None:
@@ -275,15 +306,15 @@ def load_prompts(workload: Workload) -> PromptSource:
     return Dataset(workload, tokenizer_of(workload.actor.path))
 
 
-def tokenizer_of(path: Path) -> Any:
-    """Load the tokenizer, from tokenizer.json where there is one: that file is complete, and
+def tokenizer_of(path: Path, role: str = "actor") -> Any:
+    """Load a role's tokenizer, from tokenizer.json where there is one: that file is complete, and
     AutoTokenizer would replace parts of it by the usual ones of the model type."""
     if not any(
         (path / name).is_file()
         for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     ):
         raise UserError(
-            f"actor: {path} holds no tokenizer (tokenizer.json); save the tokenizer beside the "
+            f"{role}: {path} holds no tokenizer (tokenizer.json); save the tokenizer beside the "
             "model"
         )
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -294,5 +325,5 @@ def tokenizer_of(path: Path) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"actor: the tokenizer in {path} cannot be loaded ({reason}); save it anew"
+            f"{role}: the tokenizer in {path} cannot be loaded ({reason}); save it anew"
         ) from None

@@ -14,15 +14,16 @@ from executor.fleet.asking import Order, Pending, Rank, ask, begin, to_each, wit
 from executor.fleet.worker import Record, Worker, WorkerError
 from executor.rollout.engine import Channel, EngineWorker
 from executor.rollout.engines import ENGINE_KINDS, kind_of
+from executor.rollout.tray import Tray
 from executor.rollout.vllm.worker import VllmWorker
-from executor.running.judges import Judges
+from executor.running.judges import Judges, judges_of
 from executor.running.run_directory import log
 from executor.running.supervise import COLLECTIVE_SECONDS, Deadlines
 from executor.running.weight_sync import WeightSync, channels
 from executor.training.shards import Saved
 from executor.training.trainer import Trainer
 from planner.spec.plan import Gpu, Plan
-from planner.spec.rewards import RewardFunction
+from planner.spec.rewards import HostReward
 
 LEAVING_SECONDS = 30.0
 W = TypeVar("W", bound=Worker)
@@ -30,7 +31,7 @@ W = TypeVar("W", bound=Worker)
 
 class Processes:
     """Started and ready when constructed: one trainer per GPU of a pool that trains or infers, one
-    engine per tensor-parallel group of the rollout's pools, and one process for a reward function.
+    engine per tensor-parallel group of the rollout's pools, and the processes of reward functions.
 
     A fleet that is given stays open at the end. Raises Overdue if they have not started by the
     deadline."""
@@ -50,7 +51,8 @@ class Processes:
         self.fleet = fleet or fleet_for([plan])
         self.trainers: dict[str, list[Rank[Trainer]]] = {}
         self.engines: list[Rank[EngineWorker]] = []
-        self.judges: Judges | None = None  # of a reward function
+        self.judges: dict[int, Judges] = {}  # of each reward of the host, by its number
+        self.tray: Rank[Tray] | None = None  # for sequences that are scored as they finish
         self._version = 0  # of the weights that the engines have
         # What engines have from the object store: a reference to weights, and their version.
         self._installed: tuple[list[ray.ObjectRef[Any]], int] | None = None
@@ -148,9 +150,11 @@ class Processes:
         for number, (pool, gpus) in enumerate(self.plan.engine_gpus()):
             engine = self.fleet.process(kind.worker, gpus, made_for)
             self.engines.append(replace(engine, name=f"engine {number} in pool {pool}"))
-        for reward in self.plan.workload.host_rewards:
-            assert isinstance(reward, RewardFunction)
-            self.judges = Judges(self.fleet, reward)
+        for at, reward in enumerate(self.plan.workload.all_rewards):
+            if isinstance(reward, HostReward):
+                self.judges[at] = judges_of(self.fleet, reward, at)
+        if any(reward.processes for reward in self.plan.workload.host_rewards):
+            self.tray = self.fleet.process(Tray, ())
 
     def _set_up(self) -> None:
         """Clocks, then the groups, then the models. Engines start while the trainers load and
@@ -176,8 +180,8 @@ class Processes:
             self.sync = WeightSync(plan, self.of("actor"), engines, ways)
         if self._engine_kind.starts_empty or self._saved is not None:
             self.sync_weights(self._saved.roles["actor"].version if self._saved else 0)
-        if self.judges is not None:
-            self.judges.set_up()
+        for judges in self.judges.values():
+            judges.set_up()
 
     def _begin_engines(self, ways: Sequence[Channel]) -> Pending[list[int]]:
         places = zip(self.engines, self.plan.engine_gpus(), ways, strict=True)
@@ -208,8 +212,8 @@ class Processes:
         one of them is used again or ended."""
         with self._lock:
             self._closed = True
-        if self.judges is not None:
-            self.judges.close()
+        for judges in self.judges.values():
+            judges.close()
         if self._own:
             self.fleet.close()
         else:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from executor.data.batch import Generated, Sequences, assign, collate, join, minibatches, spread
 from executor.data.prompts import Prompts, PromptSource
+from executor.data.rating import add_up
 from executor.data.requests import Rows
 from executor.fleet.asking import Answers, ask, to_each
 from executor.fleet.pools import Fleet
@@ -24,11 +25,11 @@ from executor.rollout.engine import EngineWorker
 from executor.running import checkpoint, evaluation, learning
 from executor.running.checkpoint import Checkpoint
 from executor.running.export import export_models
-from executor.running.judges import Judges
+from executor.running.preflight import reader_of
 from executor.running.processes import Processes
+from executor.running.rewarding import Early, Rated, Rewarding
 from executor.running.said import Listener, Said, lines_of
 from executor.running.saving import Snapshot
-from executor.running.scoring import judge
 from executor.running.step_figures import spread_of
 from executor.running.supervise import Deadlines
 from executor.training import kl
@@ -39,6 +40,8 @@ from planner.spec.data import Sampler
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
+from planner.spec.rewards import Overlong
+from planner.spec.workload import RewardModel
 
 MOST_SKIPPED = 8  # optimizer steps in a row without finite gradients
 # Between log-probs of an engine and of training with the same weights, on average. Rounding to bf16
@@ -54,7 +57,9 @@ class StepData:
     prompts: Prompts
     sequences: Sequences
     batch: ray.ObjectRef[Any]  # the sequences in Ray's object store
-    scores: NDArray[np.float32] | None = None  # [B]
+    early: Early | None = None  # what is scored beside generation
+    rated: Rated = field(default_factory=dict)
+    scores: NDArray[np.float32] | None = None  # [B], of all rewards together
     selected: Rows | None = None  # [B], of all that were generated
     columns: COLUMNS = field(default_factory=dict)  # [B, R] by the name of the datum
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -64,6 +69,7 @@ class StepData:
         assert self.scores is not None
         self.selected, self.prompts = rows, self.prompts.take(rows)
         self.sequences, self.scores = self.sequences.take(rows), self.scores[rows]
+        self.rated = {number: scores[rows] for number, scores in self.rated.items()}
         self.batch = ray.put(self.sequences)
 
     def drop_unscored(self) -> None:
@@ -85,6 +91,7 @@ class StepData:
         for name in ("scores", "selected"):
             if (array := getattr(self, name)) is not None:
                 found[name] = array
+        found |= {f"rated/{number}": scores for number, scores in self.rated.items()}
         return found
 
     @classmethod
@@ -98,10 +105,16 @@ class StepData:
             if name.startswith("columns/")
         }
         selected = arrays.get("selected")
+        rated = {
+            int(name.removeprefix("rated/")): x
+            for name, x in arrays.items()
+            if name.startswith("rated/")
+        }
         return cls(
             prompts=prompts if selected is None else prompts.take(selected),
             sequences=sequences,
             batch=ray.put(sequences),
+            rated=rated,
             scores=arrays.get("scores"),
             selected=selected,
             columns=columns,
@@ -140,6 +153,10 @@ class Training:
         ] = {}  # optimizer steps in a row without finite gradients, by role
         self.kl_coef = self.settings.kl_coef
         self.processes = Processes(plan, fleet, self.deadlines, resumed.saved if resumed else None)
+        self.rewarding = Rewarding(
+            self.workload, prompts, self.processes.judges, self.processes.tray
+        )
+        self.reader = reader_of(self.workload)
         if resumed:
             self._restore(resumed)
 
@@ -154,22 +171,56 @@ class Training:
         prompts = self.prompts.step(task.step)
         assert task.weights_version is not None
         version = task.weights_version
-        workload = self.workload
-        sequences, answers = self._generate(version, prompts, workload.sampler, workload.group)
+        early, workload = self.rewarding.begin(prompts), self.workload
+        sequences, answers = self._generate(
+            version, prompts, workload.sampler, workload.group, early
+        )
         self.steps[task.step] = StepData(
-            prompts=prompts, sequences=sequences, batch=ray.put(sequences)
+            prompts=prompts, sequences=sequences, batch=ray.put(sequences), early=early
         )
         return answers.records, int(sequences.response_lengths.sum())
 
     def score(self, task: Task) -> Done:
         step = self.steps[task.step]
         if task.pools:
-            step.scores, done = self._infer(task, "reward")
+            number = self._number_of_model
+            read, batch = self._read(step)
+            step.rated[number], done = self._infer(task, "reward", read, batch)
+            self._add_up(step)
             return done
-        responses = self.prompts.decode(step.sequences.responses())
-        assert self.processes.judges is not None, "who scores on no pool is a reward function"
-        step.scores, records = self._score(self.processes.judges, step.prompts, responses)
+        return self.score_on_host(task)
+
+    def score_on_host(self, task: Task) -> Done:
+        step = self.steps[task.step]
+        responses = step.sequences.responses()
+        rated, records = self.rewarding.score(step.prompts, responses, step.early)
+        step.rated |= rated
+        self._add_up(step)
         return records, int(step.sequences.lengths.sum())
+
+    def _read(self, step: StepData) -> tuple[Sequences, ray.ObjectRef[Any]]:
+        """The sequences of a step as the reward model reads them."""
+        if self.reader is None:
+            return step.sequences, step.batch
+        responses = step.sequences.responses()
+        given = self.rewarding.samples(step.prompts, responses, range(len(responses)))
+        read = self.reader.read(given)
+        return read, ray.put(read)
+
+    @property
+    def _number_of_model(self) -> int:
+        """The number of the model among the rewards."""
+        rewards = self.workload.all_rewards
+        return next(at for at, reward in enumerate(rewards) if isinstance(reward, RewardModel))
+
+    def _add_up(self, step: StepData) -> None:
+        """Make one score of all rewards, once all calls that score have ended."""
+        rewards = self.workload.all_rewards
+        given = [at for at, each in enumerate(rewards) if not isinstance(each, Overlong)]
+        if all(at in step.rated for at in given):
+            lengths, longest = step.sequences.response_lengths, self.workload.response.longest
+            step.scores, means = add_up(rewards, step.rated, lengths, longest)
+            step.metrics |= means
 
     def select(self, task: Task) -> Done:
         """Keep the groups whose scores differ, as many as a batch has."""
@@ -182,15 +233,15 @@ class Training:
         return [Record(start=start, end=time.perf_counter())], int(step.sequences.lengths.sum())
 
     def ref_logprobs(self, task: Task) -> Done:
-        self.steps[task.step].columns["ref_log_probs"], done = self._infer(task, "reference")
+        self.steps[task.step].columns["ref_log_probs"], done = self._column(task, "reference")
         return done
 
     def old_logprobs(self, task: Task) -> Done:
-        self.steps[task.step].columns["proximal_log_probs"], done = self._infer(task, "actor")
+        self.steps[task.step].columns["proximal_log_probs"], done = self._column(task, "actor")
         return done
 
     def values(self, task: Task) -> Done:
-        self.steps[task.step].columns["values"], done = self._infer(task, "critic")
+        self.steps[task.step].columns["values"], done = self._column(task, "critic")
         return done
 
     def advantages(self, task: Task) -> Done:
@@ -275,12 +326,13 @@ class Training:
             sequences, answers = self._generate(version, prompts, settings, settings.samples)
             responses = self.prompts.decode(sequences.responses())
             records += answers.records
-            if self.processes.judges is None:
-                scores = evaluation.equal(responses, prompts.answers)
-            else:
-                scores, of_judges = self._score(self.processes.judges, prompts, responses)
+            by_rewards = bool(self.workload.host_rewards)
+            if by_rewards:
+                rated, of_judges = self.rewarding.score(prompts, sequences.responses())
+                scores, by_name = self.rewarding.evaluated(rated), self._by_name(rated)
                 records += of_judges
-            by_rewards = self.processes.judges is not None
+            else:
+                scores, by_name = evaluation.equal(responses, prompts.answers), {}
             figures |= evaluation.figures(held_out.settings, scores, responses, by_rewards)
             if self.listener.listens:
                 lines = lines_of(
@@ -290,28 +342,19 @@ class Training:
                     sequences=sequences,
                     responses=responses,
                     ended=self._ended(prompts, sequences),
-                    scores={"score": scores},
+                    scores={"score": scores, **by_name},
                     rows=np.arange(len(responses)),
                 )
                 self.listener.add(lines)
             tokens += int(sequences.response_lengths.sum())
         return figures, (records, tokens)
 
-    def _score(
-        self, judges: Judges, prompts: Prompts, responses: list[str]
-    ) -> tuple[NDArray[np.float32], list[Record]]:
-        """Scores by the reward function. It gets as many responses at once as a step has, for
-        which its limit is meant."""
-        scores, records, batch = [], [], self.workload.batch
-        for begin in range(0, len(responses), batch):
-            rows = slice(begin, begin + batch)
-            given = prompts.texts[rows], responses[rows], prompts.answers[rows]
-            found, more = judge(judges, *given)
-            scores.append(found)
-            records += more
-        return np.concatenate(scores), records
-
     # --- what they share ---
+
+    def _by_name(self, rated: Rated) -> dict[str, NDArray[np.float32]]:
+        """Scores by the names of the rewards, where there are several."""
+        rewards = self.workload.rewards
+        return {rewards[at].label: scores for at, scores in rated.items() if rewards}
 
     def _ended(self, prompts: Prompts, sequences: Sequences) -> NDArray[np.bool_]:
         """Whether a response ended by itself, `[B]`."""
@@ -331,19 +374,44 @@ class Training:
             sequences=step.sequences,
             responses=self.prompts.decode([responses[row] for row in rows]),
             ended=ended[rows],
-            scores={"score": step.scores},
+            scores={"score": step.scores, **self._by_name(step.rated)},
             rows=rows,
         )
         self.listener.add(lines)
 
     def _generate(
-        self, version: int, prompts: Prompts, sampler: Sampler, group: int
+        self,
+        version: int,
+        prompts: Prompts,
+        sampler: Sampler,
+        group: int,
+        early: Early | None = None,
+    ) -> tuple[Sequences, Answers[Generated]]:
+        """Responses to some prompts, by weights of a version; those that finish are scored
+        `early`."""
+        try:
+            sequences, answers = self._generated(version, prompts, sampler, group, early)
+        except BaseException:
+            if early is not None:
+                early.stop()
+            raise
+        if early is not None:
+            early.finish(sequences.responses())
+        return sequences, answers
+
+    def _generated(
+        self, version: int, prompts: Prompts, sampler: Sampler, group: int, early: Early | None
     ) -> tuple[Sequences, Answers[Generated]]:
         requests, engines = prompts.requests, self.processes.engines
         longest = self.workload.response.longest
         shares = assign(requests.lengths, len(engines), longest, group)
         orders = [
-            engine.order(EngineWorker.generate, requests.take(rows), sampler)
+            engine.order(
+                EngineWorker.generate,
+                requests.take(rows),
+                sampler,
+                early.hand_over(rows) if early is not None else None,
+            )
             for engine, rows in zip(engines, shares, strict=True)
         ]
         try:
@@ -365,18 +433,24 @@ class Training:
         lengths = [whole if cut is None else cut for cut, whole in pairs]
         return replace(sequences, response_lengths=np.array(lengths, dtype=np.int32))
 
-    def _infer(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:
-        step, ranks = self.steps[task.step], self.processes.of(role)
-        lengths, version = step.sequences.lengths, task.weights_version
+    def _column(self, task: Task, role: str) -> tuple[NDArray[np.float32], Done]:
+        step = self.steps[task.step]
+        return self._infer(task, role, step.sequences, step.batch)
+
+    def _infer(
+        self, task: Task, role: str, sequences: Sequences, batch: ray.ObjectRef[Any]
+    ) -> tuple[NDArray[np.float32], Done]:
+        """What a role makes of some sequences, which are `batch` in the object store."""
+        lengths, version, ranks = sequences.lengths, task.weights_version, self.processes.of(role)
         most = self.micro_batch_tokens(task, role)
         shares = spread(np.arange(len(lengths)), lengths, len(ranks), most)
         answers = ask(
             [
-                rank.order(Trainer.infer, role, version, [step.batch], share)
+                rank.order(Trainer.infer, role, version, [batch], share)
                 for rank, share in zip(ranks, shares, strict=True)
             ]
         )
-        shape = lengths.shape if role == "reward" else step.sequences.mask.shape
+        shape = lengths.shape if role == "reward" else sequences.mask.shape
         return join(shares, answers.results, shape), (answers.records, int(lengths.sum()))
 
     def _train(

@@ -26,6 +26,8 @@ def check_tokenizers(workload: "Workload", *, must_know: bool = False) -> None:
     for role, model in workload.models.items():
         if role == "actor" or model.path == workload.actor.path is not None:
             continue
+        if role == "reward" and reads_text(workload):
+            continue
         theirs = None if model.path is None else tokens_of(model.path)
         if actors is not None and (theirs is not None or model.random_weights):
             _check_same(role, actors, theirs, model.shape.vocab)
@@ -56,6 +58,18 @@ def _check_same(role: str, actors: Vocabulary, theirs: Vocabulary | None, vocab:
                 f"{role}: another tokenizer than the actor's: token {number}, {token!r} to the "
                 f"actor, {means}; name a model with the actor's tokenizer"
             )
+
+
+def reads_text(workload: "Workload") -> bool:
+    """Whether the reward model has another tokenizer than the actor, and there is text that it can
+    read by it. Raises UserError for a tokenizer that cannot be read."""
+    model, actor = workload.models.get("reward"), workload.actor
+    if workload.data is None or model is None or model.path is None or actor.path is None:
+        return False
+    theirs, ours = tokens_of(model.path), tokens_of(actor.path)
+    if theirs is None or ours is None:
+        return False
+    return any(theirs.get(number) != token for number, token in ours.items())
 
 
 def tokens_of(directory: Path) -> Vocabulary | None:

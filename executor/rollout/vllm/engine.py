@@ -25,6 +25,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from executor.data.requests import Ints, Requests
 from executor.fleet import gpus
+from executor.rollout.engine import OnFinished
 from executor.training import models
 from executor.training.weights import Arrays, Described
 from planner.predict.memory import kv_cache_bytes
@@ -107,7 +108,7 @@ class VllmEngine:
         return self.internals.failed
 
     def generate(
-        self, requests: Requests, sampler: Sampler
+        self, requests: Requests, sampler: Sampler, hand_over: OnFinished | None = None
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """Generate as `LLM.generate` does, without its object per sequence that grows with every
         token."""
@@ -120,13 +121,17 @@ class VllmEngine:
             while left:
                 if not (outputs := self.internals.step()):
                     continue
-                of_outputs = self.internals.scheduler.log_probs.tolist()
+                of_outputs, ended = self.internals.scheduler.log_probs.tolist(), list[int]()
                 for output, log_prob in zip(outputs, of_outputs, strict=True):
                     number = int(output.request_id) - first
                     assert number >= 0, "an output of a call that was cut short"
                     tokens[number] += output.new_token_ids
                     log_probs[number].append(log_prob)
-                    left -= output.finish_reason is not None
+                    if output.finish_reason is not None:
+                        ended.append(number)
+                left -= len(ended)
+                if ended and hand_over is not None:
+                    hand_over(ended, [tokens[number] for number in ended])
         lengths = np.array([len(row) for row in tokens], dtype=np.int32)
         total, flat = int(lengths.sum()), itertools.chain.from_iterable
         return (

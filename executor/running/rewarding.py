@@ -1,0 +1,181 @@
+"""The rewards of a step: scored beside its generation where they have processes, the others when it
+has ended."""
+
+import contextvars
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from ray.exceptions import RayError
+
+from executor.data.columns import value_at
+from executor.data.prompts import Prompts, PromptSource
+from executor.data.rating import Scores, weighable
+from executor.data.requests import Ints, Rows
+from executor.data.reward_forms import Samples
+from executor.fleet.asking import Rank
+from executor.fleet.worker import Record
+from executor.rollout.tray import HandOver, Tray, taken
+from executor.running.judges import Judges
+from executor.running.run_directory import log
+from executor.running.scoring import Stream, judge
+from planner.spec.workload import Workload
+
+LOOK_SECONDS = 0.05  # between two looks at what has finished
+Rated = dict[int, Scores]  # `[B]`, by the number of the reward
+
+
+class Rewarding:
+    """The rewards of the host. `judges` has those of each, by its number among all rewards."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        source: PromptSource,
+        judges: dict[int, Judges],
+        tray: Rank[Tray] | None,
+    ) -> None:
+        self.workload, self.source, self._judges, self._tray = workload, source, judges, tray
+
+    def begin(self, prompts: Prompts) -> "Early | None":
+        """Begin to score the sequences of a step as they finish; None if no reward does."""
+        streams = self._streams(len(prompts.texts))
+        if not streams or self._tray is None:
+            return None
+        return Early(self, self._tray, prompts, streams)
+
+    def _streams(self, batch: int) -> dict[int, Stream]:
+        beside = {at: each for at, each in self._judges.items() if each.reward.processes}
+        return {at: Stream(judges, batch) for at, judges in beside.items()}
+
+    def score(
+        self, prompts: Prompts, responses: list[Ints], early: "Early | None" = None
+    ) -> tuple[Rated, list[Record]]:
+        """The scores of a batch by all rewards of the host, at the same time; `early` is what has
+        been scored of it meanwhile. Raises UserError."""
+        start, count = time.perf_counter(), len(responses)
+        streams = early.streams if early is not None else self._streams(count)
+        samples = self.samples(prompts, responses, range(count))
+        if early is None:
+            for stream in streams.values():
+                for row in range(count):
+                    stream.give(row, samples.take([row]))
+        whole = {at: judges for at, judges in self._judges.items() if at not in streams}
+        found, records = Rated(), list[Record]()
+        with ThreadPoolExecutor(max_workers=max(1, len(whole))) as threads:
+            asked = {
+                at: threads.submit(contextvars.copy_context().run, self._batch, judges, samples)
+                for at, judges in whole.items()
+            }
+            for at, future in asked.items():
+                found[at], busy = future.result()
+                records += busy
+        found |= {at: stream.scores() for at, stream in streams.items()}
+        if streams:  # what they did before, generation had beside it
+            records = [Record(start=start, end=time.perf_counter())]
+        return found, records
+
+    def _batch(self, judges: Judges, samples: Samples) -> tuple[Scores, list[Record]]:
+        """Scores of a whole batch. A function gets as many responses at once as a step has, for
+        which its limit is meant."""
+        scores, records, size = [], [], self.workload.generated
+        for begin in range(0, len(samples), size):
+            rows = range(begin, min(begin + size, len(samples)))
+            found, busy = judge(judges, samples.take(rows))
+            scores.append(found)
+            records += busy
+        return np.concatenate(scores), records
+
+    def evaluated(self, rated: Rated) -> Scores:
+        """The scores of an evaluation: of the rewards of the host alone, as they are given but for
+        bounds and weights."""
+        rewards = self.workload.all_rewards
+        parts = [
+            np.float32(rewards[at].weight)
+            * weighable(rewards[at].model_copy(update={"normalize": False}), scores)
+            for at, scores in rated.items()
+        ]
+        return np.asarray(np.sum(parts, axis=0, dtype=np.float32))
+
+    def samples(self, prompts: Prompts, responses: Sequence[Ints], rows: Sequence[int]) -> Samples:
+        """Responses to the prompts of some rows, as rewards are told of them."""
+        return samples(self.workload, prompts, self.source.decode(responses), rows)
+
+
+def samples(
+    workload: Workload, prompts: Prompts, responses: list[str], rows: Sequence[int]
+) -> Samples:
+    """Responses to the prompts of some rows, as rewards are told of them."""
+    columns = [prompts.columns[row] if prompts.columns else {} for row in rows]
+    texts = [prompts.texts[row] for row in rows]
+    return Samples(
+        prompts=texts,
+        asked=[_asked(workload, of, text) for of, text in zip(columns, texts, strict=True)],
+        responses=responses,
+        answers=[prompts.answers[row] for row in rows],
+        columns=columns,
+    )
+
+
+def _asked(workload: Workload, columns: dict[str, Any], text: str) -> Any:
+    """The prompt as the data have it."""
+    data = workload.data
+    there, asked = value_at(columns, data.prompt) if data is not None else (False, None)
+    return asked if there else text
+
+
+class Early:
+    """Sequences of a step that are scored as they finish."""
+
+    def __init__(
+        self, rewarding: Rewarding, tray: Rank[Tray], prompts: Prompts, streams: dict[int, Stream]
+    ) -> None:
+        self.streams = streams
+        self._rewarding, self._prompts, self._tray = rewarding, prompts, tray
+        self._key = uuid.uuid4().hex
+        self._given: dict[int, bytes] = {}  # the response of each row
+        self._over = threading.Event()
+        self._looking = threading.Thread(target=self._look, daemon=True)
+        self._looking.start()
+
+    def hand_over(self, rows: Rows) -> HandOver:
+        """How an engine that generates these rows hands them over."""
+        return HandOver(tray=self._tray.handle, key=self._key, rows=rows)
+
+    def _look(self) -> None:
+        try:
+            while not self._over.wait(LOOK_SECONDS):
+                finished = taken(self._tray.handle, self._key)
+                self._give([row for row, _ in finished], self._cut([each for _, each in finished]))
+        except RayError as error:  # then all that is left is scored at the end
+            log.warning("sequences that finish are not scored any more until all have (%s)", error)
+
+    def _cut(self, responses: list[Ints]) -> list[Ints]:
+        """Responses up to their stop strings, which engines do not look for."""
+        stopped = self._rewarding.source.stopped(responses)
+        return [each[:cut] for each, cut in zip(responses, stopped, strict=True)]
+
+    def _give(self, rows: list[int], responses: list[Ints]) -> None:
+        if not rows:
+            return
+        samples = self._rewarding.samples(self._prompts, responses, rows)
+        for place, (row, response) in enumerate(zip(rows, responses, strict=True)):
+            self._given[row] = response.tobytes()
+            for stream in self.streams.values():
+                stream.give(row, samples.take([place]))
+
+    def finish(self, responses: list[Ints]) -> None:
+        """All have finished: score those that were not handed over, or were as something else,
+        such as by an engine that died since."""
+        self.stop()
+        left = [row for row, each in enumerate(responses) if self._given.get(row) != each.tobytes()]
+        self._give(left, [responses[row] for row in left])
+
+    def stop(self) -> None:
+        """Look no longer for what finishes."""
+        self._over.set()
+        self._looking.join()
