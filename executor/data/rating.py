@@ -8,13 +8,13 @@ from numpy.typing import NDArray
 from executor.data.requests import Ints
 from planner.spec.rewards import Overlong, Weighed
 
-Scores = NDArray[np.float32]
+Ratings = NDArray[np.float32]
 TINY = 1e-6  # beside a standard deviation
 
 
 def add_up(
-    rewards: Sequence[Weighed], rated: Mapping[int, Scores], lengths: Ints, longest: int
-) -> tuple[Scores, dict[str, float]]:
+    rewards: Sequence[Weighed], rated: Mapping[int, Ratings], lengths: Ints, longest: int
+) -> tuple[Ratings, dict[str, float]]:
     """The scores `[B]` of a batch, and the mean of each reward by its name, where there are
     several: as it was given, over the samples that it scored. `rated` has them by the rewards'
     numbers, without penalties on length, which are told by the responses' `lengths [B]` and the
@@ -31,7 +31,7 @@ def add_up(
     return total, means
 
 
-def weighable(reward: Weighed, scores: Scores) -> Scores:
+def weighable(reward: Weighed, scores: Ratings) -> Ratings:
     """A reward's scores `[B]` in its bounds and, if it normalises, as (x - mean) / (standard
     deviation + 1e-6) over the samples that have one."""
     if reward.clip is not None:
@@ -42,7 +42,7 @@ def weighable(reward: Weighed, scores: Scores) -> Scores:
     return scores.astype(np.float32)
 
 
-def soft_overlong(lengths: Ints, longest: int, buffer: int) -> Scores:
+def soft_overlong(lengths: Ints, longest: int, buffer: int) -> Ratings:
     """DAPO's soft overlong punishment `[B]` (Yu et al. 2025, arXiv:2503.14476, eq. 13): 0 up to
     `longest - buffer` tokens, then ((longest - buffer) - length) / buffer, -1 at `longest`.
 

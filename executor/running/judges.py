@@ -18,7 +18,7 @@ from executor.fleet.worker import Died, Record, WorkerError
 from planner.spec.errors import UserError
 from planner.spec.rewards import HostReward, RewardFunction, RewardServer
 
-Rated = tuple[list[float], list[Record]]  # scores, and when processes were busy
+Judged = tuple[list[float], list[Record]]  # scores, and when processes were busy
 
 
 class Broken(UserError):
@@ -44,7 +44,7 @@ class Judges(Protocol):
         """Let there be one of this number."""
         ...
 
-    def score(self, number: int, samples: Samples) -> Rated:
+    def score(self, number: int, samples: Samples) -> Judged:
         """Raises UserError, and Broken for one that has to be started again."""
         ...
 
@@ -137,7 +137,7 @@ class FunctionJudges:
         except TimeoutError:
             raise import_hangs(self.reward) from None
 
-    def score(self, number: int, samples: Samples) -> Rated:
+    def score(self, number: int, samples: Samples) -> Judged:
         count = f"{len(samples)} response{'s' if len(samples) > 1 else ''}"
         called, limit = f"reward function {self.reward.function!r}", self.reward.timeout_seconds
         try:
@@ -184,7 +184,7 @@ class ServerJudges:
     def restart(self, number: int) -> None: ...
     def keep_first(self) -> None: ...
 
-    def score(self, number: int, samples: Samples) -> Rated:
+    def score(self, number: int, samples: Samples) -> Judged:
         start = time.perf_counter()
         scores = reward_server.score(self.reward, samples)
         return scores, [Record(start=start, end=time.perf_counter())]

@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from executor.data.columns import value_at
 from executor.data.prompts import Prompts, PromptSource
-from executor.data.rating import Scores, weighable
+from executor.data.rating import Ratings, weighable
 from executor.data.requests import Ints, Rows
 from executor.data.reward_forms import Samples
 from executor.fleet.asking import Rank
@@ -25,8 +25,8 @@ from executor.running.run_directory import log
 from executor.running.scoring import Stream, judge
 from planner.spec.workload import Workload
 
-LOOK_SECONDS = 0.05  # between two looks at what has finished
-Rated = dict[int, Scores]  # `[B]`, by the number of the reward
+TRAY_SECONDS = 0.05  # between two looks at what has finished
+Rated = dict[int, Ratings]  # `[B]`, by the number of the reward
 
 
 class Rewarding:
@@ -79,8 +79,8 @@ class Rewarding:
             records = [Record(start=start, end=time.perf_counter())]
         return found, records
 
-    def _batch(self, judges: Judges, samples: Samples) -> tuple[Scores, list[Record]]:
-        """Scores of a whole batch. A function gets as many responses at once as a step has, for
+    def _batch(self, judges: Judges, samples: Samples) -> tuple[Ratings, list[Record]]:
+        """Ratings of a whole batch. A function gets as many responses at once as a step has, for
         which its limit is meant."""
         scores, records, size = [], [], self.workload.generated
         for begin in range(0, len(samples), size):
@@ -90,7 +90,7 @@ class Rewarding:
             records += busy
         return np.concatenate(scores), records
 
-    def evaluated(self, rated: Rated) -> Scores:
+    def evaluated(self, rated: Rated) -> Ratings:
         """The scores of an evaluation: of the rewards of the host alone, as they are given but for
         bounds and weights."""
         rewards = self.workload.all_rewards
@@ -148,7 +148,7 @@ class Early:
 
     def _look(self) -> None:
         try:
-            while not self._over.wait(LOOK_SECONDS):
+            while not self._over.wait(TRAY_SECONDS):
                 finished = taken(self._tray.handle, self._key)
                 self._give([row for row, _ in finished], self._cut([each for _, each in finished]))
         except RayError as error:  # then all that is left is scored at the end

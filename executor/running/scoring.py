@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from executor.data.reward_forms import Samples
 from executor.fleet.worker import Record
-from executor.running.judges import Broken, Judges, Rated
+from executor.running.judges import Broken, Judged, Judges
 from executor.running.run_directory import log
 from executor.running.supervise import ONE_IN
 from planner.spec.errors import UserError
@@ -89,7 +89,7 @@ class _Trial:
         with self._lock:
             return self._waiting.popleft() if self._waiting and not self._over else None
 
-    def score(self, number: int, samples: Samples) -> Rated:
+    def score(self, number: int, samples: Samples) -> Judged:
         """Raises UserError; a judge that broke is a fresh one then."""
         try:
             return self._judges.score(number, samples)
