@@ -98,7 +98,11 @@ def metrics_of(path: Path) -> list[dict[str, Any]]:
     lines = (path / "metrics.jsonl").read_text().splitlines()
     timed = ("seconds", "tokens_per_second")
     return [
-        {name: value for name, value in json.loads(line).items() if name not in timed}
+        {
+            name: value
+            for name, value in json.loads(line).items()
+            if name not in timed and not name.startswith("idle/")
+        }
         for line in lines
     ]
 

@@ -79,14 +79,16 @@ class Deadlines:
 
     def _of_scoring(self) -> float:
         """Seconds that the rewards may take for a batch on the host: each try has its own limit,
-        which comes first. Samples that processes score as they finish have it each."""
+        which comes first. Samples that processes score as they finish have it each, and
+        so has every request to a server."""
         batch, found = self.plan.workload.generated, [0.0]
         for reward in self.plan.workload.host_rewards:
             tries = 4 + batch // ONE_IN
             if reward.processes is not None:
-                tries += batch // reward.processes
+                tries += 2 * math.ceil(batch / reward.processes)
             if isinstance(reward, RewardServer):
-                tries *= 1 + reward.retries
+                requests = math.ceil(batch / reward.samples_per_request)
+                tries = (tries + requests) * (1 + reward.retries)
             found.append(tries * reward.timeout_seconds)
         return max(found)
 
