@@ -18,7 +18,7 @@ from planner.predict.schedule import tasks_of
 from planner.spec.plan import Plan
 
 STEPS = 4
-OPTIONS = RunOptions(save_every=2, keep=2, max_restarts=0)
+OPTIONS = RunOptions(save_every=2, keep=2, max_restarts=0, samples_every=1)
 WORKLOAD = make_workload(steps=STEPS)
 
 
@@ -56,12 +56,17 @@ def one_step_off(**more: Any) -> Plan:
     )
 
 
-TIMED = ("seconds", "tokens_per_second")
+TIMED = ("seconds", "tokens_per_second", "idle/")
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+    return [{name: x for name, x in line.items() if not name.startswith(TIMED)} for line in lines]
+
+
+def said_in(run: Path) -> list[str]:
+    """The samples, which are written as calls end: in any order."""
+    return sorted((run / "samples.jsonl").read_text().splitlines())
 
 
 def write_run(run: Path) -> None:

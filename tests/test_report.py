@@ -457,6 +457,15 @@ def test_progress_tells_which_pool_does_what() -> None:
     assert "generate 0" in shown and shown.count("idle") == 2
 
 
+def test_progress_shows_the_score_of_each_evaluation() -> None:
+    plain = Console(file=io.StringIO(), width=120)
+    figures = {"evaluation/sums/score": 0.5, "evaluation/sums/pass@4": 0.75}
+    with LiveProgress(one_step_off(), 5, plain) as progress:
+        progress.on_step({"step": 0, **figures})
+    assert isinstance(plain.file, io.StringIO)
+    assert plain.file.getvalue() == "step 1/5  ·  sums 0.500\n"
+
+
 def test_progress_names_the_reward_function_that_runs() -> None:
     plan = colocated(make_workload(reward={"function": "folder/rewards.py:length"}))
     score = next(task for task in tasks_of(plan, 1) if task.call.name == "score")

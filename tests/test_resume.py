@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROLES, make_workload, nearly, runs_on, split
-from interrupted import OPTIONS, STEPS, WORKLOAD, metrics_of, one_step_off
+from interrupted import OPTIONS, STEPS, WORKLOAD, metrics_of, one_step_off, said_in
 
 from executor.fleet.pools import Fleet
 from executor.running import checkpoint
@@ -42,6 +42,7 @@ def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Pa
     assert found.manifest.step == 2 and bool(found.manifest.done) == (found.plan.staleness == 1)
     run = resume(found, options=OPTIONS)
     assert metrics_of(run) == metrics_of(whole) and len(metrics_of(run)) == STEPS
+    assert said_in(run) == said_in(whole) and len(said_in(run)) == 8 * STEPS
     spans = Timeline.read(run / "timeline.json").spans
     assert len({(span.call, span.step) for span in spans}) == len(spans) == 9 * STEPS
     assert [path.name for path in checkpoint.listed(run / "checkpoints")] == [

@@ -101,8 +101,9 @@ def _of_hub(source: DataFile) -> Iterator[Row]:
 
 def _not_had(source: DataFile, error: Exception) -> UserError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    given = ", ".join(repr(name) for name in (source.hub, source.config) if name)
     return UserError(
         f"{source.name}: is not on this machine, and could not be fetched ({reason}); where there "
-        f"is a network, save it with datasets.load_dataset({source.hub!r}).save_to_disk(...), and "
-        "name that directory"
+        f"is a network, save it with datasets.load_dataset({given}).save_to_disk(...), and name "
+        "that directory"
     )

@@ -14,7 +14,7 @@ from planner.commands.inputs import make_console, profiles_of
 from planner.predict.forecast import task_seconds
 from planner.predict.schedule import load_plan, with_settings
 from planner.report import trace
-from planner.report.live import LiveProgress
+from planner.report.live import LiveProgress, evaluated
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline, step_seconds
@@ -127,6 +127,8 @@ def summary(plan: Plan, timeline: Timeline, progress: LiveProgress) -> str:
     for key in ("reward", "exact_match", "evaluation_score"):
         if isinstance(value := progress.metrics.get(key), float):
             text += f", last {key.replace('_', ' ')} {value:.3f}"
+    for title, value in evaluated(progress.metrics).items():
+        text += f", {title} {value:.3f}"
     return text + "."
 
 

@@ -2,6 +2,7 @@
 what."""
 
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,6 +25,16 @@ SHOWN_METRICS = (
     ("evaluation_score", "evaluation score"),
     ("tokens_per_second", "tokens/s"),
 )
+
+
+def evaluated(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The score, or the share that is right, of each evaluation that has a name."""
+    names = {key: key.split("/") for key in metrics if key.startswith("evaluation/")}
+    return {
+        parts[1]: metrics[key]
+        for key, parts in names.items()
+        if parts[-1] in ("score", "exact_match")
+    }
 
 
 class LiveProgress:
@@ -82,6 +93,7 @@ class LiveProgress:
             for key, title in SHOWN_METRICS
             if key in self.metrics
         ]
+        parts += [f"{title} {_number(value)}" for title, value in evaluated(self.metrics).items()]
         if "seconds" in self.metrics:
             parts.append(f"{seconds(self.metrics['seconds'])} s")
         return "  ·  ".join(parts)
