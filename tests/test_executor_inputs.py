@@ -210,6 +210,10 @@ def test_an_engine_that_cannot_run_here_is_named() -> None:
     wide = colocated(make_workload(), layouts={"rollout": {"tensor_parallel": 2, "replicas": 1}})
     with pytest.raises(UserError, match="tensor_parallel to 1"):
         preflight.check_engine(wide)
+    hot = make_workload(algorithm={"temperature": 2.5})
+    layouts = {"rollout": {"engine": "vllm", "memory_fraction": 0.1}}
+    with pytest.raises(UserError, match=r"engine vllm takes at most 2, not 2\.5; lower it"):
+        preflight.check_engine(colocated(hot, 1, layouts=layouts))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@ declared dependencies."""
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
 from email.parser import Parser
@@ -13,9 +15,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.version import Version
 from processes import PATIENCE
 
 import planner
+from executor.measuring import software
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("matplotlib", "ray", "simpy", "torch", "transformers", "vllm")
@@ -49,6 +53,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProc
 def test_imports_and_help_stay_light(code: str) -> None:
     script = f"""
 import sys
+import tomllib
 try:
     {code}
 except SystemExit as end:
@@ -120,6 +125,25 @@ def closure(requirements: list[Requirement]) -> dict[str, metadata.Distribution]
         found[key[0]] = distribution = metadata.distribution(requirement.name)
         queue += needed(distribution.requires or [], key[1])
     return found
+
+
+def test_what_is_declared_is_what_was_tried() -> None:
+    """From the oldest to the newest version of docs/run.md, each with all of its patches."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {
+        r.name: str(r.specifier) for r in map(Requirement, extras["execute"] + extras["vllm"])
+    }
+    row = re.compile(
+        r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| (?:[\d.]+, )*([\d.]+) \|$", re.MULTILINE
+    )
+    rows = row.findall((ROOT / "docs" / "run.md").read_text())
+    assert len(rows) == len(software.NEWEST_ON_GPUS)
+    for name, *tried in rows:
+        oldest, newest, on_gpus = map(Version, tried)
+        bounds = f"<{newest.major}.{newest.minor + 1},>={oldest.major}.{oldest.minor}"
+        assert declared[name] == bounds
+        assert software.NEWEST_ON_GPUS[name] == f"{on_gpus.major}.{on_gpus.minor}"
 
 
 def test_base_install_requires_nothing_heavy(wheel: Path) -> None:

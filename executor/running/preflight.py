@@ -32,6 +32,7 @@ from planner.spec.workload import (
     shape_of,
 )
 
+HOTTEST_VLLM = 2.0  # the highest temperature, from 0.32 on
 ARCHITECTURES = {
     "actor": "ForCausalLM",
     "reference": "ForCausalLM",
@@ -199,6 +200,12 @@ def check_engine(plan: Plan) -> None:
     actor = plan.workload.actor.path
     if rollout.engine == "vllm" and actor is not None:
         check_vllm(actor, "actor")
+    temperature = plan.workload.algorithm.temperature
+    if rollout.engine == "vllm" and temperature > HOTTEST_VLLM:
+        raise UserError(
+            f"algorithm.temperature: engine vllm takes at most {HOTTEST_VLLM:g}, not "
+            f"{temperature:g}; lower it, or plan with engine transformers"
+        )
     if traits.spans_gpus and on_gpus:
         _check_reach(plan)
     elif rollout.tensor_parallel != 1:

@@ -56,6 +56,9 @@ MODEL_TYPES = {
 }
 
 
+BIASED = {"qwen3": False, "seed_oss": True}  # whether vLLM gives their attention biases
+
+
 def sizes(config: Config) -> dict[str, Any]:
     """The fields of a `Shape`, of a model that is supported. An MLP without a gate has two matrices
     instead of three; it counts as a gated one with as many parameters. Raises KeyError."""
@@ -129,8 +132,9 @@ def vllm_obstacle(config: Config) -> str | None:
         return f"windows in models of type {kind} (use_sliding_window)"
     if kind == "olmo" and sizes(config)["kv_heads"] < config["num_attention_heads"]:
         return f"fewer key heads than query heads in models of type {kind}"
-    if kind == "qwen3" and config.get("attention_bias"):
-        return f"biases in attention of models of type {kind} (attention_bias)"
+    usual = BIASED.get(kind)
+    if usual is not None and config.get("attention_bias", usual) != usual:
+        return f"attention_bias = {not usual} in models of type {kind}"
     return None
 
 
