@@ -18,11 +18,12 @@ import pytest
 from ortools.sat.python import cp_model
 
 from planner.predict.cost import CostModel, Place
+from planner.predict.host_memory import batch_bytes
 from planner.predict.layouts import rollout_layouts, trainer_layouts
-from planner.predict.memory import batch_bytes, pool_peak, rollout_memory, trainer_memory
+from planner.predict.memory import pool_peak, rollout_memory, trainer_memory
 from planner.search.space.placements import gpus_of, pack, sizes, structures
 from planner.spec.cluster import Cluster
-from planner.spec.workload import Workload
+from planner.spec.workload import Workload, head_of
 
 UNITS = 10**6  # of time in a step: what rounding to whole numbers leaves is below TOLERANCE
 TOLERANCE = 2e-5
@@ -291,7 +292,6 @@ class Auditor:
 
         idle = {role: total(role, lambda memory: memory.idle) for role in self.roles}
         running = {role: total(role, lambda memory: memory.running) for role in self.roles}
-        pinned = {role: total(role, lambda memory: memory.host) for role in self.roles}
         device, by_pool, self.pools = self.given.device, {}, {}
         for placement in self.placements:
             for roles in placement.roles:
@@ -304,18 +304,38 @@ class Auditor:
                 self.cp.add(running[role] + others + used <= device.memory_bytes).only_enforce_if(
                     there
                 )
-        batches = batch_bytes(self.given.workload, self.given.workload.max_staleness)
-        most = {
-            role: max((option.memory.host for option in self.options[role]), default=0)
-            for role in self.roles
-        }
         for placement, chosen in self.placements.items():
             for node, spec in enumerate(self.given.cluster.nodes):
-                on_node = {role: placement.on_node(role, node) for role in self.roles}
-                left = spec.host_memory_bytes - batches * (node == 0)
-                if sum(most[role] * on_node[role] for role in self.roles) > left:
-                    used = sum(pinned[role] * on_node[role] for role in self.roles)
-                    self.cp.add(used <= left).only_enforce_if(chosen)
+                self._host(placement, chosen, node, int(0.95 * spec.host_memory_bytes))
+
+    def _host(self, placement, chosen, node, left):
+        """Pinned copies on each GPU, and 4 GB for each process of one; 12 bytes a trained parameter
+        for each GPU that may be of the replica that is saved, or 4 for the export where the first
+        rank is; the batches in flight."""
+        workload = self.given.workload
+        on_node = {role: placement.on_node(role, node) for role in self.roles}
+        for roles, gpus in zip(placement.roles, placement.gpus, strict=True):
+            processes = ("rollout" in roles) + (roles != {"rollout"})
+            left -= 4 * 10**9 * processes * sum(there == node for there, _ in gpus)
+        if node == 0 or any(on_node.values()):
+            left -= batch_bytes(workload, workload.max_staleness)
+        asleep = 0 if workload.max_staleness == 0 else 2
+        pinned, copied, exported = [], [], [0]
+        for role in self.roles:
+            times = asleep if role == "rollout" else 1
+            for option in self.options[role]:
+                pinned.append(option.memory.host * times * on_node[role] * option.chosen)
+                if role in ("actor", "critic"):
+                    count = workload.models[role].shape.parameters(head_of(role))
+                    saved = min(option.layout.shard, on_node[role])
+                    copied.append(12 * count // option.layout.shard * saved * option.chosen)
+            if (
+                role in ("actor", "critic")
+                and placement.gpus[placement.pools(role)[0]][0][0] == node
+            ):
+                exported.append(4 * workload.models[role].shape.parameters(head_of(role)))
+        self.cp.add(sum(pinned) + sum(copied) <= left).only_enforce_if(chosen)
+        self.cp.add(sum(pinned) + max(exported) <= left).only_enforce_if(chosen)
 
     def _schedule(self):
         """Starts of step 0 and periods, one for each scenario; the order is the same in all."""

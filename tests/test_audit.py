@@ -84,7 +84,7 @@ def cluster_of(rng, gpus):
         launch_seconds=float(rng.choice([0, 2e-4])),
         context_bytes=5 * 10**8,
     )
-    host = int(rng.choice([10**12, 10 ** rng.uniform(9.5, 10.5)]))
+    host = int(rng.choice([10**12, 10 ** rng.uniform(9.9, 10.9)]))
     return Cluster(
         name="audited",
         nodes=tuple(Node(gpus=count, device="g", host_memory_bytes=host) for count in nodes),

@@ -61,7 +61,7 @@ def test_host_memory_is_named_where_it_binds():
         update={"nodes": (Node(gpus=1, device=node.device, host_memory_bytes=10**9),)}
     )
     said = message_of(small_workload(max_staleness=0), poor)
-    assert "of host memory" in said and "has 1 GB" in said
+    assert "of host memory (copies for checkpoints" in said and "of its 1 GB are there" in said
 
 
 def test_pins_that_leave_too_little_memory():

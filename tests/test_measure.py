@@ -13,10 +13,10 @@ from executor.measuring.groups import groups_here, groups_of
 from executor.measuring.measure import measure
 from executor.measuring.profile import profile
 from executor.measuring.samples import Sample, summed_up
+from executor.measuring.timing import _pinned_bytes
 from planner.commands.local import local_cluster
 from planner.predict.cost import CostModel
 from planner.predict.layouts import trainer_layouts
-from planner.predict.memory import host_bytes
 from planner.predict.points import OnGpus, TrainerPoint
 from planner.predict.profile import check_profiles, load_profiles
 from planner.predict.roofline import Place
@@ -163,7 +163,7 @@ def test_what_is_measured_on_four_gpus() -> None:
     engines = [group.plans[0].rollout.model_dump(exclude={"pools"}) for group in groups]
     assert engines[0] == engines[1] == engines[2] != engines[3]  # the engines stay
     assert groups[1].start_seconds == groups[2].start_seconds < groups[3].start_seconds
-    asleep, awake = (sum(host_bytes(group.plans[0]).values()) for group in groups[4:])
+    asleep, awake = (_pinned_bytes(group.plans[0]) for group in groups[4:])
     assert groups[4].start_seconds - groups[5].start_seconds == pytest.approx(
         0.5 * (asleep - awake) / 1e9
     )

@@ -13,9 +13,9 @@ from conftest import ROLES, colocated, make_plan, make_workload
 
 from executor.fleet import driver, gpus
 from executor.fleet.driver import LocalGpu
-from executor.running import preflight
+from executor.running import hosts, preflight
 from planner.cli import main
-from planner.predict.memory import host_bytes
+from planner.predict.host_memory import host_memory, merged
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
@@ -129,17 +129,27 @@ def test_a_host_that_does_not_hold_what_is_offloaded_is_refused() -> None:
         role: layout.model_copy(update={"offload": "all"}) for role, layout in plan.trainers.items()
     }
     plan = plan.model_copy(update={"roles": {**plan.roles, **away}})
-    needed = sum(host_bytes(plan).values())
-    preflight.check_host(plan, needed)
+    parts = merged(host_memory(plan).values())
+    needed = int(sum(parts.values()) / 0.95) + 1
+    hosts.check_here(plan, needed, saves=True)
     with pytest.raises(
-        UserError, match=r"of the host's memory for what is offloaded .* and this machine has "
+        UserError, match=r"of the host's memory \(.*what is offloaded .* and this machine has "
     ):
-        preflight.check_host(plan, needed - 1)
+        hosts.check_here(plan, needed - 2, saves=True)
+
+
+def test_every_machine_of_a_cluster_is_asked_for_its_memory() -> None:
+    plan = plan_for(2)
+    needed = int(sum(host_memory(plan)[0].values()) / 0.95) + 1
+    hosts.check_each(plan, {0: needed}, saves=True)
+    with pytest.raises(UserError, match="and the machine of node 0 has "):
+        hosts.check_each(plan, {0: needed - 2}, saves=True)
+    hosts.check_each(plan, {0: needed - 2}, saves=False)  # no copies for checkpoints
 
 
 CHECKED = """
 from test_preflight import plan_for
-from executor.running import preflight
+from executor.running import hosts, preflight
 from planner.cli import main
 from planner.spec.errors import UserError
 try:

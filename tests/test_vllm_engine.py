@@ -30,6 +30,7 @@ from executor.running import preflight
 from executor.running.processes import fleet_for
 from executor.training import models, weights
 from executor.training.weights import Described
+from planner.predict.memory import kv_bytes_per_token, kv_cache_bytes
 from planner.spec.cluster import make_cluster
 from planner.spec.data import Sampler
 from planner.spec.errors import UserError
@@ -282,3 +283,29 @@ def test_steps_with_an_engine_that_dies_sample_from_what_the_trainers_see(ray_tw
         assert metrics["weights_version"] == number
         assert metrics["actor/grad_norm"] > 0
         assert backend.differences[number].size and backend.differences[number].max() < 1e-5
+
+
+def test_an_engine_whose_memory_is_full_sets_sequences_aside(ray_two: None) -> None:
+    """Ten times as long responses as were planned for: the slots do not all fit, and still every
+    response is whole, with the log-probs of its tokens."""
+    response = {"kind": "lognormal", "mean": 20, "sigma": 1.0, "max": 400}
+    given = workload(prompt={"kind": "fixed", "tokens": 8}, response=response)
+    plan = plan_of(given, cores=1, concurrency=8, memory_fraction=0.01)
+    devices = plan.cluster.devices.items()
+    small = {name: device.changed(memory_bytes=10**6) for name, device in devices}
+    plan = plan.changed(cluster=plan.cluster.changed(devices=small))
+    assert kv_cache_bytes(plan) < 4 * 408 * kv_bytes_per_token(
+        given.actor.shape, 1, plan.device_of(plan.rollout.pools[0])
+    )
+    fleet, ((pool, cores),) = fleet_for([plan]), plan.engine_gpus()
+    try:
+        (rank,) = pools.connect([fleet.process(VllmWorker, cores, made_for(plan))])
+        ask([rank.order(VllmWorker.start, plan, pool, "store")])
+        engine = Remote(rank)
+        engine.install(random_model(3))
+        asked = requests(PROMPTS * 3, max_tokens=400, exact=True)
+        lengths, tokens, log_probs = engine.generate(asked, Sampler(temperature=1.0))
+    finally:
+        fleet.close()
+    assert (lengths == 400).all() and len(tokens) == len(log_probs) == 400 * len(lengths)
+    assert np.isfinite(log_probs).all() and (log_probs < 0).all()

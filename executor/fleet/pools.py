@@ -8,13 +8,17 @@ from typing import Any, TypeVar, cast
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from executor.fleet.asking import Rank, ask, measure_offset, to_each
 from executor.fleet.session import ENVIRONMENT, in_time
 from executor.fleet.worker import Worker
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir, read_data
+from planner.spec.machine import memory_bytes
 from planner.spec.plan import Gpu, Plan
 
 PLACING_SECONDS = 60.0
@@ -106,6 +110,34 @@ class Fleet:
             remove_placement_group(next(iter(self._seats.values())).group)
 
 
+def memory_of_nodes(plan: Plan) -> dict[int, int]:
+    """Bytes of memory of the machines that stand for a plan's nodes in a cluster. Raises UserError
+    if there are too few, or if they do not answer."""
+    gpus = [gpu for pool in plan.pools.values() for gpu in pool.gpus]
+    kinds = {node: plan.cluster.nodes[node].device for node, _ in gpus}
+    nodes = _match_nodes(gpus, resource_of(plan), kinds)
+    probe = ray.remote(num_cpus=0)(memory_bytes)
+    asked = [
+        probe.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=there, soft=False)
+        ).remote()
+        for there in nodes.values()
+    ]
+    return dict(zip(nodes, _answers(asked, "memory"), strict=True))
+
+
+def _answers(asked: list[Any], what: str) -> list[Any]:
+    """What nodes answer. Raises UserError."""
+    try:
+        found: list[Any] = ray.get(asked, timeout=PLACING_SECONDS)
+    except ray.exceptions.GetTimeoutError:
+        raise UserError(
+            f"Ray's nodes did not name their {what} within {PLACING_SECONDS:.0f} s; check that "
+            "they are alive"
+        ) from None
+    return found
+
+
 def _reserve(gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str]) -> dict[Gpu, Seat]:
     """Each GPU's seat, on the Ray node that stands for its node. A node that is lost meanwhile is
     replaced."""
@@ -192,13 +224,7 @@ def _with_devices(seats: dict[Gpu, Seat]) -> dict[Gpu, Seat]:
 
     probe = ray.remote(num_cpus=0, num_gpus=1)(device)
     asked = [probe.options(scheduling_strategy=_strategy(seat)).remote() for seat in seats.values()]
-    try:
-        found = ray.get(asked, timeout=PLACING_SECONDS)
-    except ray.exceptions.GetTimeoutError:
-        raise UserError(
-            f"Ray's nodes did not name their GPUs within {PLACING_SECONDS:.0f} s; check that they "
-            "are alive"
-        ) from None
+    found = _answers(asked, "GPUs")
     given = {
         gpu: replace(seat, device=device)
         for (gpu, seat), device in zip(seats.items(), found, strict=True)

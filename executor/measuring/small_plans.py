@@ -117,7 +117,7 @@ def _plan(workload: Workload, cluster: Cluster, homes: Homes, wanted: WantedLayo
 
 def _fits(plan: Plan) -> bool:
     try:
-        check_memory(plan)
+        check_memory(plan, saves=False)
     except UserError:
         return False
     return True

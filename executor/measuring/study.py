@@ -22,7 +22,7 @@ from executor.fleet.worker import Worker
 from executor.measuring import software
 from executor.measuring.timing import PEERS_START_SECONDS
 from executor.rollout.engines import kind_of
-from executor.running import preflight
+from executor.running import hosts, preflight
 from executor.running.loop import Silent
 from executor.running.processes import fleet_for, retire_engines
 from executor.running.run import Run
@@ -76,7 +76,7 @@ def run(jobs: Sequence[Job], *, seconds: float | None, say: Callable[[str], None
     widest = max(jobs, key=lambda job: pools.needed(job.plan))
     prompts = {job.plan.name: preflight.check(job.plan, local=job is widest) for job in jobs}
     for job in jobs:
-        preflight.check_host(job.plan, memory_bytes())
+        hosts.check_here(job.plan, memory_bytes(), saves=False)
     jobs, left = in_order(jobs), []
     on_cores = pools.resource_of(jobs[0].plan) == "CPU"
     gpus = {gpu for job in jobs for pool in job.plan.pools.values() for gpu in pool.gpus}

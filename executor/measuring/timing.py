@@ -6,7 +6,7 @@ from dataclasses import replace
 from executor.measuring.group import Group
 from executor.rollout.vllm.worker import made_for
 from planner.predict.cost import CostModel
-from planner.predict.memory import host_bytes
+from planner.predict.memory import role_memory
 from planner.spec.cluster import Cluster
 from planner.spec.plan import Gpu, Plan
 from planner.spec.workload import Workload
@@ -59,10 +59,18 @@ def _start_seconds(group: Group, kind: str, *, first: bool, new_engines: bool) -
         seconds += ENGINE_START_SECONDS[kind]
         if any(plan.rollout.tensor_parallel > 1 for plan in group.plans):
             seconds += PEERS_START_SECONDS
-    pinned = sum(sum(host_bytes(plan).values()) for plan in group.plans)
+    pinned = sum(map(_pinned_bytes, group.plans))
     seconds += PINNING_SECONDS_PER_BYTE * pinned
     seconds += COMPILING_SECONDS[kind] / (1 if first else 3)  # later ones find most of it compiled
     return seconds + (SESSION_START_SECONDS[kind] if first else 0.0)
+
+
+def _pinned_bytes(plan: Plan) -> int:
+    """Bytes of hosts for what roles and engines offload."""
+    return sum(
+        role_memory(plan, role).host * plan.gpus_of(layout.pools)
+        for role, layout in plan.roles.items()
+    )
 
 
 def _step_seconds(plan: Plan, model: CostModel) -> float:

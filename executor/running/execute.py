@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from executor.fleet import pools
 from executor.fleet.session import ray_session
 from executor.fleet.worker import DiedAgain, OutOfMemory, WorkerError
+from executor.running import hosts
 from executor.running.loop import Backend, Progress, Silent
 from executor.running.options import RunOptions
 from executor.running.rehearse import Rehearsal
@@ -111,7 +112,8 @@ def _train(
     from executor.running.said import Listener
 
     trackers.check(options.track)
-    prompts = preflight.check(plan, local=options.address is None)
+    saves = bool(options.save_every)
+    prompts = preflight.check(plan, local=options.address is None, saves=saves)
     deadlines = Deadlines(plan=plan, floor=options.deadline_floor, held_out=prompts.held_out)
     steps = options.steps or plan.workload.steps
     saver = None
@@ -129,6 +131,8 @@ def _train(
         return step.Training(plan, prompts, deadlines=deadlines, resumed=resumed, listener=listener)
 
     with ray_session(cpus=cpus, address=options.address):
+        if options.address is not None:
+            hosts.check_each(plan, pools.memory_of_nodes(plan), saves)
         begun = resumed is not None
         notes = prompts.notes
         for restarts in count():

@@ -13,8 +13,7 @@ from executor.data.prompts import Dataset, PromptSource, Synthetic
 from executor.data.reading import Reader
 from executor.data.reward_forms import Samples
 from executor.fleet import driver, gpus, pools
-from executor.running import rewarding
-from planner.predict.memory import host_bytes
+from executor.running import hosts, rewarding
 from planner.predict.memory_check import check_memory
 from planner.spec.architectures import check_vllm, positions, read_config
 from planner.spec.engines import ENGINES
@@ -40,12 +39,12 @@ ARCHITECTURES = {
 }
 
 
-def check(plan: Plan, *, local: bool) -> PromptSource:
-    """Check a plan's memory, the plan for this machine (unless it runs on a cluster) and what its
-    workload names; the prompts."""
-    check_memory_of(plan)
+def check(plan: Plan, *, local: bool, saves: bool = False) -> PromptSource:
+    """Check a plan's memory (with checkpoints, if the run saves any), the plan for this machine
+    (unless it runs on a cluster) and what its workload names; the prompts."""
+    check_memory_of(plan, saves)
     if local:
-        check_machine(plan)
+        check_machine(plan, saves)
     check_engine(plan)
     check_models(plan.workload)
     asked_for = _check_functions(plan.workload)
@@ -72,10 +71,10 @@ def problems(plan: Plan) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def check_memory_of(plan: Plan) -> None:
+def check_memory_of(plan: Plan, saves: bool = True) -> None:
     """Whether the plan fits the GPUs and hosts of its cluster."""
     try:
-        check_memory(plan)
+        check_memory(plan, saves)
     except UserError as error:
         raise UserError(f"plan {plan.name!r}: {error}") from None
 
@@ -123,7 +122,7 @@ def reader_of(workload: Workload) -> Reader | None:
     return Reader(tokenizer_of(model.path, "reward"), found[0] if found else None)
 
 
-def check_machine(plan: Plan) -> None:
+def check_machine(plan: Plan, saves: bool = True) -> None:
     """Whether this machine has what the plan runs on (a cluster is asked by `pools.Fleet`)."""
     wanted = pools.needed(plan)
     if pools.resource_of(plan) == "CPU":
@@ -151,23 +150,10 @@ def check_machine(plan: Plan) -> None:
             "`plan execute --rehearse`"
         )
     gpus.check_kind(plan, there)
-    check_host(plan, memory_bytes())
+    hosts.check_here(plan, memory_bytes(), saves)
     check_driver(there[0].driver)
     if not ray.is_initialized():  # else it may be us
         gpus.check_free(there, driver.users())
-
-
-def check_host(plan: Plan, there: int) -> None:
-    """Whether this many bytes of memory on one machine hold what the plan's hosts are to hold."""
-    needed = sum(host_bytes(plan).values())
-    if needed > there:
-        raise UserError(
-            f"plan {plan.name!r} needs {needed / 1e9:.0f} GB of the host's memory for what is "
-            "offloaded and batches "
-            f"in flight, and this machine has {there / 1e9:.0f}; search again with a --cluster "
-            "file that has its "
-            "host_memory_bytes"
-        )
 
 
 def check_driver(driver: str) -> None:

@@ -81,9 +81,9 @@ class Run:
             with self._signals():
                 self._evaluate_first()
                 self._loop()
-                self._export()
                 if self._saver is not None:
-                    self._saver.wait()
+                    self._saver.wait()  # its copies go before those for the export come
+                self._export()
                 self._directory.write_timeline(self.timeline)
                 self._check_last()
                 log.info("done")

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from planner.commands.execute import missing_extra
 from planner.commands.inputs import make_console
-from planner.predict.memory import host_bytes, plan_memory
+from planner.predict.memory import plan_memory
 from planner.predict.memory_check import check_memory
 from planner.predict.profile import Profile
 from planner.predict.schedule import load_plan
+from planner.report.hosts import host_sentences
 from planner.report.tables import memory_table
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
@@ -19,7 +20,7 @@ from planner.spec.study import CellResult, Study
 from planner.spec.timeline import Timeline
 from planner.spec.workload import Workload
 
-WORTH_SAYING_BYTES = 10 * 10**9  # of a host's memory
+WORTH_SAYING = 0.005  # of a host's memory
 
 KINDS: dict[str, type[File]] = {
     "plan": Plan,
@@ -46,14 +47,8 @@ def check(plan: Path, here: bool, settings: Sequence[str] = ()) -> None:
     console.print(
         memory_table({pool: (m.peak, m.allowed) for pool, m in plan_memory(checked).items()})
     )
-    for node, needed in host_bytes(checked).items():
-        if needed > WORTH_SAYING_BYTES:
-            there = checked.cluster.nodes[node].host_memory_bytes
-            said = (
-                f"{needed / 1e9:,.0f} of {there / 1e9:,.0f} GB of the host's memory on node {node}"
-            )
-            line = f"What is offloaded, and batches in flight, take {said}."
-            console.print(line, soft_wrap=True)
+    for line in host_sentences(checked, WORTH_SAYING):
+        console.print(line, soft_wrap=True)
     console.print()
     console.print(
         f"{plan} is sound: its program runs, with staleness {checked.staleness}, and its memory "

@@ -7,6 +7,7 @@ from planner.commands.inputs import Inputs, check_target, make_console, read_inp
 from planner.commands.options import JobOptions
 from planner.predict.forecast import forecast
 from planner.report.bottleneck import bottleneck
+from planner.report.hosts import host_sentences
 from planner.report.insight import space_tables
 from planner.report.tables import figures, plans_table, pools_table, seconds
 from planner.search import SearchOptions, find
@@ -17,6 +18,9 @@ from planner.spec.cluster import Cluster
 from planner.spec.plan import Plan
 
 DRAWN_STEPS = 3
+
+
+NEARLY_FULL = 0.4  # of a host's memory: then it may be what decides
 
 
 def search(
@@ -40,7 +44,8 @@ def search(
     console.print()
     console.print(pools_table(best))
     console.print()
-    for sentence in (bottleneck(best), *figures(best), *_notes(best, result.runners_up, inputs)):
+    notes = *host_sentences(best, NEARLY_FULL), *_notes(best, result.runners_up, inputs)
+    for sentence in (bottleneck(best), *figures(best), *notes):
         console.print(sentence, soft_wrap=True)
     console.print(
         f"The space has {result.placements:,} placements, each with many layouts and programs. "

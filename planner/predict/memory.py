@@ -1,4 +1,4 @@
-"""Bytes per GPU and per host of each role of a plan.
+"""Bytes per GPU of each role of a plan; `host_memory.py` has those of hosts.
 
 Sizes. N parameters of a model, s its shard size, T tokens of a micro-batch. On a GPU weights
 compute in bf16 (2 bytes) and a trained model keeps a master copy in fp32 (4); on a CPU everything
@@ -15,8 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.predict.columns import Booleans, Grid, Integers
+from planner.predict.kv_cache import held_tokens
 from planner.spec.cluster import Device
-from planner.spec.engines import ENGINES
+from planner.spec.engines import ENGINES, EngineName, engine_for
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
 from planner.spec.workload import TRAINED, Head, Shape, Workload, head_of
 
@@ -32,8 +33,6 @@ ENGINE_WORKSPACE_BYTES = 4_000_000_000
 ENGINE_ASLEEP_BYTES = 1_500_000_000
 # One in this many bytes of a role that runs is held unused by its allocator, between its tensors.
 SPARE = 32
-# A batch on the host has token ids, masks and about eight fp32 columns.
-SAMPLE_BYTES_PER_TOKEN = 48
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,12 +217,17 @@ def engine_weight_bytes(shape: Shape, tensor_parallel: int, device: Device) -> i
 
 
 def _engine_detail(
-    workload: Workload, tensor_parallel: int, concurrency: int, device: Device
+    workload: Workload, engine: EngineName, tensor_parallel: int, concurrency: int, device: Device
 ) -> dict[str, int]:
+    """Bytes of an engine by kind. One that preempts has a KV cache for what its slots hold together
+    by the distribution of lengths, any other for as many longest sequences."""
     per_token = kv_bytes_per_token(workload.actor.shape, tensor_parallel, device)
+    tokens = min(concurrency, workload.generated) * workload.longest
+    if ENGINES[engine].preempts:
+        tokens = held_tokens(workload, concurrency)
     return {
         "weights": engine_weight_bytes(workload.actor.shape, tensor_parallel, device),
-        "kv_cache": min(concurrency, workload.generated) * workload.longest * per_token,
+        "kv_cache": tokens * per_token,
         "workspace": ENGINE_WORKSPACE_BYTES if device.kind == "cuda" else 0,
     }
 
@@ -232,9 +236,10 @@ def rollout_fraction(
     workload: Workload, tensor_parallel: int, concurrency: int, device: Device
 ) -> float:
     """The `memory_fraction` that holds an engine's weights, its workspace and process, and the KV
-    cache of `concurrency` longest sequences, so that none is ever preempted; rounded up to a
+    cache of `concurrency` sequences, so that hardly one is ever preempted; rounded up to a
     hundredth. Above 1 it does not fit."""
-    detail = _engine_detail(workload, tensor_parallel, concurrency, device)
+    engine = engine_for(device.kind)
+    detail = _engine_detail(workload, engine, tensor_parallel, concurrency, device)
     needed = sum(detail.values()) + process_bytes(device)
     return math.ceil(100 * needed / device.memory_bytes) / 100
 
@@ -243,7 +248,8 @@ def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> R
     """One engine on one of its GPUs, its process not counted. An engine that reserves its fraction
     has it from the start, and its weights even asleep, from a sync on; any other allocates what it
     needs while it runs."""
-    detail = _engine_detail(workload, layout.tensor_parallel, layout.concurrency, device)
+    size, slots = layout.tensor_parallel, layout.concurrency
+    detail = _engine_detail(workload, layout.engine, size, slots, device)
     weights = detail["weights"]
     if ENGINES[layout.engine].reserves:
         reserved = int(layout.memory_fraction * device.memory_bytes) - process_bytes(device)
@@ -259,7 +265,7 @@ def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> R
     )
 
 
-# --- pools and hosts ---
+# --- pools ---
 
 
 def pool_peak(members: Sequence[RoleMemory], trainer: bool, engine: bool, device: Device) -> int:
@@ -312,22 +318,3 @@ def trainer_allowance(plan: Plan, pool: str) -> int:
         role_memory(plan, role) for role, layout in plan.trainers.items() if pool in layout.pools
     ]
     return min(left, pool_peak(members, False, False, device) + COMMUNICATION_BYTES)
-
-
-def batch_bytes(workload: Workload, staleness: int) -> int:
-    """Bytes of the batches in flight on the controller's host: staleness + 1 batches of longest
-    sequences."""
-    return workload.generated * workload.longest * SAMPLE_BYTES_PER_TOKEN * (staleness + 1)
-
-
-def host_bytes(plan: Plan) -> dict[int, int]:
-    """Bytes of each node: pinned copies of offloaded memory; on the first node also the batches in
-    flight, staleness + 1."""
-    batches = batch_bytes(plan.workload, plan.staleness)
-    used = {node: batches if node == 0 else 0 for node in range(len(plan.cluster.nodes))}
-    for name, layout in plan.roles.items():
-        pinned = role_memory(plan, name).host
-        for pool in layout.pools:
-            for node, _ in plan.pools[pool].gpus:
-                used[node] += pinned
-    return used

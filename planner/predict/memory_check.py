@@ -1,8 +1,8 @@
 """Whether a plan fits its GPUs and its hosts, and what to change where it does not."""
 
+from planner.predict.host_memory import allowed, host_memory, named
 from planner.predict.memory import (
     PoolMemory,
-    host_bytes,
     plan_memory,
     pool_peak,
     role_memory,
@@ -16,8 +16,9 @@ from planner.spec.wording import gigabytes
 from planner.spec.workload import TRAINED
 
 
-def check_memory(plan: Plan) -> None:
-    """Raise UserError with the numbers for a plan that does not fit its GPUs or its hosts."""
+def check_memory(plan: Plan, saves: bool = True) -> None:
+    """Raise UserError with the numbers for a plan that does not fit its GPUs or its hosts, with
+    checkpoints or without."""
     for pool, memory in plan_memory(plan).items():
         if memory.peak > memory.allowed:
             raise UserError(_too_much(plan, pool, memory))
@@ -25,17 +26,18 @@ def check_memory(plan: Plan) -> None:
     needed = rollout_fraction(plan.workload, layout.tensor_parallel, layout.concurrency, device)
     if ENGINES[layout.engine].reserves and layout.memory_fraction < needed:
         raise UserError(
-            f"rollout needs a memory_fraction of {needed:.2f} for {layout.concurrency} longest "
+            f"rollout needs a memory_fraction of {needed:.2f} for {layout.concurrency} "
             f"sequences at tensor_parallel {layout.tensor_parallel}, but has "
             f"{layout.memory_fraction:.2f}; raise it, lower concurrency or raise tensor_parallel"
         )
-    for node, used in host_bytes(plan).items():
-        there = plan.cluster.nodes[node].host_memory_bytes
-        if used > there:
+    for node, parts in host_memory(plan, saves).items():
+        spec = plan.cluster.nodes[node]
+        if sum(parts.values()) > allowed(spec):
             raise UserError(
-                f"node {node} needs {gigabytes(used)} of host memory for what is offloaded and the "
-                f"batches in flight, but {gigabytes(there)} are there; offload less or lower "
-                "max_staleness"
+                f"node {node} needs {gigabytes(sum(parts.values()))} of host memory "
+                f"({named(parts)}), but {gigabytes(allowed(spec))} of its "
+                f"{gigabytes(spec.host_memory_bytes)} are there before Ray ends processes; "
+                "offload less, lower max_staleness, or use nodes with more"
             )
 
 

@@ -11,11 +11,13 @@ EngineName = Literal["vllm", "transformers"]
 class EngineTraits:
     """`chosen_for` is the kind of device for which the planner chooses this engine. An engine that
     `reserves` takes its whole `memory_fraction` when it starts, any other takes what it needs while
-    it runs. One that `spans_gpus` may have several GPUs. `package` is what has to be installed, by
+    it runs. One that `preempts` sets sequences aside when its memory is full, and goes on with them
+    later. One that `spans_gpus` may have several GPUs. `package` is what has to be installed, by
     the `extra` of ours."""
 
     chosen_for: Literal["cuda", "cpu"]
     reserves: bool
+    preempts: bool
     spans_gpus: bool
     package: str
     extra: str
@@ -23,10 +25,20 @@ class EngineTraits:
 
 ENGINES: dict[EngineName, EngineTraits] = {
     "vllm": EngineTraits(
-        chosen_for="cuda", reserves=True, spans_gpus=True, package="vllm", extra="vllm"
+        chosen_for="cuda",
+        reserves=True,
+        preempts=True,
+        spans_gpus=True,
+        package="vllm",
+        extra="vllm",
     ),
     "transformers": EngineTraits(
-        chosen_for="cpu", reserves=False, spans_gpus=False, package="transformers", extra="execute"
+        chosen_for="cpu",
+        reserves=False,
+        preempts=False,
+        spans_gpus=False,
+        package="transformers",
+        extra="execute",
     ),
 }
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from planner.predict.cost import CostModel
+from planner.predict.host_memory import allowed, host_memory, named
 from planner.predict.layouts import (
     CONCURRENCY,
     rollout_layouts,
@@ -13,7 +14,6 @@ from planner.predict.layouts import (
 )
 from planner.predict.memory import (
     RoleMemory,
-    host_bytes,
     pool_peak,
     process_bytes,
     rollout_fraction,
@@ -98,7 +98,8 @@ def what_binds_pools(problem: Problem, family: PlacementFamily) -> str:
     host = gigabytes(min(node.host_memory_bytes for node in cluster.nodes))
     return (
         "each of its pools would fit on the most GPUs that it may have, but not all of them "
-        f"together, or {host} of host memory do not hold what is offloaded"
+        f"together, or {host} of host memory do not hold what is offloaded and what checkpoints "
+        "copy"
     )
 
 
@@ -216,12 +217,14 @@ def _together(problem: Problem, device: Device, gpus: int) -> str:
     roomy = tuple(node.changed(host_memory_bytes=ENOUGH_BYTES) for node in cluster.nodes)
     candidate = fits(replace(problem, cluster=cluster.changed(nodes=roomy)))
     if candidate is not None:
-        used = host_bytes(assemble(candidate, "candidate", problem))
-        node = max(used, key=lambda n: used[n] - cluster.nodes[n].host_memory_bytes)
+        used = host_memory(assemble(candidate, "candidate", problem))
+        totals = {node: sum(parts.values()) for node, parts in used.items()}
+        node = max(totals, key=lambda n: totals[n] - allowed(cluster.nodes[n]))
         return (
-            f"the GPUs' memory would do, but node {node} then needs {gigabytes(used[node])} of "
-            "host memory for what is offloaded and the batches in flight, and has "
-            f"{gigabytes(cluster.nodes[node].host_memory_bytes)}"
+            f"the GPUs' memory would do, but node {node} then needs {gigabytes(totals[node])} of "
+            f"host memory ({named(used[node])}), and {gigabytes(allowed(cluster.nodes[node]))} of "
+            f"its {gigabytes(cluster.nodes[node].host_memory_bytes)} are there before Ray ends "
+            "processes"
         )
     needs = _needs(problem.workload, cluster)
     told = ", ".join(f"{need.role} {gigabytes(need.bytes)}" for need in needs)

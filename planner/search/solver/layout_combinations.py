@@ -7,7 +7,14 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.predict.cycle import undominated
-from planner.predict.memory import batch_bytes
+from planner.predict.host_memory import (
+    allowed,
+    batch_bytes,
+    copied_bytes,
+    exported_bytes,
+    kept_asleep,
+    processes,
+)
 from planner.search.solver.layout_table import LayoutTable, together
 from planner.search.solver.placement import Placement
 from planner.search.solver.rollout_options import RolloutOption, fitting_layouts
@@ -226,24 +233,45 @@ def _needed(memory: Array) -> Array:
 
 
 def hosts_hold(placement: Placement, combinations: LayoutCombinations) -> Indices:
-    """The combinations with which every node's host memory holds what the pools offload and the
-    batches in flight."""
+    """The combinations with which every node's host memory holds what `host_memory` counts."""
     problem = placement.problem
-    pools, nodes = len(placement.structure), len(problem.cluster.nodes)
-    gpus = np.zeros((pools, nodes))  # of each pool on each node
+    workload, stale = problem.workload, problem.max_staleness
+    gpus, first = _pools_on_nodes(placement)
+    fixed = np.full(gpus.shape[1], float(batch_bytes(workload, stale)))
+    fixed[1:] *= gpus[:, 1:].any(axis=0)
+    for pool, kind in enumerate(placement.kinds):
+        generates = pool in placement.generating
+        trains = bool(placement.held(pool))
+        fixed += processes(trains, generates, problem.device(kind)) * gpus[pool]
+    memory = [allowed(node) for node in problem.cluster.nodes]
+    distinct = np.unique(np.vstack([gpus, first, fixed, memory]), axis=1)  # most nodes are alike
+    pools = len(gpus)
+    gpus, first = distinct[:pools], distinct[pools : 2 * pools]
+    fixed, memory = distinct[-2], distinct[-1]
+    pinned = np.zeros((len(combinations), pools))  # bytes of the host per GPU
+    copied = np.zeros((len(combinations), len(memory)))
+    exported = np.zeros(len(memory))
+    for role, rows in combinations.rows.items():
+        pool, layouts = placement.pool_of[role], combinations.layouts[role]
+        pinned[:, pool] += layouts.memory[rows, 2]
+        shard = layouts.grid.shard[rows][:, None]
+        copied += copied_bytes(workload, role, shard, gpus[pool].astype(np.int64))
+        exported = np.maximum(exported, exported_bytes(workload, role) * first[pool])
+    asleep = combinations.rollout.memory[2] * kept_asleep(workload, stale)
+    pinned[:, list(placement.generating)] += asleep
+    used = pinned @ gpus + np.maximum(copied, exported) + fixed
+    return np.flatnonzero((used <= memory).all(axis=1))
+
+
+def _pools_on_nodes(placement: Placement) -> tuple[Array, Array]:
+    """GPUs [pools, nodes] of each pool on each node, and 1 where its first rank is."""
+    shape = len(placement.structure), len(placement.problem.cluster.nodes)
+    gpus, first = np.zeros(shape), np.zeros(shape)
     for pool, parts in enumerate(placement.packing):
+        first[pool, parts[0].node] = 1.0
         for part in parts:
             gpus[pool, part.node] = part.gpus
-    batches = np.zeros(nodes)
-    batches[0] = batch_bytes(problem.workload, problem.max_staleness)
-    memory = [node.host_memory_bytes for node in problem.cluster.nodes]
-    distinct = np.unique(np.vstack([gpus, batches, memory]), axis=1)  # most nodes are alike
-    gpus, batches, memory = distinct[:-2], distinct[-2], distinct[-1]
-    pinned = np.zeros((len(combinations), pools))  # bytes of the host per GPU
-    for role, rows in combinations.rows.items():
-        pinned[:, placement.pool_of[role]] += combinations.layouts[role].memory[rows, 2]
-    pinned[:, list(placement.generating)] += combinations.rollout.memory[2]
-    return np.flatnonzero((pinned @ gpus + batches <= memory).all(axis=1))
+    return gpus, first
 
 
 # --- what they take ---
