@@ -1,5 +1,7 @@
 """The transformers engine: it samples what the model says, whatever batch a sequence is in."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,24 @@ def test_responses_end_at_end_of_sequence_or_at_the_limit(model: torch.nn.Module
     assert ended and len(ended) < len(found)
     assert all(not {EOS, 17} & set(response[:-1]) for response in found)
     assert all(len(response) == 20 for response in found if response[-1] not in (EOS, 17))
+
+
+def test_responses_are_handed_over_as_they_finish(model: torch.nn.Module) -> None:
+    """Each once, whole, those that end sooner first within a wave."""
+    asked = requests(PROMPTS * 2, max_tokens=20)
+    engine = TransformersEngine(model, [EOS, 17], 16)
+    handed: list[tuple[int, list[int]]] = []
+
+    def hand_over(numbers: Sequence[int], found: Sequence[Sequence[int]]) -> None:
+        handed.extend(zip(numbers, map(list, found), strict=True))
+
+    lengths, tokens, _ = engine.generate(asked, Sampler(temperature=2.0), hand_over)
+    ends = np.cumsum(lengths)
+    whole = [tokens[end - n : end].tolist() for end, n in zip(ends, lengths, strict=True)]
+    assert sorted(handed) == list(enumerate(whole))
+    for wave in (handed[:16], handed[16:]):
+        finished = [len(response) for _, response in wave]
+        assert finished == sorted(finished) and len(set(finished)) > 1
 
 
 def test_exact_requests_ignore_end_of_sequence(model: torch.nn.Module) -> None:

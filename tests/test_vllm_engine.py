@@ -24,6 +24,7 @@ from executor.data.requests import Ints, Requests
 from executor.fleet import pools
 from executor.fleet.asking import Rank, ask
 from executor.rollout.transformers_engine import TransformersEngine
+from executor.rollout.tray import HandOver, Tray, taken
 from executor.rollout.vllm.engine import VllmEngine, _told_what_fails
 from executor.rollout.vllm.worker import VllmWorker, made_for
 from executor.running import preflight
@@ -174,6 +175,22 @@ def test_exact_requests_ignore_end_of_sequence(engine: Remote) -> None:
     found = responses(engine, requests(MANY, max_tokens=20, exact=True), 2.0)
     assert {len(response) for response in found} == {20}
     assert any(EOS in response[:-1] for response in found)
+
+
+def test_responses_lie_on_the_tray_when_they_have_finished(engine: Remote) -> None:
+    tray, asked = pools.start(Tray), requests(MANY, max_tokens=20)
+    rows = np.arange(len(MANY))[::-1].copy()
+    hand_over = HandOver(tray=tray.handle, key="step", rows=rows)
+    order = engine.rank.order(VllmWorker.generate, asked, Sampler(temperature=2.0), hand_over)
+    (found,) = ask([order]).results
+    ends = np.cumsum(found.lengths)
+    whole = [
+        found.tokens[end - n : end].tolist() for end, n in zip(ends, found.lengths, strict=True)
+    ]
+    handed = {row: tokens.tolist() for row, tokens in taken(tray.handle, "step")}
+    assert handed == dict(zip(rows.tolist(), whole, strict=True))
+    assert taken(tray.handle, "step") == []
+    pools.stop([tray])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
