@@ -34,7 +34,7 @@ def test_512_samples_of_half_a_second_add_a_tenth_at_most(ray_two: None, tmp_pat
         "seconds_per_sequence": SECONDS,
         "processes": PROCESSES,
     }
-    response = {"kind": "lognormal", "mean": 512, "sigma": 0.7, "max": 1024}
+    response = {"kind": "lognormal", "mean": 512, "sigma": 0.7, "max": 2048}
     workload = make_workload(reward=reward, batch=BATCH, response=response)
     source = Synthetic(workload)
     prompts = source.step(0)
