@@ -1,6 +1,7 @@
 """Reward functions as people have them: in our form, verl's and TRL's, by name, and what is refused
 before a run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,20 @@ def test_what_verifies_mathematics_may_be_missing(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install 'splitplan\\[math\\]'"):
         reward.import_function(RewardFunction(function="math-verify"))
+
+
+def test_the_smallest_files_of_the_page_run(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    ours, verl, trl, server = blocks
+    chat = Samples(
+        prompts=["1 + 1?"] * 2,
+        asked=[CHAT] * 2,
+        responses=[" 2", "3"],
+        answers=["2", "4"],
+        columns=[{}, {}],
+    )
+    for code in (ours, verl, trl):
+        asked = function(tmp_path, code, "")
+        assert reward.score(asked, reward.import_function(asked), chat) == [1.0, 0.0]
+    assert "HTTPServer" in server
