@@ -1,6 +1,7 @@
 """The rewards of a step: scored beside its generation where they have processes, the others when it
 has ended."""
 
+import contextlib
 import contextvars
 import threading
 import time
@@ -176,6 +177,8 @@ class Early:
         self._give(left, [responses[row] for row in left])
 
     def stop(self) -> None:
-        """Look no longer for what finishes."""
+        """Look no longer for what finishes, and leave nothing on the tray."""
         self._over.set()
         self._looking.join()
+        with contextlib.suppress(RayError):
+            taken(self._tray.handle, self._key)
