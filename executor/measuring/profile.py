@@ -15,7 +15,7 @@ from executor.fleet import pools
 from executor.fleet.session import ray_session
 from executor.measuring import software
 from executor.measuring.group import BatchSize, Group, fitting
-from executor.measuring.groups import groups_here
+from executor.measuring.groups import groups_here, groups_of
 from executor.measuring.measure import Say, measure
 from executor.running import preflight
 from executor.running.processes import fleet_for
@@ -98,6 +98,8 @@ def _groups(workload: Workload, cluster: Cluster, only: str, progress: Say) -> l
             f"cluster {cluster.name!r} has {len(cluster.nodes)} nodes; measure on one node of each "
             "kind"
         )
+    if every := groups_of(workload, cluster, only):  # GPUs that are missing come first
+        preflight.check_count(max(_plans(every), key=pools.needed))
     groups = groups_here(workload, cluster, only, progress)
     if not groups:
         raise UserError(

@@ -124,6 +124,19 @@ def reader_of(workload: Workload) -> Reader | None:
 
 def check_machine(plan: Plan, saves: bool = True) -> None:
     """Whether this machine has what the plan runs on (a cluster is asked by `pools.Fleet`)."""
+    check_count(plan)
+    if pools.resource_of(plan) == "CPU":
+        return
+    there = gpus.found()
+    gpus.check_kind(plan, there)
+    hosts.check_here(plan, memory_bytes(), saves)
+    check_driver(there[0].driver)
+    if not ray.is_initialized():  # else it may be us
+        gpus.check_free(there, driver.users())
+
+
+def check_count(plan: Plan) -> None:
+    """Whether this machine has as many GPUs or cores as the plan uses."""
     wanted = pools.needed(plan)
     if pools.resource_of(plan) == "CPU":
         if (usable := usable_cores()) < wanted:
@@ -149,11 +162,6 @@ def check_machine(plan: Plan, saves: bool = True) -> None:
             "with "
             "`plan execute --rehearse`"
         )
-    gpus.check_kind(plan, there)
-    hosts.check_here(plan, memory_bytes(), saves)
-    check_driver(there[0].driver)
-    if not ray.is_initialized():  # else it may be us
-        gpus.check_free(there, driver.users())
 
 
 def check_driver(driver: str) -> None:
