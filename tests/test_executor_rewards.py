@@ -134,3 +134,28 @@ def test_four_rewards_one_of_them_a_model_of_another_tokenizer(
     middle = checkpoint.find(again / "checkpoints" / "step-000002")
     for ours, theirs in zip(metrics_of(resume(middle, options=options)), metrics, strict=True):
         assert ours == theirs
+
+
+def test_groups_are_selected_by_all_rewards_together(
+    on_two_cores: None, tmp_path: Path, directories: dict[str, Path]
+) -> None:
+    """GRPO on messages with a file for verl as it is: twice as many sequences are scored as are
+    trained on."""
+    workload = workload_of(
+        tmp_path,
+        directories,
+        critic=None,
+        algorithm={"advantage": "grpo", "oversampling_factor": 2.0},
+        samples_per_prompt=2,
+        max_staleness=0,
+        steps=2,
+    )
+    order = [name for name in workload.dataflow.names if name != "evaluate"]
+    assert order.index("score_on_host") < order.index("select")
+    homes = {role: home for role, home in HOMES.items() if role != "critic"}
+    plan = make_plan(workload, {"t": 1, "g": 1}, homes, order=[*order, "evaluate"], name="grpo")
+    metrics = metrics_of(execute(plan, name="grpo", runs=tmp_path))
+    assert [line["groups/generated"] for line in metrics] == [8, 8]
+    assert all("score/verl" in line and line["dropped"] == 0 for line in metrics)
+    said = [json.loads(line) for line in (tmp_path / "grpo/samples.jsonl").read_text().splitlines()]
+    assert {"score", "verl", "trl", directories["reward"].name} <= said[0]["scores"].keys()

@@ -5,10 +5,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import samples_of
+from conftest import make_workload, samples_of
 from test_reward_server import serving
 
+from executor.data.prompts import Synthetic
 from executor.running.judges import ServerJudges
+from executor.running.rewarding import Rewarding
 from executor.running.scoring import Stream
 from planner.spec.errors import UserError
 from planner.spec.rewards import RewardServer
@@ -67,3 +69,33 @@ def test_a_sample_that_fails_twice_is_dropped_and_too_many_end_the_run() -> None
         with pytest.raises(UserError, match=r"3 of 16 samples failed twice, the last one prompt"):
             stream.scores()
         judges.close()
+
+
+def test_rewards_with_processes_and_without_score_a_batch_together() -> None:
+    """One is asked for each sample, the other for all; an evaluation weighs and bounds them."""
+
+    def rated(body):
+        numbers = [len(each.split()) for each in body["responses"]]
+        return 200, str([float(n) for n in numbers]).encode()
+
+    with serving(rated) as (one, asked_one), serving(rated) as (other, asked_other):
+        rewards = (
+            {"url": one, "processes": 3, "weight": 2.0, "name": "one"},
+            {"url": other, "clip": [0, 2], "normalize": True, "name": "other"},
+        )
+        workload = make_workload(reward=None, rewards=rewards)
+        source = Synthetic(workload)
+        prompts = source.step(0)
+        lengths = np.array([1, 2, 3, 4, 5, 6, 7, 8])
+        responses = [np.arange(n, dtype=np.int32) for n in lengths]
+        judges = {at: ServerJudges(each) for at, each in enumerate(workload.host_rewards)}
+        rewarding = Rewarding(workload, source, judges, None)
+        assert rewarding.begin(prompts) is None  # without a tray
+        found, records = rewarding.score(prompts, responses)
+        for each in judges.values():
+            each.close()
+    assert found[0].tolist() == found[1].tolist() == lengths.tolist()
+    assert [len(body["query"]) for body in asked_other] == [8] and len(asked_one) == 8
+    assert len(records) == 1 and records[0].end >= records[0].start
+    expected = 2 * lengths + np.minimum(lengths, 2)
+    assert rewarding.evaluated(found).tolist() == expected.tolist()

@@ -60,12 +60,12 @@ class Rewarding:
         been scored of it meanwhile. Raises UserError."""
         start, count = time.perf_counter(), len(responses)
         streams = early.streams if early is not None else self._streams(count)
-        samples = self.samples(prompts, responses, range(count))
-        if early is None:
-            for stream in streams.values():
-                for row in range(count):
-                    stream.give(row, samples.take([row]))
         whole = {at: judges for at, judges in self._judges.items() if at not in streams}
+        rows = range(count if whole or early is None else 0)  # else all have been given
+        samples = self.samples(prompts, [responses[row] for row in rows], rows)
+        for stream in streams.values() if early is None else ():
+            for row in rows:
+                stream.give(row, samples.take([row]))
         found, records = Rated(), list[Record]()
         with ThreadPoolExecutor(max_workers=max(1, len(whole))) as threads:
             asked = {
@@ -81,7 +81,7 @@ class Rewarding:
         return found, records
 
     def _batch(self, judges: Judges, samples: Samples) -> tuple[Ratings, list[Record]]:
-        """Ratings of a whole batch. A function gets as many responses at once as a step has, for
+        """Scores of a whole batch. A function gets as many responses at once as a step has, for
         which its limit is meant."""
         scores, records, size = [], [], self.workload.generated
         for begin in range(0, len(samples), size):
@@ -104,7 +104,8 @@ class Rewarding:
 
     def samples(self, prompts: Prompts, responses: Sequence[Ints], rows: Sequence[int]) -> Samples:
         """Responses to the prompts of some rows, as rewards are told of them."""
-        return samples(self.workload, prompts, self.source.decode(responses), rows)
+        texts = self.source.decode(responses) if responses else []
+        return samples(self.workload, prompts, texts, rows)
 
 
 def samples(
