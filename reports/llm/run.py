@@ -4,7 +4,7 @@
     python reports/llm/run.py demo-llm --at-once 6 --gpus 0
 
 Each run is planned for a GPU of its own, and takes about 20 GB of it. Several at once on one GPU
-learn the same, but their step times mean nothing. Runs that were made are not made again. The
+learn the same, but their step times mean nothing. Runs that are whole are not made again. The
 metrics of all are written to demo-llm/results.csv.
 """
 
@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ def do(run: tuple[str, int, int], number: int, asked: argparse.Namespace) -> str
     if number < asked.at_once:
         time.sleep(number * STAGGER_SECONDS)
     began = time.monotonic()
+    shutil.rmtree(out / "runs" / name_of(run), ignore_errors=True)  # what failed or was cut short
     with (out / "logs" / f"{name_of(run)}.txt").open("w") as log:
         for command in command_lines(run, out, asked.steps):
             code = subprocess.run(
