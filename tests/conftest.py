@@ -170,6 +170,7 @@ def cpu_cluster(cores: int) -> Cluster:
 SERIAL = [
     "generate",
     "score",
+    "select",
     "ref_logprobs",
     "old_logprobs",
     "values",

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROLES, make_workload, nearly, runs_on, split
+from conftest import ROLES, make_plan, make_workload, nearly, runs_on, split
 from interrupted import OPTIONS, STEPS, WORKLOAD, metrics_of, one_step_off, said_in
 
 from executor.fleet.pools import Fleet
@@ -52,6 +52,34 @@ def test_a_resumed_run_equals_one_without_interruption(whole: Path, tmp_path: Pa
     for role in ("actor", "critic"):
         model = Path("checkpoints/final") / role / "model.safetensors"
         assert (run / model).read_bytes() == (whole / model).read_bytes()
+
+
+def test_groups_that_were_selected_rates_and_weights_that_change_are_gone_on_with(
+    two_cores: Fleet, tmp_path: Path
+) -> None:
+    """The batch of the next step has been selected beside the updates, learning rates and the
+    weight of the KL penalty are on their way."""
+    algorithm = {"advantage": "grpo", "oversampling_factor": 1.5, "kl_target": 0.1}
+    rates = {"lr": 1e-3, "warmup_steps": 2, "schedule": "cosine"}
+    workload = make_workload(
+        steps=STEPS,
+        critic=None,
+        samples_per_prompt=2,
+        algorithm=algorithm,
+        optimizer={"actor": rates},
+    )
+    homes = {"rollout": "g", "actor": "t", "reference": "t", "reward": "g"}
+    ahead = {"generate": 1, "score": 1, "select": 1}
+    plan = make_plan(workload, {"g": 1, "t": 1}, homes, offsets=ahead, staleness=1)
+    with runs_on(two_cores):
+        whole = execute(plan, name="r", runs=tmp_path, options=OPTIONS)
+        metrics = metrics_of(whole)
+        found = at_step_2(whole, tmp_path / "copy")
+        assert ("select", 2) in {(call, step) for call, step, _ in found.manifest.done}
+        assert found.manifest.kl_coef == metrics[2]["kl_coef"] != metrics[0]["kl_coef"]
+        assert metrics_of(resume(found, options=OPTIONS)) == metrics
+    assert {step["groups/generated"] for step in metrics} == {6}
+    assert all("critic/value_loss" not in step and step["staleness"] <= 1 for step in metrics)
 
 
 @pytest.mark.parametrize("whole", ["split"], indirect=True)

@@ -159,6 +159,32 @@ def test_the_same_keys_draw_the_same_tokens_in_any_batch(engine: Remote) -> None
     assert together != responses(engine, requests(MANY, seed=1), 1.0)
 
 
+def test_samples_share_the_prefill_of_their_prompt_at_equal_output(
+    ray_two: None, model: PreTrainedModel
+) -> None:
+    """With new weights nothing of the old ones' is used."""
+    prompts = [[*range(1, 40)], [*range(40, 0, -1)]]  # longer than a block of the cache
+    asked = requests([prompt for prompt in prompts for _ in range(4)])
+    lengths = {
+        "prompt": {"kind": "fixed", "tokens": 40},
+        "response": {"kind": "fixed", "tokens": 20},
+    }
+    grouped = workload(**lengths, critic=None, samples_per_prompt=4)
+    plan = plan_of(grouped, cores=1)
+    fleet, ((pool, cores),) = fleet_for([plan]), plan.engine_gpus()
+    (rank,) = pools.connect([fleet.process(VllmWorker, cores, made_for(plan))])
+    ask([rank.order(VllmWorker.start, plan, pool, "store")])
+    engine = Remote(rank)
+    for each in (random_model(4), model):
+        engine.install(each)
+        reference = TransformersEngine(each, [], 64)
+        found = engine.generate(asked, Sampler(temperature=0.0))
+        expected = reference.generate(asked, Sampler(temperature=0.0))
+        assert found[1].tolist() == expected[1].tolist()
+        assert np.allclose(found[2], expected[2], atol=1e-4)
+    fleet.close()
+
+
 def test_responses_end_at_end_of_sequence_or_at_their_own_limit(engine: Remote) -> None:
     limits = np.arange(len(MANY)) % 20 + 1
     found = responses(engine, replace(requests(MANY), max_tokens=limits), 2.0)

@@ -46,7 +46,7 @@ def profile(
     Small pools are measured side by side, so calls share the host's memory and links as they do in
     a run. Raises UserError, before anything is started where that can be known before."""
     clock = _Clock(minutes, progress)
-    workload = _without_evaluation(workload)
+    workload = _plain(workload)
     empty = _empty(workload, cluster, command)
     result = _resumed(out, empty)
     groups = _groups(workload, cluster, only, progress)
@@ -225,7 +225,14 @@ def _with(
     )
 
 
-def _without_evaluation(workload: Workload) -> Workload:
+def _plain(workload: Workload) -> Workload:
+    """The workload whose calls are measured: without evaluations, and without groups, for the
+    planner knows what is shared in a group."""
+    if workload.group > 1:
+        advantage = "gae" if workload.algorithm.needs_critic else "reinforce++"
+        plain = {"advantage": advantage, "oversampling_factor": 1.0}
+        algorithm = workload.algorithm.changed(**plain)
+        workload = workload.changed(samples_per_prompt=1, algorithm=algorithm)
     if workload.data is None:
         return workload
     data = workload.data.changed(evaluate_every=0, evaluate_first=False)

@@ -264,10 +264,15 @@ class MLflow:
 
 def _settings(plan: Plan) -> dict[str, Any]:
     workload = plan.workload
-    top = workload.model_dump(include={"name", "batch", "minibatch", "proximal", "seed"})
-    return {f"workload.{name}": value for name, value in top.items()} | {
-        f"algorithm.{name}": value for name, value in workload.algorithm.model_dump().items()
-    }
+    top = workload.model_dump(
+        include={"name", "batch", "minibatch", "samples_per_prompt", "proximal", "seed"}
+    )
+    found = {f"workload.{name}": value for name, value in top.items()}
+    for name, value in workload.algorithm.model_dump().items():
+        found[f"algorithm.{name}"] = value
+    for role, settings in workload.optimizer.model_dump().items():
+        found |= {f"optimizer.{role}.{name}": value for name, value in settings.items()}
+    return found
 
 
 TRACKERS: dict[str, type[WeightsAndBiases] | type[MLflow]] = {
