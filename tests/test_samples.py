@@ -210,6 +210,12 @@ def test_a_first_batch_shows_mistakes(metrics: dict[str, float], what: str | Non
     assert len(found) == (what is not None) and all(what in line for line in found)
 
 
+def test_cuts_of_sampling_are_said_beforehand() -> None:
+    assert first_batch.beforehand(make_workload()) == []
+    (line,) = first_batch.beforehand(make_workload(sampling={"top_p": 0.9, "min_tokens": 2}))
+    assert line.startswith("sampling with top_p = 0.9, min_tokens = 2 draws from other")
+
+
 def test_a_gap_that_sampling_explains_is_no_mistake() -> None:
     workload = make_workload(sampling={"top_p": 0.5})
     assert not list(first_batch.warnings({**FINE, "log_prob_gap": 0.5}, workload))

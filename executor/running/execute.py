@@ -104,6 +104,7 @@ def _train(
     """Attempts to do all steps, each from the last checkpoint of the one before."""
     from executor.running import (  # torch, transformers: a rehearsal does without
         checkpoint,
+        first_batch,
         preflight,
         saving,
         step,
@@ -134,7 +135,7 @@ def _train(
         if options.address is not None:
             hosts.check_each(plan, pools.memory_of_nodes(plan), saves)
         begun = resumed is not None
-        notes = prompts.notes
+        notes = [*prompts.notes, *first_batch.beforehand(plan.workload)]
         for restarts in count():
             try:
                 with contextlib.closing(started(deadlines, path, start)) as backend:

@@ -1,4 +1,5 @@
-"""What the first batch of a run shows of mistakes in its settings."""
+"""What is worth saying before and after the first batch of a run: settings that are seldom meant,
+and what the batch shows of mistakes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,6 +10,16 @@ NEARLY_ALL = 0.9  # of the responses: so many are cut by mistake
 # Mean |log pi - log mu| per token. Engine and trainer in bf16 differ by 0.02 on random weights,
 # whose distributions are the flattest (`log_prob_gap` in reports/h200), and by less on others.
 MOST_GAP = 0.1
+
+
+def beforehand(workload: Workload) -> list[str]:
+    """A line about what makes the engine's log-probs other ones than the trainers'."""
+    if not (cuts := workload.sampling.cuts):
+        return []
+    return [
+        f"sampling with {', '.join(cuts)} draws from other probabilities than the model's: "
+        "importance weights put that right, and log_prob_gap holds what is cut off"
+    ]
 
 
 def warnings(metrics: dict[str, Any], workload: Workload) -> Iterator[str]:
