@@ -86,6 +86,7 @@ def test_exported_models_give_the_log_probs_of_the_trained_ones(
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["actor", "critic"]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_exported_is_one_line(
     tmp_path: Path, checkpoint: Path, model_directories: dict[str, Path]
 ) -> None:
