@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from executor.data.requests import Ints, Requests
 from executor.fleet import pools
 from executor.fleet.asking import Rank, ask
-from executor.rollout.transformers_engine import TransformersEngine
+from executor.rollout.transformers_engine import TransformersEngine, cut
 from executor.rollout.tray import HandOver, Tray, taken
 from executor.rollout.vllm.engine import VllmEngine, _told_what_fails
 from executor.rollout.vllm.worker import VllmWorker, made_for
@@ -235,6 +235,31 @@ def test_the_log_probs_are_those_of_the_model(
             (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
         )
         assert np.allclose(log_probs[end - length : end], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "cuts",
+    [{"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.3}, {"top_k": 10, "top_p": 0.6, "min_p": 0.1}],
+)
+def test_the_log_probs_are_of_what_a_sampler_leaves(
+    engine: Remote, model: PreTrainedModel, cuts: dict[str, float]
+) -> None:
+    sampler = Sampler(temperature=0.7, **cuts)
+    lengths, tokens, log_probs = engine.generate(requests(MANY, max_tokens=20), sampler)
+    ends = np.cumsum(lengths)
+    for prompt, end, length in zip(MANY, ends, lengths, strict=True):
+        response = tokens[end - length : end].tolist()
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        left = cut((logits / 0.7).log_softmax(-1), sampler)
+        expected = left.gather(-1, torch.tensor(response)[:, None])[:, 0]
+        assert np.allclose(log_probs[end - length : end], expected, atol=1e-4)
+
+
+def test_no_response_of_vllm_ends_before_its_minimum(engine: Remote) -> None:
+    sampler = Sampler(temperature=2.0, min_tokens=3)
+    lengths, _, _ = engine.generate(requests(MANY * 8, max_tokens=20), sampler)
+    assert lengths.min() == 4
 
 
 def test_tokens_are_drawn_as_often_as_the_model_says(
