@@ -19,6 +19,7 @@ from executor.data.prompts import Synthetic
 from executor.data.requests import Requests
 from planner.search import baseline
 from planner.spec.cluster import make_cluster
+from planner.spec.data import Sampler
 from planner.spec.files import profiles_dir
 from planner.spec.workload import load_workload
 
@@ -37,7 +38,7 @@ def ours(requests: Requests) -> Generates:
     from executor.rollout.vllm.engine import VllmEngine
 
     engine = VllmEngine(baseline("one-step-off", workload(), make_cluster(2, "h200", 2)))
-    return {"ours": lambda: int(engine.generate(requests, 1.0)[0].sum())}
+    return {"ours": lambda: int(engine.generate(requests, Sampler(temperature=1.0))[0].sum())}
 
 
 def bare(requests: Requests) -> Generates:
