@@ -215,8 +215,11 @@ class Auditor:
         return found
 
     def _durations(self, calls, options):
+        stale = self.given.workload.max_staleness
         for call in calls:
             self.seconds[call] = []
+            # On the host a call of one step may run beside that of the next, on a pool it does not.
+            longest = self.longest * (1 if self.given.flow[call].roles else stale + 1)
             for scenario in self.scenarios:
                 values = [
                     (
@@ -228,12 +231,11 @@ class Auditor:
                     for o in options
                 ]
                 for value, option in values:
-                    if value > self.longest:
+                    if value > longest:
                         self.cp.add(option.chosen == 0)
-                lasting = self.cp.new_int_var(0, self.longest, call)
+                lasting = self.cp.new_int_var(0, longest, call)
                 self.cp.add(
-                    lasting
-                    == sum(min(value, self.longest) * option.chosen for value, option in values)
+                    lasting == sum(min(value, longest) * option.chosen for value, option in values)
                 )
                 self.seconds[call].append(lasting)
 

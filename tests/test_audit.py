@@ -236,6 +236,15 @@ def test_what_is_scored_beside_generation(seed):
     assert_optimal(workload.changed(reward=judged), cluster)
 
 
+def test_scoring_may_take_longer_than_a_step():
+    """Samples of one step are scored beside the calls of the next."""
+    workload, cluster = instance(2001)
+    slow = {"function": "r.py:f", "processes": 5, "seconds_per_sequence": 0.35}
+    workload = workload.changed(critic=None, max_staleness=1, reward=slow, algorithm={})
+    predicted = assert_optimal(workload, cluster)
+    assert predicted.call_seconds["score"] > predicted.step_seconds
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(SLOW, NIGHTLY))
 def test_the_search_finds_the_auditors_optimum_every_night(seed):

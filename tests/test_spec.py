@@ -331,6 +331,16 @@ def test_a_mistake_in_settings_of_earlier_files_is_named_by_the_key_that_is_read
         load_workload(path)
 
 
+def test_settings_of_earlier_files_give_way_to_those_of_the_command_line(tmp_path):
+    old = json.loads(small_workload().model_dump_json())
+    del old["algorithm"], old["optimizer"]
+    path = tmp_path / "w.json"
+    ppo = {"clip": 0.3, "lam": 0.9, "actor_lr": 2e-6}
+    path.write_text(json.dumps({"schema": Workload.SCHEMA, **old, "ppo": ppo}))
+    read = load_workload(path, ("algorithm.clip=0.4", "optimizer.actor.lr=1e-4"))
+    assert (read.algorithm.clip, read.algorithm.lam, read.optimizer.actor.lr) == (0.4, 0.9, 1e-4)
+
+
 def test_a_step_without_a_critic_has_its_own_calls():
     flow = small_workload(critic=None, samples_per_prompt=4).dataflow
     assert [*flow.names] == (

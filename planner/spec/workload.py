@@ -380,6 +380,10 @@ def load_workload(path: Path, settings: Sequence[str] = ()) -> Workload:
     Raises UserError, also for a model that is not supported or has no positions for the longest
     sequence."""
     data = read_data(path)
+    try:
+        bring_up_to_date(data)  # before the settings, which name the keys of today
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     set_in(data, settings)
     find_files(data, path.resolve().parent, path)
     Workload.check_schema(data, path)
