@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from executor.training.kl import kl_penalty
-from executor.training.masked import LOG_RATIO_MAX, row_means, zero
+from executor.training.masked import BLOCK, LOG_RATIO_MAX, row_means, zero
 from planner.spec.algorithm import Masking, Weighting
 
 MOST_RANKED = 2**20  # tokens whose ratios percentiles are taken of, evenly chosen
@@ -70,22 +70,26 @@ def off_policy(log_ratio: Tensor) -> dict[str, float]:
     if not (n := len(log_ratio)):
         names = ("mean", "p01", "p99", "max", "effective_share", "staleness_kl")
         return dict.fromkeys(names, float("nan"))
-    weight = log_ratio.clamp(max=LOG_RATIO_MAX).exp()
-    total = weight.sum(dtype=torch.float64)
-    low, high = _percentiles(weight.numpy(), 0.01)
+    total = square = kl = 0.0
+    for x in log_ratio.split(BLOCK):
+        weight = x.clamp(max=LOG_RATIO_MAX).exp()
+        total += float(weight.sum(dtype=torch.float64))
+        square += float(torch.dot(weight, weight))
+        kl += float(kl_penalty(torch.zeros(()), x, "k3").sum())
+    few = log_ratio[:: -(-n // MOST_RANKED)].clamp(max=LOG_RATIO_MAX).exp()
+    low, high = _percentiles(few.numpy(), 0.01)
     return {
-        "mean": float(total / n),
+        "mean": total / n,
         "p01": low,
         "p99": high,
-        "max": float(weight.max()),
-        "effective_share": float(total.square() / (n * torch.dot(weight, weight))),
-        "staleness_kl": float(kl_penalty(torch.zeros(()), log_ratio, "k3").mean()),
+        "max": float(log_ratio.max().clamp(max=LOG_RATIO_MAX).exp()),
+        "effective_share": total**2 / (n * square),
+        "staleness_kl": kl / n,
     }
 
 
 def _percentiles(values: NDArray[np.float32], share: float) -> tuple[float, float]:
     """The values below and above which this share of them lies."""
-    few = values[:: -(-len(values) // MOST_RANKED)]
-    below = int((len(few) - 1) * share)
-    ranked = np.partition(few, [below, len(few) - 1 - below])
-    return float(ranked[below]), float(ranked[len(few) - 1 - below])
+    below = int((len(values) - 1) * share)
+    ranked = np.partition(values, [below, len(values) - 1 - below])
+    return float(ranked[below]), float(ranked[len(values) - 1 - below])
