@@ -1,6 +1,7 @@
 """Reward functions as people have them: in our form, verl's and TRL's, by name, and what is refused
 before a run."""
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from executor.data import reward
 from executor.data.reward_forms import Samples
 from planner.spec.errors import UserError
+from planner.spec.files import profiles_dir
 from planner.spec.rewards import RewardFunction
 
 CHAT = [{"role": "user", "content": "1 + 1?"}]
@@ -170,3 +172,16 @@ def test_the_smallest_files_of_the_page_run(tmp_path: Path) -> None:
         asked = function(tmp_path, code, "")
         assert reward.score(asked, reward.import_function(asked), chat) == [1.0, 0.0]
     assert "HTTPServer" in server
+
+
+def test_the_example_rewards_read_the_last_word_or_number() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "examples", profiles_dir() / "workloads" / "rewards.py"
+    )
+    assert spec is not None and spec.loader is not None
+    examples = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(examples)
+    responses = ["It makes 1,072 clips.", "72, or 71", "none", "so 72."]
+    answers = ["24+48\n#### 1072", "#### 72", "#### 0", "#### 72"]
+    assert examples.gsm8k([""] * 4, responses, answers) == [1, 0, 0, 1]
+    assert examples.exact([""] * 2, ["so 72.", ""], ["72", "72"]) == [1, 0]
