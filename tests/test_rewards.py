@@ -10,10 +10,12 @@ from conftest import make_workload, small_workload, tiny_cluster
 
 from planner.predict.cost import CostModel
 from planner.predict.costs.scoring import Scoring
+from planner.predict.cycle import plan_cycles
 from planner.predict.forecast import forecast
 from planner.report.bottleneck import bottleneck
 from planner.search import SearchOptions, find
 from planner.spec.errors import UserError
+from planner.spec.plan import Plan
 from planner.spec.rewards import Overlong, RewardFunction, RewardServer
 from planner.spec.timeline import step_seconds
 from planner.spec.workload import RewardModel, Workload, load_workload
@@ -196,6 +198,25 @@ def test_the_simulation_of_a_plan_has_its_predicted_step() -> None:
     assert score.seconds == pytest.approx(alone + after) and (after > 0.2 - 1e-9).all()
     steps = forecast(best, 1 + len(score.seconds))
     assert step_seconds(steps) == pytest.approx(best.predicted.step_seconds, rel=0.02)
+
+
+def test_what_is_scored_before_a_wait_lets_its_call_start_takes_no_time() -> None:
+    """One-step-off scores the step before: 2.5 s after its generation, which a wait has outlasted.
+    Every cycle that scoring lengthens runs through generation."""
+    reward = {**FUNCTION, "seconds_per_sequence": 0.08, "processes": 2}
+    lengths = {"kind": "fixed", "tokens": 512}
+    workload = small_workload(reward=reward, max_staleness=1, response=lengths)
+    options = SearchOptions(runners_up=0, scenarios=1)
+    plan = find(workload, tiny_cluster(2), options).baselines["one-step-off"]
+    assert isinstance(plan, Plan) and plan.predicted is not None
+    found = plan_cycles(plan)
+    score, generate = found.calls.index("score"), found.calls.index("generate")
+    assert (found.counts[:, generate] >= found.counts[:, score]).all()
+    timeline = forecast(plan, 60)
+    ends = timeline.ends
+    assert (ends[50] - ends[30]) / 20 == pytest.approx(plan.predicted.step_seconds)
+    lasting = [span.end - span.start for span in timeline.spans if span.call == "score"]
+    assert lasting[40] < plan.predicted.call_seconds["score"]
 
 
 def test_the_bottleneck_names_the_slowest_reward() -> None:

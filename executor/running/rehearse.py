@@ -30,6 +30,7 @@ class Rehearsal:
         self, plan: Plan, seconds: Callable[[Task], float], deadlines: Deadlines | None = None
     ) -> None:
         self.seconds = seconds
+        self.generated: dict[int, float] = {}  # when generation of a step ended
         self.deadlines = deadlines or Deadlines(plan=plan, predicted=seconds)
         started = {
             name: [pools.start(Sleeper) for _ in pool.gpus] for name, pool in plan.pools.items()
@@ -47,10 +48,14 @@ class Rehearsal:
     def run(self, task: Task) -> tuple[list[Record], int]:
         if not task.pools:
             start = time.perf_counter()
-            time.sleep(self.seconds(task))
+            early = task.call.since_generation
+            since = self.generated.get(task.step, start) if early else start
+            time.sleep(max(0.0, since + self.seconds(task) - start))
             return [Record(start=start, end=time.perf_counter())], 0
         ranks = [rank for pool in task.pools for rank in self.ranks[pool]]
         answers = ask(to_each(ranks, Sleeper.sleep, self.seconds(task)))
+        if task.call.kind == "generate" and not task.call.monitor:
+            self.generated[task.step] = time.perf_counter()
         return answers.records, 0
 
     def evaluate_first(self) -> dict[str, float]:

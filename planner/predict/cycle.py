@@ -7,7 +7,7 @@ Synchronization and Linearity, 1992, theorem 3.28).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import numpy as np
@@ -49,7 +49,18 @@ def plan_cycles(plan: Plan) -> Cycles:
 
 def program_cycles(flow: Dataflow, program: Sequence[Issue | Wait], pools_of: PoolsOf) -> Cycles:
     """The cycles of a program's event graph in the steady state, over all of its calls."""
-    return cycles(flow.steady.names, steady_edges(flow, program, pools_of))
+    steady, edges = flow.steady, steady_edges(flow, program, pools_of)
+    beside = [call.name for call in steady.calls if call.since_generation]
+    if not beside:
+        return cycles(steady.names, edges)
+    # What is left to score counts from where generation ends, however late the call is issued. So
+    # its seconds lie on the way from generation to the call, and the call itself takes none.
+    left = {call: f"what {call} has left" for call in beside}
+    for call, name in left.items():
+        edges |= {(steady.generates.name, name): 0, (name, call): 0}
+    found = cycles((*steady.names, *left.values()), edges)
+    columns = [found.calls.index(left.get(call, call)) for call in steady.names]
+    return replace(found, calls=steady.names, counts=found.counts[:, columns])
 
 
 def cycles(calls: tuple[str, ...], edges: Edges) -> Cycles:

@@ -1,6 +1,6 @@
 """A plan run on a simulated clock. The only user of simpy."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import simpy
 
@@ -12,6 +12,7 @@ def simulate(
     tasks: Sequence[Task],
     seconds: Callable[[Task], float],
     busy: Mapping[str, float] | None = None,
+    early: Collection[str] = (),
 ) -> tuple[Span, ...]:
     """Run tasks (from `schedule.unroll`) for the durations that `seconds` gives each; spans in
     order of issue.
@@ -20,7 +21,8 @@ def simulate(
     pool does one task at a time is among the predecessors. A task is one simpy event: a timeout,
     set when the last predecessor ends. Durations must be finite and not negative. A call that is
     `busy` for so many seconds a step, beside others, ends no sooner than that after its task
-    before."""
+    before. What goes on before its call starts (`early`) takes its seconds from where generation of
+    its step has ended."""
     env = simpy.Environment()
     starts, ends = [0.0] * len(tasks), [0.0] * len(tasks)
     missing = [len(task.after) for task in tasks]  # predecessors that have not ended
@@ -34,6 +36,8 @@ def simulate(
     def start(index: int) -> None:
         task, starts[index] = tasks[index], env.now
         lasts = seconds(task)
+        if task.call.name in early:
+            lasts = max(0.0, _generated(task, tasks, ends) + lasts - env.now)
         if task.call.name in busy:
             name = task.call.name
             lasts = max(lasts, free.get(name, 0.0) + busy[name] - env.now)
@@ -52,6 +56,16 @@ def simulate(
             start(task.index)
     env.run()
     return tuple(_span(task, starts[task.index], ends) for task in tasks)
+
+
+def _generated(task: Task, tasks: Sequence[Task], ends: Sequence[float]) -> float:
+    """When generation of a task's step, which it needs, has ended."""
+    needed = [tasks[index] for index in task.after]
+    return max(
+        ends[before.index]
+        for before in needed
+        if before.call.kind == "generate" and before.step == task.step
+    )
 
 
 def _span(task: Task, start: float, ends: Sequence[float]) -> Span:

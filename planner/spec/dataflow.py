@@ -30,9 +30,10 @@ class Read:
 class Call:
     """One operation of a step on the pools of its roles; a host call has no roles. With `every` = n
     it runs on the steps n-1, 2n-1, ... only. A call that `scores` rates sequences; as a host call
-    it runs the workload's reward function, and takes its time. A `monitor` watches the training: no
-    other call reads what it writes, and it does not count in the steady state that a search
-    optimises."""
+    it runs the workload's reward function, and takes its time. What goes on `since_generation` has
+    its seconds counted from the end of that, however late it is issued. A `monitor` watches the
+    training: no other call reads what it writes, and it does not count in the steady state that a
+    search optimises."""
 
     name: str
     roles: tuple[str, ...]
@@ -41,6 +42,7 @@ class Call:
     writes: tuple[str, ...]
     every: int = 1
     scores: bool = False
+    since_generation: bool = False
     monitor: bool = False
 
     def runs_at(self, step: int) -> bool:
@@ -133,6 +135,9 @@ def _unused(workload: "Workload") -> set[str]:
 def _calls(workload: "Workload") -> tuple[Call, ...]:
     """Every call that a step may have."""
     model_scores = "reward" in workload.roles  # otherwise the host alone does
+    # Processes score what has ended by themselves; a reward without them begins with its call.
+    rewards = workload.host_rewards
+    by_processes = bool(rewards) and all(reward.processes is not None for reward in rewards)
     recompute = workload.proximal == "recompute"
     evaluate_every = workload.data.evaluate_every if workload.data else 0
     generated = Read(data="sequences")
@@ -155,6 +160,7 @@ def _calls(workload: "Workload") -> tuple[Call, ...]:
             reads=(generated,),
             writes=("rewards",),
             scores=True,
+            since_generation=by_processes and not model_scores,
         ),
         Call(
             name="score_on_host",
@@ -163,6 +169,7 @@ def _calls(workload: "Workload") -> tuple[Call, ...]:
             reads=(generated,),
             writes=("host_rewards",),
             scores=True,
+            since_generation=by_processes,
         ),
         Call(
             name="select",  # the groups whose samples differ in their scores
