@@ -73,6 +73,24 @@ def test_a_plan_keeps_what_is_predicted_as_long_as_that_holds(tmp_path: Path) ->
         load_plan(path, ("reference=",))
 
 
+def test_another_evaluation_is_counted_anew(tmp_path: Path) -> None:
+    for name, rows in (("few", 3), ("many", 40)):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "a"}\n' * rows)
+    few, many = str(tmp_path / "few.jsonl"), str(tmp_path / "many.jsonl")
+    data = {"train": few, "evaluation": few, "evaluate_every": 2, "evaluation_responses": 3}
+    path = tmp_path / "plan.json"
+    split(make_workload(data=data)).write(path)
+
+    def counted(*settings: str) -> int | None:
+        found = load_plan(path, settings).workload.data
+        assert found is not None
+        return found.evaluation_responses
+
+    assert (counted(), counted("seed=7")) == (3, 3)
+    assert counted(f"data.evaluation={many}") == 40
+    assert counted(f"data.evaluation={many}", "data.evaluation_responses=9") == 9
+
+
 def run(*arguments: str) -> tuple[int, str]:
     result = CliRunner().invoke(main, arguments)
     return result.exit_code, result.stdout + result.stderr

@@ -15,8 +15,8 @@ from planner.predict.edges import Need, PoolsOf, Turn, needs, steps_behind
 from planner.spec.dataflow import Call, Dataflow
 from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Plan, Wait
-from planner.spec.settings import keep_costs, set_in
-from planner.spec.workload import find_files
+from planner.spec.settings import forget_evaluation, keep_costs, set_in
+from planner.spec.workload import find_files, with_evaluation_counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -252,11 +252,13 @@ def with_settings(plan: Plan, settings: Sequence[str], path: Path) -> Plan:
     is left out where it no longer holds. Raises UserError."""
     if settings:
         data = json.loads(plan.to_json())
+        forget_evaluation(data["workload"], settings)
         set_in(data["workload"], settings)
         find_files(data["workload"], path.resolve().parent, path)
         if not keep_costs(settings):
             data["predicted"] = None
         plan = Plan.parse(data, path)
+        plan = plan.changed(workload=with_evaluation_counted(plan.workload))
     try:
         check(plan)
     except UserError as error:

@@ -66,6 +66,13 @@ def _value(text: str) -> Any:
         return text
 
 
+def forget_evaluation(data: dict[str, Any], settings: Sequence[str]) -> None:
+    """Leave out how much an evaluation generates where settings change what it is of."""
+    changed = any(setting.startswith(("evaluation", "data.evaluation")) for setting in settings)
+    if changed and isinstance(files := data.get("data"), dict):
+        files.pop("evaluation_responses", None)
+
+
 def keep_costs(settings: Sequence[str]) -> bool:
     """Whether what is predicted of a plan still holds under other settings."""
     keys = [setting.partition("=")[0].strip() for setting in settings]

@@ -390,10 +390,10 @@ def load_workload(path: Path, settings: Sequence[str] = ()) -> Workload:
     workload = Workload.parse(data, path)
     check_lengths(workload)
     check_tokenizers(workload)
-    return _with_evaluation_counted(workload)
+    return with_evaluation_counted(workload)
 
 
-def _with_evaluation_counted(workload: Workload) -> Workload:
+def with_evaluation_counted(workload: Workload) -> Workload:
     """The workload, which says how much an evaluation generates if that is known."""
     data = workload.data
     if data is None or not data.evaluate_every or data.evaluation_responses is not None:
