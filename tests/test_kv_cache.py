@@ -52,6 +52,16 @@ def test_equal_lengths_take_as_much_as_they_say() -> None:
     assert held_tokens(workload, 500) == 64 * 160  # there are no more sequences
 
 
+def test_the_last_block_of_each_sequence_has_its_room() -> None:
+    """1,013 tokens lie in 64 blocks of 16."""
+    lengths = {
+        "prompt": {"kind": "fixed", "tokens": 500},
+        "response": {"kind": "fixed", "tokens": 513},
+    }
+    workload = make_workload(batch=64, minibatch=64, **lengths)
+    assert held_tokens(workload, 16) == 16 * 1024 == most_held(workload, 16, 0)
+
+
 def test_long_responses_that_are_rare_leave_room_for_more_slots() -> None:
     """2,048 tokens of prompt and up to 8,192 of response: room for 64 longest sequences suffices
     for 160 slots."""

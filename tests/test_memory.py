@@ -143,7 +143,7 @@ def test_offload_moves_bytes_from_idle_to_the_host(offload: str, idle: int, host
 
 
 def test_engine_by_hand() -> None:
-    weights, kv = 2 * LM, 8 * 40 * (2 * 3 * 2 * 2 * 2)
+    weights, kv = 2 * LM, 8 * 48 * (2 * 3 * 2 * 2 * 2)  # 40 tokens in three blocks of 16
     process = H200.context_bytes + COMMUNICATION_BYTES
     memory = rollout_memory(SMALL, engine(), H200)
     assert memory.detail["weights"] == weights

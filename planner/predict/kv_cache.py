@@ -43,14 +43,15 @@ class Ages(NamedTuple):
 
 def held_tokens(workload: Workload, slots: int) -> int:
     """Tokens for which an engine with some slots needs room, so that preemption is rare: no more
-    than of as many longest sequences, and no less than of one."""
+    than of as many longest sequences, in whole blocks, and no less than of one."""
     slots = min(slots, workload.generated)
     ages = _ages(workload.response)
     prompts = sample(workload.prompt, DRAWS, 1)
     variance = ages.variance + prompts.var() * workload.group  # samples of a prompt share it
     mean = ages.mean + prompts.mean() + BLOCK_TOKENS
     most = float((slots * mean + SPREAD * np.sqrt(slots * variance)).max())
-    return min(slots * workload.longest, max(math.ceil(most), workload.longest + BLOCK_TOKENS))
+    longest = -(-workload.longest // BLOCK_TOKENS) * BLOCK_TOKENS
+    return min(slots * longest, max(math.ceil(most), longest + BLOCK_TOKENS))
 
 
 @cache
