@@ -152,3 +152,10 @@ def test_a_full_disk_leaves_the_checkpoints_before(two: Path) -> None:
     assert "File too large" in done.stdout, done
     assert names(two) == ["step-000004", "step-000006"]
     assert checkpoint.find(two).manifest.step == 6
+
+
+def test_a_checkpoint_that_is_not_there_is_told_with_those_beside_it(tmp_path: Path) -> None:
+    for step in (4, 8):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    with pytest.raises(UserError, match=r"no checkpoint in it; .* has step-000004, step-000008$"):
+        checkpoint.find(tmp_path / "step-000005")

@@ -85,7 +85,7 @@ def test_a_server_that_answers_nonsense(content: bytes, problem: str) -> None:
 
 
 def test_a_server_that_refuses_is_not_asked_again() -> None:
-    refused = pytest.raises(UserError, match=r"gave no answer \(HTTP 404: Not Found\)")
+    refused = pytest.raises(UserError, match=r"refused to answer \(HTTP 404: Not Found\)")
     with serving(lambda body: (404, b"")) as (url, asked), refused:
         reward_server.score(RewardServer(url=url), SAMPLES)
     assert len(asked) == 1

@@ -72,7 +72,11 @@ def _answer(server: RewardServer, request: urllib.request.Request) -> bytes:
                 return content
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code}: {error.reason}"
-            left = 0 if error.code in WRONG and error.code not in BUSY else left
+            if error.code in WRONG and error.code not in BUSY:
+                raise UserError(
+                    f"{_called(server)} refused to answer ({reason}); check the address, and what "
+                    "the server asks for"
+                ) from None
         except (OSError, http.client.HTTPException) as error:
             reason = str(getattr(error, "reason", None) or error) or type(error).__name__
         if not left:

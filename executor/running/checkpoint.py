@@ -247,9 +247,11 @@ def find(path: Path) -> Checkpoint:
         return _read(path)
     there = listed(path / "checkpoints")
     if not there:
+        beside = [checkpoint.name for checkpoint in listed(path.parent)]
+        kept = f": {path.parent} has {', '.join(beside)}" if beside else ""
         raise UserError(
             f"{path}: there is no checkpoint in it; name a run that was saved, or one of its "
-            "checkpoints"
+            f"checkpoints{kept}"
         )
     try:
         return _read(there[-1])
