@@ -54,6 +54,7 @@ def test_a_workload_is_checked_with_its_settings() -> None:
         "algorithm.clip=-1": "algorithm.clip: must be greater than 0, not -1",
         "algorithm": "--set algorithm: write KEY=VALUE",
         "batch.size=3": "--set batch.size=3: batch is no section",
+        "rewards.0.weight=2": "--set rewards.0.weight=2: rewards.0 is no section",
     }.items():
         with pytest.raises(UserError, match=text):
             load_workload(GRPO, (setting,))

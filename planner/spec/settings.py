@@ -31,7 +31,7 @@ def set_in(data: dict[str, Any], settings: Sequence[str]) -> None:
 
 def _within(section: Any, part: str, named: str) -> Any:
     """The section of this name, made if there is none; one of a list by its number."""
-    if isinstance(section, dict):
+    if isinstance(section, dict) and not part.isdigit():
         if section.get(part) is None:
             section[part] = {}
         found = section[part]
