@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,6 +17,7 @@ from conftest import colocated, cpu_cluster, make_plan, make_workload, split
 from processes import PATIENCE, descendants, end, listening, still_there
 
 from executor.fleet.signals import (
+    ENDING,
     REPEAT_SECONDS,
     check_interrupted,
     interruptible,
@@ -332,6 +333,19 @@ def test_a_signal_that_comes_twice_is_handled_once(monkeypatch: pytest.MonkeyPat
     assert handled == [signal.SIGTERM] * 2
 
 
+@pytest.fixture
+def no_run_around(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The signals of a process in which nothing runs; a session of Ray around a test takes them."""
+    monkeypatch.setattr("executor.fleet.signals._asked", threading.Event())
+    before = {number: signal.getsignal(number) for number in ENDING}
+    for number in ENDING:
+        signal.signal(number, signal.SIG_DFL)
+    time.sleep(REPEAT_SECONDS)  # or an interrupt would be taken for the one of another test
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 class Interrupts:
     """An interrupt comes where Python cannot raise: in a finalizer, as where an import ends."""
 
@@ -344,6 +358,7 @@ class Loses(Silent):
         Interrupts()
 
 
+@pytest.mark.usefixtures("no_run_around")
 def test_an_interrupt_that_python_loses_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
     lost: list[object] = []
     monkeypatch.setattr("sys.unraisablehook", lambda args: lost.append(args.exc_type))
@@ -358,10 +373,10 @@ def test_an_interrupt_that_python_loses_is_raised_again(monkeypatch: pytest.Monk
     assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
+@pytest.mark.usefixtures("no_run_around")
 def test_a_loop_ends_by_an_interrupt_that_python_loses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.unraisablehook", lambda args: None)
     spans: dict[int, Span] = {}
-    time.sleep(REPEAT_SECONDS)  # or it would be taken for the one of another test
     with interruptible(), pytest.raises(KeyboardInterrupt):
         loop(tasks_of(colocated(make_workload()), 1), Quick(), spans, Loses())
     assert len(spans) <= 1
