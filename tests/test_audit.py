@@ -16,7 +16,7 @@ from planner.spec.plan import RolloutRole
 
 SCENARIOS = 2  # of random lengths: each multiplies the work of the auditor
 # As many seeds are tried by `make test-fast`, by `make test` and by `make nightly`.
-QUICK, SLOW, NIGHTLY = 8, 60, 460  # seed 8 takes the auditor longest
+QUICK, SLOW, NIGHTLY = 8, 24, 460  # seed 8 takes the auditor longest
 LONGER = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(QUICK, SLOW)]
 SEEDS = [*range(QUICK), *LONGER]
 

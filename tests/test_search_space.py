@@ -302,7 +302,7 @@ LITTLE = {"memory_bytes": 22_810 * 10**6, "flops": 5e13, "host_bandwidth": 2e11}
             [],
         ),
         # What engines on five GPUs offload while they sleep is too much for a host.
-        ((3, 2), (26.07e9, 5.7e9), 50e9, LITTLE, {"max_staleness": 0}, []),
+        ((3, 2), (66e9, 30e9), 50e9, LITTLE, {"max_staleness": 0}, []),
     ],
 )
 def test_no_smaller_pools_are_left_out_that_are_better(
