@@ -1,6 +1,7 @@
 """What rates responses: one reward, or several with weights. Each is a Python function, a server or
 a penalty on length; a model is one too (`RewardModel`, which is beside the other models)."""
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
@@ -36,9 +37,9 @@ class Weighed(Spec):
         return self
 
     @property
+    @abstractmethod
     def default_name(self) -> str:
         """What the reward is called where it has no name of its own."""
-        raise NotImplementedError
 
     @property
     def label(self) -> str:
