@@ -50,16 +50,16 @@ class Batch:
         return given.clone().requires_grad_()
 
 
-def close(ours: Tensor, theirs: Tensor) -> None:
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)
 
 
-def same_loss(ours: Tensor, theirs: Tensor, our_input: Tensor, their_input: Tensor) -> None:
+def assert_same_loss(ours: Tensor, theirs: Tensor, our_input: Tensor, their_input: Tensor) -> None:
     """A loss and its gradient."""
-    close(ours, theirs)
+    assert_close(ours, theirs)
     (our_gradient,) = torch.autograd.grad(ours, our_input)
     (their_gradient,) = torch.autograd.grad(theirs, their_input)
-    close(our_gradient, their_gradient)
+    assert_close(our_gradient, their_gradient)
 
 
 class Groups(Batch):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peers import AdaptiveKLController, RemoteExperienceMaker, openrlhf, verl, verl_functional
-from random_batches import KL_COEF, Batch, Groups, close, same_loss, seeds
+from random_batches import KL_COEF, Batch, Groups, assert_close, assert_same_loss, seeds
 from torch import Tensor, nan
 
 from executor.training import advantages, kl
@@ -22,9 +22,9 @@ K3_MAX = 10.0
 def test_kl(seed: int, kind: Any) -> None:
     batch = Batch(seed)
     ours = kl.kl_penalty(batch.log_probs, batch.reference, kind)
-    close(ours, verl.kl_penalty(batch.log_probs, batch.reference, kind))
+    assert_close(ours, verl.kl_penalty(batch.log_probs, batch.reference, kind))
     theirs = openrlhf.compute_approx_kl(batch.log_probs, batch.reference, kl_estimator=kind)
-    close(ours.clamp(-K3_MAX, K3_MAX), theirs)  # OpenRLHF caps k1 and k2 too
+    assert_close(ours.clamp(-K3_MAX, K3_MAX), theirs)  # OpenRLHF caps k1 and k2 too
 
 
 @pytest.mark.parametrize("kind", ["k2", "k3"])
@@ -32,7 +32,7 @@ def test_kl_far_away(kind: Any) -> None:
     """Up to log-ratios at which k3 is capped, and a ratio would not be finite."""
     x = torch.linspace(-120, 120, 481, requires_grad=True)
     ours = kl.kl_penalty(x, torch.zeros_like(x), kind).sum()
-    same_loss(ours, verl.kl_penalty(x, torch.zeros_like(x), kind).sum(), x, x)
+    assert_same_loss(ours, verl.kl_penalty(x, torch.zeros_like(x), kind).sum(), x, x)
 
 
 @seeds
@@ -42,10 +42,10 @@ def test_rewards_of_tokens(seed: int) -> None:
     ours = advantages.token_rewards(batch.scores, penalty, KL_COEF, batch.mask)
     last = batch.mask & (batch.real.cumsum(1) == batch.real.sum(1, keepdim=True))
     scores = batch.scores[:, None] * last
-    close(ours, verl.compute_rewards(scores, batch.proximal, batch.reference, KL_COEF))
+    assert_close(ours, verl.compute_rewards(scores, batch.proximal, batch.reference, KL_COEF))
     their_kl = batch.proximal - batch.reference
     theirs = openrlhf.compute_reward(batch.scores, KL_COEF, their_kl, batch.mask)
-    close(ours, theirs * batch.real)  # an empty response has a score in its last column
+    assert_close(ours, theirs * batch.real)  # an empty response has a score in its last column
 
 
 @seeds
@@ -56,8 +56,8 @@ def test_gae(seed: int, gamma: float, lam: float) -> None:
     found, returns = advantages.gae(*mine)
     given = batch.rewards, batch.values, batch.real, gamma, lam
     whitened, their_returns = verl.compute_gae_advantage_return(*given)
-    close(returns, their_returns * batch.real)
-    close(_unbiased(found, batch), whitened * batch.real)
+    assert_close(returns, their_returns * batch.real)
+    assert_close(_unbiased(found, batch), whitened * batch.real)
 
 
 def _unbiased(found: Tensor, batch: Batch) -> Tensor:
@@ -76,7 +76,7 @@ def test_gae_without_holes(seed: int, gamma: float, lam: float) -> None:
         None, batch.values, batch.rewards, batch.mask, gamma, lam
     )
     for mine, other in zip(ours, theirs, strict=True):
-        close(mine, other * batch.real)
+        assert_close(mine, other * batch.real)
 
 
 @seeds
@@ -89,7 +89,7 @@ def test_rewards_to_go(seed: int) -> None:
     _, theirs = verl.compute_reinforce_plus_plus_outcome_advantage(
         batch.rewards, batch.real, config
     )
-    close(ours, theirs)
+    assert_close(ours, theirs)
 
 
 @seeds
@@ -114,8 +114,8 @@ def test_from_scores_to_whitened_advantages(seed: int, kind: str) -> None:
     )
     experience = _experience(batch)
     _openrlhf_maker(kind, gamma, lam).compute_advantages_and_returns([experience])
-    close(found.advantages, experience.advantages * batch.real)
-    close(found.returns, experience.returns * batch.real)
+    assert_close(found.advantages, experience.advantages * batch.real)
+    assert_close(found.returns, experience.returns * batch.real)
 
 
 def _experience(batch: Batch) -> SimpleNamespace:
@@ -155,7 +155,7 @@ def test_advantages_over_a_group_of_verl(seed: int, kind: str) -> None:
         theirs, _ = verl.compute_grpo_outcome_advantage(
             *given, norm_adv_by_std_in_grpo=kind == "grpo"
         )
-    close(batch.ours(kind, whiten=False), theirs)
+    assert_close(batch.ours(kind, whiten=False), theirs)
 
 
 @seeds
@@ -165,7 +165,7 @@ def test_reinforce_with_a_baseline_of_verl(seed: int) -> None:
         batch.rewarded, batch.real, index=batch.index
     )
     raw = batch.ours("reinforce++-baseline", whiten=False)
-    close(_unbiased(raw, batch), theirs)
+    assert_close(_unbiased(raw, batch), theirs)
 
 
 @seeds
@@ -186,7 +186,7 @@ def test_advantages_over_a_group_of_openrlhf(seed: int, kind: str, called: str) 
     if kind == "grpo":  # 1e-9 is added to the deviation, and not 1e-6
         torch.testing.assert_close(ours, theirs * batch.real, rtol=1e-4, atol=1e-5)
     else:
-        close(ours, theirs * batch.real)
+        assert_close(ours, theirs * batch.real)
 
 
 @pytest.mark.parametrize("current", [0.0, 0.05, 0.11, 0.3])

@@ -15,7 +15,17 @@ from peers import (
     compute_rollout_correction_weights,
     verl,
 )
-from random_batches import CAP, CLIP, DUAL, KL_COEF, VALUE_CLIP, Batch, close, same_loss, seeds
+from random_batches import (
+    CAP,
+    CLIP,
+    DUAL,
+    KL_COEF,
+    VALUE_CLIP,
+    Batch,
+    assert_close,
+    assert_same_loss,
+    seeds,
+)
 from torch import Tensor
 
 from executor.training import aggregation, correction, losses
@@ -69,7 +79,7 @@ def test_policy_loss_of_verl(seed: int, kind: Any, high: float) -> None:
     their_loss, said = OF_VERL[kind](
         batch.proximal, theirs, batch.advantages, batch.real, "token-mean", config, weights
     )
-    same_loss(our_loss, their_loss, ours, theirs)
+    assert_same_loss(our_loss, their_loss, ours, theirs)
     means = aggregation.mean_stats(stats)
     assert means["clip_share"] == pytest.approx(said["actor/pg_clipfrac"])
     assert means["dual_clip_share"] == pytest.approx(said["actor/pg_clipfrac_lower"])
@@ -91,7 +101,7 @@ def test_policy_loss_of_openrlhf(seed: int, dual: float | None) -> None:
     )
     given = batch.proximal, batch.advantages, batch.real, batch.behaviour
     their_loss, clipped, _, _, filtered = loss(theirs, *given)
-    same_loss(our_loss, their_loss, ours, theirs)
+    assert_same_loss(our_loss, their_loss, ours, theirs)
     means = aggregation.mean_stats(stats)
     assert means["clip_share"] == pytest.approx(clipped.item())
     share = (batch.proximal - batch.behaviour).exp()[batch.mask] > CAP
@@ -155,7 +165,7 @@ def test_policy_loss_of_trl(seed: int) -> None:
     batch.behaviour = batch.proximal
     ours, theirs = batch.nan("log_probs"), batch.plain("log_probs")
     our_loss, _ = our_policy_loss(batch, ours)
-    same_loss(our_loss, trl_loss(batch, theirs), ours, theirs)
+    assert_same_loss(our_loss, trl_loss(batch, theirs), ours, theirs)
 
 
 def sequences_of(batch: Batch, sequences: int) -> Tensor:
@@ -176,12 +186,14 @@ def test_gspo_of_openrlhf_and_trl(seed: int) -> None:
     normalizer = sequences_of(batch, int(batch.mask.any(1).sum()))
     our_loss, _ = our_policy_loss(batch, ours, kind="gspo", normalizer=normalizer)
     loss = PolicyLoss(CLIP, CLIP, policy_loss_type="gspo")
-    same_loss(our_loss, loss(theirs, batch.proximal, batch.advantages, batch.real)[0], ours, theirs)
+    assert_same_loss(
+        our_loss, loss(theirs, batch.proximal, batch.advantages, batch.real)[0], ours, theirs
+    )
     ours, theirs = batch.nan("log_probs"), batch.plain("log_probs")
     normalizer = sequences_of(batch, len(batch.mask))
     our_loss, _ = our_policy_loss(batch, ours, kind="gspo", normalizer=normalizer)
     settings = {"importance_sampling_level": "sequence", "loss_type": "grpo"}
-    same_loss(our_loss, trl_loss(batch, theirs, **settings), ours, theirs)
+    assert_same_loss(our_loss, trl_loss(batch, theirs, **settings), ours, theirs)
 
 
 @seeds
@@ -192,7 +204,7 @@ def test_cispo_of_trl(seed: int) -> None:
     ours, theirs = batch.nan("log_probs"), batch.plain("log_probs")
     our_loss, _ = our_policy_loss(batch, ours, kind="cispo", clip=1.0, clip_high=0.5)
     their_loss = trl_loss(batch, theirs, loss_type="cispo", epsilon_high=1.5)
-    same_loss(our_loss, their_loss, ours, theirs)
+    assert_same_loss(our_loss, their_loss, ours, theirs)
 
 
 @seeds
@@ -214,14 +226,18 @@ def test_aggregation(seed: int, kind: Any) -> None:
         "sequence": "seq-mean-token-mean",
         "constant": "seq-mean-token-sum-norm",
     }
-    close(ours(some), verl.agg_loss(batch.values, batch.real, names[kind]))
+    assert_close(ours(some), verl.agg_loss(batch.values, batch.real, names[kind]))
     if kind != "constant":
         by_token = kind == "token"
-        close(ours(some), aggregate_loss(batch.values, batch.real, token_level_loss=by_token))
+        assert_close(
+            ours(some), aggregate_loss(batch.values, batch.real, token_level_loss=by_token)
+        )
     # TRL's loss is that of a policy that did not move: minus the advantages.
     batch.advantages, batch.log_probs = -batch.values, batch.proximal
     of_trl = {"token": "bnpo", "sequence": "grpo", "constant": "dr_grpo"}
-    close(ours(len(batch.mask)), trl_loss(batch, batch.plain("log_probs"), loss_type=of_trl[kind]))
+    assert_close(
+        ours(len(batch.mask)), trl_loss(batch, batch.plain("log_probs"), loss_type=of_trl[kind])
+    )
 
 
 @seeds
@@ -240,7 +256,7 @@ def test_kl_loss_of_trl(seed: int) -> None:
         coef=KL_COEF,
         normalizer=batch.tokens,
     )
-    same_loss(our_loss + kl, trl_loss(batch, theirs, beta=KL_COEF), ours, theirs)
+    assert_same_loss(our_loss + kl, trl_loss(batch, theirs, beta=KL_COEF), ours, theirs)
 
 
 @seeds
@@ -257,7 +273,7 @@ def test_kl_loss(seed: int, kind: Any) -> None:
         normalizer=batch.tokens,
     )
     kl = verl.kl_penalty(theirs, batch.reference, kind)
-    same_loss(our_loss, KL_COEF * verl.agg_loss(kl, batch.real, "token-mean"), ours, theirs)
+    assert_same_loss(our_loss, KL_COEF * verl.agg_loss(kl, batch.real, "token-mean"), ours, theirs)
 
 
 @seeds
@@ -275,16 +291,16 @@ def test_value_loss(seed: int, clip: float | None) -> None:
     )
     (our_gradient,) = torch.autograd.grad(our_loss, ours, retain_graph=True)
     of_openrlhf = ValueLoss(clip)(theirs, batch.old_values, batch.returns, batch.real)
-    same_loss(our_loss, of_openrlhf, ours, theirs)
+    assert_same_loss(our_loss, of_openrlhf, ours, theirs)
     if clip is None:
         return  # it cannot be turned off in verl
     theirs = batch.plain("values")
     of_verl, clipped = verl.compute_value_loss(
         theirs, batch.returns, batch.old_values, batch.real, clip
     )
-    close(our_loss, of_verl)
+    assert_close(our_loss, of_verl)
     (their_gradient,) = torch.autograd.grad(of_verl, theirs)
-    close(our_gradient, their_gradient)
+    assert_close(our_gradient, their_gradient)
     assert aggregation.mean_stats(stats)["value_clip_share"] == pytest.approx(clipped.item())
 
 
@@ -302,5 +318,5 @@ def test_micro_batches_add_up(seed: int) -> None:
     )
     of_verl = verl.agg_loss(batch.values, batch.real, "token-mean")
     of_openrlhf = aggregate_loss(batch.values, batch.real)
-    close(ours, of_verl)
-    close(ours, of_openrlhf)
+    assert_close(ours, of_verl)
+    assert_close(ours, of_openrlhf)

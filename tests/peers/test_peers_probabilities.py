@@ -12,7 +12,7 @@ from peers import (
     trl,
     verl_functional,
 )
-from random_batches import CAP, Batch, close, seeds
+from random_batches import CAP, Batch, assert_close, seeds
 from torch import Tensor
 
 from executor.training import correction, lm_head
@@ -49,7 +49,7 @@ def test_importance_weights(seed: int, level: Any, masking: Any, called: str | N
         bounds = f"{1 / HIGH}_{1 / LOW}"  # of the rollout's probability by the trainer's
         kept, _ = compute_rollout_rejection_mask(log_ratio, batch.real, called, bounds)
         theirs = theirs * kept
-    close(ours, theirs * batch.real)
+    assert_close(ours, theirs * batch.real)
 
 
 @seeds
@@ -82,16 +82,16 @@ def test_log_probs_and_entropies(seed: int, temperature: float) -> None:
         openrlhf.log_probs_from_logits(logits.clone(), targets, temperature),
         trl.selective_log_softmax(logits, targets, temperature),
     ):
-        close(ours, theirs)
+        assert_close(ours, theirs)
         same_gradients(ours, theirs, weight)
-    close(lm_head.log_probs(*given), ours)
+    assert_close(lm_head.log_probs(*given), ours)
     for function in (
         verl_functional.entropy_from_logits,
         openrlhf.compute_entropy,
         trl.entropy_from_logits,
     ):
         theirs = function(logits / temperature)
-        close(entropies, theirs)
+        assert_close(entropies, theirs)
         same_gradients(entropies, theirs, weight)
 
 
