@@ -26,6 +26,7 @@ from executor.fleet.signals import (
 from executor.fleet.worker import Record
 from executor.running import checkpoint
 from executor.running.execute import rehearse
+from executor.running.generating import check_agreement
 from executor.running.loop import Course, Silent, loop
 from executor.running.options import RunOptions
 from executor.running.rehearse import Rehearsal
@@ -33,7 +34,6 @@ from executor.running.run import Recorded, Run
 from executor.running.run_directory import RunDirectory, log
 from executor.running.said import Said
 from executor.running.saving import Saver
-from executor.running.step import check_agreement
 from executor.running.supervise import Deadlines
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate

@@ -25,7 +25,8 @@ from executor.running import checkpoint, step
 from executor.running.execute import execute, resume
 from executor.running.loop import Silent
 from executor.running.options import RunOptions
-from executor.running.step import Done, Training
+from executor.running.step import Training
+from executor.running.step_data import Done
 from planner.predict.forecast import predict
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError

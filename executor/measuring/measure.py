@@ -19,7 +19,8 @@ from executor.measuring.group import BatchSize, Group
 from executor.measuring.samples import Sample, samples_of, summed_up
 from executor.running import preflight
 from executor.running.loop import Silent, loop
-from executor.running.step import Done, Training
+from executor.running.step import Training
+from executor.running.step_data import Done
 from executor.running.supervise import Deadlines
 from planner.predict.points import Batched, Point
 from planner.predict.schedule import Task, tasks_of

@@ -102,6 +102,11 @@ class Rewarding:
         ]
         return np.asarray(np.sum(parts, axis=0, dtype=np.float32))
 
+    def by_name(self, rated: Rated) -> dict[str, Ratings]:
+        """Scores by the names of the rewards, where there are several."""
+        rewards = self.workload.rewards
+        return {rewards[at].label: scores for at, scores in rated.items() if rewards}
+
     def samples(self, prompts: Prompts, responses: Sequence[Ints], rows: Sequence[int]) -> Samples:
         """Responses to the prompts of some rows, as rewards are told of them."""
         texts = self.source.decode(responses) if responses else []

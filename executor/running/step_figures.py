@@ -1,13 +1,30 @@
-"""Figures of a step besides those of the algorithm: spreads, and how much each pool did nothing."""
+"""Figures of a step besides those of the algorithm: spreads, weights, and how much each pool did
+nothing."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from planner.spec.timeline import Span
 
 Interval = tuple[float, float]
+
+
+def version_figures(number: int, versions: list[int]) -> dict[str, Any]:
+    """Figures of the weights that sampled the sequences of a step: mean staleness and newest
+    version, sequences by staleness, and the version of each sequence in the order of the batch, as
+    runs of [version, sequences]."""
+    staleness = Counter(number - version for version in versions)
+    return {
+        "staleness": number - float(np.mean(versions)),
+        "staleness_histogram": {str(lag): staleness[lag] for lag in sorted(staleness)},
+        "weights_version": max(versions),
+        "weights_versions": [[version, len(list(run))] for version, run in groupby(versions)],
+    }
 
 
 def spread_of(name: str, values: NDArray[Any]) -> dict[str, float]:

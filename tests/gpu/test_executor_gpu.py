@@ -15,7 +15,7 @@ from ray.exceptions import RayActorError
 from recording import Recording
 
 from executor.data.batch import Sequences
-from executor.running.step import Done
+from executor.running.step_data import Done
 from executor.training import models, residual
 from executor.training.packing import pack
 from planner.predict.schedule import Task
