@@ -211,6 +211,7 @@ def make_plan(
     offsets: dict[str, int] | None = None,
     blocking: bool = False,
     staleness: int = 0,
+    sync: str = "boundary",
     layouts: dict[str, dict[str, Any]] | None = None,
     cluster: Cluster | None = None,
     name: str = "test",
@@ -246,6 +247,7 @@ def make_plan(
             "roles": written,
             "program": program_of(workload, order, offsets, blocking),
             "staleness": staleness,
+            "sync": sync,
         }
     )
 

@@ -12,6 +12,12 @@ alone; the other two are known once a program says which call is issued last bef
                                     p: of a or b, whichever is issued last before it
                                     q: of b, issued last before it
 
+A call that streams neither takes a pool over nor hands it on. Where `generate` streams, the data
+alone say when it starts (once the sync that is issued last before it has ended) and who waits for
+its end. `sync_weights` does not wait for it but interrupts it, and those of several steps run side
+by side. `sync_weights` and `evaluate` still take turns on its pools: so an evaluation has the same
+weights from start to end.
+
 `schedule` turns needs into tasks and into the event graph of a program, `enumerate_programs` into
 the event graphs of many programs, and `choices` into what all programs have in common. Waits,
 which belong to a program and not to a dataflow, are added by `schedule`.
@@ -72,14 +78,13 @@ def data_needs(flow: Dataflow) -> Needs:
 
 def pool_needs(flow: Dataflow, pools_of: PoolsOf) -> Needs:
     """What each call needs of its pools: the call on the pool that was issued last before it, which
-    may be itself, of the step before."""
+    may be itself, of the step before. A call that streams needs none, and none needs it."""
+    taken = {call.name: () if call.streams else pools_of(call) for call in flow.calls}
     users: dict[str, tuple[str, ...]] = {}
-    for call in flow.calls:
-        for pool in pools_of(call):
-            users[pool] = (*users.get(pool, ()), call.name)
-    return {
-        call.name: tuple(Need(pool, users[pool]) for pool in pools_of(call)) for call in flow.calls
-    }
+    for name, pools in taken.items():
+        for pool in pools:
+            users[pool] = (*users.get(pool, ()), name)
+    return {name: tuple(Need(pool, users[pool]) for pool in pools) for name, pools in taken.items()}
 
 
 def before_overwriting(flow: Dataflow) -> Needs:

@@ -11,6 +11,7 @@ from planner.predict.objective import Objective
 from planner.predict.profile import Profile
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
+from planner.spec.errors import UserError
 from planner.spec.plan import Plan, Predicted, Proof
 from planner.spec.timeline import Span, Timeline
 
@@ -20,6 +21,8 @@ def durations(
 ) -> dict[str, Estimate]:
     """The estimate of every call of a plan, seconds over the length scenarios [S]; from a `model`
     of its workload and cluster, if there is one."""
+    if plan.streams:
+        raise UserError(f"plan {plan.name!r}: sync = 'in_flight' cannot be predicted yet")
     model = model or CostModel(plan.workload, plan.cluster, profiles)
     return {call.name: model.call(call, plan) for call in plan.dataflow.calls}
 

@@ -2,6 +2,7 @@
 
 A call starts as soon as every earlier-issued call that shares a pool with it has ended, everything
 that it reads exists at the versions that the program implies, and every earlier wait is satisfied.
+Generation that streams takes no turns on its pools, so it counts in the first of these for nobody.
 What reads and pools ask for stands in `edges.py`; waits, which only a program has, are added here.
 The simulator, the exact evaluator and the executor all consume tasks or event graphs from here.
 """
@@ -23,7 +24,8 @@ from planner.spec.workload import find_files, with_evaluation_counted
 class Task:
     """One call of one step. `after` are the indices of all tasks that must have ended before it
     starts, `waits` those among them that a wait names. `weights_version` counts the updates in the
-    weights that it uses (or makes)."""
+    weights that it uses (or makes); of generation that streams in the first that it uses, as more
+    are installed before it ends."""
 
     index: int
     call: Call

@@ -33,7 +33,8 @@ class Call:
     it runs the workload's reward function, and takes its time. What goes on `since_generation` has
     its seconds counted from the end of that, however late it is issued. A `monitor` watches the
     training: no other call reads what it writes, and it does not count in the steady state that a
-    search optimises."""
+    search optimises. A call that `streams` takes no turns on its pools: those of several steps run
+    at once, and what else runs there does not wait for them."""
 
     name: str
     roles: tuple[str, ...]
@@ -44,6 +45,7 @@ class Call:
     scores: bool = False
     since_generation: bool = False
     monitor: bool = False
+    streams: bool = False
 
     def runs_at(self, step: int) -> bool:
         return step % self.every == self.every - 1
@@ -80,6 +82,13 @@ class Dataflow:
     def steady(self) -> "Dataflow":
         """The calls of every step: all but the monitors."""
         return Dataflow(calls=tuple(call for call in self.calls if not call.monitor))
+
+    @cached_property
+    def streamed(self) -> "Dataflow":
+        """The same calls where generation streams."""
+        streams = replace(self.generates, streams=True)
+        calls = (streams if call.name == streams.name else call for call in self.calls)
+        return Dataflow(calls=tuple(calls))
 
     @cached_property
     def state(self) -> frozenset[str]:

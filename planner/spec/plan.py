@@ -148,6 +148,9 @@ class Plan(File):
     roles: dict[str, Role]
     program: Annotated[tuple[Item, ...], Field(min_length=1)]
     staleness: NonNegativeInt
+    sync: Annotated[
+        Literal["boundary", "in_flight"], Field(exclude_if=lambda sync: sync == "boundary")
+    ] = "boundary"
     predicted: Predicted | None = None
     provenance: Provenance | None = None
 
@@ -182,11 +185,19 @@ class Plan(File):
                 )
             _check_role(self, name, role)
         _check_program(self)
+        if self.streams:
+            _check_stream(self)
         return self
 
     @property
+    def streams(self) -> bool:
+        """Whether generation streams, and weights arrive in flight."""
+        return self.sync == "in_flight"
+
+    @property
     def dataflow(self) -> Dataflow:
-        return self.workload.dataflow
+        flow = self.workload.dataflow
+        return flow.streamed if self.streams else flow
 
     @property
     def rollout(self) -> RolloutRole:
@@ -290,4 +301,26 @@ def _check_program(plan: Plan) -> None:
         if calls.count(call) != 1:
             raise ValueError(
                 f"program: {call} is issued {calls.count(call)} times a round; issue it once"
+            )
+
+
+def _check_stream(plan: Plan) -> None:
+    """Raise ValueError where weights cannot arrive in flight."""
+    if plan.workload.sync == "boundary":
+        raise ValueError(
+            "sync = 'in_flight', but the workload has sync = 'boundary'; set that to 'in_flight' "
+            "or 'any'"
+        )
+    if not plan.staleness:
+        raise ValueError(
+            "sync = 'in_flight' with a staleness of 0: nothing is in flight when weights arrive; "
+            "give generate an offset, or leave sync out"
+        )
+    if plan.rollout.offload:
+        raise ValueError("sync = 'in_flight': engines never sleep; set roles.rollout.offload=false")
+    for name, role in plan.trainers.items():
+        if set(role.pools) & set(plan.rollout.pools):
+            raise ValueError(
+                f"sync = 'in_flight': {name} is on pool {role.pools[0]!r}, which generation holds "
+                "all the time; give it another pool"
             )

@@ -188,7 +188,10 @@ class Workload(File):
     steps: Steps = 100
     seed: Seed = 0
     samples_per_prompt: Count = 1
-    sync: Literal["boundary", "in_flight"] = "boundary"
+    sync: Literal["boundary", "in_flight", "any"] = "boundary"
+    kv: Literal["keep", "recompute"] = Field(  # what becomes of KV caches when weights arrive
+        default="keep", exclude_if=lambda kv: kv == "keep"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -279,9 +282,21 @@ class Workload(File):
                 f"heads with {shape.kv_heads} of keys; set it to {' or '.join(works)}, or leave "
                 "it out"
             )
-        if self.sync != "boundary":
-            raise ValueError(f"sync = {self.sync!r} is not supported yet; leave it at 'boundary'")
         _check_rewards(self)
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_in_flight(self) -> Self:
+        if self.sync == "in_flight" and not self.max_staleness:
+            raise ValueError(
+                "sync = 'in_flight' with max_staleness = 0: nothing is in flight when weights "
+                "arrive; set max_staleness to 1 or more, or sync to 'boundary'"
+            )
+        if self.sync == "boundary" and self.kv != "keep":
+            raise ValueError(
+                f"kv = {self.kv!r} is about weights that arrive in flight; set sync to 'in_flight' "
+                "or 'any', or leave kv out"
+            )
         return self
 
     @property

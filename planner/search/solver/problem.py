@@ -21,6 +21,7 @@ from planner.search.space.arrays import Array
 from planner.search.space.placements import PlacementFamily, Sharing, gpus_of_kinds
 from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Dataflow
+from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.workload import Workload
 
@@ -236,6 +237,11 @@ def problem_of(
     """The problem of a workload on a cluster, at the costs of the profiles (else of the roofline).
     `max_staleness` replaces the workload's, if it is not None. Raises UserError for profiles that
     do not fit."""
+    if workload.sync != "boundary":
+        raise UserError(
+            f"sync = {workload.sync!r} cannot be searched yet; set it to 'boundary', or write the "
+            "plan by hand"
+        )
     check_profiles(profiles, workload, cluster)
     if max_staleness is not None:
         workload = workload.changed(max_staleness=max_staleness)
