@@ -13,6 +13,7 @@ from planner import __version__
 from planner.commands.options import (
     COUNT,
     COUNT_OR_NONE,
+    STALENESS,
     STEP_COUNT,
     Duration,
     JobOptions,
@@ -176,6 +177,50 @@ def baseline(job: JobOptions, name: str, out: Path) -> None:
     from planner.commands.search import baseline
 
     baseline(job, name, out=out, command=_command_line())
+
+
+@main.command()
+@inputs
+@click.option(
+    "--pool",
+    "pools",
+    multiple=True,
+    required=True,
+    metavar="ROLES=GPUS",
+    help=(
+        "actor,critic=8 (roles that share so many GPUs) or all=8. May be given more than once; the "
+        "rollout may be in several pools."
+    ),
+)
+@click.option(
+    "--staleness",
+    type=STALENESS,
+    default=0,
+    show_default=True,
+    metavar="K",
+    help="How many updates old sequences may be.",
+)
+@click.option(
+    "--layout",
+    "layouts",
+    multiple=True,
+    metavar="ROLE.KEY=VALUE",
+    help="A layout that is not to be chosen, such as actor.shard=4. May be given more than once.",
+)
+@click.option("--out", type=file_path(), help="Also write it as a plan.")
+def estimate(
+    job: JobOptions,
+    pools: tuple[str, ...],
+    staleness: int,
+    layouts: tuple[str, ...],
+    out: Path | None,
+) -> None:
+    """Say what a step takes on pools that you name.
+
+    Shows seconds of each call and of the step. Layouts are chosen, or given with --layout."""
+    from planner.commands.estimate import estimate
+
+    estimate(job, pools, layouts, staleness, out, _command_line())
 
 
 @main.command()

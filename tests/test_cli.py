@@ -77,6 +77,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
     first = [
         "search",
         "baseline",
+        "estimate",
         "check",
         "explain",
         "what-if",

@@ -6,6 +6,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from planner.predict.costs.estimates import Estimate
 from planner.report.compare import Comparison, SecondsCompared, occupancy
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
 from planner.spec.wording import plural
@@ -181,6 +182,24 @@ def calls_table(plan: Plan, call_seconds: Mapping[str, float]) -> Table:
             seconds(value),
             ", ".join(map(escape, plan.pools_of(plan.dataflow[call]))) or HOST,
         )
+    return table
+
+
+def estimate_table(plan: Plan, estimates: Mapping[str, Estimate]) -> Table:
+    """Mean seconds of each call of a step, the share of them, the pools that it occupies, and where
+    the figure comes from."""
+    table = plain_table()
+    table.add_column("call", no_wrap=True)
+    for title in ("seconds", "share"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("pools")
+    table.add_column("source", no_wrap=True)
+    means = {name: float(found.seconds.mean()) for name, found in estimates.items()}
+    total = sum(means.values())
+    for call, value in means.items():
+        pools = ", ".join(map(escape, plan.pools_of(plan.dataflow[call]))) or HOST
+        source = estimates[call].source
+        table.add_row(call, seconds(value), f"{value / total:.0%}", pools, source)
     return table
 
 
