@@ -6,11 +6,10 @@ from hypothesis import strategies as st
 from planner.predict.generation import (
     BatchLengths,
     GenerationRun,
-    Speed,
     deal,
-    engine_speed,
     generation_seconds,
 )
+from planner.predict.speed import Speed, engine_speed
 from planner.spec.cluster import load_device
 from planner.spec.workload import Shape
 

@@ -1,5 +1,6 @@
 import pytest
 
+from planner.predict.kv_cache import AMPLE
 from planner.predict.memory import (
     COMMUNICATION_BYTES,
     ENGINE_ASLEEP_BYTES,
@@ -8,9 +9,12 @@ from planner.predict.memory import (
     SPARE,
     RoleMemory,
     activation_bytes,
+    kv_bytes_per_token,
     kv_cache_bytes,
+    kv_room,
     plan_memory,
     pool_peak,
+    process_bytes,
     rollout_fraction,
     rollout_memory,
     trainer_allowance,
@@ -278,8 +282,21 @@ def test_roles_that_do_not_fit_together_are_named() -> None:
         check_memory(plan(**kept))
 
 
-def test_memory_fraction_must_cover_the_cache() -> None:
-    with pytest.raises(UserError, match=r"memory_fraction of 0\.\d+ for 256 sequences"):
+def test_memory_fraction_must_hold_a_longest_sequence() -> None:
+    with pytest.raises(UserError, match=r"memory_fraction of 0\.\d+ for a longest sequence"):
         check_memory(
-            plan(rollout=engine(replicas=8, concurrency=256, memory_fraction=0.15, offload=True))
+            plan(rollout=engine(replicas=8, concurrency=256, memory_fraction=0.1, offload=True))
         )
+
+
+def test_less_memory_than_slots_need_is_a_limit_of_tokens() -> None:
+    tight = engine(replicas=8, concurrency=256, memory_fraction=0.15, offload=True)
+    check_memory(plan(rollout=tight))
+    room = kv_room(SEVEN_B, tight, H200)
+    per_token = kv_bytes_per_token(SEVEN_B.actor.shape, 1, H200)
+    memory = rollout_memory(SEVEN_B, tight, H200)
+    assert room * per_token <= memory.detail["kv_cache"] < (room + 1) * per_token
+    assert memory.running == int(0.15 * H200.memory_bytes) - process_bytes(H200)
+    needed = rollout_fraction(SEVEN_B, 1, 256, H200)
+    assert kv_room(SEVEN_B, tight.changed(memory_fraction=needed), H200) == AMPLE
+    assert kv_room(SEVEN_B, tight.changed(engine="transformers"), H200) == AMPLE

@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from itertools import product
 
+from planner.predict.kv_cache import AMPLE
 from planner.predict.layouts import MICRO_BATCH_TOKENS, rollout_layouts, trainer_layouts
+from planner.predict.memory import kv_room
 from planner.predict.memory_check import check_memory
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
@@ -153,6 +155,7 @@ def _rollout(
         for layout in rollout_layouts(workload, parts, homes.rollout, device)
         if layout.tensor_parallel == tensor_parallel
         and layout.offload == (asleep and device.kind == "cuda")
+        and kv_room(workload, layout, device) == AMPLE
     ]
     return max(known, key=lambda layout: layout.concurrency, default=None)
 

@@ -21,7 +21,7 @@ from planner.predict.costs.scoring import Scoring
 from planner.predict.costs.syncs import SyncCosts
 from planner.predict.costs.trainers import TrainerCosts
 from planner.predict.likeness import TrainerCall, like_host
-from planner.predict.memory import moved_bytes
+from planner.predict.memory import kv_room, moved_bytes
 from planner.predict.profile import Profile
 from planner.predict.roofline import Cost, Place, host_seconds, sharding_of
 from planner.spec.cluster import Cluster
@@ -125,9 +125,10 @@ class CostModel:
         """The batch on the engines of all places (one per pool of the rollout)."""
         engines, tensor_parallel = engines_of(layout, places), layout.tensor_parallel
         device, count = engines[0][0], sum(number for _, number in engines)
+        room = kv_room(self.workload, layout, device)
 
         def estimate() -> Estimate:
-            run = self.rollouts.run(tensor_parallel, layout.concurrency, engines)
+            run = self.rollouts.run(tensor_parallel, layout.concurrency, engines, room)
             while not run.done:
                 run.advance()
             slots = np.array([layout.concurrency])
@@ -138,7 +139,7 @@ class CostModel:
                 return alone
             return alone.with_moves(self.rollouts.moves(tensor_parallel, device))
 
-        key = ("generate", tensor_parallel, layout.concurrency, layout.offload, engines)
+        key = ("generate", tensor_parallel, layout.concurrency, layout.offload, engines, room)
         return self._once(key, estimate)
 
     def sync(

@@ -25,72 +25,17 @@ even share of the first samples, which alone have their prompt to `prefill`, in 
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from planner.predict.columns import Integers, Seconds
-from planner.predict.memory import compute_bytes, kv_bytes_per_token
-from planner.predict.roofline import LINK_LATENCY_SECONDS
-from planner.spec.cluster import Device
-from planner.spec.workload import Shape
+from planner.predict.kv_cache import AMPLE
+from planner.predict.preemption import UNUSED, preempting_seconds
+from planner.predict.speed import Speed
 
 # Equal engines with a queue: if there are more than these, the others are taken to do as these with
 # their share of the requests.
 FOLLOWED_ENGINES = 64
-
-# Seconds of a decoding step in addition to the roofline (scheduling, sampling with
-# log-probabilities, launching the graph), and those of each sequence in it. On a GPU as engines of
-# 1.5B and 7B models with 64 to 512 sequences each had it (profiles/h200/README.md).
-STEP_SECONDS = {"cuda": 1.5e-3, "cpu": 4e-3}
-SEQUENCE_SECONDS = {"cuda": 1e-5, "cpu": 1e-4}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Speed:
-    """Coefficients in seconds of one engine. Matrices of a step with n sequences take max(weights,
-    n * arithmetic)."""
-
-    weights: float
-    arithmetic: float
-    attention: float  # per token of context in a step
-    step: float
-    sequence: float
-    prefill_token: float
-    prefill_square: float  # times the square of a prompt's length
-
-    def matrices(self, active: int) -> float:
-        """Seconds of a step with `active` sequences, attention apart."""
-        return max(self.weights, self.arithmetic * active) + self.step + self.sequence * active
-
-    def prefill(self, prompt: int) -> float:
-        return self.prefill_token * prompt + self.prefill_square * prompt * prompt
-
-
-def engine_speed(shape: Shape, tensor_parallel: int, device: Device) -> Speed:
-    """The roofline of one engine: bytes over the memory's rate against operations over the matrix
-    rate, each at its efficiency, and two all-reduces per layer between the GPUs of the engine
-    (Shoeybi et al. 2019, arXiv:1909.08053)."""
-    flops = device.flops * device.efficiency_compute * tensor_parallel
-    bandwidth = device.memory_bandwidth * device.efficiency_memory
-    size, peers = compute_bytes(device), tensor_parallel - 1
-    matrices = shape.layers * shape.block_parameters + shape.embedding_parameters
-    read = kv_bytes_per_token(shape, tensor_parallel, device) / bandwidth
-    scores = (
-        4 * shape.layers * shape.heads * shape.head_dim
-    )  # FLOPs per query and key, both products
-    reduced = 2 * shape.layers * 2 * size * shape.hidden * peers / tensor_parallel
-    reduce_token = reduced / (device.link_bandwidth * device.efficiency_link)
-    return Speed(
-        weights=size * matrices / tensor_parallel / bandwidth,
-        arithmetic=2 * matrices / flops,
-        attention=max(read, scores / flops),
-        step=STEP_SECONDS[device.kind]
-        + (2 * shape.layers * LINK_LATENCY_SECONDS if peers else 0.0),
-        sequence=SEQUENCE_SECONDS[device.kind] + reduce_token,
-        prefill_token=2 * shape.layers * shape.block_parameters / flops + reduce_token,
-        prefill_square=scores / 2 / flops,
-    )
 
 
 def generation_seconds(
@@ -144,30 +89,38 @@ class BatchLengths:
         self._rising = np.sort(responses, axis=1)
         self._levels = self._rising[0, [int(share * responses.shape[1]) for share in self.LEVELS]]
 
-    def floors(self, speed: Speed, engines: Integers, concurrency: Integers) -> Seconds:
-        """Seconds [n, S] that generation with `engines` [n] of `concurrency` [n] slots each is not
-        below: the larger of two floors.
+    def floors(
+        self, speed: Speed, engines: Integers, concurrency: Integers, room: Integers | None = None
+    ) -> Seconds:
+        """Seconds [n, S] that generation with `engines` [n] of `concurrency` [n] slots and `room`
+        [n] for tokens each (None: AMPLE) is not below: the larger of two floors.
 
         Work: what all engines take on average. An engine's steps are no fewer than its tokens over
         its slots, nor than the longest response among those that it starts with. Only their number
         depends on the order of the requests; the rest is linear in tokens and contexts, and
-        matrices take no less than what either all steps or all tokens need.
+        matrices take no less than what either all steps or all tokens need. No step's contexts are
+        more than an engine has room for, and what is preempted only adds prefills.
 
         Queue: the steps that pass at least, full ones as long as requests wait. As jobs taken in
         their order start no later if some of them get shorter, start times are not below those of
         jobs that take their length in full steps with no contexts but prompts. Once the queue is
-        empty a step takes no less than a lone sequence's."""
+        empty a step takes no less than a lone sequence's, and no step of an engine does that may
+        preempt, for that has empty slots."""
+        room = np.full_like(engines, AMPLE) if room is None else room
         return np.maximum(
-            self._work_floors(speed, engines, concurrency),
-            self._queue_floors(speed, engines, concurrency),
+            self._work_floors(speed, engines, concurrency, room),
+            self._queue_floors(speed, engines, concurrency, room),
         )
 
-    def _work_floors(self, speed: Speed, engines: Integers, concurrency: Integers) -> Seconds:
+    def _work_floors(
+        self, speed: Speed, engines: Integers, concurrency: Integers, room: Integers
+    ) -> Seconds:
         pairs = zip(engines.tolist(), concurrency.tolist(), strict=True)
         starting = [self._longest_at_first(*pair) for pair in pairs]
         longest = np.reshape(starting, (-1, len(self._tokens)))
         tokens = self._tokens
         steps = np.maximum(tokens / concurrency[:, None], longest)  # of all engines together
+        steps = np.maximum(steps, (self._context_sums + UNUSED * tokens) / room[:, None])
         matrices = np.maximum(speed.weights * steps, speed.arithmetic * tokens) + speed.step * steps
         decoding = matrices + speed.sequence * tokens + speed.attention * self._context_sums
         prefill = (
@@ -175,14 +128,17 @@ class BatchLengths:
         )
         return np.asarray((decoding + prefill) / engines[:, None])
 
-    def _queue_floors(self, speed: Speed, engines: Integers, concurrency: Integers) -> Seconds:
+    def _queue_floors(
+        self, speed: Speed, engines: Integers, concurrency: Integers, room: Integers
+    ) -> Seconds:
         emptied, last = self._least_steps(engines * concurrency)
         shortest = int(self.prompts.min())
         matrices = np.maximum(speed.weights, speed.arithmetic * concurrency) + speed.step
         attention = speed.attention * shortest * concurrency
-        full_step = (matrices + speed.sequence * concurrency + attention)[:, None]
+        full_step = matrices + speed.sequence * concurrency + attention
         lone_step = speed.matrices(1) + speed.attention * shortest
-        return np.asarray(emptied * (full_step - lone_step) + last * lone_step)
+        more = np.where(room < AMPLE, 0.0, full_step - lone_step)[:, None]
+        return np.asarray(emptied * more + last * lone_step)
 
     def _longest_at_first(self, engines: int, slots: int) -> Integers:
         """The longest of the responses that each engine starts with, summed over the engines [S].
@@ -261,7 +217,8 @@ class BatchLengths:
 
 class GenerationRun:
     """Generation on some engines, simulated scenario by scenario as far as it is asked for. The
-    first `known` of `seconds` [S] are simulated, the others are floors."""
+    first `known` of `seconds` [S] are simulated, the others are floors. Each engine has `room` for
+    the keys and values of so many tokens."""
 
     def __init__(
         self,
@@ -270,8 +227,9 @@ class GenerationRun:
         concurrency: int,
         limit: int,
         floor: Seconds | None = None,
+        room: int = AMPLE,
     ) -> None:
-        self._batch, self._engines = batch, engines
+        self._batch, self._engines, self._room = batch, engines, room
         self._concurrency, self._limit = concurrency, limit
         self.seconds = np.zeros(len(batch.responses)) if floor is None else floor.copy()
         self.known = 0
@@ -286,9 +244,9 @@ class GenerationRun:
         return int(self._batch.responses.shape[1]) > len(self._engines) * self._concurrency
 
     def advance(self) -> None:
-        """Simulate one more scenario; all of them where none waits for a slot."""
+        """Simulate one more scenario; all of them where none waits for a slot or for room."""
         batch, engines, slots = self._batch, self._engines, self._concurrency
-        if not self.queued:
+        if not self.queued and self._room == AMPLE:
             self.seconds = generation_seconds(
                 batch.prompts, batch.responses, engines, slots, self._limit, batch.first
             )
@@ -300,7 +258,13 @@ class GenerationRun:
             share = (np.arange(batch.group)[:, None] * batch.first + np.arange(first)).ravel()
             prompts = batch.prompts[scenario, share]
             responses = batch.responses[scenario, share].tolist()
-            found = _queued(prompts, responses, engines[:followed], slots, self._limit, first)
+            speeds, limit = engines[:followed], self._limit
+            if self._room == AMPLE:
+                found = _queued(prompts, responses, speeds, slots, limit, first)
+            else:
+                dealt = deal(prompts, followed, slots, limit)[0].tolist()
+                asked = prompts.tolist(), responses, dealt
+                found = preempting_seconds(*asked, speeds, self._room, first)
             self.seconds[scenario] = max(self.seconds[scenario], found)
             self.known += 1
 

@@ -13,7 +13,8 @@ chapter XI), and the same holds for the mean square. At first all sequences are 
 lengths an engine does hold n of the longest. Slots are independent, so n of them hold n times the
 mean with a spread of the square root of n. Where no more than that is reserved, an engine that is
 nevertheless full sets a sequence aside and computes it again later (vLLM calls it preemption); this
-is rare enough to be left out of what generation takes.
+is rare enough to be left out of what generation takes. Where less is reserved, `preemption.py` says
+what it takes.
 """
 
 import math
@@ -30,6 +31,7 @@ DRAWS = 4096  # lengths that stand for a distribution
 PARTS = 256  # of the longest response, in which steps are counted
 WAVES = 3  # longest responses after which slots are of all ages
 SPREAD = 4.0  # standard deviations above the mean: at a given step one run in 30,000 needs more
+AMPLE = 2**62  # room for more tokens than there ever are
 BLOCK_TOKENS = 16  # keys and values are kept in blocks, of which each sequence's last has room left
 
 

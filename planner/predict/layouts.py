@@ -1,9 +1,11 @@
 """The layouts that are considered for a role on a number of GPUs. The search chooses among them and
 a profile measures them."""
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,6 +20,10 @@ from planner.spec.workload import TENSOR_PARALLEL, TRAINED, Workload
 # need one micro-batch more.
 MICRO_BATCH_TOKENS = (4096, 8192, 18432, 32768)
 CONCURRENCY = (64, 128, 256, 512)
+FULLEST = 0.95  # of a GPU's memory, for engines that preempt
+# Slots of an engine over those that its memory holds without preemption. With a quarter more one of
+# many turns is shorter, with twice as many the last of few.
+CROWDED = (1.25, 2.0)
 LARGE_BATCH = 1024  # sequences
 # Up to this many ranks any number is considered, above only those that gain something.
 EVERY_COUNT = 64
@@ -117,16 +123,15 @@ def rollout_layouts(
         if not all(engines):
             continue
         replicas = engine_counts(sum(engines), workload.generated)[-1]
-        for concurrency in concurrencies(workload, tensor_parallel, replicas, device, shared):
-            fraction = rollout_fraction(workload, tensor_parallel, concurrency, device)
+        for slots, percent in engine_sizes(workload, tensor_parallel, replicas, device, shared):
             for offload in (False, True) if shared and not on_cpu else (False,):
                 yield RolloutRole(
                     engine=engine_for(device.kind),
                     pools=pools,
                     tensor_parallel=tensor_parallel,
                     replicas=replicas,
-                    memory_fraction=fraction,
-                    concurrency=concurrency,
+                    memory_fraction=percent / 100,
+                    concurrency=slots,
                     offload=offload,
                 )
 
@@ -146,22 +151,41 @@ def tensor_parallels(workload: Workload, device: Device) -> list[int]:
     return [t for t in sizes if workload.actor.shape.splits_into(t) and wanted in (None, t)]
 
 
-def concurrencies(
+class EngineSize(NamedTuple):
+    """The slots of an engine, and the percent of a GPU's memory that it takes."""
+
+    slots: int
+    percent: int
+
+
+def engine_sizes(
     workload: Workload, tensor_parallel: int, engines: int, device: Device, shared: bool = True
-) -> list[int]:
-    """The slots for sequences that each of some engines may have: the listed numbers up to an even
-    share of the batch, and that share, as far as a GPU's memory holds them.
+) -> list[EngineSize]:
+    """The sizes that each of some engines may have: a listed number of slots up to an even share of
+    the batch, or that share, as far as a GPU's memory holds what they need; and more slots in the
+    same memory, which preempts. If the share does not fit, also as many slots as do.
 
     Fewer slots gain nothing but memory. So an engine that shares its GPUs with no other role has
-    the most, and so has one with a large batch: a large cluster has memory enough, and a long queue
-    takes long to simulate."""
+    the most memory that is of use, and so has one with a large batch: a large cluster has memory
+    enough, and a long queue takes long to simulate."""
     share = -(-workload.generated // engines)
-    listed = {share}
-    if device.kind != "cpu":
-        listed |= {min(share, slots) for slots in CONCURRENCY}
-    fitting = [
-        slots
-        for slots in sorted(listed)
-        if 0 < rollout_fraction(workload, tensor_parallel, slots, device) <= 1
-    ]
-    return fitting if shared and workload.generated <= LARGE_BATCH else fitting[-1:]
+
+    def percent(slots: int) -> int:
+        return round(100 * rollout_fraction(workload, tensor_parallel, slots, device))
+
+    if device.kind == "cpu":
+        return [EngineSize(share, percent(share))] if 0 < percent(share) <= 100 else []
+    listed = sorted({share, *(min(share, slots) for slots in CONCURRENCY)})
+    sizes = [EngineSize(slots, percent(slots)) for slots in listed if 0 < percent(slots) <= 100]
+    if (not sizes or sizes[-1].slots < share) and percent(1) <= 100 * FULLEST:
+        most = bisect_right(range(1, share), 100 * FULLEST, key=percent)
+        sizes = [*(size for size in sizes if size.slots < most), EngineSize(most, percent(most))]
+    if not (shared and workload.generated <= LARGE_BATCH):
+        sizes = sizes[-1:]
+    crowded = {
+        EngineSize(min(share, int(times * size.slots)), size.percent)
+        for size in sizes
+        for times in CROWDED
+        if size.slots < share
+    }
+    return sorted({*sizes, *crowded})

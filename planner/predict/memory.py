@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from planner.predict.columns import Booleans, Grid, Integers
-from planner.predict.kv_cache import held_tokens
+from planner.predict.kv_cache import AMPLE, held_tokens
 from planner.spec.cluster import Device
 from planner.spec.engines import ENGINES, EngineName, engine_for
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
@@ -252,8 +252,9 @@ def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> R
     detail = _engine_detail(workload, layout.engine, size, slots, device)
     weights = detail["weights"]
     if ENGINES[layout.engine].reserves:
-        reserved = int(layout.memory_fraction * device.memory_bytes) - process_bytes(device)
-        detail["reserve"] = max(0, reserved - sum(detail.values()))
+        left = _kv_reserved(layout, detail, device)
+        detail["kv_cache"] = min(detail["kv_cache"], left)
+        detail["reserve"] = left - detail["kv_cache"]
         kept = sum(detail.values()) if not layout.offload else ENGINE_ASLEEP_BYTES + weights
     else:
         kept = 0 if layout.offload else weights
@@ -263,6 +264,25 @@ def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> R
         host=weights if layout.offload else 0,
         detail=detail,
     )
+
+
+def kv_room(workload: Workload, layout: RolloutRole, device: Device) -> int:
+    """Tokens whose keys and values an engine has room for, where its slots may need more and it
+    then preempts; AMPLE where they do not."""
+    size, slots, traits = layout.tensor_parallel, layout.concurrency, ENGINES[layout.engine]
+    if not (traits.preempts and traits.reserves):
+        return AMPLE
+    detail = _engine_detail(workload, layout.engine, size, slots, device)
+    left = _kv_reserved(layout, detail, device)
+    if left >= detail["kv_cache"]:
+        return AMPLE
+    return left // kv_bytes_per_token(workload.actor.shape, size, device)
+
+
+def _kv_reserved(layout: RolloutRole, detail: dict[str, int], device: Device) -> int:
+    """Bytes that an engine's `memory_fraction` leaves for its KV cache."""
+    reserved = int(layout.memory_fraction * device.memory_bytes) - process_bytes(device)
+    return max(0, reserved - detail["weights"] - detail["workspace"])
 
 
 # --- pools ---

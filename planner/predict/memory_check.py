@@ -23,12 +23,12 @@ def check_memory(plan: Plan, saves: bool = True) -> None:
         if memory.peak > memory.allowed:
             raise UserError(_too_much(plan, pool, memory))
     layout, device = plan.rollout, plan.device_of(plan.rollout.pools[0])
-    needed = rollout_fraction(plan.workload, layout.tensor_parallel, layout.concurrency, device)
+    needed = rollout_fraction(plan.workload, layout.tensor_parallel, 1, device)
     if ENGINES[layout.engine].reserves and layout.memory_fraction < needed:
         raise UserError(
-            f"rollout needs a memory_fraction of {needed:.2f} for {layout.concurrency} "
-            f"sequences at tensor_parallel {layout.tensor_parallel}, but has "
-            f"{layout.memory_fraction:.2f}; raise it, lower concurrency or raise tensor_parallel"
+            f"rollout needs a memory_fraction of {needed:.2f} for a longest sequence at "
+            f"tensor_parallel {layout.tensor_parallel}, but has {layout.memory_fraction:.2f}; "
+            "raise it or tensor_parallel"
         )
     for node, parts in host_memory(plan, saves).items():
         spec = plan.cluster.nodes[node]

@@ -21,7 +21,7 @@ from pydantic import (
 
 from planner.predict.columns import Grid, Integers, Seconds
 from planner.predict.dealing import Work, shares
-from planner.predict.generation import engine_speed, generation_seconds
+from planner.predict.generation import generation_seconds
 from planner.predict.likeness import (
     Likeness,
     like_engine_move,
@@ -41,6 +41,7 @@ from planner.predict.roofline import (
     sync_cost,
     train_cost,
 )
+from planner.predict.speed import engine_speed
 from planner.spec.algorithm import Epochs
 from planner.spec.cluster import Cluster, Device
 from planner.spec.files import Bytes, Count, Spec, Tokens

@@ -9,11 +9,13 @@ from planner.predict.columns import Integers, Seconds
 from planner.predict.correction import Corrections
 from planner.predict.costs.estimates import Estimates, Moves, moves_of
 from planner.predict.costs.lengths import SampledLengths
-from planner.predict.generation import BatchLengths, GenerationRun, Speed, engine_speed
+from planner.predict.generation import BatchLengths, GenerationRun
+from planner.predict.kv_cache import AMPLE
 from planner.predict.layouts import tensor_parallels
 from planner.predict.likeness import Likeness, MoveCall, like_engine_move, like_generate
 from planner.predict.memory import engine_weight_bytes
 from planner.predict.roofline import Cost, Place
+from planner.predict.speed import Speed, engine_speed
 from planner.spec.cluster import Device
 from planner.spec.plan import RolloutRole
 from planner.spec.workload import Workload
@@ -22,8 +24,8 @@ EngineCounts = tuple[tuple[Device, int], ...]  # how many on which device, in th
 
 
 class RolloutCosts:
-    """`runs` holds every simulation that was asked for, by tensor-parallel size, slots and engines:
-    floors until it has been run."""
+    """`runs` holds every simulation that was asked for, by tensor-parallel size, slots, engines and
+    the room for tokens of each: floors until it has been run."""
 
     def __init__(
         self, workload: Workload, lengths: SampledLengths, corrections: Corrections
@@ -32,7 +34,7 @@ class RolloutCosts:
         self._batch = BatchLengths(lengths.prompts, lengths.responses, lengths.group)
         self._sequences = int(lengths.prompts.shape[1])
         self._wave_floors: dict[tuple[int, int, Device], Seconds] = {}
-        self.runs: dict[tuple[int, int, EngineCounts], GenerationRun] = {}
+        self.runs: dict[tuple[int, int, EngineCounts, int], GenerationRun] = {}
 
     def calls(
         self,
@@ -68,19 +70,21 @@ class RolloutCosts:
 
         return moves_of(self._corrections, like, moved, device)
 
-    def run(self, tensor_parallel: int, concurrency: int, engines: EngineCounts) -> GenerationRun:
+    def run(
+        self, tensor_parallel: int, concurrency: int, engines: EngineCounts, room: int = AMPLE
+    ) -> GenerationRun:
         """The simulation of some engines, as far as it has been run."""
         count = sum(number for _, number in engines)
         share = -(-self._sequences // count)
         if concurrency > share and self._batch.even:
             concurrency = share  # equal prompts are dealt evenly: further slots stay empty
-        key = tensor_parallel, concurrency, engines
+        key = tensor_parallel, concurrency, engines, room
         if key not in self.runs:
             self.runs[key] = self._started(*key)
         return self.runs[key]
 
     def _started(
-        self, tensor_parallel: int, concurrency: int, engines: EngineCounts
+        self, tensor_parallel: int, concurrency: int, engines: EngineCounts, room: int
     ) -> GenerationRun:
         shape, limit = self._workload.actor.shape, self._workload.response.longest
         speeds = list[Speed]()
@@ -89,18 +93,25 @@ class RolloutCosts:
         floor = None
         if len(engines) == 1:
             (device, number), slots = engines[0], np.array([concurrency])
-            floor = self.floors(tensor_parallel, slots, np.array([number]), device)[0]
-        return GenerationRun(self._batch, speeds, concurrency, limit, floor)
+            rooms = np.array([room])
+            floor = self.floors(tensor_parallel, slots, np.array([number]), device, rooms)[0]
+        return GenerationRun(self._batch, speeds, concurrency, limit, floor, room)
 
     def floors(
-        self, tensor_parallel: int, concurrency: Integers, engines: Integers, device: Device
+        self,
+        tensor_parallel: int,
+        concurrency: Integers,
+        engines: Integers,
+        device: Device,
+        room: Integers,
     ) -> Seconds:
-        """Seconds [n, S] that the simulation of so many engines [n], each with so many slots [n],
-        is not below."""
+        """Seconds [n, S] that the simulation of so many engines [n], each with so many slots [n]
+        and room [n] for tokens, is not below."""
         speed = engine_speed(self._workload.actor.shape, tensor_parallel, device)
-        found = self._batch.floors(speed, engines, concurrency)
+        found = self._batch.floors(speed, engines, concurrency, room)
         if self._batch.even:
-            for row in np.flatnonzero(engines * concurrency >= self._sequences).tolist():
+            one_wave = (engines * concurrency >= self._sequences) & (room == AMPLE)
+            for row in np.flatnonzero(one_wave).tolist():
                 floor = self._wave_floor(int(engines[row]), tensor_parallel, device)
                 found[row] = np.maximum(found[row], floor)
         return found

@@ -35,12 +35,12 @@ def worth_trying(
 
     The caller tries each of them before it asks for the next one, and what it finds lowers the
     threshold meanwhile. Layouts with a slot for every sequence come before those with a queue,
-    which take long to simulate. A layout is only simulated where no floor rules it out. With
-    `quick` only the first few are tried."""
+    which take long to simulate, and those before layouts that preempt. A layout is only simulated
+    where no floor rules it out. With `quick` only the first few are tried."""
     problem, table = placement.problem, placement.rollout_table
     rows = _rows_below(placement, threshold)
     generation = problem.objective.of_parts.of(table.seconds[rows])
-    rows = rows[np.lexsort((generation, table.queued[rows]))]
+    rows = rows[np.lexsort((generation, table.effort[rows]))]
     if quick:
         rows = _quickest(table, rows)
     tried: list[int] = []

@@ -8,8 +8,9 @@ import numpy as np
 
 from planner.predict.cost import CostModel
 from planner.predict.generation import GenerationRun
-from planner.predict.layouts import concurrencies, engine_counts, tensor_parallels
-from planner.predict.memory import RoleMemory, process_bytes, rollout_fraction, rollout_memory
+from planner.predict.kv_cache import AMPLE
+from planner.predict.layouts import engine_counts, engine_sizes, tensor_parallels
+from planner.predict.memory import RoleMemory, kv_room, process_bytes, rollout_memory
 from planner.predict.objective import with_mean
 from planner.search.space.arrays import Array, Indices, Mask
 from planner.search.space.size_boxes import NEVER
@@ -60,42 +61,50 @@ class RolloutTable:
     ) -> None:
         self._workload, self._model, self._device = workload, model, device
         self._statistic = statistic
-        self._memory: dict[tuple[int, int, bool], RoleMemory] = {}
+        self._memory: dict[tuple[int, int, int, bool], RoleMemory] = {}
         self.sizes = [size for size in tensor_parallels(workload, device) if size <= node]
         self.counts = np.array(engine_counts(gpus, workload.generated))
         self._list_rows(gpus)
-        self.queued = self.slots * self.counts[self.count] < workload.generated  # slow to simulate
+        rows = len(self.size)
+        self.room = np.array([self._kv_room(row) for row in range(rows)], dtype=np.int64)
+        preempting = self.room < AMPLE
+        queued = self.slots * self.counts[self.count] < workload.generated
+        self.queued = queued | preempting
+        self.effort = queued + 2 * preempting  # of a simulation
         needed = self.percent / 100 * device.memory_bytes - process_bytes(device)
         self.level = level_of(needed * (device.kind == "cuda"), device)
-        rows = len(self.size)
         self._simulated = np.full((rows, model.scenarios), NEVER)  # without call overheads
         self._done = np.zeros(rows, dtype=bool)
         for size, gpus_of_engine in enumerate(self.sizes):
             own = np.flatnonzero(self.size == size)
             self._simulated[own] = model.rollouts.floors(
-                gpus_of_engine, self.slots[own], self.counts[self.count[own]], device
+                gpus_of_engine,
+                self.slots[own],
+                self.counts[self.count[own]],
+                device,
+                self.room[own],
             )
         self.seconds = self._simulated.copy()
         self._refill(np.arange(rows))
 
     def _list_rows(self, gpus: int) -> None:
         """List the rows: `size`, `count`, `slots`, and the share of a GPU's memory that an engine
-        takes, in `percent`. `most_slots` tells the rows with the most slots of their size and
-        count: engines that share GPUs with no other role gain nothing from fewer."""
+        takes, in `percent`. `fullest` tells the rows with the most memory of their size and count:
+        engines that share GPUs with no other role gain nothing from less."""
         workload, device = self._workload, self._device
         rows = list[tuple[int, int, int, int]]()
-        most_slots = list[bool]()
+        fullest = list[bool]()
         for size, gpus_of_engine in enumerate(self.sizes):
             fit = int(np.searchsorted(self.counts, gpus // gpus_of_engine, "right"))
             for count in range(fit):
-                listed = concurrencies(workload, gpus_of_engine, int(self.counts[count]), device)
-                for slots in listed:
-                    fraction = rollout_fraction(workload, gpus_of_engine, slots, device)
-                    rows.append((size, count, slots, round(100 * fraction)))
-                    most_slots.append(slots == listed[-1])
+                listed = engine_sizes(workload, gpus_of_engine, int(self.counts[count]), device)
+                most = max((percent for _, percent in listed), default=0)
+                for slots, percent in listed:
+                    rows.append((size, count, slots, percent))
+                    fullest.append(percent == most)
         columns = np.array(rows).reshape(-1, 4).T.astype(np.int64)
         self.size, self.count, self.slots, self.percent = columns
-        self.most_slots = np.array(most_slots, dtype=bool)
+        self.fullest = np.array(fullest, dtype=bool)
 
     # --- what fits ---
 
@@ -107,7 +116,7 @@ class RolloutTable:
             engines = [sum(part // gpus_of_engine for part in pool) for pool in parts]
             if all(engines):
                 fits = (self.size == size) & (self.counts[self.count] <= sum(engines))
-                found.append(np.flatnonzero(fits if shared else fits & self.most_slots))
+                found.append(np.flatnonzero(fits if shared else fits & self.fullest))
         return np.concatenate(found)
 
     def _fitting(self, pools: Indices) -> Iterator[Fitting]:
@@ -132,11 +141,14 @@ class RolloutTable:
 
     def memory(self, row: int, offload: bool) -> RoleMemory:
         """What an engine needs on each of its GPUs."""
-        key = int(self.size[row]), int(self.slots[row]), offload
+        key = int(self.size[row]), int(self.slots[row]), int(self.percent[row]), offload
         if key not in self._memory:
             layout = self.layout(row, ("p",), offload)
             self._memory[key] = rollout_memory(self._workload, layout, self._device)
         return self._memory[key]
+
+    def _kv_room(self, row: int) -> int:
+        return kv_room(self._workload, self.layout(row, ("p",), False), self._device)
 
     def offloads(self, shared: bool) -> tuple[bool, ...]:
         """Whether engines may sleep: only where that makes room for other roles."""
@@ -166,9 +178,8 @@ class RolloutTable:
     def _simulation(self, row: int) -> GenerationRun:
         """The simulation of a row, as far as it has been run."""
         engines = int(self.counts[self.count[row]])
-        return self._model.rollouts.run(
-            self.sizes[self.size[row]], int(self.slots[row]), ((self._device, engines),)
-        )
+        size, slots, room = self.sizes[self.size[row]], int(self.slots[row]), int(self.room[row])
+        return self._model.rollouts.run(size, slots, ((self._device, engines),), room)
 
     def _take_up(self, row: int, simulation: GenerationRun) -> bool:
         """Take up what has been simulated; whether a scenario takes longer than was known."""
@@ -194,9 +205,10 @@ class RolloutTable:
         self.least = np.full(shape, NEVER)
         np.minimum.at(self.least, (self.size, self.level, self.count), seconds)
         np.minimum.accumulate(self.least, axis=1, out=self.least)
-        most = self.most_slots
+        full = self.fullest
         self.least[:, ALONE] = NEVER
-        self.least[self.size[most], ALONE, self.count[most]] = seconds[most]
+        alone = self.size[full], np.full(full.sum(), ALONE), self.count[full]
+        np.minimum.at(self.least, alone, seconds[full])
         np.minimum.accumulate(self.least, axis=2, out=self.least)
 
     def least_on(self, pools: Indices, room: Indices) -> Array:
@@ -216,7 +228,7 @@ class RolloutTable:
         floors, queued = self._statistic(self._simulated[rows]), self.queued[rows]
         enough = ENOUGH * times * float(floors.min(initial=NEVER))
         changed = []
-        for at in np.lexsort((floors, queued)).tolist():
+        for at in np.lexsort((floors, self.effort[rows])).tolist():
             if floors[at] >= enough or (queued[at] and not queues):
                 continue
             row = int(rows[at])
@@ -233,7 +245,7 @@ class RolloutTable:
 
     def _rows_in(self, pools: Indices, room: Indices) -> Indices:
         """The rows that fit pools of these sizes [1, P] in a level of memory [1]."""
-        in_memory = self.most_slots if room[0] == ALONE else self.level <= room[0]
+        in_memory = self.fullest if room[0] == ALONE else self.level <= room[0]
         found = [np.zeros(0, np.int64)]
         for size, most, able in self._fitting(pools):
             if able[0]:

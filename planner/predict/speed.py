@@ -1,0 +1,61 @@
+"""How fast an engine is: the seconds of its steps and of its prefills."""
+
+from dataclasses import dataclass
+
+from planner.predict.memory import compute_bytes, kv_bytes_per_token
+from planner.predict.roofline import LINK_LATENCY_SECONDS
+from planner.spec.cluster import Device
+from planner.spec.workload import Shape
+
+# Seconds of a decoding step in addition to the roofline (scheduling, sampling with
+# log-probabilities, launching the graph), and those of each sequence in it. On a GPU as engines of
+# 1.5B and 7B models with 64 to 512 sequences each had it (profiles/h200/README.md).
+STEP_SECONDS = {"cuda": 1.5e-3, "cpu": 4e-3}
+SEQUENCE_SECONDS = {"cuda": 1e-5, "cpu": 1e-4}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """Coefficients in seconds of one engine. Matrices of a step with n sequences take max(weights,
+    n * arithmetic)."""
+
+    weights: float
+    arithmetic: float
+    attention: float  # per token of context in a step
+    step: float
+    sequence: float
+    prefill_token: float
+    prefill_square: float  # times the square of a prompt's length
+
+    def matrices(self, active: int) -> float:
+        """Seconds of a step with `active` sequences, attention apart."""
+        return max(self.weights, self.arithmetic * active) + self.step + self.sequence * active
+
+    def prefill(self, prompt: int) -> float:
+        return self.prefill_token * prompt + self.prefill_square * prompt * prompt
+
+
+def engine_speed(shape: Shape, tensor_parallel: int, device: Device) -> Speed:
+    """The roofline of one engine: bytes over the memory's rate against operations over the matrix
+    rate, each at its efficiency, and two all-reduces per layer between the GPUs of the engine
+    (Shoeybi et al. 2019, arXiv:1909.08053)."""
+    flops = device.flops * device.efficiency_compute * tensor_parallel
+    bandwidth = device.memory_bandwidth * device.efficiency_memory
+    size, peers = compute_bytes(device), tensor_parallel - 1
+    matrices = shape.layers * shape.block_parameters + shape.embedding_parameters
+    read = kv_bytes_per_token(shape, tensor_parallel, device) / bandwidth
+    scores = (
+        4 * shape.layers * shape.heads * shape.head_dim
+    )  # FLOPs per query and key, both products
+    reduced = 2 * shape.layers * 2 * size * shape.hidden * peers / tensor_parallel
+    reduce_token = reduced / (device.link_bandwidth * device.efficiency_link)
+    return Speed(
+        weights=size * matrices / tensor_parallel / bandwidth,
+        arithmetic=2 * matrices / flops,
+        attention=max(read, scores / flops),
+        step=STEP_SECONDS[device.kind]
+        + (2 * shape.layers * LINK_LATENCY_SECONDS if peers else 0.0),
+        sequence=SEQUENCE_SECONDS[device.kind] + reduce_token,
+        prefill_token=2 * shape.layers * shape.block_parameters / flops + reduce_token,
+        prefill_square=scores / 2 / flops,
+    )
