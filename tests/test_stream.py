@@ -1,101 +1,222 @@
-"""Samples that are scored one by one, by a server that threads of ours ask."""
+"""Engines that stream, against a simulation of every token."""
 
-import threading
-import time
+from collections import deque
+from typing import Any
 
 import numpy as np
 import pytest
-from conftest import make_workload, samples_of
-from test_reward_server import serving
+from conftest import SERIAL, make_plan, small_workload
 
-from executor.data.prompts import Synthetic
-from executor.running.judges import ServerJudges
-from executor.running.rewarding import Rewarding
-from executor.running.scoring import Stream
-from planner.spec.errors import UserError
-from planner.spec.rewards import RewardServer
+from planner.predict.cost import CostModel
+from planner.predict.forecast import forecast, predict
+from planner.predict.schedule import tasks_of
+from planner.predict.speed import Speed
+from planner.predict.stream import Request, StreamEngine
+from planner.predict.streamed import stream_run
+from planner.spec.cluster import Cluster, Device, Node
+from planner.spec.plan import Plan
+from planner.spec.timeline import mean_call_seconds, step_seconds
 
-TEXTS = " ".join(map(str, range(16)))
-
-
-def test_samples_are_scored_as_they_are_given() -> None:
-    """The first is scored before the second is there; four at a time."""
-    together = threading.Barrier(4)
-
-    def slow(body):
-        if int(body["responses"][0]) >= 4:
-            together.wait(60)
-        return 200, f"[{body['responses'][0]}]".encode()
-
-    with serving(slow) as (url, asked):
-        judges = ServerJudges(RewardServer(url=url, processes=4))
-        stream, samples = Stream(judges, 16), samples_of(TEXTS, TEXTS)
-        stream.give(0, samples.take([0]))
-        while not asked:
-            time.sleep(0.01)
-        for row in range(1, 16):
-            stream.give(row, samples.take([row]))
-        assert stream.scores().tolist() == list(range(16))
-        judges.close()
+SPEED = Speed(
+    weights=0.011,
+    arithmetic=0.0031,
+    attention=2.3e-6,
+    step=0.0015,
+    sequence=1.7e-4,
+    prefill_token=2.9e-5,
+    prefill_square=1.1e-9,
+)
+A_SECOND_EACH = Speed(
+    weights=1.0, arithmetic=0, attention=0, step=0, sequence=0, prefill_token=0, prefill_square=0
+)
 
 
-def test_a_sample_that_is_given_again_has_its_last_score() -> None:
-    with serving(lambda body: (200, f"[{body['responses'][0]}]".encode())) as (url, _):
-        judges = ServerJudges(RewardServer(url=url, processes=2))
-        stream = Stream(judges, 1)
-        for row in range(10):
-            stream.give(0, samples_of(TEXTS, TEXTS).take([row]))
-        assert stream.scores().tolist() == [9.0]
-        judges.close()
+class EveryToken:
+    """The same engine, token by token: `run(until)` takes one decoding step after the other."""
+
+    def __init__(self, speed: Speed, slots: int) -> None:
+        self.speed, self.slots, self.now = speed, slots, 0.0
+        self.active: list[list[int]] = []  # step of the training, tokens so far, tokens left
+        self.waiting = deque[Request]()
+        self.ended: list[tuple[int, float]] = []
+
+    def fill(self) -> None:
+        while self.waiting and len(self.active) < self.slots:
+            request = self.waiting.popleft()
+            self.active.append([request.step, request.prompt, request.response])
+            self.now += self.speed.prefill(request.prompt) * request.prefills
+
+    def run(self, until: float) -> None:
+        while self.active and self.now < until:
+            context = sum(tokens for _, tokens, _ in self.active)
+            self.now += self.speed.matrices(len(self.active)) + self.speed.attention * context
+            for sequence in self.active:
+                sequence[1] += 1
+                sequence[2] -= 1
+            self.ended += [(step, self.now) for step, _, left in self.active if not left]
+            self.active = [sequence for sequence in self.active if sequence[2]]
+            self.fill()
+
+    def submit(self, at: float, requests: list[Request]) -> None:
+        self.run(at)
+        self.now = max(self.now, at)
+        self.waiting.extend(requests)
+        self.fill()
+
+    def interrupt(self, start: float, end: float, *, recompute: bool) -> None:
+        self.run(start)
+        self.now = max(self.now, end)
+        if recompute:
+            self.now += sum(self.speed.prefill(tokens) for _, tokens, _ in self.active)
 
 
-def test_a_sample_that_fails_twice_is_dropped_and_too_many_end_the_run() -> None:
-    def fails(body):
-        number = int(body["responses"][0])
-        return (200, b"[1]") if number not in failing else (400, b"")
-
-    with serving(fails) as (url, asked):
-        judges = ServerJudges(RewardServer(url=url, processes=2, retries=0))
-        failing = {3, 5}
-        stream, samples = Stream(judges, 16), samples_of(TEXTS, TEXTS)
-        for row in range(16):
-            stream.give(row, samples.take([row]))
-        assert np.flatnonzero(np.isnan(stream.scores())).tolist() == [3, 5]
-        assert len(asked) == 18
-        failing = {3, 5, 7}
-        stream = Stream(judges, 16)
-        for row in range(16):
-            stream.give(row, samples.take([row]))
-        with pytest.raises(UserError, match=r"3 of 16 samples failed twice, the last one prompt"):
-            stream.scores()
-        judges.close()
+def test_the_example_of_the_module():
+    engine = StreamEngine(A_SECOND_EACH, slots=8)
+    engine.submit(0.0, [Request(0, 4, 2), Request(0, 4, 5)])
+    engine.submit(2.5, [Request(1, 4, 3)])
+    assert (engine.now, engine.steps) == (3.0, 3)
+    engine.interrupt(3.5, 10.0, recompute=False)
+    assert (engine.end_of(0), engine.end_of(1)) == (11.0, 12.0)
 
 
-def test_rewards_with_processes_and_without_score_a_batch_together() -> None:
-    """One is asked for each sample, the other for all; an evaluation weighs and bounds them."""
+@pytest.mark.parametrize("slots", [1, 3, 7, 100])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_an_engine_does_as_every_token_alone(slots, recompute):
+    rng = np.random.default_rng([slots, recompute])
+    engine, reference, at = StreamEngine(SPEED, slots), EveryToken(SPEED, slots), 0.0
+    for step in range(25):
+        prompts, responses = rng.integers(1, 40, 6), rng.integers(1, 90, 6)
+        prefills = rng.integers(0, 2, 6).astype(bool)
+        batch = list(map(Request, [step] * 6, prompts.tolist(), responses.tolist(), prefills))
+        for each in (engine, reference):
+            each.submit(at, batch)
+            each.interrupt(at + 0.4, at + 0.4 + 0.1 * (step % 3), recompute=recompute)
+        at += float(rng.uniform(0.5, 2.5))
+    reference.run(np.inf)
+    for step in range(25):
+        last = max(end for of, end in reference.ended if of == step)
+        assert engine.end_of(step) == pytest.approx(last, rel=1e-12)
+    ended = [(of, end) for each in engine.ended for of, end in zip(*each, strict=True)]
+    assert sorted(ended) == [
+        (of, pytest.approx(end, rel=1e-12)) for of, end in sorted(reference.ended)
+    ]
 
-    def rated(body):
-        numbers = [len(each.split()) for each in body["responses"]]
-        return 200, str([float(n) for n in numbers]).encode()
 
-    with serving(rated) as (one, asked_one), serving(rated) as (other, asked_other):
-        rewards = (
-            {"url": one, "processes": 3, "weight": 2.0, "name": "one"},
-            {"url": other, "clip": [0, 2], "normalize": True, "name": "other"},
-        )
-        workload = make_workload(reward=None, rewards=rewards)
-        source = Synthetic(workload)
-        prompts = source.step(0)
-        lengths = np.array([1, 2, 3, 4, 5, 6, 7, 8])
-        responses = [np.arange(n, dtype=np.int32) for n in lengths]
-        judges = {at: ServerJudges(each) for at, each in enumerate(workload.host_rewards)}
-        rewarding = Rewarding(workload, source, judges, None)
-        assert rewarding.begin(prompts) is None  # without a tray
-        found, records = rewarding.score(prompts, responses)
-        for each in judges.values():
-            each.close()
-    assert found[0].tolist() == found[1].tolist() == lengths.tolist()
-    assert [len(body["query"]) for body in asked_other] == [8] and len(asked_one) == 8
-    assert len(records) == 1 and records[0].end >= records[0].start
-    expected = 2 * lengths + np.minimum(lengths, 2)
-    assert rewarding.evaluated(found).tolist() == expected.tolist()
+SLOW_LINKS = Device(
+    kind="cuda",
+    memory_bytes=80 * 10**9,
+    flops=3e14,
+    memory_bandwidth=2e11,
+    link_bandwidth=2e10,
+    host_bandwidth=2e10,
+    overhead_seconds=0.02,
+)
+
+
+def streamed_plan(k: int, *, engines: int = 2, slots: int = 1000, **changes: Any) -> Plan:
+    """A plan that streams, of a 1B actor and critic; they take as long as generation or so."""
+    response = {"kind": "lognormal", "mean": 120, "sigma": 0.8, "max": 400}
+    changes = {"response": response, "sync": "in_flight", "max_staleness": k, **changes}
+    roles = {"rollout": "r", "actor": "a", "critic": "c"}
+    rollout = {"engine": "vllm", "concurrency": slots}
+    return make_plan(
+        small_workload(**changes),
+        {"r": engines, "a": 1, "c": 1},
+        roles,
+        order=[*SERIAL[:-4], "update_actor", "sync_weights", "update_critic"],
+        offsets={"generate": k},
+        staleness=k,
+        sync="in_flight",
+        layouts={"rollout": rollout, "actor": TRAINED, "critic": TRAINED},
+        cluster=Cluster(
+            name="slow",
+            nodes=(Node(gpus=engines + 2, device="g", host_memory_bytes=10**12),),
+            devices={"g": SLOW_LINKS},
+        ),
+    )
+
+
+TRAINED = {"micro_batch_tokens": 8192, "recompute": True}
+
+
+@pytest.mark.parametrize(("k", "slots"), [(1, 1000), (3, 1000), (2, 20)])
+@pytest.mark.parametrize("kv", ["keep", "recompute"])
+def test_a_run_does_as_every_token_alone(k, slots, kv):
+    """Given when syncs and submissions are, engines that take one token after the other end when
+    the run says; and given that, calls start when the rule says."""
+    plan = streamed_plan(k, slots=slots, kv=kv)
+    model = CostModel(plan.workload, plan.cluster, scenarios=3)
+    tasks = tasks_of(plan, 9)
+    run = stream_run(plan, model, tasks)
+    for task in tasks:
+        begins = max((run.ends[before] for before in task.after), default=0.0)
+        assert run.starts[task.index] == begins
+    speed = model.streams.speed(1, slots, 2, SLOW_LINKS).speed
+    engines = [EveryToken(speed, slots), EveryToken(speed, slots)]
+    events = [
+        (run.starts[task.index], task.call.streams, task)
+        for task in tasks
+        if task.call.streams or task.call.kind == "transfer"
+    ]
+    for at, submits, task in sorted(events, key=lambda event: event[:2]):
+        for engine in engines:
+            if submits:
+                engine.run(at)
+            else:
+                engine.interrupt(at, run.ends[task.index], recompute=kv == "recompute")
+        if submits:
+            batch = zip(
+                *(of[task.step % 3].tolist() for of in model.streams.lengths[:2]), strict=True
+            )
+            dealt: list[list[Request]] = [[], []]
+            has = [len(engine.active) + len(engine.waiting) for engine in engines]
+            for prompt, response in batch:
+                number = int(has[1] < has[0])
+                has[number] += 1
+                dealt[number].append(Request(task.step, prompt, response))
+            for engine, requests in zip(engines, dealt, strict=True):
+                engine.submit(at, requests)
+    for engine in engines:
+        engine.run(np.inf)
+    ended = [each for engine in engines for each in engine.ended]
+    for task in tasks:
+        if task.call.streams:
+            last = max(end for step, end in ended if step == task.step)
+            assert run.ends[task.index] == pytest.approx(last + 0.02, rel=1e-12)
+
+
+def test_sequences_of_several_steps_are_in_flight_at_once():
+    plan = streamed_plan(3)
+    tasks = tasks_of(plan, 12)
+    run = stream_run(plan, CostModel(plan.workload, plan.cluster, scenarios=3), tasks)
+    spans = [(run.starts[t.index], run.ends[t.index]) for t in tasks if t.call.streams]
+    assert max(sum(a <= start < b for a, b in spans) for start, _ in spans) == 4  # k + 1
+    syncs = [run.starts[t.index] for t in tasks if t.call.kind == "transfer"]
+    assert any(a < at < b for at in syncs for a, b in spans)  # interrupted
+
+
+def test_streaming_beats_the_boundary_where_a_tail_is_long():
+    """With a boundary, a step waits for the longest response of its batch, and further staleness
+    buys nothing."""
+    boundary = [streamed_plan(k).changed(sync="boundary") for k in (1, 3)]
+    of_boundary = [predict(plan).step_seconds for plan in boundary]
+    of_stream = [predict(streamed_plan(k)).step_seconds for k in (1, 3)]
+    assert of_boundary[1] == pytest.approx(of_boundary[0])
+    assert of_stream[1] < of_stream[0]
+    assert of_stream[1] < 0.9 * of_boundary[1]
+
+
+def test_equal_lengths_leave_a_stream_nothing_to_gain():
+    """All responses of a batch end together, so engines have nothing else to do meanwhile."""
+    fixed = {"kind": "fixed", "tokens": 120}
+    stream = streamed_plan(1, response=fixed)
+    boundary = predict(stream.changed(sync="boundary")).step_seconds
+    assert predict(stream).step_seconds > 0.97 * boundary
+
+
+def test_a_forecast_shows_what_was_predicted():
+    plan = streamed_plan(2)
+    timeline = forecast(plan, 30)
+    assert step_seconds(timeline) == pytest.approx(predict(plan).step_seconds, rel=0.03)
+    generate = mean_call_seconds(timeline)["generate"]
+    assert generate == pytest.approx(predict(plan).call_seconds["generate"], rel=0.05)

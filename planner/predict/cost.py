@@ -18,12 +18,15 @@ from planner.predict.costs.estimates import Estimate, Estimates
 from planner.predict.costs.lengths import SampledLengths
 from planner.predict.costs.rollouts import RolloutCosts, engines_of
 from planner.predict.costs.scoring import Scoring
+from planner.predict.costs.streams import StreamCosts
 from planner.predict.costs.syncs import SyncCosts
 from planner.predict.costs.trainers import TrainerCosts
 from planner.predict.likeness import TrainerCall, like_host
 from planner.predict.memory import kv_room, moved_bytes
 from planner.predict.profile import Profile
 from planner.predict.roofline import Cost, Place, host_seconds, sharding_of
+from planner.predict.stream_run import EngineStream
+from planner.predict.streamed import Streamed, streamed
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import Call
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
@@ -63,15 +66,20 @@ class CostModel:
         self._corrections = Corrections(profiles, cluster)
         self.trainers = TrainerCosts(workload, cluster, drawn, self._corrections)
         self.rollouts = RolloutCosts(workload, drawn, self._corrections)
+        self.streams = StreamCosts(workload, drawn, self._corrections)
         self.scoring = Scoring(workload.host_rewards, drawn.responses)
         self.syncs = SyncCosts(workload, cluster, drawn.scenarios, self._corrections)
         self._known: dict[Hashable, Estimate] = {}
+        self._streamed: dict[Hashable, Streamed] = {}
 
     def call(self, call: Call, plan: Plan) -> Estimate:
         """Any call of a plan. An evaluation generates as many batches as its responses make, or one
-        where fewer are known of: the longest ones take as long."""
+        where fewer are known of: the longest ones take as long. Beside a stream it is taken to have
+        the engines for itself."""
+        if call.streams:
+            return self.streamed(plan).generate
         if call.kind == "host":
-            generates = self.workload.dataflow.generates
+            generates = plan.dataflow.generates
             beside = self.scores_beside(call)
             return self.host(call.name, self.call(generates, plan).seconds if beside else None)
         rollout_places = [place_of(plan, (pool,)) for pool in plan.rollout.pools]
@@ -93,6 +101,18 @@ class CostModel:
                 shared=layout.pools[0] in plan.rollout.pools,
             )
         return (self.train if call.kind == "train" else self.infer)(role, layout, place)
+
+    def streamed(self, plan: Plan) -> Streamed:
+        """What a plan takes whose generation streams."""
+        key = plan.program, plan.staleness, *plan.pools.items(), *plan.roles.items()
+        if key not in self._streamed:
+            self._streamed[key] = streamed(plan, self)
+        return self._streamed[key]
+
+    def stream_of(self, plan: Plan) -> EngineStream:
+        """The engines of a plan, with nothing in flight."""
+        layout = plan.rollout
+        return self.streams.stream(layout, [place_of(plan, (pool,)) for pool in layout.pools])
 
     def _evaluated(self) -> float:
         """The batches that an evaluation generates."""

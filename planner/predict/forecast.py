@@ -1,6 +1,6 @@
 """What the planner expects of a plan: its simulated timeline and its figures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -10,8 +10,8 @@ from planner.predict.memory import plan_memory
 from planner.predict.objective import Objective
 from planner.predict.profile import Profile
 from planner.predict.schedule import Task, tasks_of
-from planner.predict.simulate import simulate
-from planner.spec.errors import UserError
+from planner.predict.simulate import simulate, span_of
+from planner.predict.streamed import stream_run
 from planner.spec.plan import Plan, Predicted, Proof
 from planner.spec.timeline import Span, Timeline
 
@@ -21,16 +21,16 @@ def durations(
 ) -> dict[str, Estimate]:
     """The estimate of every call of a plan, seconds over the length scenarios [S]; from a `model`
     of its workload and cluster, if there is one."""
-    if plan.streams:
-        raise UserError(f"plan {plan.name!r}: sync = 'in_flight' cannot be predicted yet")
     model = model or CostModel(plan.workload, plan.cluster, profiles)
     return {call.name: model.call(call, plan) for call in plan.dataflow.calls}
 
 
 def task_seconds(plan: Plan, profiles: Sequence[Profile] = ()) -> Callable[[Task], float]:
     """Seconds of a task: step t has the response lengths of scenario t (modulo their number)."""
-    estimates = durations(plan, profiles)
+    return _seconds_by_step(durations(plan, profiles))
 
+
+def _seconds_by_step(estimates: Mapping[str, Estimate]) -> Callable[[Task], float]:
     def seconds(task: Task) -> float:
         drawn = estimates[task.call.name].seconds
         return float(drawn[task.step % len(drawn)])
@@ -44,11 +44,7 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
     generated beside them, so they are shorter."""
     model = CostModel(plan.workload, plan.cluster, profiles)
     estimates = durations(plan, model=model)
-    tasks = tasks_of(plan, steps)
-    scoring = [call.name for call in plan.dataflow.calls if call.scores and not call.roles]
-    busy = dict.fromkeys(scoring, model.least_period)
-    early = [call.name for call in plan.dataflow.calls if call.since_generation]
-    spans = simulate(tasks, task_seconds(plan, profiles), busy, early)
+    spans = _spans(plan, tasks_of(plan, steps), model)
     detailed = tuple(_with_parts(span, estimates[span.call]) for span in spans)
     warmup = min(plan.staleness + 1, max(0, steps - 1))
     drain = min(plan.staleness, max(0, steps - warmup - 1))
@@ -63,6 +59,18 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
     )
 
 
+def _spans(plan: Plan, tasks: Sequence[Task], model: CostModel) -> tuple[Span, ...]:
+    """Tasks of a plan on a simulated clock."""
+    if plan.streams:
+        run = stream_run(plan, model, tasks)
+        ends = run.ends.tolist()
+        return tuple(span_of(task, float(run.starts[task.index]), ends) for task in tasks)
+    scoring = [call.name for call in plan.dataflow.calls if call.scores and not call.roles]
+    busy = dict.fromkeys(scoring, model.least_period)
+    early = [call.name for call in plan.dataflow.calls if call.since_generation]
+    return simulate(tasks, _seconds_by_step(durations(plan, model=model)), busy, early)
+
+
 def forecast_of(plan: Plan, measured: Timeline, profiles: Sequence[Profile] = ()) -> Timeline:
     """The forecast to compare a measured timeline with: as many steps, of which the same ones
     count."""
@@ -72,6 +80,8 @@ def forecast_of(plan: Plan, measured: Timeline, profiles: Sequence[Profile] = ()
 
 def _with_parts(span: Span, estimate: Estimate) -> Span:
     parts = {name: float(s[span.step % len(s)]) for name, s in estimate.parts.items()}
+    if estimate.is_mean:  # of several spans, none of which took just that long
+        parts = dict.fromkeys(parts, span.seconds)
     return Span(
         call=span.call,
         role=span.role,
@@ -94,15 +104,18 @@ def predict(
     model: CostModel | None = None,
 ) -> Predicted:
     """The figures of a plan: its exact period in each length scenario, their mean and 95th
-    percentile. `bound` is one of what the proof's objective says.
+    percentile; where generation streams, those of the steps of one simulation. `bound` is one of
+    what the proof's objective says.
 
     Evaluations and other monitors are left out of the step time."""
     model = model or CostModel(plan.workload, plan.cluster, profiles)
     estimates = durations(plan, model=model)
     names = plan.dataflow.steady.names
     drawn = np.stack([estimates[name].seconds for name in names])
-    periods = plan_cycles(plan).periods(drawn)
+    periods = model.streamed(plan).steps if plan.streams else plan_cycles(plan).periods(drawn)
     least, named = model.least_period, proof.objective if proof else "mean"
+    if plan.streams:
+        least = 0.0  # which the simulation has seen to
     step, p95 = (float(Objective(name, least).of(periods)) for name in ("mean", "p95"))
     minimised = float(Objective(named, least).of(periods))
     call_seconds = dict(zip(names, drawn.mean(axis=1).tolist(), strict=True))
@@ -121,12 +134,12 @@ def predict(
 
 
 def _busy(plan: Plan, call_seconds: dict[str, float], step: float) -> dict[str, float]:
-    """The share of a step in which each pool runs a call."""
+    """The share of a step in which each pool runs a call; one that streams runs several at once."""
     calls = {call.name: call for call in plan.dataflow.calls}
     found = {}
     for pool in plan.pools:
         used = sum(call_seconds[n] for n in call_seconds if pool in plan.pools_of(calls[n]))
-        found[pool] = used / step
+        found[pool] = min(1.0, used / step) if plan.streams else used / step
     return found
 
 

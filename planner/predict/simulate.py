@@ -55,7 +55,7 @@ def simulate(
         if not task.after:
             start(task.index)
     env.run()
-    return tuple(_span(task, starts[task.index], ends) for task in tasks)
+    return tuple(span_of(task, starts[task.index], ends) for task in tasks)
 
 
 def _generated(task: Task, tasks: Sequence[Task], ends: Sequence[float]) -> float:
@@ -68,7 +68,8 @@ def _generated(task: Task, tasks: Sequence[Task], ends: Sequence[float]) -> floa
     )
 
 
-def _span(task: Task, start: float, ends: Sequence[float]) -> Span:
+def span_of(task: Task, start: float, ends: Sequence[float]) -> Span:
+    """The span of a task, by when each task ends."""
     return Span(
         call=task.call.name,
         role=task.call.roles[0] if task.call.roles else "host",

@@ -29,11 +29,13 @@ class Moves(NamedTuple):
 class Estimate:
     """Seconds [S] of a call and what they are made of: `wake` before and `offload` after it,
     `compute`, and `transfer`, communication that compute does not hide. `source` tells where the
-    figure comes from (not that of the moves)."""
+    figure comes from (not that of the moves). One that `is_mean` is of several calls of each
+    scenario, which took different times."""
 
     seconds: Seconds
     parts: dict[str, Seconds]
     source: Source
+    is_mean: bool = False
 
     def with_moves(self, moves: Moves) -> "Estimate":
         """The estimate with the moves of one layout added."""

@@ -1,0 +1,165 @@
+"""A plan whose generation streams, on a simulated clock.
+
+The tasks and their predecessors are those of `schedule`, as ever. What is different is that nobody
+knows how long `generate` takes before it has ended: that depends on the batches beside it and on
+the syncs meanwhile, and when these come depends on it. So tasks are not taken in the order of time.
+One sync after the other is asked for, and whatever it comes after is asked for first. Engines are
+run no further than that needs. As a sync ends after all that it comes after, no engine ever has to
+go back.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from planner.predict.columns import Integers, Seconds
+from planner.predict.schedule import Task
+from planner.predict.speed import Speed
+from planner.predict.stream import Request, StreamEngine
+
+FOLLOWED_IN_STREAMS = 8  # of equal ones; the others are taken to do as these with their share
+
+
+class StreamLengths(NamedTuple):
+    """Tokens of prompts and responses [S, G] of a batch in each scenario, with the `group` samples
+    of a prompt next to each other. Step t has those of scenario t modulo S."""
+
+    prompts: Integers
+    responses: Integers
+    group: int = 1
+
+    def share(self, part: int, of: int) -> "StreamLengths":
+        """The first of so many parts of each batch, in whole groups, with its longest response."""
+        scenarios, size = self.responses.shape
+        kept = -(-size // self.group * part // of) * self.group
+        responses = self.responses[:, :kept].copy()
+        rows = np.arange(scenarios)
+        responses[rows, responses.argmax(axis=1)] = self.responses.max(axis=1)
+        return StreamLengths(self.prompts[:, :kept], responses, self.group)
+
+
+class EngineStream:
+    """Engines that take batches while others are in flight. The samples of a prompt stay together
+    and have it prefilled once; each goes to the engine with the fewest sequences."""
+
+    def __init__(
+        self, engines: Sequence[Speed], slots: int, lengths: StreamLengths, *, recompute: bool
+    ) -> None:
+        followed = engines
+        if len(set(engines)) == 1 and len(engines) > FOLLOWED_IN_STREAMS:
+            followed = engines[:FOLLOWED_IN_STREAMS]
+            lengths = lengths.share(FOLLOWED_IN_STREAMS, len(engines))
+        self.engines = [StreamEngine(speed, slots) for speed in followed]
+        self._prompts, self._responses = lengths.prompts.tolist(), lengths.responses.tolist()
+        self._group, self._recompute = lengths.group, recompute
+
+    def submit(self, at: float, step: int) -> None:
+        """Take the batch of a step of the training."""
+        for engine in self.engines:
+            engine.run_to(at)
+        agenda = [(engine.outstanding, number) for number, engine in enumerate(self.engines)]
+        heapq.heapify(agenda)
+        dealt: list[list[Request]] = [[] for _ in self.engines]
+        scenario, group = step % len(self._prompts), self._group
+        prompts, responses = self._prompts[scenario], self._responses[scenario]
+        for first in range(0, len(prompts), group):
+            outstanding, number = agenda[0]
+            heapq.heapreplace(agenda, (outstanding + group, number))
+            dealt[number] += [
+                Request(step, prompts[at], responses[at], at == first)
+                for at in range(first, first + group)
+            ]
+        for engine, requests in zip(self.engines, dealt, strict=True):
+            engine.submit(at, requests)
+
+    def interrupt(self, start: float, end: float) -> None:
+        """Stop all engines for a sync."""
+        for engine in self.engines:
+            engine.interrupt(start, end, recompute=self._recompute)
+
+    def end_of(self, step: int) -> float:
+        """When the last sequence of a step of the training ends, if no sync comes before that."""
+        return max(engine.end_of(step) for engine in self.engines)
+
+    @property
+    def ended(self) -> tuple[Integers, Seconds]:
+        """The step of the training and the end of each sequence that has ended, of the engines that
+        are followed."""
+        every = [each for engine in self.engines for each in engine.ended]
+        return (
+            np.concatenate([each.of_step for each in every]),
+            np.concatenate([each.seconds for each in every]),
+        )
+
+
+@dataclass(kw_only=True)
+class StreamRun:
+    """One run of `tasks`. `seconds` gives the duration of each that does not stream; that of one
+    which goes on since generation may depend on how long that took. A call that is `busy` for so
+    many seconds a step, beside others, ends no sooner than that after its task before.
+
+    `starts` and `ends` are those of each task, in seconds."""
+
+    tasks: Sequence[Task]
+    stream: EngineStream
+    seconds: Callable[[Task, float], float]
+    busy: dict[str, float] = field(default_factory=dict)
+    overhead: float = 0.0  # of a call that streams
+
+    def __post_init__(self) -> None:
+        self.starts, self.ends = np.full((2, len(self.tasks)), np.nan)
+        self._free = dict[str, float]()  # when what is busy will have ended
+        self._generated = {task.step: task.index for task in self.tasks if task.call.streams}
+        self._run()
+
+    def _run(self) -> None:
+        followers: dict[int | None, list[Task]] = {}
+        for task in self.tasks:
+            if task.call.streams:
+                assert len(task.after) <= 1, "a wait stops the stream"
+                followers.setdefault(task.after[0] if task.after else None, []).append(task)
+        self._admit(followers.get(None, []), 0.0)
+        for task in self.tasks:
+            if task.call.kind == "transfer":
+                self._resolve(task)
+                start, end = self.starts[task.index], self.ends[task.index]
+                self.stream.interrupt(float(start), float(end))
+                self._admit(followers.get(task.index, []), float(end))
+        for task in self.tasks:
+            self._resolve(task)
+
+    def _admit(self, tasks: Sequence[Task], at: float) -> None:
+        for task in tasks:
+            self.starts[task.index] = at
+            self.stream.submit(at, task.step)
+
+    def _resolve(self, task: Task) -> None:
+        """Find when a task ends, after all that it comes after."""
+        unknown, found = [task.index], set[int]()
+        while unknown:
+            index = unknown.pop()
+            if index not in found and np.isnan(self.ends[index]):
+                found.add(index)
+                unknown += self.tasks[index].after
+        for index in sorted(found):  # tasks are in topological order
+            self._end(self.tasks[index])
+
+    def _end(self, task: Task) -> None:
+        index, name = task.index, task.call.name
+        if task.call.streams:
+            self.ends[index] = self.stream.end_of(task.step) + self.overhead
+            return
+        start = max((float(self.ends[before]) for before in task.after), default=0.0)
+        generated = self._generated.get(task.step)
+        took = (
+            float(self.ends[generated] - self.starts[generated]) if generated is not None else 0.0
+        )
+        end = start + self.seconds(task, took)
+        if task.call.since_generation and generated is not None:
+            end = max(start, end - start + float(self.ends[generated]))
+        if name in self.busy:
+            end = self._free[name] = max(end, self._free.get(name, 0.0) + self.busy[name])
+        self.starts[index], self.ends[index] = start, end
