@@ -30,6 +30,7 @@ from planner.spec.errors import UserError
 from planner.spec.limits import MOST_STEPS
 
 FILE_KINDS = ("plan", "timeline", "profile", "workload", "cluster", "study", "cell")
+FRAMEWORKS_READ = ("verl",)
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 
@@ -544,6 +545,45 @@ def samples(
 
     choice = Choice(step=step, evaluation=evaluation, only=only, best=best, worst=worst)
     samples(run, choice)
+
+
+# --- other frameworks ---
+
+
+@main.command("import")
+@click.argument("framework", metavar="FRAMEWORK", type=click.Choice(FRAMEWORKS_READ))
+@click.argument("log", type=file_path("LOG"))
+@click.option("--out", type=file_path("DIR"), required=True, help="A new directory for the files.")
+@click.option(
+    "--config",
+    type=file_path(),
+    help="Its configuration in YAML (default: what the log has of it).",
+)
+@click.option("--model", metavar="NAME|DIR", help="The actor's model, where the log does not tell.")
+@click.option("--device", metavar="NAME", help="Kind of GPU, where the log does not tell.")
+@click.option(
+    "--warmup",
+    type=COUNT_OR_NONE,
+    metavar="N",
+    help="First steps that do not count (default: 2, fewer of short runs).",
+)
+def import_(
+    framework: str,
+    log: Path,
+    out: Path,
+    config: Path | None,
+    model: str | None,
+    device: str | None,
+    warmup: int | None,
+) -> None:
+    """Take a run of another framework as workload, cluster, plan, timeline and profile.
+
+    FRAMEWORK is verl. Shows where a step goes; all commands work on what is written."""
+    from planner.commands.import_run import import_run
+    from planner.commands.import_sources import reader
+
+    read = reader(framework, log, config=config, model=model, device=device, warmup=warmup)
+    import_run(read, out, __version__, _command_line())
 
 
 # --- measuring ---

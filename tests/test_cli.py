@@ -86,7 +86,17 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
         "execute",
         "compare",
     ]
-    later = ["checkpoint", "samples", "profile", "judge", "study", "task", "space", "schema"]
+    later = [
+        "checkpoint",
+        "samples",
+        "import",
+        "profile",
+        "judge",
+        "study",
+        "task",
+        "space",
+        "schema",
+    ]
     assert lines == [*first, *later]
     assert all(plan(name, "--help").exit_code == 0 for name in lines)
 

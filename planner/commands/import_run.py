@@ -1,0 +1,116 @@
+"""`plan import`."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from planner.commands.inputs import make_console
+from planner.exchange.imported_run import (
+    ImportedRun,
+    profile_of,
+    seconds_of_calls,
+    timeline_of,
+)
+from planner.exchange.toml_text import toml_text
+from planner.predict.forecast import durations, predict
+from planner.predict.profile import Profile
+from planner.report.imported import calls_of_run, sentences_of_run
+from planner.spec.errors import UserError
+from planner.spec.files import File
+from planner.spec.plan import Plan, Provenance
+from planner.spec.timeline import Timeline
+from planner.spec.workload import Workload
+
+PROFILE = "profile.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """What an import writes."""
+
+    plan: Plan
+    timeline: Timeline
+    profile: Profile
+
+
+def import_run(read: Callable[[], ImportedRun], out: Path, version: str, command: str) -> None:
+    """Import what `read` returns into the directory `out`, and say where a step goes."""
+    _check_free(out)
+    run = read()
+    steps = seconds_of_calls(run)
+    profile = profile_of(run, steps, command)
+    hashes = {PROFILE: profile.sha256}
+    plan = run.plan.changed(
+        predicted=predict(run.plan, (profile,)),
+        provenance=Provenance(version=version, command=command, profiles=hashes),
+    )
+    files = Files(plan=plan, timeline=timeline_of(run, steps), profile=profile)
+    _write(files, run, out)
+    console = make_console()
+    roofline = {name: float(x.seconds.mean()) for name, x in durations(run.plan).items()}
+    console.print(calls_of_run(plan, steps[run.warmup :], roofline))
+    console.print()
+    measured = [sum(step.values()) for step in steps[run.warmup :]]
+    for sentence in sentences_of_run(plan, measured, roofline):
+        console.print(sentence, soft_wrap=True)
+    for note in run.notes:
+        console.print(f"- {note}", markup=False, soft_wrap=True)
+    console.print(f"Wrote {out}: {', '.join(_names(files))}.", markup=False, soft_wrap=True)
+
+
+def _check_free(out: Path) -> None:
+    """Raise UserError unless `out` is a new or empty directory that can be made."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is there already; name a new directory with --out")
+    parent = next(parent for parent in out.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise UserError(f"{out}: cannot be made in {parent}; choose another place")
+
+
+def _named(files: Files) -> Mapping[str, File]:
+    plan = files.plan
+    return {
+        "workload.toml": plan.workload,
+        "cluster.toml": plan.cluster,
+        "plan.json": plan,
+        "timeline.json": files.timeline,
+        PROFILE: files.profile,
+    }
+
+
+def _names(files: Files) -> list[str]:
+    return list(_named(files))
+
+
+def _body(file: File) -> dict[str, Any]:
+    """The keys of a file that are not at their defaults, and the kinds of its lengths."""
+    body = file.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(file, Workload):
+        body |= {"prompt": file.prompt.model_dump(), "response": file.response.model_dump()}
+    return {"schema": file.SCHEMA, **body}
+
+
+def _write(files: Files, run: ImportedRun, out: Path) -> None:
+    """Write all files into a directory beside `out`, and then give it that name."""
+    out = out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        for name, file in _named(files).items():
+            path = made / name
+            if path.suffix == ".toml":
+                path.write_text(toml_text(_body(file), run.notes))
+            else:
+                file.write(path)
+        made.chmod(0o755)
+        if out.exists():
+            out.rmdir()  # it is empty
+        made.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
