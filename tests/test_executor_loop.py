@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import pytest
 from conftest import colocated, cpu_cluster, make_plan, make_workload, split
@@ -23,7 +23,7 @@ from executor.fleet.signals import (
     interruptible,
     unrepeated,
 )
-from executor.fleet.worker import Record
+from executor.fleet.worker import Overdue, Record, WorkerError
 from executor.running import checkpoint
 from executor.running.execute import rehearse
 from executor.running.generating import check_agreement
@@ -33,7 +33,7 @@ from executor.running.rehearse import Rehearsal
 from executor.running.run import Recorded, Run
 from executor.running.run_directory import RunDirectory, log
 from executor.running.said import Said
-from executor.running.saving import Saver
+from executor.running.saving import Saver, Snapshot
 from executor.running.supervise import Deadlines
 from planner.predict.schedule import Task, tasks_of
 from planner.predict.simulate import simulate
@@ -172,7 +172,7 @@ class Quick:
     def said(self) -> list[Said]:
         return []
 
-    def snapshot(self, directory: Path) -> NoReturn:
+    def snapshot(self, directory: Path) -> Snapshot:
         raise AssertionError("there is nothing to save")
 
     def export(self, directory: Path) -> None: ...
@@ -294,6 +294,54 @@ def test_a_last_checkpoint_that_cannot_be_written_is_told_at_the_end(tmp_path: P
     ):
         Run(colocated(make_workload()), 2, Quick(), directory, Silent(), saver=saver).finish()
     assert Timeline.read(tmp_path / "r" / "timeline.json").steps == 2
+
+
+class SlowlyWritten(Quick):
+    """Its checkpoints take as long as `written` says nothing; the first call of step 1 fails."""
+
+    def __init__(self, written: Callable[[], list[Any] | None], cause: Exception | None) -> None:
+        super().__init__()
+        self.deadlines = Deadlines(plan=colocated(make_workload()), floor=0.1)
+        self.written, self.cause = written, cause
+
+    def run(self, task: Task) -> tuple[list[Record], int]:
+        if task.step == 1:
+            raise UserError("the reward function is wrong") from self.cause
+        return super().run(task)
+
+    def snapshot(self, directory: Path) -> Snapshot:
+        return Snapshot(
+            arrays={},
+            metrics={},
+            evaluations={},
+            skipped={},
+            kl_coef=None,
+            written=self.written,
+        )
+
+
+def checkpoint_after_failure(backend: SlowlyWritten, path: Path) -> bool:
+    """Whether the checkpoint of step 0 is there when the run has failed in step 1."""
+    saver = Saver(path / "checkpoints", every=1, keep=2)
+    directory = RunDirectory(path, tensorboard=False)
+    with pytest.raises(UserError, match="reward function"):
+        Run(colocated(make_workload()), 3, backend, directory, Silent(), saver=saver).finish()
+    return (path / "checkpoints" / "step-000001").exists()
+
+
+def test_a_checkpoint_that_is_being_written_outlives_the_failure(tmp_path: Path) -> None:
+    looks = iter([None] * 10)
+    backend = SlowlyWritten(lambda: next(looks, [({}, {})]), WorkerError("trainer 0 died"))
+    assert checkpoint_after_failure(backend, tmp_path / "r")
+
+
+def test_a_checkpoint_whose_processes_hang_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    over = threading.Event()
+    backend = SlowlyWritten(lambda: [({}, {})] if over.is_set() else None, Overdue("trainer 0"))
+    try:
+        assert not checkpoint_after_failure(backend, tmp_path / "r")
+    finally:
+        over.set()
 
 
 def test_what_a_thread_of_a_library_raises_is_for_the_log(

@@ -213,8 +213,7 @@ def test_steps_without_finite_gradients_are_left_out_counted_and_end_the_run(
     assert [line["actor/skipped"] for line in lines] == [0, 1, 0, 2, 2, 2]
     assert all(line["actor/grad_norm"] is not None for line in lines[:3])
     found = checkpoint.find(tmp_path / "r")
-    # On a busy machine the run ends before the checkpoint of its last step is written.
-    assert found.manifest.skipped == {6: {"actor": 6}, 4: {"actor": 2}}[found.manifest.step]
+    assert (found.manifest.step, found.manifest.skipped) == (6, {"actor": 6})
     assert all(
         np.isfinite(array).all()
         for array in load_file(found.directory / "actor-00000.safetensors").values()

@@ -175,7 +175,7 @@ def _check_answered(begun: Begun, deadlines: Deadlines) -> None:
             f"{task.call.name} of step {task.step}: Ray itself has not answered for {seconds:.0f} "
             "s; look at whether its processes run (raylet, gcs_server) and whether the machine has "
             "memory left, and go on with --resume"
-        )
+        ) from TimeoutError("Ray")
 
 
 def _call(backend: Backend, begun: Begun) -> tuple[list[Record], int]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from executor.fleet import pools
 from executor.fleet.asking import within
 from executor.fleet.session import last_words
-from executor.fleet.worker import WorkerError
+from executor.fleet.worker import Overdue, WorkerError
 from executor.running import first_batch
 from executor.running.loop import Backend, Course, Progress, loop
 from executor.running.run_directory import RunDirectory, log, timeline_of
@@ -91,6 +91,7 @@ class Run:
             log_end(error)
             with contextlib.suppress(UserError):  # on a full disk, which the error is about
                 self._directory.write_timeline(self.timeline)
+            self._finish_saving(error)
             raise
         finally:
             self._directory.close()
@@ -172,6 +173,15 @@ class Run:
                 timeline=self.timeline,
                 metrics=self._directory.path / "metrics.jsonl",
             )
+
+    def _finish_saving(self, error: BaseException) -> None:
+        """After a failure, wait for the checkpoint that is being written: the processes that write
+        it end with the run. Those that hang do not hold it up for long, and who interrupts a run
+        does not wait."""
+        if self._saver is not None and isinstance(error, Exception):
+            deadlines = self._backend.deadlines
+            hangs = isinstance(error.__cause__, Overdue | TimeoutError)
+            self._saver.wait(deadlines.floor if hangs else deadlines.of_start)
 
     def _check_last(self) -> None:
         """All is done but the last checkpoint may be missing, for going on for longer."""
