@@ -18,7 +18,8 @@ from processes import PATIENCE
 
 from executor.measuring import software
 from planner import __version__
-from planner.cli import FILE_KINDS, Commands, main
+from planner.cli import Commands, main
+from planner.command_line.inspection import FILE_KINDS
 from planner.predict.schedule import load_plan
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError

@@ -175,7 +175,7 @@ class Run:
             )
 
     def _finish_saving(self, error: BaseException) -> None:
-        """After a failure, wait for the checkpoint that is being written: the processes that write
+        """Wait, after a failure, for the checkpoint that is being written: the processes that write
         it end with the run. Those that hang do not hold it up for long, and who interrupts a run
         does not wait."""
         if self._saver is not None and isinstance(error, Exception):

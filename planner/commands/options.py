@@ -3,6 +3,8 @@ loads this before it knows which command will run, so nothing here is slow to im
 
 import functools
 import math
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,3 +180,8 @@ def max_staleness(command: Command) -> Command:
 def minutes(text: str) -> Callable[[Command], Command]:
     """Adds `--minutes` with its help text."""
     return click.option("--minutes", type=Duration(), metavar="M", help=text)
+
+
+def command_line() -> str:
+    """The command as it was typed, for the plan's provenance."""
+    return shlex.join(["plan", *sys.argv[1:]])

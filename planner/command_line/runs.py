@@ -1,0 +1,160 @@
+"""Commands that run a plan, really or simulated, and look at what came of it."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from planner.command_line.run_options import run_options
+from planner.commands.options import (
+    COUNT,
+    COUNT_OR_NONE,
+    STEP_COUNT,
+    file_path,
+    profiles_of_plan,
+    settings_of_workload,
+)
+from planner.spec.errors import UserError
+
+if TYPE_CHECKING:
+    from executor.running.options import RunOptions
+
+
+@click.command()
+@click.argument("plan", type=file_path("PLAN"))
+@click.option(
+    "--steps", type=STEP_COUNT, default=8, show_default=True, metavar="N", help="Steps to simulate."
+)
+@click.option("--gantt", type=file_path(), help="Draw the steady-state steps (.png, .svg or .pdf).")
+@click.option("--trace", type=file_path(), help="Write a trace that opens in Perfetto.")
+@click.option("--timeline", type=file_path(), help="Write the simulated timeline.")
+@profiles_of_plan
+@settings_of_workload
+def simulate(
+    plan: Path,
+    steps: int,
+    gantt: Path | None,
+    trace: Path | None,
+    timeline: Path | None,
+    profiles: tuple[Path, ...],
+    settings: tuple[str, ...],
+) -> None:
+    """Run a plan on a simulated clock."""
+    from planner.commands.simulate import simulate
+
+    files = {"gantt": gantt, "trace": trace, "timeline": timeline}
+    simulate(plan, steps, profiles=profiles, settings=settings, **files)
+
+
+@click.command()
+@click.argument("plan", type=file_path("PLAN"), required=False)
+@click.option("--name", default="", metavar="NAME", help="Name of the run (default: the plan's).")
+@click.option(
+    "--rehearse",
+    is_flag=True,
+    help="Replace every GPU by a light process that sleeps the predicted time.",
+)
+@click.option(
+    "--runs",
+    type=file_path("DIR"),
+    default=Path("runs"),
+    show_default=True,
+    help="Where runs are kept.",
+)
+@run_options
+@click.option(
+    "--resume", type=file_path("RUN_DIR"), help="Continue a run, or one of its checkpoints."
+)
+@click.option(
+    "--plan", "other_plan", type=file_path(), help="With --resume: continue under this plan."
+)
+@profiles_of_plan
+@settings_of_workload
+def execute(
+    plan: Path | None,
+    name: str,
+    rehearse: bool,
+    runs: Path,
+    options: "RunOptions",
+    resume: Path | None,
+    other_plan: Path | None,
+    profiles: tuple[Path, ...],
+    settings: tuple[str, ...],
+) -> None:
+    """Run the job as the plan says, with live progress."""
+    from planner.commands import execute as commands
+
+    if resume is not None:
+        if plan is not None or rehearse or name:
+            raise UserError(
+                "--resume continues a run: leave out PLAN, --name and --rehearse; --plan is "
+                "another plan"
+            )
+        commands.resume(resume, other_plan, options, settings)
+        return
+    if plan is None or other_plan is not None:
+        raise UserError(
+            "name the PLAN to run; --plan is for continuing a run under another one, with --resume"
+        )
+    if rehearse:
+        commands.rehearse(plan, options, name=name, runs=runs, profiles=profiles, settings=settings)
+    else:
+        commands.execute(plan, options, name=name, runs=runs, settings=settings)
+
+
+@click.command()
+@click.argument("plan", type=file_path("PLAN"))
+@click.argument("run", type=file_path("RUN_DIR"))
+@click.option(
+    "--out",
+    type=file_path(),
+    help="The picture of both (default: compare.png in the run directory).",
+)
+@profiles_of_plan
+def compare(plan: Path, run: Path, out: Path | None, profiles: tuple[Path, ...]) -> None:
+    """Compare what was predicted with what was measured.
+
+    Shows both for each call and each step, and draws one picture of both."""
+    from planner.commands.compare import compare
+
+    compare(plan, run, out, profiles)
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["export"]))
+@click.argument("checkpoint", type=file_path("CHECKPOINT"))
+@click.argument("out", type=file_path("OUT"))
+def checkpoint(what: str, checkpoint: Path, out: Path) -> None:
+    """Write the models of a checkpoint as Hugging Face directories.
+
+    CHECKPOINT is a directory such as runs/first/checkpoints/step-000010, or a run, whose last one
+    is taken. The models are written in bf16, as OUT/actor and OUT/critic. The run may go on
+    meanwhile."""
+    from planner.commands.checkpoint import export
+
+    assert what == "export"
+    export(checkpoint, out)
+
+
+@click.command()
+@click.argument("run", type=file_path("RUN_DIR"))
+@click.option("--step", type=COUNT_OR_NONE, metavar="N", help="Samples of this step only.")
+@click.option("--best", type=COUNT, metavar="N", help="The N samples with the highest scores.")
+@click.option("--worst", type=COUNT, metavar="N", help="The N samples with the lowest scores.")
+@click.option("--evaluation", is_flag=True, help="Responses of evaluations, not of training.")
+@click.option("--set", "only", metavar="NAME", help="Responses of the evaluation of this name.")
+def samples(
+    run: Path,
+    step: int | None,
+    best: int | None,
+    worst: int | None,
+    evaluation: bool,
+    only: str | None,
+) -> None:
+    """Page through what the model said in a run.
+
+    Shows prompts, responses and their scores, as the run has written them into samples.jsonl."""
+    from planner.commands.samples import Choice, samples
+
+    choice = Choice(step=step, evaluation=evaluation, only=only, best=best, worst=worst)
+    samples(run, choice)
