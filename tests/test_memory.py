@@ -234,6 +234,23 @@ def test_a_plan_that_fits_passes() -> None:
     assert memory.detail["actor"]["gradients"] == 4 * SEVEN_B.actor.shape.parameters() // 8
 
 
+def test_beside_an_engine_that_sleeps_idle_roles_keep_no_gradients() -> None:
+    """Every call there gives back what it does not hold: the critic's 4 bytes a parameter on 8
+    shards are gone while the actor runs."""
+    kept = {role: trainer(shard=8, micro_batch_tokens=8192) for role in ("actor", "critic")}
+    asleep = plan(**kept)
+    awake = plan(**kept, rollout=asleep.rollout.changed(offload=False))
+    gradients = 4 * SEVEN_B.critic.shape.parameters("scalar") // 8
+    idle = {
+        name: plan_memory(each)["a"].detail["critic"]["idle"]
+        for name, each in {"asleep": asleep, "awake": awake}.items()
+    }
+    assert idle["awake"] - idle["asleep"] == gradients
+    assert trainer_memory(SEVEN_B, "critic", kept["critic"], H200).given_back == gradients
+    offloaded = trainer(shard=8, micro_batch_tokens=8192, offload="optimizer")
+    assert trainer_memory(SEVEN_B, "critic", offloaded, H200).given_back == 0
+
+
 def test_a_trainer_may_take_what_is_planned_and_a_little_more_as_far_as_it_is_left() -> None:
     process = H200.context_bytes + COMMUNICATION_BYTES
     roles = [

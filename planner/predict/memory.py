@@ -4,12 +4,13 @@ Sizes. N parameters of a model, s its shard size, T tokens of a micro-batch. On 
 compute in bf16 (2 bytes) and a trained model keeps a master copy in fp32 (4); on a CPU everything
 is fp32. Trained, per GPU: master weights 4N/s, Adam's two moments 8N/s, and gradients 4N/s. These
 lie in a stream of each model's own, so on a GPU what they took stays with the model, unless it is
-offloaded. A frozen model (reference, reward) keeps its compute copy only, 2N/s.
+offloaded. Where an engine sleeps on the GPU every call gives it back, but the search counts it all
+the same. A frozen model (reference, reward) keeps its compute copy only, 2N/s.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -38,12 +39,13 @@ SPARE = 32
 @dataclass(frozen=True, kw_only=True)
 class RoleMemory:
     """Bytes of one role on one GPU: `idle` while another role of its pool runs, `running` (at its
-    peak), and `host`, the pinned copies per GPU of what it offloads. `detail` splits `running` by
-    kind."""
+    peak), and `host`, the pinned copies per GPU of what it offloads. Where an engine sleeps on the
+    GPU, `idle` is less by what is `given_back`. `detail` splits `running` by kind."""
 
     idle: int
     running: int
     host: int
+    given_back: int = 0
     detail: dict[str, int] = field(default_factory=dict)
 
 
@@ -96,17 +98,20 @@ def trainer_memory(
         idle=found.idle.item(),
         running=found.running.item(),
         host=found.host.item(),
+        given_back=found.given_back.item(),
         detail={kind: size.item() for kind, size in found.detail.items()},
     )
 
 
 class TrainerBytes(NamedTuple):
     """Bytes per GPU [n] of a role in many layouts: what it keeps while it idles, what it has in use
-    while it runs, by kind, and what it offloads to the host."""
+    while it runs, by kind, what it offloads to the host, and what of `idle` is given back where an
+    engine sleeps."""
 
     idle: Integers
     detail: dict[str, Integers]
     host: Integers
+    given_back: Integers
 
     @property
     def running(self) -> Integers:
@@ -141,9 +146,9 @@ def trainer_bytes(workload: Workload, role: str, grid: Grid, device: Device) -> 
     }
     if on_gpu:
         detail["spare"] = np.sum(list(detail.values()), axis=0) // SPARE
-    kept = gradients * (1 - grid.optimizer_offloaded) if on_gpu else 0
+    kept = gradients * (1 - grid.optimizer_offloaded) * on_gpu
     host = weights * grid.weights_offloaded + moments * grid.optimizer_offloaded
-    return TrainerBytes(weights + moments + kept - host + window, detail, host)
+    return TrainerBytes(weights + moments + kept - host + window, detail, host, kept)
 
 
 def moved_bytes(shape: Shape, role: str, grid: Grid, device: Device, *, train: bool) -> Integers:
@@ -313,11 +318,18 @@ def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
     for pool in plan.pools:
         members = {role: roles[role] for role in roles if pool in plan.roles[role].pools}
         device, engine = plan.device_of(pool), "rollout" in members
+        if engine and plan.rollout.offload:
+            members = {role: _given_back(memory) for role, memory in members.items()}
         trainer = bool(members.keys() - {"rollout"})
         peak = pool_peak(list(members.values()), trainer, engine, device)
         detail = {role: {**memory.detail, "idle": memory.idle} for role, memory in members.items()}
         found[pool] = PoolMemory(peak=peak, allowed=device.memory_bytes, detail=detail)
     return found
+
+
+def _given_back(memory: RoleMemory) -> RoleMemory:
+    """The memory of a role beside an engine that sleeps."""
+    return replace(memory, idle=memory.idle - memory.given_back, given_back=0)
 
 
 def kv_cache_bytes(plan: Plan) -> int:
