@@ -2,6 +2,7 @@
 again after a failure."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable
 from itertools import count
@@ -22,8 +23,10 @@ from planner.predict.schedule import Task, check
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 
-if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
+if TYPE_CHECKING:  # they load torch, which a rehearsal does without
+    from executor.data.prompts import PromptSource
     from executor.running.checkpoint import Checkpoint
+    from executor.running.saving import Saver
 
 DEFAULT = RunOptions()
 
@@ -102,69 +105,106 @@ def _train(
     resumed: "Checkpoint | None",
 ) -> None:
     """Attempts to do all steps, each from the last checkpoint of the one before."""
-    from executor.running import (  # torch, transformers: a rehearsal does without
-        checkpoint,
-        first_batch,
-        preflight,
-        saving,
-        step,
-        trackers,
-    )
-    from executor.running.said import Listener
+    # They load torch and transformers: a rehearsal does without.
+    from executor.running import checkpoint, preflight, trackers
 
     trackers.check(options.track)
     saves = bool(options.save_every)
     prompts = preflight.check(plan, local=options.address is None, saves=saves)
-    deadlines = Deadlines(plan=plan, floor=options.deadline_floor, held_out=prompts.held_out)
-    steps = options.steps or plan.workload.steps
-    saver = None
-    if options.save_every or options.export_every:
-        saver = saving.Saver(
-            path / "checkpoints",
-            every=options.save_every,
-            keep=options.keep,
-            export_every=options.export_every,
-        )
+    attempts = Attempts(plan, path, options, progress, prompts)
     cpus = pools.needed(plan) if pools.resource_of(plan) == "CPU" else None
-
-    def start() -> Backend:
-        listener = Listener(every=options.samples_every, count=options.samples)
-        return step.Training(plan, prompts, deadlines=deadlines, resumed=resumed, listener=listener)
-
     with ray_session(cpus=cpus, address=options.address):
         if options.address is not None:
             hosts.check_each(plan, pools.memory_of_nodes(plan), saves)
-        begun = resumed is not None
-        notes = [*prompts.notes, *first_batch.beforehand(plan.workload)]
         for restarts in count():
             try:
-                with contextlib.closing(started(deadlines, path, start)) as backend:
-                    directory = RunDirectory(path, tensorboard=True, track=options.track)
-                    begun = True
-                    run = Run(
-                        plan,
-                        steps,
-                        backend,
-                        directory,
-                        progress,
-                        saver=saver,
-                        resumed=resumed,
-                        notes=notes,
-                    )
-                    notes = []
-                    run.finish()
+                attempts.make(resumed)
                 return
             except UserError as error:
-                # What cannot start the first time will not the second time either.
-                is_last = restarts == options.max_restarts
-                if saver is None or is_last or not begun or not _of_processes(error):
+                if restarts == options.max_restarts or not attempts.may_help(error):
                     raise
-                saver.wait()
                 resumed = checkpoint.latest(path) or resumed
                 where = f"step {resumed.manifest.step}" if resumed else "the beginning"
                 progress.on_note(
                     f"{error}. Restart {restarts + 1} of {options.max_restarts}, from {where}"
                 )
+
+
+class Attempts:
+    """Attempts to run a plan, one after the other, with fresh processes each."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        path: Path,
+        options: RunOptions,
+        progress: Progress,
+        prompts: "PromptSource",
+    ) -> None:
+        from executor.running import first_batch
+
+        self._plan, self._path, self._options = plan, path, options
+        self._progress, self._prompts = progress, prompts
+        self._saver = _saver(path / "checkpoints", options)
+        self._deadlines = Deadlines(
+            plan=plan, floor=options.deadline_floor, held_out=prompts.held_out
+        )
+        self._begun = False
+        self._notes = [*prompts.notes, *first_batch.beforehand(plan.workload)]  # said once
+
+    def make(self, resumed: "Checkpoint | None") -> None:
+        """Start processes, and do what is left behind a checkpoint. Raises UserError."""
+        self._begun = self._begun or resumed is not None
+        steps = self._options.steps or self._plan.workload.steps
+        begin = functools.partial(self._training, resumed)
+        with contextlib.closing(started(self._deadlines, self._path, begin)) as backend:
+            self._begun = True
+            notes, self._notes = self._notes, []
+            Run(
+                self._plan,
+                steps,
+                backend,
+                RunDirectory(self._path, tensorboard=True, track=self._options.track),
+                self._progress,
+                saver=self._saver,
+                resumed=resumed,
+                notes=notes,
+            ).finish()
+
+    def _training(self, resumed: "Checkpoint | None") -> Backend:
+        from executor.running import step
+        from executor.running.said import Listener
+
+        options = self._options
+        return step.Training(
+            self._plan,
+            self._prompts,
+            deadlines=self._deadlines,
+            resumed=resumed,
+            listener=Listener(every=options.samples_every, count=options.samples),
+        )
+
+    def may_help(self, error: UserError) -> bool:
+        """Whether another attempt may end otherwise; what is being saved has been when this
+        returns. What cannot start the first time will not the second time either."""
+        if self._saver is None or not self._begun or not _of_processes(error):
+            return False
+        self._saver.wait()
+        return True
+
+
+def _saver(directory: Path, options: RunOptions) -> "Saver | None":
+    """What saves checkpoints in a directory; None if the run has none."""
+    from executor.running import saving
+
+    if not options.save_every and not options.export_every:
+        return None
+    return saving.Saver(
+        directory,
+        every=options.save_every,
+        keep=options.keep,
+        export_every=options.export_every,
+    )
 
 
 def _of_processes(error: UserError) -> bool:

@@ -141,32 +141,48 @@ def _unused(workload: "Workload") -> set[str]:
     return {name for name, leave in unused.items() if leave}
 
 
+SEQUENCES = Read(data="sequences")
+# What each update makes of the weights of the one before.
+ACTOR_WEIGHTS = Read(data="actor_weights", lag=1)
+CRITIC_WEIGHTS = Read(data="critic_weights", lag=1)
+
+
 def _calls(workload: "Workload") -> tuple[Call, ...]:
     """Every call that a step may have."""
+    # What is trained on: all that was generated, or the groups that were selected from it.
+    batch = Read(data="selected") if workload.oversamples else SEQUENCES
+    return (
+        _generate(),
+        *_scoring(workload),
+        *_inference(batch),
+        _advantages(),
+        *_updates(workload, batch),
+        *_with_new_weights(workload),
+    )
+
+
+def _generate() -> Call:
+    return Call(
+        name="generate",
+        roles=("rollout",),
+        kind="generate",
+        reads=(Read(data="prompts"), Read(data="rollout_weights", latest=True)),
+        writes=("sequences", "log_probs"),
+    )
+
+
+def _scoring(workload: "Workload") -> tuple[Call, ...]:
+    """What rates all that was generated, and what selects from it."""
     model_scores = "reward" in workload.roles  # otherwise the host alone does
     # Processes score what has ended by themselves; a reward without them begins with its call.
     rewards = workload.host_rewards
     by_processes = bool(rewards) and all(reward.processes is not None for reward in rewards)
-    recompute = workload.proximal == "recompute"
-    evaluate_every = workload.data.evaluate_every if workload.data else 0
-    generated = Read(data="sequences")
-    # What is trained on: all that was generated, or the groups that were selected from it.
-    batch = Read(data="selected" if workload.oversamples else "sequences")
-    actor_weights = Read(data="actor_weights", lag=1)
-    critic_weights = Read(data="critic_weights", lag=1)
     return (
-        Call(
-            name="generate",
-            roles=("rollout",),
-            kind="generate",
-            reads=(Read(data="prompts"), Read(data="rollout_weights", latest=True)),
-            writes=("sequences", "log_probs"),
-        ),
         Call(
             name="score",
             roles=("reward",) if model_scores else (),
             kind="infer" if model_scores else "host",
-            reads=(generated,),
+            reads=(SEQUENCES,),
             writes=("rewards",),
             scores=True,
             since_generation=by_processes and not model_scores,
@@ -175,7 +191,7 @@ def _calls(workload: "Workload") -> tuple[Call, ...]:
             name="score_on_host",
             roles=(),
             kind="host",
-            reads=(generated,),
+            reads=(SEQUENCES,),
             writes=("host_rewards",),
             scores=True,
             since_generation=by_processes,
@@ -184,9 +200,15 @@ def _calls(workload: "Workload") -> tuple[Call, ...]:
             name="select",  # the groups whose samples differ in their scores
             roles=(),
             kind="host",
-            reads=(generated, Read(data="rewards"), Read(data="host_rewards")),
+            reads=(SEQUENCES, Read(data="rewards"), Read(data="host_rewards")),
             writes=("selected",),
         ),
+    )
+
+
+def _inference(batch: Read) -> tuple[Call, ...]:
+    """What models make of a batch without learning from it."""
+    return (
         Call(
             name="ref_logprobs",
             roles=("reference",),
@@ -198,36 +220,45 @@ def _calls(workload: "Workload") -> tuple[Call, ...]:
             name="old_logprobs",
             roles=("actor",),
             kind="infer",
-            reads=(batch, actor_weights),
+            reads=(batch, ACTOR_WEIGHTS),
             writes=("proximal_log_probs",),
         ),
         Call(
             name="values",
             roles=("critic",),
             kind="infer",
-            reads=(batch, critic_weights),
+            reads=(batch, CRITIC_WEIGHTS),
             writes=("values",),
         ),
-        Call(
-            name="advantages",
-            roles=(),
-            kind="host",
-            reads=(
-                Read(data="rewards"),
-                Read(data="selected"),
-                Read(data="host_rewards"),
-                Read(data="log_probs"),
-                Read(data="ref_log_probs"),
-                Read(data="proximal_log_probs"),
-                Read(data="values"),
-            ),
-            writes=("advantages", "returns"),
+    )
+
+
+def _advantages() -> Call:
+    return Call(
+        name="advantages",
+        roles=(),
+        kind="host",
+        reads=(
+            Read(data="rewards"),
+            Read(data="selected"),
+            Read(data="host_rewards"),
+            Read(data="log_probs"),
+            Read(data="ref_log_probs"),
+            Read(data="proximal_log_probs"),
+            Read(data="values"),
         ),
+        writes=("advantages", "returns"),
+    )
+
+
+def _updates(workload: "Workload", batch: Read) -> tuple[Call, ...]:
+    recompute = workload.proximal == "recompute"
+    return (
         Call(
             name="update_critic",
             roles=("critic",),
             kind="train",
-            reads=(batch, Read(data="values"), Read(data="returns"), critic_weights),
+            reads=(batch, Read(data="values"), Read(data="returns"), CRITIC_WEIGHTS),
             writes=("critic_weights",),
         ),
         Call(
@@ -238,10 +269,16 @@ def _calls(workload: "Workload") -> tuple[Call, ...]:
                 batch,
                 Read(data="advantages"),
                 Read(data="proximal_log_probs" if recompute else "log_probs"),
-                actor_weights,
+                ACTOR_WEIGHTS,
             ),
             writes=("actor_weights",),
         ),
+    )
+
+
+def _with_new_weights(workload: "Workload") -> tuple[Call, ...]:
+    evaluate_every = workload.data.evaluate_every if workload.data else 0
+    return (
         Call(
             name="sync_weights",
             roles=("actor", "rollout"),
