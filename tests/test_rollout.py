@@ -9,7 +9,8 @@ from conftest import SHAPE
 
 from executor.data.requests import Requests, make_requests
 from executor.rollout.engine import Engine
-from executor.rollout.transformers_engine import TransformersEngine, _invert, cut
+from executor.rollout.sampling import cut, invert
+from executor.rollout.transformers_engine import TransformersEngine
 from executor.rollout.vllm.engine import graph_sizes
 from executor.training import models, weights
 from planner.spec.data import Sampler
@@ -121,7 +122,7 @@ def test_the_log_probs_are_those_of_the_distribution_that_is_sampled(
 def test_a_token_without_probability_is_never_drawn() -> None:
     log_p = torch.tensor([[float("-inf"), 0.5, float("-inf"), 0.5]]).log_softmax(-1)
     ends = torch.tensor([0.0, 0.4999, 0.5, 1 - 1e-16], dtype=torch.float64)
-    assert _invert(log_p.expand(4, 4), ends).tolist() == [1, 1, 3, 3]
+    assert invert(log_p.expand(4, 4), ends).tolist() == [1, 1, 3, 3]
 
 
 def test_new_weights_are_used_and_must_be_the_same_parameters(model: torch.nn.Module) -> None:

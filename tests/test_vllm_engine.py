@@ -18,12 +18,15 @@ from conftest import ROLES, colocated, make_workload
 from numpy.typing import NDArray
 from recording import Recording
 from test_rollout import PROMPTS, requests, responses
+from test_streaming import unfinished, whole
 from transformers import PreTrainedModel
 
 from executor.data.requests import Ints, Requests
 from executor.fleet import pools
 from executor.fleet.asking import Rank, ask
-from executor.rollout.transformers_engine import TransformersEngine, cut
+from executor.rollout.sampling import cut
+from executor.rollout.streaming import Stretch, Unfinished
+from executor.rollout.transformers_engine import TransformersEngine
 from executor.rollout.tray import HandOver, Tray, taken
 from executor.rollout.vllm.engine import VllmEngine, _told_what_fails
 from executor.rollout.vllm.worker import VllmWorker, made_for
@@ -121,7 +124,7 @@ def test_vllm_has_the_private_names_that_are_used() -> None:
 
     used = {
         LLM: ("collective_rpc", "sleep", "wake_up"),
-        private.AsyncScheduler: ("update_from_output",),
+        private.AsyncScheduler: ("schedule", "update_from_output", "reset_prefix_cache"),
         PyNcclCommunicator: ("broadcast", "destroy"),
         GPUModelRunner: ("get_model", "reload_weights"),
     }
@@ -377,3 +380,86 @@ def test_an_engine_whose_memory_is_full_sets_sequences_aside(ray_two: None) -> N
         fleet.close()
     assert (lengths == 400).all() and len(tokens) == len(log_probs) == 400 * len(lengths)
     assert np.isfinite(log_probs).all() and (log_probs < 0).all()
+
+
+class Streaming(Remote):
+    """The same engine, for what streams."""
+
+    def go_on(self, sequences: list[Unfinished], seconds: float = 60.0) -> list[Stretch]:
+        (found,) = ask([self.rank.order(VllmWorker.go_on, sequences, seconds)]).results
+        return found
+
+    def recompute(self) -> None:
+        ask([self.rank.order(VllmWorker.recompute)])
+
+
+@pytest.fixture
+def streaming(engine: Remote) -> Iterator[Streaming]:
+    """Another view of it."""
+    found = Streaming(engine.rank)
+    found.version = engine.version
+    yield found
+    engine.version = found.version
+
+
+def in_stretches(streaming: Streaming, sequences: list[Unfinished]) -> list[Stretch]:
+    """A call for each decoding step, or few."""
+    stretches = streaming.go_on(sequences, 0.0)
+    while not {stretch.number for stretch in stretches if stretch.ended} >= {
+        s.number for s in sequences
+    }:
+        stretches += streaming.go_on([], 0.001)
+    return stretches
+
+
+def test_what_streams_through_vllm_is_what_a_batch_gives(streaming: Streaming) -> None:
+    asked = requests(MANY, max_tokens=20)
+    expected = responses(streaming, asked, 1.0)
+    assert whole(streaming.go_on(unfinished(asked))) == dict(enumerate(expected))
+    assert whole(in_stretches(streaming, unfinished(asked))) == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_come_between_two_steps_of_vllm(
+    streaming: Streaming, model: PreTrainedModel, recompute: bool
+) -> None:
+    """The tokens before are those of the old weights, and are marked so, also of a step that was
+    queued; what comes then has the log-probs of the new ones if caches are recomputed."""
+    asked = requests(MANY, max_tokens=20, exact=True)
+    sequences = unfinished(asked, Sampler())
+    expected = dict(enumerate(responses(streaming, asked, 0.0)))
+    old, stretches = streaming.version, streaming.go_on(sequences, 0.0)
+    while max(map(len, whole(stretches).values()), default=0) < 6:
+        stretches += streaming.go_on([], 0.0)
+    other = random_model(4)
+    streaming.install(other)
+    if recompute:
+        streaming.recompute()
+    stretches += streaming.go_on([])
+    assert {stretch.version for stretch in stretches} == {old, old + 1}
+    before = whole([stretch for stretch in stretches if stretch.version == old])
+    after = {stretch.number: stretch for stretch in stretches if stretch.version == old + 1}
+    assert all(
+        tokens == expected[number][: len(tokens)] and 0 < len(tokens) < 20
+        for number, tokens in before.items()
+    )
+    left = [each.with_more(before.get(each.number, [])) for each in sequences]
+    fresh = whole(streaming.go_on(left))
+    found = whole(list(after.values()))
+    assert {number: len(tokens) for number, tokens in found.items()} == {
+        number: len(tokens) for number, tokens in fresh.items()
+    }
+    assert (found == fresh) == recompute
+
+
+def test_a_sequence_goes_on_in_vllm_with_the_tokens_that_it_has(streaming: Streaming) -> None:
+    asked = requests(MANY, max_tokens=20)
+    expected = responses(streaming, asked, 0.0)
+    left = [
+        each.with_more(expected[each.number][:5])
+        for each in unfinished(asked, Sampler())
+        if len(expected[each.number]) > 5
+    ]
+    assert left
+    found = whole(streaming.go_on(left))
+    assert found == {each.number: expected[each.number][5:] for each in left}

@@ -1,5 +1,6 @@
 """Generation: the seam behind which engines are alike, and the process that an engine runs in."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
@@ -13,6 +14,7 @@ from executor.data.batch import Generated
 from executor.data.requests import Ints, Requests
 from executor.fleet import gpu_memory
 from executor.fleet.worker import Worker
+from executor.rollout.streaming import Collected, Drawn, Stretch, Unfinished
 from executor.rollout.tray import HandOver
 from executor.training.weights import Arrays
 from planner.spec.data import Sampler
@@ -34,6 +36,29 @@ class Engine(Protocol):
     ) -> tuple[Ints, Ints, NDArray[np.float32]]:
         """Lengths `[n]` of the responses, and their tokens and log-probs end to end. Responses that
         finish are handed over meanwhile, by the numbers of their requests."""
+        ...
+
+    @property
+    def in_flight(self) -> int:
+        """The sequences that were submitted and have not ended."""
+        ...
+
+    def submit(self, sequences: Sequence[Unfinished]) -> None:
+        """Take in sequences that stream. Each begins, or goes on, once it has a slot."""
+        ...
+
+    def step(self, version: int) -> tuple[int, list[Drawn]]:
+        """Decode once, by weights of this version: what was drawn, and the version of the weights
+        that it was drawn by. An engine that queues steps answers with an earlier one."""
+        ...
+
+    def recompute(self) -> None:
+        """Drop the KV caches of what streams: they are computed again by the weights that there
+        are."""
+        ...
+
+    def abandon(self) -> None:
+        """Forget all that streams."""
         ...
 
     def install(self, arrays: Arrays) -> None:
@@ -83,6 +108,25 @@ class EngineWorker(Worker, ABC):
         return Generated(
             lengths=lengths, tokens=tokens, log_probs=log_probs, weights_version=self.version
         )
+
+    def go_on(self, sequences: Sequence[Unfinished], seconds: float) -> list[Stretch]:
+        """Take in sequences that stream, and decode for so long, once at least, or until none is
+        left: what was made. Weights are installed between two such calls."""
+        end, collected = time.monotonic() + seconds, Collected()
+        self.engine.submit(sequences)
+        while self.engine.in_flight:
+            collected.add(*self.engine.step(self.version))
+            if time.monotonic() >= end:
+                break
+        return collected.stretches()
+
+    def recompute(self) -> None:
+        """Drop the KV caches of what streams, which older weights have computed."""
+        self.engine.recompute()
+
+    def abandon(self) -> None:
+        """Forget all that streams."""
+        self.engine.abandon()
 
     def install(self, gathered: Sequence[ray.ObjectRef[Any]], version: int) -> None:
         """Take over weights from the object store as the given version."""

@@ -1,7 +1,6 @@
 """Generation with transformers: on cores, and as the reference that other engines are tested
 against."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from executor.data.requests import Ints, Requests, pad
+from executor.rollout.decoding import Decoding
 from executor.rollout.engine import Channel, EngineWorker, OnFinished
+from executor.rollout.sampling import draw, uniform_at, without
+from executor.rollout.streaming import Drawn, Unfinished
 from executor.training import models, weights
-from planner.spec.data import Sampler, Sampling
+from planner.spec.data import Sampler
 from planner.spec.plan import Plan
 from planner.spec.tokenizers import stop_tokens
 
@@ -50,6 +52,7 @@ class TransformersEngine:
         self.model, self.concurrency = model.eval().requires_grad_(False), concurrency
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(list(eos), dtype=torch.long, device=self.device)
+        self._decoding = Decoding(model, self.eos, concurrency)
 
     def install(self, arrays: weights.Arrays) -> None:
         weights.install(self.model, arrays)
@@ -61,6 +64,26 @@ class TransformersEngine:
     def wake(self) -> None:
         if self.device.type != "cpu":
             self.model.to(self.device)
+
+    # --- sequences that stream ---
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._decoding)
+
+    def submit(self, sequences: Sequence[Unfinished]) -> None:
+        self._decoding.submit(sequences)
+
+    def step(self, version: int) -> tuple[int, list[Drawn]]:
+        return version, self._decoding.step()
+
+    def recompute(self) -> None:
+        self._decoding.recompute()
+
+    def abandon(self) -> None:
+        self._decoding.abandon()
+
+    # --- a batch ---
 
     def generate(
         self, requests: Requests, sampler: Sampler, hand_over: OnFinished | None = None
@@ -91,7 +114,7 @@ class TransformersEngine:
         count, longest = len(requests), int(requests.max_tokens.max())
         budget, exact = self._tensor(requests.max_tokens), self._tensor(requests.exact)
         greedy = sampler.temperature == 0
-        uniform = None if greedy else self._tensor(_uniform(requests.keys, longest))
+        uniform = None if greedy else self._tensor(uniform_at(requests.keys, longest))
         out_tokens = torch.zeros((count, longest), dtype=torch.long, device=self.device)
         out_log_probs = torch.zeros((count, longest), device=self.device)
         lengths = torch.zeros(count, dtype=torch.long, device=self.device)
@@ -117,17 +140,12 @@ class TransformersEngine:
                 logits, positions, mask = logits[samples], positions[samples], mask[samples]
             logits = logits.float()
             if position < sampler.min_tokens:
-                early = ~exact[rows, None] & torch.isin(self._numbers(logits), self.eos)
-                logits = logits.masked_fill(early, -torch.inf)
-            log_p = (logits / (1.0 if greedy else sampler.temperature)).log_softmax(-1)
-            if not greedy:
-                log_p = cut(log_p, sampler)
-            chosen = (
-                log_p.argmax(-1) if uniform is None else _invert(log_p, uniform[rows, position])
-            )
+                logits = without(self.eos, logits, ~exact[rows])
+            at = None if uniform is None else uniform[rows, position]
+            chosen, log_prob = draw(logits, sampler, at)
             live = rows[alive]
             out_tokens[live, position] = chosen[alive]
-            out_log_probs[live, position] = log_p.gather(-1, chosen[:, None])[alive, 0]
+            out_log_probs[live, position] = log_prob[alive]
             lengths[live] = position + 1
             before = alive
             alive = before & (budget[rows] > position + 1)
@@ -159,40 +177,5 @@ class TransformersEngine:
             np.arange(longest) >= begin[:, None]
         ).long()
 
-    def _numbers(self, logits: Tensor) -> Tensor:
-        return torch.arange(logits.shape[-1], device=self.device)
-
     def _tensor(self, array: NDArray[Any]) -> Tensor:
         return torch.tensor(array, device=self.device)
-
-
-def _uniform(keys: NDArray[np.int64], positions: int) -> NDArray[np.float64]:
-    """`[n, positions]` in [0, 1), each row fixed by its key."""
-    return np.stack([np.random.default_rng(key).random(positions) for key in keys.tolist()])
-
-
-def cut(log_p: Tensor, sampler: Sampling) -> Tensor:
-    """Log-probs `[n, V]` of the tokens that a sampler leaves, -infinity for the others: first
-    `min_p` (Nguyen et al. 2024, arXiv:2407.01082), then `top_k` (Fan et al. 2018,
-    arXiv:1805.04833), then of what is left `top_p` (Holtzman et al. 2019, arXiv:1904.09751)."""
-    if sampler.min_p:
-        least = log_p.max(-1, keepdim=True).values + math.log(sampler.min_p)
-        log_p = log_p.masked_fill(log_p < least, -torch.inf)
-    if not sampler.top_k and sampler.top_p == 1:
-        return log_p.log_softmax(-1) if sampler.min_p else log_p
-    ranked, order = log_p.sort(stable=True, dim=-1, descending=True)
-    if sampler.top_k:
-        ranked[:, sampler.top_k :] = -torch.inf
-    ranked = ranked.log_softmax(-1)
-    if sampler.top_p < 1:
-        likelier = ranked.exp().cumsum(-1) - ranked.exp()
-        ranked = ranked.masked_fill(likelier >= sampler.top_p, -torch.inf)
-    return torch.empty_like(log_p).scatter_(-1, order, ranked).log_softmax(-1)
-
-
-def _invert(log_p: Tensor, uniform: Tensor) -> Tensor:
-    """The token at which the distribution function `[n, V]` passes `uniform [n]`, in float64; never
-    one that has no probability."""
-    distribution = log_p.double().exp().cumsum(-1)
-    target = uniform[:, None] * distribution[:, -1:]
-    return torch.searchsorted(distribution, target, right=True)[:, 0].clamp(max=log_p.shape[-1] - 1)

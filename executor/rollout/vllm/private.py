@@ -28,17 +28,29 @@ class Internals:
         """Whether a process of a GPU has ended."""
         return bool(self.executor.is_failed)
 
-    def add(self, requests: Iterable[tuple[str, list[int], Any]]) -> None:
-        """Queue requests: the name of each, the tokens of its prompt, and its SamplingParams."""
+    def add(self, requests: Iterable[tuple[str, list[int], Any]], salt: str = "") -> None:
+        """Queue requests: the name of each, the tokens of its prompt, and its SamplingParams. They
+        share cached beginnings with those of the same salt alone."""
         tasks = self._engine.get_supported_tasks()
         for name, tokens, params in requests:
             prompt = {"type": "token", "prompt_token_ids": tokens}
+            if salt:
+                prompt["cache_salt"] = salt
             request = self._engine.input_processor.process_inputs(name, prompt, params, tasks)
             self._engine.engine_core.add_request(request)
 
     def forget_prefixes(self) -> None:
         """Compute the beginnings of prompts anew, whose keys and values may be cached."""
         assert self.scheduler.reset_prefix_cache(), "an engine that works on nothing holds blocks"
+
+    def abort(self, names: list[str]) -> None:
+        """Forget requests. A step that is queued may still compute for them."""
+        self._engine.engine_core.abort_requests(names)
+
+    def recompute(self) -> None:
+        """Drop all keys and values. The sequences that have some are set aside and computed again;
+        of a step that is queued they have no tokens."""
+        self.scheduler.reset_prefix_cache(reset_running_requests=True)
 
     def step(self) -> list[Any]:
         """What the next step yields: some tokens of each sequence in it. Nothing for a first step,
