@@ -117,6 +117,7 @@ def test_vllm_has_the_private_names_that_are_used() -> None:
     from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
     from vllm.distributed.parallel_state import GroupCoordinator
     from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
+    from vllm.v1.engine.core import EngineCore
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -132,8 +133,39 @@ def test_vllm_has_the_private_names_that_are_used() -> None:
     assert not missing
     asked = list(inspect.signature(stateless_init_process_group).parameters)
     assert asked == ["master_address", "master_port", "rank", "world_size", "device"]
+    assert "self.request_block_hasher" in inspect.getsource(EngineCore)
     assert "self.mq_broadcaster" in inspect.getsource(GroupCoordinator)
     assert "self.rank" in inspect.getsource(WorkerBase)
+
+
+def test_a_prompt_is_hashed_once_for_its_samples() -> None:
+    from vllm import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
+
+    from executor.rollout.vllm.private import OncePerPrompt
+
+    init_none_hash(sha256)
+    hash_blocks, hashed = get_request_block_hasher(16, sha256), list[str]()
+
+    def counted(request: Request) -> list[bytes]:
+        hashed.append(request.request_id)
+        hashes: list[bytes] = hash_blocks(request)
+        return hashes
+
+    def request(name: str, prompt: list[int], hasher: Any) -> Request:
+        return Request(name, prompt, SamplingParams(), None, block_hasher=hasher)
+
+    once = OncePerPrompt(counted)
+    first, other = [*range(40)], [*range(1, 41)]
+    for name, prompt in (("a0", first), ("a1", [*first]), ("b0", other), ("a2", first)):
+        found, alone = request(name, prompt, once), request(name, prompt, hash_blocks)
+        found.append_output_token_ids([*range(10)])  # a third block is full
+        alone.append_output_token_ids([*range(10)])
+        assert found.block_hashes == alone.block_hashes
+        assert len(found.block_hashes) == 3
+    assert hashed == ["a0", "a0", "a1", "b0", "b0", "a2", "a2"]  # and once each for the third
 
 
 def test_weights_are_found_in_a_window() -> None:

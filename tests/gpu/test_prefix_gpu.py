@@ -33,7 +33,11 @@ def job() -> Workload:
     return load_workload(path, settings)
 
 
-def test_the_prompts_of_eight_samples_cost_little_more_than_those_of_one() -> None:
+def test_the_prompts_of_eight_samples_cost_little_more_than_those_of_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Another test of this process may have used the GPU, and no fork of such a process can.
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from executor.rollout.vllm.engine import VllmEngine
 
     workload = job()

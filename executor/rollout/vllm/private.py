@@ -3,7 +3,7 @@ trainers use too (`executor/training/nccl_group.py`). `tests/test_vllm_engine.py
 there, in the oldest and the newest version that pyproject.toml allows. Imports vLLM, so it is
 imported where an engine runs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,14 @@ from vllm.distributed.parallel_state import get_tp_group
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
-__all__ = ["AsyncScheduler", "Internals", "prepare_heads", "unlink_broadcaster", "within"]
+__all__ = [
+    "AsyncScheduler",
+    "Internals",
+    "OncePerPrompt",
+    "prepare_heads",
+    "unlink_broadcaster",
+    "within",
+]
 
 
 class Internals:
@@ -21,7 +28,10 @@ class Internals:
     def __init__(self, llm: Any) -> None:
         self._engine: Any = llm.llm_engine
         self.executor: Any = self._engine.model_executor
-        self.scheduler: Any = self._engine.engine_core.engine_core.scheduler
+        core = self._engine.engine_core.engine_core
+        self.scheduler: Any = core.scheduler
+        if core.request_block_hasher is not None:
+            core.request_block_hasher = OncePerPrompt(core.request_block_hasher)
 
     @property
     def failed(self) -> bool:
@@ -62,6 +72,25 @@ class Internals:
         """Remove the names of the queues between this process and those of the GPUs."""
         for queue in (self.executor.rpc_broadcast_mq, *self.executor.response_mqs):
             _unlink(queue)
+
+
+class OncePerPrompt:
+    """Hashes the blocks of a prompt once for its samples, which are queued one after the other.
+    Hashing 2,000 tokens takes 0.2 ms, and eight samples of 64 prompts a tenth of a second."""
+
+    def __init__(self, hash_blocks: Callable[[Any], list[Any]]) -> None:
+        self._hash_blocks = hash_blocks
+        self._prompt: list[int] = []
+        self._hashes: list[Any] = []
+
+    def __call__(self, request: Any) -> list[Any]:
+        """The hashes of a request's full blocks that are not hashed yet."""
+        if request.num_tokens > request.num_prompt_tokens or request.block_hashes:
+            return self._hash_blocks(request)
+        if request.prompt_token_ids != self._prompt:
+            self._hashes = self._hash_blocks(request)
+            self._prompt = request.prompt_token_ids
+        return list(self._hashes)
 
 
 def prepare_heads(model: Any) -> None:
