@@ -26,7 +26,8 @@ from planner.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 REPORTS = Path("reports") / "h200"
-STUDIES = sorted(path.stem for path in (ROOT / REPORTS).glob("*.toml"))
+MEASURED = (path.parent.name for path in (ROOT / REPORTS).glob("*/results.json"))
+STUDIES = sorted(MEASURED)
 
 BEST = "--out out/best.json --no-picture"
 PROFILE = "--profile profiles/h200/1.5b-4gpu.json"

@@ -45,7 +45,7 @@ def test_the_role_that_needs_too_much_and_what_would_do():
 
 def test_shorter_responses_that_fit():
     workload = small_workload(max_staleness=0, response={"kind": "fixed", "tokens": 60_000})
-    cluster = tiny_cluster(1, memory=60e9)
+    cluster = tiny_cluster(1, memory=52e9)
     said = message_of(workload, cluster)
     tokens = int(re.search(r"responses of at most ([\d,]+) tokens", said)[1].replace(",", ""))
     fitting = workload.model_copy(update={"response": Fixed(tokens=tokens)})

@@ -103,8 +103,8 @@ def _groups(workload: Workload, cluster: Cluster, only: str, progress: Say) -> l
     groups = groups_here(workload, cluster, only, progress)
     if not groups:
         raise UserError(
-            f"workload {workload.name!r} fits no {len(cluster.gpus)} GPUs of {cluster.name} as one "
-            "plan"
+            f"workload {workload.name!r} does not fit {counted(len(cluster.gpus), 'GPU')} of "
+            f"{cluster.name} as one plan"
         )
     return groups
 

@@ -23,6 +23,7 @@ from planner.spec.machine import memory_bytes, usable_cores
 from planner.spec.plan import Plan
 from planner.spec.rewards import RewardFunction, RewardServer
 from planner.spec.tokenizers import check_tokenizers, reads_text
+from planner.spec.wording import counted
 from planner.spec.workload import (
     Model,
     Shape,
@@ -158,11 +159,9 @@ def check_count(plan: Plan) -> None:
             }
         )
         raise UserError(
-            f"plan {plan.name!r} needs {wanted} GPUs of kind {' and '.join(kinds)} and this "
-            f"machine has {len(there)}; "
-            "run it where they are (`plan execute --address` for a Ray cluster), or play it here "
-            "with "
-            "`plan execute --rehearse`"
+            f"plan {plan.name!r} needs {counted(wanted, 'GPU')} of kind {' and '.join(kinds)} "
+            f"and this machine has {len(there)}; run it where they are (`plan execute --address` "
+            "for a Ray cluster), or play it here with `plan execute --rehearse`"
         )
 
 

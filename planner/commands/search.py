@@ -16,6 +16,7 @@ from planner.search.find import tied
 from planner.search.questions.space_size import COUNTED, count
 from planner.spec.cluster import Cluster
 from planner.spec.plan import Plan
+from planner.spec.wording import counted
 
 DRAWN_STEPS = 3
 
@@ -138,7 +139,7 @@ def space(job: JobOptions, max_staleness: int | None) -> None:
 
 def _headline(inputs: Inputs) -> str:
     gpus = len(inputs.cluster.gpus)
-    return f"[bold]{inputs.workload.name}[/bold] on {gpus} GPUs ({inputs.cluster.name})"
+    return f"[bold]{inputs.workload.name}[/bold] on {counted(gpus, 'GPU')} ({inputs.cluster.name})"
 
 
 def _named(plan: Plan, out: Path) -> Plan:

@@ -25,6 +25,7 @@ from planner.search.questions.what_if import what_if as plan_under
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
+from planner.spec.wording import counted
 
 MODELS = ("1.5b", "7b", "70b")  # shipped workloads whose models are tried
 CSV_TITLES = (
@@ -91,7 +92,9 @@ def pareto(
         write_atomic(table, _csv(points))
     console.print(pareto_table(points))
     fastest = min(points, key=lambda point: point.seconds)
-    console.print(f"\nFastest: {seconds(fastest.seconds)} s per step on {fastest.gpus} GPUs.")
+    console.print(
+        f"\nFastest: {seconds(fastest.seconds)} s per step on {counted(fastest.gpus, 'GPU')}."
+    )
     written = str(out) if table is None else f"{out} and {table}"
     console.print(f"Wrote {written}.", markup=False, soft_wrap=True)
 

@@ -22,6 +22,7 @@ from planner.report.picture import (
     save,
 )
 from planner.search.questions.pareto import ParetoPoint
+from planner.spec.wording import counted
 
 LINE_COLORS = (BLUE, VERMILION, GREEN, PINK, ORANGE)
 MARKERS = ("o", "s", "^", "D", "v")
@@ -103,7 +104,7 @@ def _against_dollars(axis: Axes, points: Sequence[ParetoPoint]) -> None:
     best_line = lines[-1][1]  # below and left of it nothing else is drawn
     for point in best_line:
         axis.annotate(
-            f"{point.gpus} GPUs",
+            counted(point.gpus, "GPU"),
             (point.dollars, point.seconds),
             xytext=(-7, -3),
             textcoords="offset points",

@@ -54,9 +54,10 @@ def _conditions(study: Study, rows: Sequence[CellRow], path: str) -> str:
     text = (
         f"Workload `{workload.name}`: batch {workload.batch}, minibatch {workload.minibatch}, "
         f"prompts {_lengths(workload.prompt)}, responses {_lengths(workload.response)}; "
-        f"{len(cluster.gpus)} GPUs ({cluster.name}). {study.steps} measured steps of each plan, "
-        f"after {study.warmup} (or staleness + 1) before{behind}. Each plan and its predicted "
-        "timeline were written before anything was measured."
+        f"{counted(len(cluster.gpus), 'GPU')} ({cluster.name}). "
+        f"{study.steps} measured steps of each plan, after {study.warmup} (or staleness + 1) "
+        f"before{behind}. Each plan and its predicted timeline were written before anything was "
+        "measured."
     )
     results = [row.figures.result for row in rows if row.figures]
     if results:

@@ -16,6 +16,7 @@ from planner.spec.cluster import Cluster, Device
 from planner.spec.dataflow import Call, Dataflow
 from planner.spec.engines import EngineName
 from planner.spec.files import Bytes, Count, File, Seed, Spec, Tokens, by_key
+from planner.spec.wording import counted
 from planner.spec.workload import Workload
 
 Gpu = tuple[NonNegativeInt, NonNegativeInt]
@@ -234,7 +235,8 @@ def _check_pools(plan: Plan) -> None:
         for gpu in pool.gpus:
             if gpu not in known:
                 raise ValueError(
-                    f"pools.{name}: GPU {list(gpu)} is not in the cluster of {len(known)} GPUs"
+                    f"pools.{name}: GPU {list(gpu)} is not in the cluster of "
+                    f"{counted(len(known), 'GPU')}"
                 )
             if owner.get(gpu) == name:
                 raise ValueError(f"pools.{name}: GPU {list(gpu)} is listed twice; list it once")
@@ -264,10 +266,10 @@ def _check_role(plan: Plan, name: str, role: TrainerRole | RolloutRole) -> None:
             )
         engines = len(_engine_gpus(plan, role))
         if role.replicas > engines:
-            needed = f"{role.replicas} engines of {role.tensor_parallel} GPUs do not fit"
+            needed = f"{role.replicas} engines of {counted(role.tensor_parallel, 'GPU')} do not fit"
             raise ValueError(f"roles.{name}: {needed}; the nodes of its pools hold {engines}")
     elif role.gpus > len(plan.pools[role.pools[0]].gpus):
-        needed = f"shard {role.shard} x replicas {role.replicas} needs {role.gpus} GPUs"
+        needed = f"shard {role.shard} x replicas {role.replicas} needs {counted(role.gpus, 'GPU')}"
         raise ValueError(
             f"roles.{name}: {needed}; pool {role.pools[0]!r} has "
             f"{len(plan.pools[role.pools[0]].gpus)}"

@@ -17,6 +17,7 @@ from planner.search.space.placements import PlacementFamily, families
 from planner.spec.errors import UserError
 from planner.spec.files import first_problem
 from planner.spec.plan import Plan, RolloutRole, TrainerRole
+from planner.spec.wording import counted
 
 LAYOUT_KEYS = ("shard", "replicas", "micro_batch_tokens", "recompute", "offload")
 ENGINE_KEYS = ("tensor_parallel", "replicas", "concurrency", "memory_fraction", "offload")
@@ -131,7 +132,7 @@ def _changed(plan: Plan, role: str, values: dict[str, str]) -> TrainerRole | Rol
     split = "tensor_parallel" if isinstance(layout, RolloutRole) else "shard"
     size = values.get(split, "")
     if size.isdigit() and int(size) > gpus:
-        raise UserError(f"--layout {role}.{split}={size}: {role} has {gpus} GPUs")
+        raise UserError(f"--layout {role}.{split}={size}: {role} has {counted(gpus, 'GPU')}")
     if size.isdigit() and int(size) and "replicas" not in values:
         data["replicas"] = gpus // int(size)
     try:

@@ -51,7 +51,7 @@ def nothing_fits(problem: Problem, pins: Sequence[str] = ()) -> str:
     wanted, most = workload.tensor_parallel or 1, max(node.gpus for node in cluster.nodes)
     if wanted > most:
         return (
-            f"no plan fits {workload.name}: its engines take {wanted} GPUs of one node "
+            f"no plan fits {workload.name}: its engines take {counted(wanted, 'GPU')} of one node "
             f"(tensor_parallel), and no node has more than {most}; use larger nodes, or leave "
             "tensor_parallel out"
         )
@@ -86,7 +86,9 @@ def what_binds_pools(problem: Problem, family: PlacementFamily) -> str:
         roles = [role for role in workload.roles if role in members]
         pool, engine = "+".join(roles), min(tensor_parallels(workload, device))
         if "rollout" in roles and engine > gpus:
-            return f"an engine takes {engine} GPUs (tensor_parallel), and {pool} has {gpus}"
+            return (
+                f"an engine takes {counted(engine, 'GPU')} (tensor_parallel), and {pool} has {gpus}"
+            )
         needs = {role: _leanest(workload, cluster, role, device, gpus) for role in roles}
         peak = pool_peak(list(needs.values()), roles != ["rollout"], "rollout" in roles, device)
         if peak > device.memory_bytes:

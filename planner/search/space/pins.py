@@ -9,6 +9,7 @@ from itertools import combinations
 from planner.search.space.placements import PlacementFamily, Structure, families, structures
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
+from planner.spec.wording import counted
 
 Restrict = Callable[[PlacementFamily], PlacementFamily | None]
 
@@ -40,9 +41,8 @@ def parse_pins(texts: Sequence[str], roles: Sequence[str], cluster: Cluster) -> 
                 texts_of = " ".join(f"--pin {pin.text}" for pin in some)
                 together = "cannot be met" if count == 1 else "cannot be met together"
                 raise UserError(
-                    f"{texts_of} {together} on {len(cluster.gpus)} GPUs, of which every pool needs "
-                    "one at least; "
-                    f"change {'it' if count == 1 else 'one of them'}"
+                    f"{texts_of} {together} on {counted(len(cluster.gpus), 'GPU')}, of which "
+                    f"every pool needs one at least; change {'it' if count == 1 else 'one of them'}"
                 )
     return pins
 
