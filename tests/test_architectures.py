@@ -118,6 +118,8 @@ def test_parameters_are_those_of_the_model(tmp_path: Path) -> None:
         ({**LLAMA, "sliding_window": -1}, "sliding_window is -1"),
         ({**LLAMA, "rope_scaling": {"type": "su"}}, "rotary scaling 'su'"),
         ({"model_type": "llama"}, "num_attention_heads"),
+        ({**LLAMA, "num_key_value_heads": 3}, "heads = 4 is not a multiple of kv_heads = 3"),
+        ({**LLAMA, "vocab_size": None}, "vocab: Input should be a valid integer"),
         ({**LLAMA, "normalize_reward": True}, "normalised"),
         ({**LLAMA, "rope_scaling": [1]}, "save the model again"),
         ({**LLAMA, "layer_types": [["a"]]}, "save the model again"),

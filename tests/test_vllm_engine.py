@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import ray
 import torch
 from conftest import ROLES, colocated, make_workload
 from numpy.typing import NDArray
+from processes import PATIENCE
 from recording import Recording
 from test_rollout import PROMPTS, requests, responses
 from test_streaming import unfinished, whole
@@ -248,7 +250,9 @@ def test_responses_lie_on_the_tray_when_they_have_finished(engine: Remote) -> No
     whole = [
         found.tokens[end - n : end].tolist() for end, n in zip(ends, found.lengths, strict=True)
     ]
-    handed = {row: tokens.tolist() for row, tokens in taken(tray.handle, "step")}
+    handed, deadline = dict[int, list[int]](), time.monotonic() + PATIENCE
+    while len(handed) < len(MANY) and time.monotonic() < deadline:  # nobody waits for what is put
+        handed |= {row: tokens.tolist() for row, tokens in taken(tray.handle, "step")}
     assert handed == dict(zip(rows.tolist(), whole, strict=True))
     assert taken(tray.handle, "step") == []
     pools.stop([tray])

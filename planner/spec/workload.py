@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, Tag, model_validator
+from pydantic import Field, Tag, ValidationError, model_validator
 
 from planner.spec.algorithm import Algorithm, Optimizers, bring_up_to_date
 from planner.spec.architectures import check_length, read_config, sizes
@@ -464,12 +464,16 @@ def shape_of(directory: Path, named_by: str) -> Shape:
     config = read_config(directory, named_by)
     try:
         return Shape(**sizes(config))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        where = ".".join(map(str, wrong["loc"])) or "its sizes"
+        problem = f"{where}: {wrong['msg'].removeprefix('Value error, ')}"
     except (KeyError, TypeError, ValueError) as error:
         problem = json.dumps(str(error).splitlines()[0])
-        raise UserError(
-            f"{directory / 'config.json'}: not a decoder-only transformer that splitplan knows "
-            f"({problem})"
-        ) from None
+    raise UserError(
+        f"{directory / 'config.json'}: not a decoder-only transformer that splitplan knows "
+        f"({problem})"
+    )
 
 
 def check_lengths(workload: Workload) -> None:
