@@ -156,11 +156,12 @@ def test_a_prompt_is_hashed_once_for_its_samples() -> None:
         hashes: list[bytes] = hash_blocks(request)
         return hashes
 
-    def request(name: str, prompt: list[int], hasher: Any) -> Request:
-        return Request(name, prompt, SamplingParams(), None, block_hasher=hasher)
+    def request(name: str, prompt: list[int], hasher: Any, salt: str | None = None) -> Request:
+        return Request(name, prompt, SamplingParams(), None, cache_salt=salt, block_hasher=hasher)
 
     once = OncePerPrompt(counted)
     first, other = [*range(40)], [*range(1, 41)]
+    first_hashes = request("alone", first, hash_blocks).block_hashes
     for name, prompt in (("a0", first), ("a1", [*first]), ("b0", other), ("a2", first)):
         found, alone = request(name, prompt, once), request(name, prompt, hash_blocks)
         found.append_output_token_ids([*range(10)])  # a third block is full
@@ -168,6 +169,10 @@ def test_a_prompt_is_hashed_once_for_its_samples() -> None:
         assert found.block_hashes == alone.block_hashes
         assert len(found.block_hashes) == 3
     assert hashed == ["a0", "a0", "a1", "b0", "b0", "a2", "a2"]  # and once each for the third
+    salted = request("a3", first, once, "weights 1").block_hashes
+    assert salted != first_hashes
+    assert request("a4", first, once, "weights 1").block_hashes == salted
+    assert hashed[7:] == ["a3"]
 
 
 def test_weights_are_found_in_a_window() -> None:

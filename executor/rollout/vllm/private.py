@@ -80,16 +80,16 @@ class OncePerPrompt:
 
     def __init__(self, hash_blocks: Callable[[Any], list[Any]]) -> None:
         self._hash_blocks = hash_blocks
-        self._prompt: list[int] = []
+        self._hashed: tuple[Any, list[int]] = (None, [])  # the salt and the tokens of a prompt
         self._hashes: list[Any] = []
 
     def __call__(self, request: Any) -> list[Any]:
         """The hashes of a request's full blocks that are not hashed yet."""
         if request.num_tokens > request.num_prompt_tokens or request.block_hashes:
             return self._hash_blocks(request)
-        if request.prompt_token_ids != self._prompt:
-            self._hashes = self._hash_blocks(request)
-            self._prompt = request.prompt_token_ids
+        prompt = request.cache_salt, request.prompt_token_ids
+        if prompt != self._hashed:
+            self._hashes, self._hashed = self._hash_blocks(request), prompt
         return list(self._hashes)
 
 
