@@ -73,6 +73,7 @@ for command in (
     runs.checkpoint,
     runs.samples,
     frameworks.import_,
+    frameworks.export,
     measurements.profile,
     measurements.judge,
     measurements.study,

@@ -91,6 +91,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
         "checkpoint",
         "samples",
         "import",
+        "export",
         "profile",
         "judge",
         "study",

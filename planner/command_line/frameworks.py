@@ -5,9 +5,11 @@ from pathlib import Path
 import click
 
 from planner import __version__
-from planner.commands.options import COUNT_OR_NONE, command_line, file_path
+from planner.commands.options import COUNT_OR_NONE, command_line, file_path, profiles_of_plan
+from planner.spec.frameworks import FrameworkName
 
 FRAMEWORKS_READ = ("verl",)
+FRAMEWORKS_WRITTEN = ("verl",)
 
 
 @click.command("import")
@@ -44,3 +46,18 @@ def import_(
 
     read = reader(framework, log, config=config, model=model, device=device, warmup=warmup)
     import_run(read, out, __version__, command_line())
+
+
+@click.command()
+@click.argument("framework", metavar="FRAMEWORK", type=click.Choice(FRAMEWORKS_WRITTEN))
+@click.argument("plan", type=file_path("PLAN"))
+@click.option("--out", type=file_path(), required=True, help="The script to write (.sh).")
+@profiles_of_plan
+def export(framework: FrameworkName, plan: Path, out: Path, profiles: tuple[Path, ...]) -> None:
+    """Write a plan as a launch script of another framework.
+
+    FRAMEWORK is verl. Each option has a comment, and what the framework does otherwise is said with
+    what it costs."""
+    from planner.commands.export import export
+
+    export(framework, plan, out, profiles, command_line())

@@ -20,6 +20,7 @@ from planner.commands.options import (
     profiles_of_plan,
     settings_of_workload,
 )
+from planner.spec.frameworks import FRAMEWORKS, FrameworkName
 
 
 @click.command()
@@ -72,6 +73,12 @@ from planner.commands.options import (
     ),
 )
 @click.option(
+    "--for",
+    "framework",
+    type=click.Choice(FRAMEWORKS),
+    help="Only plans that this framework can execute; `plan export` writes its launch script.",
+)
+@click.option(
     "--out",
     type=file_path(),
     default=Path("best.json"),
@@ -87,6 +94,7 @@ def search(
     time_limit: float | None,
     runners_up: int,
     pins: tuple[str, ...],
+    framework: FrameworkName | None,
     out: Path,
     no_picture: bool,
 ) -> None:
@@ -103,6 +111,7 @@ def search(
         time_limit=time_limit,
         runners_up=runners_up,
         pins=pins,
+        framework=framework,
     )
     search(job, options, out=out, picture=not no_picture, command=command_line())
 

@@ -315,7 +315,7 @@ def _optimizer(settings: Settings, section: str) -> dict[str, Any]:
     return {
         "lr": settings.get(f"{section}.optim.lr", float, 1e-6),
         "weight_decay": settings.get(f"{section}.optim.weight_decay", float, 0.01),
-        "grad_clip": settings.get(f"{section}.grad_clip", float, 1.0),
+        "grad_clip": settings.get(f"{section}.optim.clip_grad", float, 1.0),
     }
 
 
@@ -324,13 +324,14 @@ def _optimizer(settings: Settings, section: str) -> dict[str, Any]:
 
 def _plan(settings: Settings, workload: Workload, cluster: Cluster) -> Plan:
     gpus = len(cluster.gpus)
-    actor = _trainer(settings, workload, gpus, "actor_rollout_ref.actor", "actor_rollout_ref.model")
+    section, model = "actor_rollout_ref.actor", "actor_rollout_ref.model"
+    actor = _trainer(settings, workload, gpus, section, "fsdp_config", model)
     roles: dict[str, TrainerRole | RolloutRole] = {
         "actor": actor,
         "rollout": _rollout(settings, workload, gpus),
     }
     if workload.critic is not None:
-        roles["critic"] = _trainer(settings, workload, gpus, "critic", "critic.model")
+        roles["critic"] = _trainer(settings, workload, gpus, "critic", "fsdp", "critic.model")
     if workload.reference is not None:
         roles["reference"] = _reference(settings, actor)
     calls = [call for call in PHASES.values() if call in workload.dataflow.names]
@@ -350,9 +351,9 @@ def _plan(settings: Settings, workload: Workload, cluster: Cluster) -> Plan:
 
 
 def _trainer(
-    settings: Settings, workload: Workload, gpus: int, section: str, model: str
+    settings: Settings, workload: Workload, gpus: int, section: str, fsdp: str, model: str
 ) -> TrainerRole:
-    shard = settings.get(f"{section}.fsdp_config.fsdp_size", int, -1)
+    shard = settings.get(f"{section}.{fsdp}.fsdp_size", int, -1)
     if shard < 1 or shard > gpus or gpus % shard:
         shard = gpus
     return TrainerRole(
@@ -361,7 +362,7 @@ def _trainer(
         replicas=gpus // shard,
         micro_batch_tokens=_micro_batch(settings, workload, section),
         recompute=settings.get(f"{model}.enable_gradient_checkpointing", bool, True),
-        offload=_offload(settings, f"{section}.fsdp_config"),
+        offload=_offload(settings, f"{section}.{fsdp}"),
     )
 
 

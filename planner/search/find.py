@@ -13,22 +13,33 @@ from planner import __version__
 from planner.predict.profile import Profile
 from planner.search.options import DEFAULTS, SearchOptions
 from planner.search.questions.baselines import NAMES, best_of
+from planner.search.questions.frameworks import as_executed, splits_of
 from planner.search.questions.why_nothing_fits import nothing_fits
 from planner.search.solver.best_program import SAME
-from planner.search.solver.branch_and_bound import IsOver, solve
+from planner.search.solver.branch_and_bound import (
+    IsOver,
+    SolverResult,
+    best_of_families,
+    solve,
+)
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem, problem_of
 from planner.search.solver.write_plan import assemble, complete, trimmed
-from planner.search.space.pins import Pin, parse_pins, restriction
-from planner.search.space.placements import placement_count, structures
+from planner.search.space.pins import Pin, Restrict, parse_pins, restriction
+from planner.search.space.placements import PlacementFamily, placement_count, structures
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
+from planner.spec.frameworks import VERSIONS, FrameworkName
 from planner.spec.plan import Plan, Proof, Provenance
 from planner.spec.workload import Workload
 
 SPACE = (
     "staleness 0..{k}, one round per step; all role partitions, rollout on any union, all pool "
     "sizes; canonical packing, listed layouts"
+)
+SPACE_OF_FRAMEWORK = (
+    "what {name} {version} can execute: the pools that it makes, within a node or of whole nodes, "
+    "its order of calls, and its layouts on all GPUs of a pool"
 )
 
 
@@ -61,6 +72,7 @@ class Solved:
     status: Literal["optimal", "gap", "time_limit"]
     evaluated: int
     seconds: float
+    framework: FrameworkName | None = None
 
 
 def find(
@@ -96,7 +108,11 @@ def solved(problem: Problem, options: SearchOptions, start: float, is_over: IsOv
     UserError as `find` does."""
     pins = parse_pins(options.pins, problem.workload.roles, problem.cluster)
     keep = options.runners_up + 1
-    found = solve(problem, keep, restriction(pins) if pins else None, is_over)
+    restrict = restriction(pins) if pins else None
+    if options.framework is None:
+        found = solve(problem, keep, restrict, is_over)
+    else:
+        found = _solve_for(options.framework, problem, keep, restrict, is_over)
     if not found.best and found.ended:
         raise UserError("the search was ended before it found any plan; give it more time")
     if not found.best:
@@ -105,7 +121,7 @@ def solved(problem: Problem, options: SearchOptions, start: float, is_over: IsOv
     status: Literal["optimal", "gap", "time_limit"] = "optimal"
     if found.ended:
         status = "time_limit"
-        if not pins:  # which bind no baseline
+        if not pins and options.framework is None:  # which bind no baseline
             best = _with_fastest(best, baselines)[:keep]
     elif best[0].seconds > found.bound * (1 + SAME):
         status = "gap"
@@ -118,7 +134,32 @@ def solved(problem: Problem, options: SearchOptions, start: float, is_over: IsOv
         status=status,
         evaluated=found.evaluated,
         seconds=found.proven - start,
+        framework=options.framework,
     )
+
+
+def _solve_for(
+    framework: FrameworkName,
+    problem: Problem,
+    keep: int,
+    restrict: Restrict | None,
+    is_over: IsOver,
+) -> SolverResult:
+    """Solve for the splits alone that a framework can execute."""
+    listed, programs = [], []
+    for family, program in splits_of(framework, problem):
+        if restrict is None or _meets(family, restrict):
+            listed.append(family)
+            programs.append(program)
+    return best_of_families(problem, listed, keep, programs, is_over)
+
+
+def _meets(family: PlacementFamily, restrict: Restrict) -> bool:
+    """Whether a family with all sizes given meets pins."""
+    met = restrict(family)
+    if met is None or any(family.given[pool] != size for pool, size in met.given.items()):
+        return False
+    return met.rollout in (None, sum(family.given[pool] for pool in family.generating))
 
 
 def _baselines(problem: Problem) -> dict[str, Candidate | str]:
@@ -145,7 +186,11 @@ def _with_fastest(
 def write_up(solution: Solved, provenance: Provenance) -> Result:
     """Write the candidates of a solution out as plans with their predictions."""
     problem = solution.problem
-    space = [SPACE.format(k=problem.max_staleness), *(pin.text for pin in solution.pins)]
+    searched = SPACE.format(k=problem.max_staleness)
+    if solution.framework:
+        version = VERSIONS[solution.framework]
+        searched = SPACE_OF_FRAMEWORK.format(name=solution.framework, version=version)
+    space = [searched, *(pin.text for pin in solution.pins)]
     proof = Proof(
         status=solution.status,
         objective=problem.objective.name,
@@ -156,7 +201,9 @@ def write_up(solution: Solved, provenance: Provenance) -> Result:
     for number, candidate in enumerate(solution.best):
         name = f"runner-up-{number}" if number else "best"
         plan = assemble(candidate, name, problem)
-        if not solution.pins:  # a pin says how many GPUs there are, used or not
+        if solution.framework:
+            plan = as_executed(plan)
+        elif not solution.pins:  # a pin says how many GPUs there are, used or not
             plan = trimmed(plan)
         plans.append(complete(plan, provenance, problem, proof, solution.bound, solution.seconds))
     baselines: dict[str, Plan | str] = {}

@@ -6,6 +6,7 @@ from typing import get_args
 from planner.predict.cost import SCENARIOS
 from planner.predict.objective import ObjectiveName
 from planner.spec.errors import UserError
+from planner.spec.frameworks import FrameworkName
 from planner.spec.limits import MOST_STALENESS, check_range
 
 
@@ -15,7 +16,7 @@ class SearchOptions:
     minimises the `objective` (see `planner.predict.objective`) over at most `scenarios` draws of
     the response lengths. It ends after `time_limit` seconds (None: when the best plan is proven),
     and keeps that many `runners_up`. `pins` narrow the placements (see `space.pins`); no pin binds
-    a baseline.
+    a baseline. With a `framework` only what it can execute is searched.
 
     Raises UserError for a value that is out of its range."""
 
@@ -25,6 +26,7 @@ class SearchOptions:
     time_limit: float | None = None
     runners_up: int = 3
     pins: tuple[str, ...] = ()
+    framework: FrameworkName | None = None
 
     def __post_init__(self) -> None:
         if self.max_staleness is not None:

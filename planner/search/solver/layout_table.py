@@ -15,6 +15,7 @@ from planner.predict.layouts import rank_counts, trainer_grid
 from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, trainer_bytes
 from planner.predict.roofline import Sharding, gather_seconds, sharding_of
 from planner.search.space.arrays import Array, Indices
+from planner.search.space.placements import Ranks
 from planner.spec.cluster import Device
 from planner.spec.dataflow import Dataflow
 from planner.spec.plan import TrainerRole
@@ -61,6 +62,13 @@ class LayoutTable(NamedTuple):
         if within is None:
             return self
         return self.take(np.flatnonzero((self.grid.shard <= node) == within))
+
+    def of_ranks(self, ranks: Ranks, gpus: int) -> "LayoutTable":
+        """The layouts that compute on so many of a pool's GPUs as `PlacementFamily.ranks` says."""
+        if ranks == "any":
+            return self
+        count = self.grid.gpus if ranks == "all" else self.grid.shard
+        return self.take(np.flatnonzero(count == gpus))
 
 
 @dataclass(kw_only=True)

@@ -44,6 +44,7 @@ class Placement:
     def _layouts(self, role: str) -> LayoutTable:
         pool = self.pool_of[role]
         layouts = self.problem.layouts_at(role, self.kinds[pool], self.places[pool])
+        layouts = layouts.of_ranks(self.family.ranks, self.sizes[pool])
         if role != "actor":
             return layouts
         path = sync_path(self.family)
@@ -104,6 +105,13 @@ class Placement:
     def shared(self) -> bool:
         """Whether engines share GPUs with other roles."""
         return any(self.held(pool) for pool in self.generating)
+
+    @property
+    def offloads(self) -> tuple[bool, ...]:
+        """Whether engines may sleep. Those of a framework that has all ranks of a pool compute
+        always do so where they share GPUs."""
+        listed = self.rollout_table.offloads(self.shared)
+        return listed if self.family.ranks == "any" else listed[-1:]
 
     def held(self, pool: int) -> list[str]:
         """The trained and inference roles of a pool."""

@@ -49,7 +49,7 @@ def worth_trying(
             continue
         if quick and len(tried) == QUICK_LAYOUTS:
             break
-        for offload in table.offloads(placement.shared):
+        for offload in placement.offloads:
             option = _simulated(placement, threshold, row, offload)
             if option is not None:
                 tried.append(row)

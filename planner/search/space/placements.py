@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, product
 from math import comb, prod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from planner.spec.dataflow import Dataflow
 from planner.spec.plan import Gpu
 
 Sharing = tuple[tuple[str, tuple[str, ...]], ...]  # call -> names of the pools that it occupies
+Ranks = Literal["any", "all", "one group"]
 Structure = tuple[frozenset[str], ...]  # the roles of each pool; the rollout may be on several
 
 
@@ -62,7 +63,9 @@ class PlacementFamily(NamedTuple):
     `limits`: some pools (their indices) have together no more GPUs than a number. `given`: pools
     that have exactly a number of GPUs. `rollout`: the number of GPUs that the rollout's pools have
     together, if it is not None. `within`: whether the actor's shards lie within a node (None:
-    either way); a weight sync is quick if they do, an update often if they do not."""
+    either way); a weight sync is quick if they do, an update often if they do not. `ranks`: whether
+    a trained or inference role may compute on some GPUs of its pool, has to on all of them, or has
+    to with its model in one shard group."""
 
     structure: Structure
     kinds: tuple[str, ...]
@@ -70,6 +73,7 @@ class PlacementFamily(NamedTuple):
     given: Mapping[int, int] = {}
     rollout: int | None = None
     within: bool | None = None
+    ranks: Ranks = "any"
 
     @property
     def generating(self) -> tuple[int, ...]:

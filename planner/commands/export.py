@@ -1,0 +1,35 @@
+"""`plan export`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from planner.commands.inputs import check_target, make_console, profiles_of
+from planner.exchange.expressing import expressed
+from planner.exchange.verl_script import verl_script
+from planner.predict.schedule import load_plan
+from planner.report.tables import seconds
+from planner.spec.files import write_atomic
+from planner.spec.frameworks import FrameworkName
+
+
+def export(
+    framework: FrameworkName, plan: Path, out: Path, profiles: Sequence[Path], command: str
+) -> None:
+    check_target(out, ".sh")
+    checked = load_plan(plan)
+    found = expressed(
+        framework, checked, profiles_of(checked, plan, profiles, make_console(stderr=True))
+    )
+    text = verl_script(found, command)
+    write_atomic(out, text)
+    out.chmod(0o755)
+    console = make_console()
+    assert found.plan.predicted
+    console.print(
+        f"[bold]{seconds(found.plan.predicted.step_seconds)} s per step[/bold] predicted under "
+        f"{framework}.",
+        soft_wrap=True,
+    )
+    for change in found.changes:
+        console.print(f"- {change.what}: {change.seconds:+.3g} s a step", soft_wrap=True)
+    console.print(f"Wrote {out}; its comments say what each option is for.", soft_wrap=True)
