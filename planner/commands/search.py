@@ -67,6 +67,7 @@ def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[s
             f"A step generates and scores {workload.generated:,} sequences, of which "
             f"{workload.batch:,} are trained on."
         )
+    yield from _in_flight(best, runners_up)
     gpus, minibatch = len(cluster.gpus), workload.minibatch
     used = best.gpus_of(tuple(best.pools))
     if used < gpus and proof.status == "optimal":
@@ -78,6 +79,27 @@ def _notes(best: Plan, runners_up: Sequence[Plan], inputs: Inputs) -> Iterator[s
         )
     if names := tied(best, runners_up, inputs.profiles):
         yield f"Within the error of what was measured as good: {', '.join(names)}."
+
+
+def _in_flight(best: Plan, runners_up: Sequence[Plan]) -> Iterator[str]:
+    """Whether weights in flight pay, where the workload leaves that open."""
+    workload = best.workload
+    if workload.sync != "any":
+        return
+    other = next((plan for plan in runners_up if plan.streams != best.streams), None)
+    verdict = "pay" if best.streams else "do not pay"
+    if other is not None:
+        with_them = "with a boundary" if best.streams else "with them"
+        took = f"{other.name}, the best plan {with_them}, takes {_step(other)} s"
+        yield f"Weights in flight {verdict} here: {took}."
+    elif not best.streams:
+        why = "at a staleness of 0" if not workload.max_staleness else "with generation alone"
+        yield f"No plan with weights in flight was found {why}."
+
+
+def _step(plan: Plan) -> str:
+    assert plan.predicted, "a plan that was searched has its prediction"
+    return seconds(plan.predicted.step_seconds)
 
 
 def _minimised(best: Plan, cluster: Cluster) -> str:

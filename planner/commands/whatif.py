@@ -80,7 +80,9 @@ def pareto(
     clusters = [_cluster_of(job, count) for count in counts]
     errors, console = make_console(stderr=True), make_console()
     with errors.status("planning"):
-        points, reasons = pareto_points(workload, clusters, range(stalest + 1), profiles)
+        freshest = int(workload.sync == "in_flight")
+        limits = range(freshest, stalest + 1)
+        points, reasons = pareto_points(workload, clusters, limits, profiles)
     if not points:
         raise UserError(reasons[-1])  # of the most GPUs
     for reason in reasons:

@@ -46,7 +46,7 @@ class Ages(NamedTuple):
 def held_tokens(workload: Workload, slots: int) -> int:
     """Tokens for which an engine with some slots needs room, so that preemption is rare: no more
     than of as many longest sequences, in whole blocks, and no less than of one."""
-    slots = min(slots, workload.generated)
+    slots = min(slots, workload.most_in_flight)
     ages = _ages(workload.response)
     prompts = sample(workload.prompt, DRAWS, 1)
     variance = ages.variance + prompts.var() * workload.group  # samples of a prompt share it

@@ -151,6 +151,21 @@ def tensor_parallels(workload: Workload, device: Device) -> list[int]:
     return [t for t in sizes if workload.actor.shape.splits_into(t) and wanted in (None, t)]
 
 
+def stream_size(
+    workload: Workload, tensor_parallel: int, engines: int, device: Device, batches: int
+) -> list["EngineSize"]:
+    """The size that each of some engines has which stream, with nothing else on their GPUs: slots
+    for its share of so many batches, or for as many sequences as its memory holds; none if it holds
+    no longest sequence."""
+    share = -(-workload.generated * batches // engines)
+
+    def percent(slots: int) -> int:
+        return round(100 * rollout_fraction(workload, tensor_parallel, slots, device))
+
+    fitting = bisect_right(range(1, share + 1), 100 * FULLEST, key=percent)
+    return [EngineSize(fitting, percent(fitting))] if fitting else []
+
+
 class EngineSize(NamedTuple):
     """The slots of an engine, and the percent of a GPU's memory that it takes."""
 

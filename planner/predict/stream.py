@@ -13,14 +13,15 @@ one of 3 tokens is submitted at 2.5 s. It joins at the end of the step, at 3 s. 
 lets both end 6 s later, at 11 and 12 s.
 """
 
+import heapq
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from planner.predict.columns import Integers, Seconds
+from planner.predict.columns import Seconds
 from planner.predict.speed import Speed
 
 
@@ -32,13 +33,6 @@ class Request(NamedTuple):
     prompt: int
     response: int
     prefills: bool = True
-
-
-class Ended(NamedTuple):
-    """The steps of the training that sequences were of, and when each ended, in seconds."""
-
-    of_step: Integers
-    seconds: Seconds
 
 
 class StreamEngine:
@@ -55,8 +49,10 @@ class StreamEngine:
         self._tokens = np.zeros(0, np.int64)
         self._of_step = np.zeros(0, np.int64)
         self._waiting = deque[Request]()
-        self.ended: list[Ended] = []
-        self._last = dict[int, float]()  # by step of the training: when its last sequence ended
+        # Of each that has ended: the step of the training that it was of, and when it did.
+        self.ended: list[tuple[int, float]] = []
+        # By step of the training: its sequences that have not ended, and when the last one did.
+        self._left, self._last = Counter[int](), dict[int, float]()
 
     @property
     def outstanding(self) -> int:
@@ -68,6 +64,7 @@ class StreamEngine:
         self.run_to(at)
         self.now = max(self.now, at)
         self._waiting.extend(requests)
+        self._left.update(request.step for request in requests)
         self._fill_slots()
 
     def interrupt(self, start: float, end: float, *, recompute: bool) -> None:
@@ -82,9 +79,9 @@ class StreamEngine:
     def end_of(self, step: int) -> float:
         """Run until all sequences of a step of the training have ended; when that was. 0 if this
         engine has none."""
-        while (self._of_step == step).any() or any(r.step == step for r in self._waiting):
+        while self._left[step]:
             if self._waiting:
-                self._run_one(np.inf)
+                self._run_queued(np.inf, step)
             else:
                 mine = self._ends[self._of_step == step]
                 self._run_closed(np.inf, int(mine.max()))
@@ -93,15 +90,40 @@ class StreamEngine:
     def run_to(self, until: float) -> None:
         """Run to the end of the first decoding step that ends no sooner than `until`, or until
         nothing is in flight."""
-        while self._waiting and self.now < until:
-            self._run_one(until)
+        if self._waiting and self.now < until:
+            self._run_queued(until)
         if self.now < until:
             self._run_closed(until)
 
-    def _run_one(self, until: float) -> None:
-        """Run to the end of the next sequence, whose slot a request then takes."""
-        self._run_closed(until, int(self._ends[0]))
-        self._fill_slots()
+    def _run_queued(self, until: float, of_step: int | None = None) -> None:
+        """Run to the end of the first decoding step that ends no sooner than `until`, or with which
+        all sequences of a step of the training have ended, or after which nothing waits. Until then
+        every slot is busy."""
+        active, last = len(self._ends), self.now
+        columns = self._ends.tolist(), self._tokens.tolist(), self._of_step.tolist()
+        running = list(zip(*columns, strict=True))  # a heap, as they are in the order of their ends
+        matrices, attention = self.speed.matrices(active), self.speed.attention
+        context, ended = self._context(), list[tuple[int, float]]()
+        while self._waiting and self.now < until and (of_step is None or self._left[of_step]):
+            stretch = _Stretch(matrices, attention, context, active)
+            steps = running[0][0] - self.steps
+            if self.now + stretch.seconds(steps) >= until:
+                steps = stretch.steps_in(until - self.now, steps)
+            self.now = last = self.now + stretch.seconds(steps)
+            self.steps += steps
+            context += active * steps
+            while self._waiting and running[0][0] == self.steps:
+                request = self._waiting.popleft()
+                tokens = request.prompt + request.response
+                started = self.steps + request.response, tokens, request.step
+                _, tokens, step = heapq.heapreplace(running, started)
+                context += request.prompt - tokens
+                self.now += self.speed.prefill(request.prompt) * request.prefills
+                ended.append((step, last))
+                self._left[step] -= 1
+        self._record(ended)
+        self._ends, self._tokens, self._of_step = np.array(sorted(running)).T
+        self._leave(int(np.searchsorted(self._ends, self.steps, "right")), np.full(active, last))
 
     def _run_closed(self, until: float, last_step: int | None = None) -> None:
         """Run to the end of the first decoding step that ends no sooner than `until` or is the
@@ -137,12 +159,16 @@ class StreamEngine:
 
     def _leave(self, count: int, ends: Seconds) -> None:
         """The first sequences end at these seconds."""
-        of_step, seconds = self._of_step[:count], ends[:count].copy()
-        self.ended.append(Ended(of_step, seconds))
-        for step, end in zip(of_step.tolist(), seconds.tolist(), strict=True):
-            self._last[step] = end
+        of_step = self._of_step[:count].tolist()
+        self._left.subtract(of_step)
+        self._record(list(zip(of_step, ends[:count].tolist(), strict=True)))
         self._ends, self._tokens = self._ends[count:], self._tokens[count:]
         self._of_step = self._of_step[count:]
+
+    def _record(self, ended: list[tuple[int, float]]) -> None:
+        """Sequences of these steps of the training end, each at its seconds."""
+        self.ended += ended
+        self._last.update(ended)
 
     def _context(self) -> int:
         """Tokens that the sequences in flight have together."""

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.predict.columns import Integers, Seconds
+from planner.predict.columns import Integers
 from planner.predict.schedule import Task
 from planner.predict.speed import Speed
 from planner.predict.stream import Request, StreamEngine
@@ -83,16 +83,6 @@ class EngineStream:
     def end_of(self, step: int) -> float:
         """When the last sequence of a step of the training ends, if no sync comes before that."""
         return max(engine.end_of(step) for engine in self.engines)
-
-    @property
-    def ended(self) -> tuple[Integers, Seconds]:
-        """The step of the training and the end of each sequence that has ended, of the engines that
-        are followed."""
-        every = [each for engine in self.engines for each in engine.ended]
-        return (
-            np.concatenate([each.of_step for each in every]),
-            np.concatenate([each.seconds for each in every]),
-        )
 
 
 @dataclass(kw_only=True)

@@ -58,7 +58,7 @@ def _plan_cells(name: str, plan: Plan, references: Mapping[str, Plan | str | Non
         f"{expected.tokens_per_second:,.0f}",
         f"{occupancy(plan, expected.busy):.0%}",
         *(speed_up(plan, reference) for reference in references.values()),
-        str(plan.staleness),
+        f"{plan.staleness}{' in flight' * plan.streams}",
         pools_text(plan) + (f" | {idle}: idle" if idle else ""),
     ]
 

@@ -20,10 +20,10 @@ from planner.search.solver.branch_and_bound import (
     IsOver,
     SolverResult,
     best_of_families,
-    solve,
 )
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem, problem_of
+from planner.search.solver.stream_search import solve_as_allowed
 from planner.search.solver.write_plan import assemble, complete, trimmed
 from planner.search.space.pins import Pin, Restrict, parse_pins, restriction
 from planner.search.space.placements import PlacementFamily, placement_count, structures
@@ -31,6 +31,7 @@ from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.frameworks import VERSIONS, FrameworkName
 from planner.spec.plan import Plan, Proof, Provenance
+from planner.spec.wording import counted
 from planner.spec.workload import Workload
 
 SPACE = (
@@ -110,11 +111,17 @@ def solved(problem: Problem, options: SearchOptions, start: float, is_over: IsOv
     keep = options.runners_up + 1
     restrict = restriction(pins) if pins else None
     if options.framework is None:
-        found = solve(problem, keep, restrict, is_over)
+        found = solve_as_allowed(problem, keep, restrict, is_over)
     else:
         found = _solve_for(options.framework, problem, keep, restrict, is_over)
     if not found.best and found.ended:
         raise UserError("the search was ended before it found any plan; give it more time")
+    if not found.best and problem.workload.sync == "in_flight":
+        gpus = counted(len(problem.cluster.gpus), "GPU")
+        raise UserError(
+            "nothing fits with sync = 'in_flight', for which generation needs GPUs of its own "
+            f"beside those of all other roles, here of {gpus}; set sync to 'any' or 'boundary'"
+        )
     if not found.best:
         raise UserError(nothing_fits(problem, options.pins))
     best, baselines = found.best, _baselines(problem)
@@ -191,6 +198,8 @@ def write_up(solution: Solved, provenance: Provenance) -> Result:
         version = VERSIONS[solution.framework]
         searched = SPACE_OF_FRAMEWORK.format(name=solution.framework, version=version)
     space = [searched, *(pin.text for pin in solution.pins)]
+    if problem.workload.sync != "boundary":
+        space.append(f"sync {problem.workload.sync}")
     proof = Proof(
         status=solution.status,
         objective=problem.objective.name,

@@ -311,6 +311,13 @@ class Workload(File):
         return round(self.batch * self.algorithm.oversampling_factor / self.group) * self.group
 
     @property
+    def most_in_flight(self) -> int:
+        """Sequences that may be generated at a time: those of a step, and where generation may
+        stream those of as many steps more as sequences may be stale."""
+        steps = 1 if self.sync == "boundary" else self.max_staleness + 1
+        return steps * self.generated
+
+    @property
     def oversamples(self) -> bool:
         return self.generated > self.batch
 

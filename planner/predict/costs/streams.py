@@ -1,14 +1,18 @@
 """Engines that stream, at the speed that a profile or the roofline gives them."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import NamedTuple, cast
 
 import numpy as np
 
+from planner.predict.columns import Integers, Seconds
 from planner.predict.correction import Corrections, Source
+from planner.predict.costs.estimates import Estimates
 from planner.predict.costs.lengths import SampledLengths
-from planner.predict.costs.rollouts import engines_of
+from planner.predict.costs.rollouts import RolloutCosts, engines_of
 from planner.predict.likeness import like_generate
 from planner.predict.roofline import Place
 from planner.predict.speed import Speed, engine_speed
@@ -25,6 +29,20 @@ class EngineSpeed(NamedTuple):
     source: Source
 
 
+class Load(NamedTuple):
+    """What a batch is, on average over the scenarios: tokens of its responses, their contexts (over
+    all steps), tokens of the prompts that are prefilled and their squares, its longest response and
+    the shortest prompt."""
+
+    sequences: int
+    tokens: float
+    contexts: float
+    prompts: float
+    squares: float
+    longest: float
+    shortest: int
+
+
 class StreamCosts:
     """What streams of a workload are made of. `lengths` are those of a batch in each scenario."""
 
@@ -33,6 +51,7 @@ class StreamCosts:
     ) -> None:
         self._workload, self._corrections = workload, corrections
         self.lengths = StreamLengths(lengths.prompts, lengths.responses, lengths.group)
+        self.recomputes = workload.kv == "recompute"
 
     def stream(self, layout: RolloutRole, places: Sequence[Place]) -> EngineStream:
         """The engines of a layout, with nothing in flight."""
@@ -41,8 +60,22 @@ class StreamCosts:
         for device, number in engines:
             found = self.speed(layout.tensor_parallel, layout.concurrency, count, device)
             speeds += [found.speed] * number
-        recompute = self._workload.kv == "recompute"
-        return EngineStream(speeds, layout.concurrency, self.lengths, recompute=recompute)
+        return EngineStream(speeds, layout.concurrency, self.lengths, recompute=self.recomputes)
+
+    @cached_property
+    def load(self) -> "Load":
+        prompts, responses = self.lengths.prompts, self.lengths.responses
+        prefilled = prompts[:, :: self.lengths.group]
+        contexts = prompts * responses + responses * (responses - 1) // 2
+        return Load(
+            sequences=responses.shape[1],
+            tokens=float(responses.sum(axis=1).mean()),
+            contexts=float(contexts.sum(axis=1).mean()),
+            prompts=float(prefilled.sum(axis=1).mean()),
+            squares=float((prefilled**2).sum(axis=1).mean()),
+            longest=float(responses.max(axis=1).mean()),
+            shortest=int(prompts.min()),
+        )
 
     def source(self, layout: RolloutRole, device: Device) -> Source:
         """Where the speed of a layout's engines comes from."""
@@ -68,3 +101,90 @@ class StreamCosts:
         ratio, source = float(ratios.values.item()), cast(Source, ratios.sources.item())
         alone = engine_speed(shape, tensor_parallel, device)
         return EngineSpeed(Speed(**{name: ratio * s for name, s in asdict(alone).items()}), source)
+
+
+class LeastLatencies(RolloutCosts):
+    """Takes the place of `RolloutCosts` in a search for plans that stream, as stale as `staleness`
+    at most: seconds from the submission of a batch to its end that no such plan is below which
+    takes `period` seconds a step or less.
+
+    In a steady stream, an engine has the tokens, contexts and prompts of its share of one batch to
+    do in a period. What they take themselves leaves time for N decoding steps of so many seconds
+    for the weights, at most. So a response of r tokens takes r steps of period / N on average, and
+    the shorter a period, the longer these. That is the mean of whole periods. Of its last one, a
+    response misses the part between its end and the next sync, and the steps of that part are taken
+    to be no slower than others, since fewer sequences are active before a sync than after it, when
+    a batch is submitted. `tests/test_stream_search.py` compares that with simulations.
+
+    Where a period is too short for a batch, whatever the latency, it is put so that a cycle with it
+    through staleness + 1 steps is as long as the shortest period that is not."""
+
+    def __init__(self, streams: StreamCosts, period: float, staleness: int) -> None:
+        self._streams, self._period, self._batches = streams, period, staleness + 1
+
+    def floors(
+        self,
+        tensor_parallel: int,
+        concurrency: Integers,
+        engines: Integers,
+        device: Device,
+        room: Integers,
+    ) -> Seconds:
+        shares = zip(concurrency.tolist(), engines.tolist(), strict=True)
+        found = [self._latency(tensor_parallel, *share, device) for share in shares]
+        scenarios = len(self._streams.lengths.responses)
+        return np.repeat(np.array(found)[:, None], scenarios, axis=1)
+
+    def _latency(self, tensor_parallel: int, slots: int, engines: int, device: Device) -> float:
+        speed = self._streams.speed(tensor_parallel, slots, engines, device).speed
+        load = self._streams.load
+        tokens, contexts = load.tokens / engines, load.contexts / engines
+        prompts = speed.prefill_token * load.prompts + speed.prefill_square * load.squares
+        linear = speed.sequence * tokens + speed.attention * contexts + prompts / engines
+        # Steps times what is in flight at one of them on average is prefilled again at each sync.
+        again = speed.prefill_token * contexts if self._streams.recomputes else 0.0
+        most_active = min(slots, self._batches * load.sequences / engines)
+        by_weights = _Period(linear, speed.weights + speed.step, again, tokens / most_active)
+        by_tokens = _Period(
+            linear + speed.arithmetic * tokens, speed.step, again, tokens / most_active
+        )
+        least = max(by_weights.least, by_tokens.least)
+        if self._period < least:
+            return self._batches * least
+        steps = min(by_weights.steps(self._period), by_tokens.steps(self._period))
+        alone = speed.matrices(1) + speed.attention * load.shortest
+        return load.longest * max(self._period / steps, alone) + speed.prefill(load.shortest)
+
+    def calls(
+        self,
+        simulated: Seconds,
+        tensor_parallel: int,
+        concurrency: Integers,
+        engines: Integers,
+        device: Device,
+    ) -> Estimates:
+        seconds = simulated + device.overhead_seconds
+        sources = np.full(len(seconds), "roofline")
+        return Estimates(compute=seconds, transfer=np.zeros_like(seconds), sources=sources)
+
+
+class _Period(NamedTuple):
+    """A period of an engine: `linear` seconds whatever the number of decoding steps, `step` seconds
+    for each of them, and `again` divided by their number. There are `fewest` of them at least."""
+
+    linear: float
+    step: float
+    again: float
+    fewest: float
+
+    @property
+    def least(self) -> float:
+        """The seconds of the shortest period."""
+        steps = max(self.fewest, math.sqrt(self.again / self.step))
+        return self.linear + self.step * steps + self.again / steps
+
+    def steps(self, seconds: float) -> float:
+        """The most steps in a period of so many seconds, which is not below the shortest."""
+        left = seconds - self.linear
+        root = math.sqrt(max(0.0, left**2 - 4 * self.step * self.again))
+        return (left + root) / (2 * self.step)

@@ -150,26 +150,29 @@ def bubbles(plan: Plan, seconds: NDArray[np.float64]) -> tuple[Bubble, ...]:
     scenarios [S].
 
     All scenarios are run at once: a call starts when the last of its predecessors has ended, and
-    what a pool idles before that is put down to this predecessor."""
+    what a pool idles before that is put down to this predecessor. Pools of a stream are left
+    out."""
     flow = plan.dataflow.steady
     names = flow.names
     program = [item for item in plan.program if isinstance(item, Wait) or item.call in names]
     ahead = max(item.offset for item in program if isinstance(item, Issue))
     tasks = unroll(flow, program, plan.pools_of, STEPS + ahead + 1)
     ends = np.zeros((len(tasks), seconds.shape[1]))
-    free = {pool: np.zeros(seconds.shape[1]) for pool in plan.pools}
+    streaming = plan.rollout.pools if plan.streams else ()
+    free = {pool: np.zeros(seconds.shape[1]) for pool in plan.pools if pool not in streaming}
     idle: dict[tuple[str, str, str], float] = defaultdict(float)
     for task in tasks:
         start, last = np.zeros(seconds.shape[1]), np.zeros(seconds.shape[1], dtype=np.int64)
         if task.after:
             before = ends[list(task.after)]
             start, last = before.max(axis=0), np.array(task.after)[before.argmax(axis=0)]
-        for pool in task.pools:
+        pools = [pool for pool in task.pools if pool in free]
+        for pool in pools:
             if SETTLED <= task.step < STEPS:
                 gaps = (start - free[pool]) / (STEPS - SETTLED) / len(start)
                 for gap, index in zip(gaps.tolist(), last.tolist(), strict=True):
                     idle[pool, task.call.name, tasks[index].call.name] += gap
         ends[task.index] = start + seconds[names.index(task.call.name)]
-        free.update(dict.fromkeys(task.pools, ends[task.index]))
+        free.update(dict.fromkeys(pools, ends[task.index]))
     shown = [Bubble(*where, gap) for where, gap in idle.items() if gap > 1e-9]
     return tuple(sorted(shown, key=lambda bubble: -bubble.seconds))

@@ -23,6 +23,7 @@ from planner.spec.workload import ROLES
 
 Entry = TypeVar("Entry")
 
+STREAMED = "let weights arrive in flight"
 STARTS = ("split", "colocated")  # the first of them that fits
 
 
@@ -50,6 +51,8 @@ def seconds_of(plan: Plan, model: CostModel) -> NDArray[np.float64]:
 
 def step_of(plan: Plan, model: CostModel) -> float:
     """A plan's mean step time in seconds, as `forecast.predict` has it."""
+    if plan.streams:
+        return float(model.streamed(plan).steps.mean())
     periods = plan_cycles(plan).periods(seconds_of(plan, model))
     return float(Objective("mean", model.least_period).of(periods))
 
@@ -62,8 +65,9 @@ def ladder(plan: Plan, problem: Problem) -> tuple[Rung, ...]:
     staleness, or the plan's pool sizes: each time the decision that leads to the shortest step, of
     those that lead towards the plan. A move keeps the pools' sizes; a merged pool has both, a new
     one the plan's or else half of where it comes from. Every rung has the best layouts and order of
-    its calls."""
-    own = Rung("the plan's own layouts and order", plan, step_of(plan, problem.model))
+    its calls. Weights in flight, where generation streams, are the last decision."""
+    what = STREAMED if plan.streams else "the plan's own layouts and order"
+    own = Rung(what, plan, step_of(plan, problem.model))
     known = {_key(structure) for structure in structures(problem.workload.roles)}
     target = _state_of(plan)
     strict = replace(problem, max_staleness=0)
@@ -81,7 +85,7 @@ def ladder(plan: Plan, problem: Problem) -> tuple[Rung, ...]:
         rungs.append(rung)
     if state != target:
         return (*rungs, own._replace(what="move the roles to the plan's pools"))
-    if abs(rungs[-1].seconds - own.seconds) <= SAME * own.seconds:
+    if not plan.streams and abs(rungs[-1].seconds - own.seconds) <= SAME * own.seconds:
         return (*rungs[:-1], own._replace(what=rungs[-1].what))
     return (*rungs, own)
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 from planner.predict.profile import Profile
 from planner.search.questions.why_nothing_fits import what_binds
 from planner.search.solver.best_program import SAME
-from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem, problem_of
+from planner.search.solver.stream_search import solve_as_allowed
 from planner.search.solver.write_plan import assemble
 from planner.spec.cluster import Cluster
 from planner.spec.plan import Plan
@@ -44,7 +44,7 @@ def pareto_points(
     for cluster in clusters:
         for limit in limits:
             problem = problem_of(workload, cluster, profiles, limit)
-            found = solve(problem, 1).best
+            found = solve_as_allowed(problem, 1).best
             if not found:
                 where = f"{workload.name} on {counted(len(cluster.gpus), 'GPU')}"
                 reasons.append(f"no plan fits {where}: {what_binds(problem)}")

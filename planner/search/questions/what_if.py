@@ -14,8 +14,8 @@ from planner.search.questions.variants import (
 )
 from planner.search.questions.why_nothing_fits import what_binds
 from planner.search.solver.best_program import SAME
-from planner.search.solver.branch_and_bound import solve
 from planner.search.solver.problem import problem_of, scenarios_of
+from planner.search.solver.stream_search import solve_as_allowed
 from planner.search.solver.write_plan import assemble
 from planner.search.space.placements import PlacementFamily
 from planner.spec.cluster import Cluster
@@ -95,7 +95,7 @@ def what_if(plan: Plan, condition: Condition, profiles: Sequence[Profile] = ()) 
     problem = problem_of(
         condition.workload, condition.cluster, fitting, None, scenarios=scenarios_of(plan)
     )
-    found = solve(problem, 1)
+    found = solve_as_allowed(problem, 1)
     if not found.best:
         raise UserError(f"nothing fits: {what_binds(problem)}")
     best = found.best[0]
@@ -104,7 +104,11 @@ def what_if(plan: Plan, condition: Condition, profiles: Sequence[Profile] = ()) 
     def as_in_plan(family: PlacementFamily) -> PlacementFamily | None:
         return family if frozenset(family.structure) == own else None
 
-    kept = [best] if frozenset(best.structure) == own else solve(problem, 1, as_in_plan).best
+    kept = (
+        [best]
+        if frozenset(best.structure) == own
+        else solve_as_allowed(problem, 1, as_in_plan).best
+    )
     if kept and kept[0].seconds <= best.seconds * (1 + SAME):
         best = kept[0]  # as good as any other
     tokens = float(problem.model.tokens.mean())

@@ -172,13 +172,14 @@ class Bounds:
 
     def smallest(self, boxes: Boxes, limit: Array) -> Sizes:
         """The least size [n, P] of each pool whose own load allows a step below `limit` [n]
-        seconds, if generation has the largest sizes of its pools. More GPUs than there are if no
-        size does."""
+        seconds, if generation has the largest sizes of its pools (and is no load if it streams).
+        More GPUs than there are if no size does."""
         number = boxes.number
         left = np.repeat(limit[:, None], boxes.high.shape[1], axis=1)
         if self.problem.objective.linear:  # else it could not be subtracted
             generation = self._generation(boxes)[:, -1:]
             handed = self._handed(number, boxes.low)[:, None]
-            left = left - np.where(self.table.generates[number], generation, 0.0)
+            if not self.problem.streams:
+                left = left - np.where(self.table.generates[number], generation, 0.0)
             left = left - np.where(self.table.acts[number], handed, 0.0)
         return self.pools.smallest(self.table.pools[number], left)

@@ -36,7 +36,7 @@ QUICK_PROGRAMS = 3  # combinations of layouts that a quick plan finds programs f
 
 class Candidate(NamedTuple):
     """A placement with layouts and a program, and its step time in seconds (the objective over the
-    length scenarios)."""
+    length scenarios); and whether generation streams in it."""
 
     seconds: float
     structure: Structure
@@ -44,6 +44,7 @@ class Candidate(NamedTuple):
     trainers: dict[str, TrainerRole]
     rollout: RolloutRole
     program: Program
+    streams: bool = False
 
 
 class Trial(NamedTuple):

@@ -64,9 +64,10 @@ class Problem:
     flow: Dataflow  # without monitors
     max_staleness: int
     objective: Objective = MEAN
+    streams: bool = False
     _layout_memo: dict[object, LayoutTable] = field(default_factory=dict)
     _hand_over: dict[object, float] = field(default_factory=dict)
-    _rollout: dict[str, RolloutTable] = field(default_factory=dict)
+    rollout_tables: dict[str, RolloutTable] = field(default_factory=dict)
 
     # --- calls ---
 
@@ -182,16 +183,17 @@ class Problem:
 
     def rollout_table(self, kind: str) -> RolloutTable:
         """The layouts of the rollout on GPUs of a kind."""
-        if kind not in self._rollout:
-            self._rollout[kind] = RolloutTable(
+        if kind not in self.rollout_tables:
+            self.rollout_tables[kind] = RolloutTable(
                 self.workload,
                 self.model,
                 self.device(kind),
                 self.node(kind),
                 self.gpus[kind],
                 self.objective.of_parts.of,
+                self.max_staleness + 1 if self.streams else None,
             )
-        return self._rollout[kind]
+        return self.rollout_tables[kind]
 
     # --- the weight sync ---
 
@@ -237,13 +239,13 @@ def problem_of(
     """The problem of a workload on a cluster, at the costs of the profiles (else of the roofline).
     `max_staleness` replaces the workload's, if it is not None. Raises UserError for profiles that
     do not fit."""
-    if workload.sync != "boundary":
-        raise UserError(
-            f"sync = {workload.sync!r} cannot be searched yet; set it to 'boundary', or write the "
-            "plan by hand"
-        )
     check_profiles(profiles, workload, cluster)
     if max_staleness is not None:
+        if workload.sync == "in_flight" and not max_staleness:
+            raise UserError(
+                "sync = 'in_flight' with a staleness of 0: nothing is in flight when weights "
+                "arrive; allow a staleness of 1 or more, or set sync to 'any' or 'boundary'"
+            )
         workload = workload.changed(max_staleness=max_staleness)
     model = CostModel(workload, cluster, profiles, scenarios)
     return Problem(

@@ -1,6 +1,7 @@
 """The layouts that a rollout may have on the GPUs of a kind, and what is known of the seconds that
 generation takes with each."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 from planner.predict.cost import CostModel
 from planner.predict.generation import GenerationRun
 from planner.predict.kv_cache import AMPLE
-from planner.predict.layouts import engine_counts, engine_sizes, tensor_parallels
+from planner.predict.layouts import engine_counts, engine_sizes, stream_size, tensor_parallels
 from planner.predict.memory import RoleMemory, kv_room, process_bytes, rollout_memory
 from planner.predict.objective import with_mean
 from planner.search.space.arrays import Array, Indices, Mask
@@ -58,7 +59,9 @@ class RolloutTable:
         node: int,
         gpus: int,
         statistic: Callable[[Array], Array],
+        batches: int | None = None,
     ) -> None:
+        self._batches = batches  # that are in flight at once, where generation streams
         self._workload, self._model, self._device = workload, model, device
         self._statistic = statistic
         self._memory: dict[tuple[int, int, int, bool], RoleMemory] = {}
@@ -73,19 +76,31 @@ class RolloutTable:
         self.effort = queued + 2 * preempting  # of a simulation
         needed = self.percent / 100 * device.memory_bytes - process_bytes(device)
         self.level = level_of(needed * (device.kind == "cuda"), device)
-        self._simulated = np.full((rows, model.scenarios), NEVER)  # without call overheads
-        self._done = np.zeros(rows, dtype=bool)
+        self._take_floors()
+
+    def _take_floors(self) -> None:
+        """Start with floors of the seconds that generation takes."""
+        rows, streams = len(self.size), self._batches is not None
+        self._simulated = np.full((rows, self._model.scenarios), NEVER)  # without call overheads
+        self._done = np.full(rows, streams)  # of streams there is nothing more to know
         for size, gpus_of_engine in enumerate(self.sizes):
             own = np.flatnonzero(self.size == size)
-            self._simulated[own] = model.rollouts.floors(
+            self._simulated[own] = self._model.rollouts.floors(
                 gpus_of_engine,
                 self.slots[own],
                 self.counts[self.count[own]],
-                device,
+                self._device,
                 self.room[own],
             )
         self.seconds = self._simulated.copy()
         self._refill(np.arange(rows))
+
+    def with_model(self, model: CostModel) -> "RolloutTable":
+        """The same layouts with the floors of another model."""
+        table = copy.copy(self)
+        table._model = model
+        table._take_floors()
+        return table
 
     def _list_rows(self, gpus: int) -> None:
         """List the rows: `size`, `count`, `slots`, and the share of a GPU's memory that an engine
@@ -97,7 +112,11 @@ class RolloutTable:
         for size, gpus_of_engine in enumerate(self.sizes):
             fit = int(np.searchsorted(self.counts, gpus // gpus_of_engine, "right"))
             for count in range(fit):
-                listed = engine_sizes(workload, gpus_of_engine, int(self.counts[count]), device)
+                engines = int(self.counts[count])
+                if self._batches is None:
+                    listed = engine_sizes(workload, gpus_of_engine, engines, device)
+                else:
+                    listed = stream_size(workload, gpus_of_engine, engines, device, self._batches)
                 most = max((percent for _, percent in listed), default=0)
                 for slots, percent in listed:
                     rows.append((size, count, slots, percent))
@@ -224,6 +243,8 @@ class RolloutTable:
         """Simulate rows that fit pools of these sizes [1, P] and might be the fastest, in the order
         of their floors; rows with a queue only if `queues`. It ends when no other row can be below
         `times` the least floor, or some row is known to be. Return whether that told more."""
+        if self._batches is not None:
+            return False
         rows = self._rows_in(pools, room)
         floors, queued = self._statistic(self._simulated[rows]), self.queued[rows]
         enough = ENOUGH * times * float(floors.min(initial=NEVER))

@@ -30,6 +30,7 @@ def assemble(candidate: Candidate, name: str, problem: Problem) -> Plan:
         roles=roles,
         program=(*candidate.program.items, *_monitors(candidate, problem)),
         staleness=candidate.program.staleness,
+        sync="in_flight" if candidate.streams else "boundary",
     )
 
 

@@ -1,0 +1,201 @@
+"""The best plan among those whose generation streams.
+
+How long a stream takes from a batch's submission to its end depends on how fast batches come. So
+the branch and bound, for which a call's seconds depend on its layout alone, is asked the question
+the other way round: which plan is the fastest, if generation takes no less than it would at a
+period of p seconds or below (`LeastLatencies`)? Call the answer f(p). A plan that takes p seconds
+a step or less takes no less than f(p). So no plan is below the smaller of p and f(p), and as f
+falls where p rises, the best bound is where they meet. It is found by some searches at several p.
+
+What a plan really takes is simulated (`planner.predict.streamed`): of the best plan of each of
+these searches. The fastest one is the result, and what it takes above the bound is the gap.
+"""
+
+import contextlib
+import copy
+from dataclasses import replace
+
+from planner.predict.costs.streams import LeastLatencies
+from planner.search.solver.best_program import Program
+from planner.search.solver.branch_and_bound import IsOver, SolverResult, solve
+from planner.search.solver.evaluate import Candidate
+from planner.search.solver.problem import Problem
+from planner.search.solver.write_plan import assemble
+from planner.search.space.pins import Restrict
+from planner.search.space.placements import PlacementFamily
+from planner.spec.dataflow import Dataflow
+from planner.spec.errors import UserError
+from planner.spec.plan import Issue
+
+LONG = 1e9  # seconds of a period: no step is as long
+NEAR_ENOUGH = 0.002  # how near to where f(p) and p meet is near enough
+MOST_SEARCHES = 10
+EDGE = 0.1  # of what is left between two periods: the next one is no nearer to either
+AS_FAST = 1.001  # times the seconds of a plan that is staler
+
+
+def solve_as_allowed(
+    problem: Problem,
+    keep: int,
+    restrict: Restrict | None = None,
+    is_over: IsOver = lambda evaluated: False,
+) -> SolverResult:
+    """The best plans with boundaries or with weights in flight, as the workload says. Where it
+    allows both, the best of either sort is among several that are kept. Arguments as of
+    `branch_and_bound.solve`. Raises UserError for an objective that is not known of streams."""
+    sync = problem.workload.sync
+    if sync == "boundary" or not problem.max_staleness:
+        return solve(problem, keep, restrict, is_over)
+    if problem.objective.name == "p95":
+        raise UserError(
+            f"sync = {sync!r}: a stream has no 95th percentile over the scenarios, which are in it "
+            "at once; leave out --objective p95"
+        )
+    streams = solve_streams(problem, keep, restrict, is_over)
+    if sync == "in_flight":
+        return streams
+    boundary = solve(problem, keep, restrict, is_over)
+    either = sorted((*boundary.best, *streams.best), key=lambda candidate: candidate.seconds)
+    others = [candidate for candidate in either if candidate.streams != either[0].streams]
+    best = either[:keep]
+    if keep > 1 and others and others[0] not in best:
+        best[-1] = others[0]
+    return SolverResult(
+        best=tuple(best),
+        bound=min((found.bound for found in (boundary, streams) if found.best), default=0.0),
+        evaluated=boundary.evaluated + streams.evaluated,
+        proven=max(boundary.proven, streams.proven),
+        ended=boundary.ended or streams.ended,
+    )
+
+
+def solve_streams(
+    problem: Problem, keep: int, restrict: Restrict | None, is_over: IsOver
+) -> SolverResult:
+    """Find the best plan that streams, and good other ones, of a problem whose plans have
+    boundaries; none if nothing fits. Arguments as of `branch_and_bound.solve`."""
+    return _Searches(problem, keep, restrict, is_over).run()
+
+
+class _Searches:
+    """Searches at several periods. `bound` is what no plan that streams is below, `simulated` are
+    the candidates with the seconds that they take, by what they decide; `below` and `above` are
+    periods with f(p) - p, where that is positive and where it is negative."""
+
+    def __init__(
+        self, problem: Problem, keep: int, restrict: Restrict | None, is_over: IsOver
+    ) -> None:
+        self.problem, self.keep = problem, keep
+        self.restrict, self.is_over = restrict, is_over
+        self.bound, self.evaluated, self.proven, self.ended = 0.0, 0, 0.0, False
+        self.simulated: dict[object, Candidate] = {}
+        self.streaming: Problem | None = None  # the last one that was solved
+        self.below: tuple[float, float] | None = None
+        self.above: tuple[float, float] | None = None
+
+    def run(self) -> SolverResult:
+        period = LONG
+        for _ in range(MOST_SEARCHES):
+            self._search(period)
+            if self.ended or not self.bound or (self.simulated and self._meet):
+                break
+            period = self._next()
+        fastest = sorted(self.simulated.values(), key=lambda candidate: candidate.seconds)
+        best = [self._fresher(candidate) for candidate in fastest[:1]] + fastest[1 : self.keep]
+        return SolverResult(tuple(best), self.bound, self.evaluated, self.proven, self.ended)
+
+    def _search(self, period: float) -> None:
+        """Find f(period), and simulate the plan that takes so long."""
+        self.streaming = streaming(self.problem, period, self.streaming)
+        found = solve(self.streaming, 1, self._alone, self.is_over)
+        self.evaluated += found.evaluated
+        self.proven, self.ended = found.proven, found.ended
+        if not found.best:
+            return
+        self.bound = max(self.bound, min(period, found.bound))
+        if found.bound >= period:
+            self.below = period, found.bound - period
+        elif period < LONG:
+            self.above = period, found.bound - period
+        if period < LONG:
+            self._simulate(found.best[0])
+
+    @property
+    def _least(self) -> float:
+        """The seconds of the fastest candidate."""
+        return min(candidate.seconds for candidate in self.simulated.values())
+
+    @property
+    def _meet(self) -> bool:
+        """Whether further searches would raise the bound by nothing that matters."""
+        highest = min(self._least, self.above[0] if self.above else LONG)
+        return highest <= self.bound * (1 + NEAR_ENOUGH)
+
+    def _next(self) -> float:
+        """The period at which f(p) and p may meet, by a line between two that they do not meet
+        at."""
+        if self.below is None:
+            return self.bound * (1 + NEAR_ENOUGH)
+        if self.above is None:
+            return self._least
+        (low, excess), (high, missing) = self.below, self.above
+        share = excess / (excess - missing) if excess else 0.0
+        return low + (high - low) * min(max(share, EDGE), 1 - EDGE)
+
+    def _alone(self, family: PlacementFamily) -> PlacementFamily | None:
+        """The placements of a family in which generation is alone on its pool."""
+        if any(family.structure[pool] != {"rollout"} for pool in family.generating):
+            return None
+        return family if self.restrict is None else self.restrict(family)
+
+    # --- what candidates take ---
+
+    def _simulate(self, candidate: Candidate) -> None:
+        """Simulate a candidate at the staleness that is allowed."""
+        key = candidate.pools, candidate.rollout, *candidate.trainers.items()
+        if key not in self.simulated:
+            most = self.problem.max_staleness
+            self.simulated[key] = self._timed(candidate, most)
+
+    def _timed(self, candidate: Candidate, staleness: int) -> Candidate:
+        """The candidate at a staleness, with the seconds that it then takes."""
+        program = staler(candidate.program, staleness, self.problem.flow)
+        stale = candidate._replace(program=program, streams=True)
+        plan = assemble(stale, "candidate", self.problem)
+        return stale._replace(seconds=float(self.problem.model.streamed(plan).steps.mean()))
+
+    def _fresher(self, candidate: Candidate) -> Candidate:
+        """The candidate with the least staleness at which it is as fast."""
+        for staleness in range(1, candidate.program.staleness):
+            with contextlib.suppress(UserError):  # the other calls may be too far ahead for that
+                fresh = self._timed(candidate, staleness)
+                if fresh.seconds <= candidate.seconds * AS_FAST:
+                    return fresh
+        return candidate
+
+
+def streaming(problem: Problem, period: float, other: Problem | None = None) -> Problem:
+    """The problem of plans that stream and take so many seconds a step, or less. The layouts are
+    taken from that of another period, if there is one."""
+    model = copy.copy(problem.model)
+    model.rollouts = LeastLatencies(model.streams, period, problem.max_staleness)
+    tables = other.rollout_tables if other else {}
+    return replace(
+        problem,
+        model=model,
+        flow=problem.flow.streamed,
+        streams=True,
+        rollout_tables={kind: table.with_model(model) for kind, table in tables.items()},
+    )
+
+
+def staler(program: Program, staleness: int, flow: Dataflow) -> Program:
+    """The program of a plan that streams, with generation submitted as many steps earlier (or
+    later) as give it this staleness. No other call is moved by that: generation takes no turns."""
+    earlier, generates = staleness - program.staleness, flow.generates.name
+
+    def moved(item: Issue) -> Issue:
+        return item.changed(offset=item.offset + earlier) if item.call == generates else item
+
+    items = tuple(moved(item) if isinstance(item, Issue) else item for item in program.items)
+    return Program(items, staleness)
