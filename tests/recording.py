@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from executor.fleet.pools import Fleet
 from executor.running import preflight
 from executor.running.loop import Silent, loop
 from executor.running.step import Training
@@ -16,8 +17,8 @@ class Recording(Training):
     """Keeps each step's differences between the log-probs of engines and of trainers, and its
     metrics."""
 
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, preflight.check(plan, local=True))
+    def __init__(self, plan: Plan, fleet: Fleet | None = None) -> None:
+        super().__init__(plan, preflight.check(plan, local=True), fleet)
         self.differences: list[NDArray[np.float32]] = []
         self.metrics: list[dict[str, Any]] = []
 

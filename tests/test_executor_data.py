@@ -145,14 +145,14 @@ def test_responses_come_back_in_the_order_of_their_requests() -> None:
             lengths=np.array(lengths, dtype=np.int32),
             tokens=np.array(tokens, dtype=np.int32),
             log_probs=-np.array(tokens, dtype=np.float32),
-            weights_version=version,
+            weights_versions=np.full(len(tokens), version, dtype=np.int32),
         )
         for lengths, tokens, version in (([2, 1], [10, 11, 30], 3), ([3, 0], [20, 21, 22], 4))
     ]
     batch = collate(requests, shares, made)
     assert [row.tolist() for row in batch.responses()] == [[10, 11], [20, 21, 22], [30], []]
     assert batch.log_probs.tolist() == [[-10, -11, 0], [-20, -21, -22], [-30, 0, 0], [0, 0, 0]]
-    assert batch.weights_versions.tolist() == [3, 4, 3, 4]
+    assert batch.weights_versions.tolist() == [[3, 3, 0], [4, 4, 4], [3, 0, 0], [0, 0, 0]]
     assert batch.mask.sum(1).tolist() == batch.response_lengths.tolist() == [2, 3, 1, 0]
     prompts = [tokens[:5].tolist() for tokens in batch.tokens]
     assert prompts == [prompt.tolist() for prompt in requests.prompts()]
@@ -223,7 +223,7 @@ def test_ended_tells_eos_from_truncation() -> None:
         prompt_lengths=np.ones(5, dtype=np.int32),
         response_lengths=np.array([2, 3, 3, 2, 0], dtype=np.int32),
         log_probs=np.zeros((5, 3), dtype=np.float32),
-        weights_versions=np.zeros(5, dtype=np.int32),
+        weights_versions=np.zeros((5, 3), dtype=np.int32),
     )
     assert batch.ended([9]).tolist() == [True, False, False, False, False]
     assert batch.ended([6, 9]).tolist() == [True, False, True, True, False]

@@ -147,7 +147,7 @@ def made_up(workload: Workload) -> Sequences:
         lengths=requests.max_tokens,
         tokens=np.ones(count, dtype=np.int32),
         log_probs=np.zeros(count, dtype=np.float32),
-        weights_version=0,
+        weights_versions=np.zeros(count, dtype=np.int32),
     )
     return collate(requests, [np.arange(len(requests))], [made])
 

@@ -130,7 +130,7 @@ def sequences() -> Sequences:
         prompt_lengths=prompts,
         response_lengths=responses,
         log_probs=np.zeros((4, 12), np.float32),
-        weights_versions=np.zeros(4, np.int32),
+        weights_versions=np.zeros((4, 12), np.int32),
     )
 
 

@@ -40,7 +40,7 @@ def make_sequences() -> Sequences:
         prompt_lengths=prompts,
         response_lengths=responses,
         log_probs=np.zeros((len(lengths), responses.max()), dtype=np.float32),
-        weights_versions=np.zeros(len(lengths), dtype=np.int32),
+        weights_versions=np.zeros((len(lengths), responses.max()), dtype=np.int32),
     )
 
 

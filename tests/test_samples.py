@@ -42,7 +42,7 @@ def lines(step: int, evaluation: str | None = None, rows: int = 2) -> list[dict[
         prompt_lengths=np.array([2, 2], dtype=np.int32),
         response_lengths=np.array([3, 4], dtype=np.int32),
         log_probs=np.zeros((2, 4), dtype=np.float32),
-        weights_versions=np.array([step - 1, step], dtype=np.int32),
+        weights_versions=np.array([[step - 1] * 4, [step] * 4], dtype=np.int32),
     )
     return lines_of(
         step=step,

@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import colocated, make_workload
 from interrupted import metrics_of
 from processes import PATIENCE, descendants, end_agents, working
+from test_stream_run import asked, closed, streamed
 
 from executor.fleet import session
 from executor.running import checkpoint
@@ -131,28 +133,51 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     assert not left
 
 
-@pytest.mark.parametrize(
-    "kills", [3, pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])]
-)
+NIGHTLY = pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])
+
+
+@pytest.mark.parametrize("kills", [3, NIGHTLY])
 def test_runs_outlive_kills_at_random_times(
     kills: int, on_two_cores: None, tmp_path: Path, temporary: str
 ) -> None:
     workload = make_workload(steps=STEPS, critic=None, reference=None)
-    plan, chance = colocated(workload, cores=1 if kills < 100 else 2), random.Random(kills)
+    plan = colocated(workload, cores=1 if kills < 100 else 2)
     whole = execute(plan, name="whole", runs=tmp_path, options=RunOptions(save_every=0))
+    for run in soaked(plan, kills, tmp_path, temporary):
+        assert metrics_of(run) == metrics_of(whole)
+
+
+@pytest.mark.parametrize("kills", [5, NIGHTLY])
+def test_a_stream_outlives_kills_at_random_times(
+    kills: int, on_two_cores: None, tmp_path: Path, temporary: str
+) -> None:
+    """What depends on time may differ, but no token is lost or doubled."""
+    plan = streamed(k=2, steps=STEPS, critic=None, reference=None)
+    lengths = [np.mean(of_step) for of_step in asked(plan, STEPS)]
+    for run in soaked(plan, kills, tmp_path, temporary):
+        metrics = metrics_of(run)
+        assert [line["response_tokens"] for line in metrics] == pytest.approx(lengths)
+        assert [line["step"] for line in metrics] == list(range(STEPS))
+        closed(metrics)
+
+
+def soaked(plan: Plan, kills: int, directory: Path, temporary: str) -> Iterator[Path]:
+    """Runs of a plan, as many as it takes to kill so many of their processes; each has all steps,
+    once."""
+    chance = random.Random(kills)
     left = [list(VICTIMS)[number % len(VICTIMS)] for number in range(kills)]
     chance.shuffle(left)
     pids: set[int] = set()
     for number in range(kills):
         if not left:
             break  # `number` runs took them all
-        controlled = Controlled(plan, tmp_path / str(number), temporary)
+        controlled = Controlled(plan, directory / str(number), temporary)
         try:
             controlled.soak(left, chance)
         finally:
             controlled.close()
             pids |= controlled.pids
-        assert metrics_of(controlled.run) == metrics_of(whole)
+        yield controlled.run
         spans = Counter(
             (span.call, span.step) for span in Timeline.read(controlled.run / "timeline.json").spans
         )
@@ -161,9 +186,6 @@ def test_runs_outlive_kills_at_random_times(
         )
         assert not [name for name, secret in SECRETS.items() if secret.encode() in written]
         assert set(spans.values()) == {1} and len(spans) == STEPS * len(plan.dataflow.calls)
-    print(
-        f"{kills} kills in {number} runs of {STEPS} steps, each with the metrics of one to which "
-        "nothing happened"
-    )
+    print(f"{kills} kills in {number} runs of {STEPS} steps, each as if nothing had happened")
     assert not left
     assert pids and not end_agents(pids)

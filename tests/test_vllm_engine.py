@@ -83,7 +83,7 @@ class Remote:
 
     def generate(self, asked: Requests, sampler: Sampler) -> tuple[Ints, Ints, NDArray[np.float32]]:
         (found,) = ask([self.rank.order(VllmWorker.generate, asked, sampler)]).results
-        assert found.weights_version == self.version
+        assert set(found.weights_versions.tolist()) == {self.version}
         return found.lengths, found.tokens, found.log_probs
 
     def install(self, model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,20 +14,20 @@ from executor.data.requests import MINIBATCHES, Ints, Requests, Rows, pad, permu
 
 @dataclass(frozen=True, kw_only=True)
 class Generated:
-    """An engine's answer to its requests, end to end: `lengths [n]`, `tokens` and `log_probs [sum
-    of lengths]`."""
+    """An engine's answer to its requests, end to end: `lengths [n]`, and `[sum of lengths]` the
+    `tokens`, their `log_probs` and the versions of the weights that sampled them."""
 
     lengths: Ints
     tokens: Ints
     log_probs: NDArray[np.float32]
-    weights_version: int
+    weights_versions: Ints
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sequences:
-    """A batch: right-padded `tokens [B, T]` (prompt, then response), lengths `[B]`, the log-probs
-    `[B, R]` under which the response tokens were sampled (R is the longest response), and the
-    versions `[B]` of the weights that sampled them."""
+    """A batch: right-padded `tokens [B, T]` (prompt, then response), lengths `[B]`, and of the
+    response tokens (R is the longest response) the log-probs `[B, R]` under which they were sampled
+    and the versions `[B, R]` of the weights that sampled them."""
 
     tokens: Ints
     prompt_lengths: Ints
@@ -56,6 +57,20 @@ class Sequences:
     def take(self, rows: Rows) -> "Sequences":
         return Sequences(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
+    def segments(self, row: int) -> list[tuple[int, int]]:
+        """The versions of the weights that sampled a response, in order, with the tokens of each;
+        for an empty one the version that began it, with none."""
+        versions = self.weights_versions[row].tolist()
+        sampled = versions[: self.response_lengths[row]]
+        found = [(version, len(list(run))) for version, run in groupby(sampled)]
+        return found or [(versions[0], 0)]
+
+    @property
+    def mean_segments(self) -> float:
+        """The versions that a response has tokens of, on average."""
+        rows = range(len(self.lengths))
+        return float(np.mean([len(self.segments(row)) for row in rows]))
+
     def responses(self) -> list[Ints]:
         rows = zip(self.tokens, self.prompt_lengths, self.response_lengths, strict=True)
         return [tokens[p : p + r] for tokens, p, r in rows]
@@ -64,17 +79,16 @@ class Sequences:
 def collate(requests: Requests, shares: Sequence[Rows], made: Sequence[Generated]) -> Sequences:
     """One batch in the order of the requests; `shares[i]` are the rows that engine i was given."""
     count = len(requests)
-    lengths, versions = np.zeros(count, dtype=np.int32), np.zeros(count, dtype=np.int32)
+    lengths = np.zeros(count, dtype=np.int32)
     for rows, generated in zip(shares, made, strict=True):
-        lengths[rows], versions[rows] = generated.lengths, generated.weights_version
+        lengths[rows] = generated.lengths
     width = max(1, int(lengths.max()))
-    responses, log_probs = (
-        np.zeros((count, width), dtype=np.int32),
-        np.zeros((count, width), dtype=np.float32),
-    )
+    responses, versions = (np.zeros((count, width), dtype=np.int32) for _ in range(2))
+    log_probs = np.zeros((count, width), dtype=np.float32)
     for rows, generated in zip(shares, made, strict=True):
         responses[rows] = pad(generated.tokens, generated.lengths, width)
         log_probs[rows] = pad(generated.log_probs, generated.lengths, width)
+        versions[rows] = pad(generated.weights_versions, generated.lengths, width)
     longest = int((requests.lengths + lengths).max())
     tokens = pad(requests.tokens, requests.lengths, longest)
     tokens += pad(

@@ -65,5 +65,5 @@ def _sequences(rows: Sequence[Ints]) -> Sequences:
         prompt_lengths=lengths - 1,
         response_lengths=np.ones_like(lengths),
         log_probs=np.zeros((len(rows), 1), dtype=np.float32),
-        weights_versions=np.zeros_like(lengths),
+        weights_versions=np.zeros((len(rows), 1), dtype=np.int32),
     )

@@ -105,8 +105,9 @@ class EngineWorker(Worker, ABC):
         lengths, tokens, log_probs = self.engine.generate(requests, sampler, hand_over)
         self._peak = self.peak() if self._watching else {}  # an engine that sleeps holds nothing
         self._sleep()
+        versions = np.full(len(tokens), self.version, dtype=np.int32)
         return Generated(
-            lengths=lengths, tokens=tokens, log_probs=log_probs, weights_version=self.version
+            lengths=lengths, tokens=tokens, log_probs=log_probs, weights_versions=versions
         )
 
     def go_on(self, sequences: Sequence[Unfinished], seconds: float) -> list[Stretch]:

@@ -30,9 +30,11 @@ class Unfinished:
         """Its tokens, with those of the prompt."""
         return len(self.prompt) + len(self.response)
 
-    def with_more(self, tokens: Sequence[int]) -> "Unfinished":
-        more = np.array(tokens, dtype=np.int32)
-        return replace(self, response=np.concatenate([self.response, more]))
+    def with_more(self, tokens: Sequence[int], at_most: int | None = None) -> "Unfinished":
+        """The same with more tokens, to go on up to so many if not to its end."""
+        response = np.concatenate([self.response, np.array(tokens, dtype=np.int32)])
+        most = self.max_tokens if at_most is None else min(at_most, self.max_tokens)
+        return replace(self, response=response, max_tokens=most)
 
 
 class Drawn(NamedTuple):

@@ -158,6 +158,15 @@ class Checkpoint:
                 "not differ; search it for the workload in the run's plan.json"
             ) from None
 
+    def _streaming(self, before: list[Task]) -> set[int]:
+        """The tasks before the stop that were under way: those that stream."""
+        done = {(call, step) for call, step, _ in self.manifest.done}
+        return {
+            task.index
+            for task in before
+            if task.call.streams and (task.call.name, task.step) not in done
+        }
+
     def left(self, tasks: list[Task]) -> Left:
         """What the program of `tasks` has to do from here.
 
@@ -176,8 +185,12 @@ class Checkpoint:
         )
         written = {task.index for task in tasks if task.step < self.written}
         steady = {task.call.name for task in tasks if not task.call.monitor}
-        if _needed(in_flight(tasks, stop), steady) == _needed(manifest.done, steady):
-            return Left(tasks, written | set(range(stop)), stop)
+        streaming = self._streaming(tasks[:stop]) - written
+        before = [task for task in tasks if task.index not in streaming]
+        if _needed(in_flight(before, stop - len(streaming)), steady) == _needed(
+            manifest.done, steady
+        ):
+            return Left(tasks, (written | set(range(stop))) - streaming, stop)
         done = {(call, step) for call, step, _ in manifest.done}
         begun = {step for _, step in done}
         trained = {task.call.name for task in tasks if task.call.kind == "train"}

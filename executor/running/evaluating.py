@@ -36,12 +36,12 @@ class Evaluating:
         tokens = 0
         for held_out in self._source.evaluations():
             settings, prompts = held_out.settings, held_out.prompts
-            sequences, answers = self._generating.responses(
+            sequences, of_engines = self._generating.responses(
                 version, prompts, settings, settings.samples
             )
             responses = self._source.decode(sequences.responses())
             scores, of_judges = self._scores(prompts, sequences, responses)
-            records += [*answers.records, *of_judges]
+            records += [*of_engines, *of_judges]
             figures |= evaluation.figures(settings, scores["score"], responses, self._by_rewards)
             if self._listener.listens:
                 self._tell(step, held_out, sequences, responses, scores)

@@ -1,17 +1,22 @@
 """Responses of the engines to prompts, seen from the controller."""
 
+import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.data.batch import Generated, Sequences, assign, collate
+from executor.data.batch import Sequences, assign, collate
 from executor.data.prompts import Prompts, PromptSource
-from executor.fleet.asking import Answers, ask
-from executor.fleet.worker import DiedAgain
+from executor.fleet.asking import ask
+from executor.fleet.worker import DiedAgain, Record
 from executor.rollout.engine import EngineWorker
+from executor.running.growing import GrowingBatch
 from executor.running.processes import Processes
 from executor.running.rewarding import Early
+from executor.running.stream import RolloutStream
 from planner.spec.data import Sampler
 from planner.spec.engines import ENGINES
 from planner.spec.errors import UserError
@@ -20,14 +25,17 @@ from planner.spec.plan import Plan
 # Between log-probs of an engine and of training with the same weights, on average. Rounding to bf16
 # made at most 0.05 on GPUs.
 LARGEST_GAP = 0.5
-Responses = tuple[Sequences, Answers[Generated]]
+Responses = tuple[Sequences, list[Record]]
 
 
 class Generating:
-    """Asks the engines of a run for responses to the prompts of its source."""
+    """Asks the engines of a run for responses to the prompts of its source, or the stream that they
+    are at work on."""
 
-    def __init__(self, processes: Processes, source: PromptSource) -> None:
-        self._processes, self._source = processes, source
+    def __init__(
+        self, processes: Processes, source: PromptSource, stream: RolloutStream | None = None
+    ) -> None:
+        self._processes, self._source, self._stream = processes, source, stream
         self._longest = processes.plan.workload.response.longest
 
     def responses(
@@ -40,15 +48,36 @@ class Generating:
     ) -> Responses:
         """Responses to some prompts, by weights of a version; those that finish are scored
         `early`."""
-        try:
-            sequences, answers = self._generated(version, prompts, sampler, group, early)
-        except BaseException:
+        with _scored(early):
+            if self._stream is None:
+                sequences, records = self._generated(version, prompts, sampler, group, early)
+            else:
+                batch = self._stream.begin_first(prompts.requests, sampler)
+                sequences, records = self._of_stream(self._stream, prompts, batch)
+            used = set(sequences.weights_versions[sequences.mask].tolist())
+            assert used <= {version}, f"sampled with weights {used}, the plan says {version}"
             if early is not None:
-                early.stop()
-            raise
-        if early is not None:
-            early.finish(sequences.responses())
-        return sequences, answers
+                early.finish(sequences.responses())
+        return sequences, records
+
+    def streamed(
+        self, step: int, prompts: Prompts, sampler: Sampler, early: Early | None = None
+    ) -> Responses:
+        """Responses to the prompts of a step, in a stream; those that finish are scored `early`."""
+        assert self._stream is not None
+        with _scored(early):
+            tell = None if early is None else early.give
+            batch = self._stream.begin(step, prompts.requests, sampler, tell)
+            sequences, records = self._of_stream(self._stream, prompts, batch)
+            if early is not None:
+                early.finish(sequences.responses())
+        return sequences, records
+
+    def _of_stream(self, stream: RolloutStream, prompts: Prompts, batch: GrowingBatch) -> Responses:
+        stream.wait(batch)
+        record = Record(start=batch.since, end=time.perf_counter())
+        rows = np.arange(len(prompts.requests))
+        return self._cut(collate(prompts.requests, [rows], [batch.generated()])), [record]
 
     def _generated(
         self, version: int, prompts: Prompts, sampler: Sampler, group: int, early: Early | None
@@ -69,10 +98,7 @@ class Generating:
         except DiedAgain as error:
             given = prompts.named(shares[error.number])
             raise DiedAgain(f"{error}; they were given {given}", error.number) from error
-        sequences = collate(requests, shares, answers.results)
-        used = set(sequences.weights_versions.tolist())
-        assert used == {version}, f"sampled with weights {used}, the plan says {version}"
-        return self._cut(sequences), answers
+        return self._cut(collate(requests, shares, answers.results)), answers.records
 
     def _cut(self, sequences: Sequences) -> Sequences:
         """End responses behind their stop strings, which engines do not look for."""
@@ -87,6 +113,17 @@ class Generating:
         """Whether a response ended by itself, `[B]`."""
         stopped = [cut is not None for cut in self._source.stopped(sequences.responses())]
         return prompts.requests.exact | sequences.ended(self._processes.eos) | stopped
+
+
+@contextlib.contextmanager
+def _scored(early: Early | None) -> Iterator[None]:
+    """Look no longer for what finishes if generation fails."""
+    try:
+        yield
+    except BaseException:
+        if early is not None:
+            early.stop()
+        raise
 
 
 def check_agreement(gap: float, plan: Plan) -> None:

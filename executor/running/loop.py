@@ -4,7 +4,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
@@ -92,7 +92,7 @@ class Begun:
 @dataclass(kw_only=True)
 class Course:
     """How far a run is. `began` is the zero of its spans on our clock, `since` when its processes
-    were ready."""
+    were ready; `streaming` are the calls that stream and go on during a pause."""
 
     ended: set[int] = field(default_factory=set)  # tasks
     newest: int = -1  # the latest task that was started
@@ -100,6 +100,7 @@ class Course:
     issued: Counter[str] = field(
         default_factory=Counter
     )  # how often each call was, since the processes started
+    streaming: dict[Future[tuple[list[Record], int]], "Begun"] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     since: float = 0.0
 
@@ -113,7 +114,8 @@ def loop(
     until: Callable[[int], float] = lambda newest: math.inf,
 ) -> None:
     """Start each task as soon as all tasks in its `after` have ended, in order of issue, up to
-    `until(newest)`; fill `spans` by index. Returns when nothing runs that could let more start.
+    `until(newest)`; fill `spans` by index. Returns when nothing runs that could let more start;
+    calls that stream may still run then, and are gone on with the next time.
 
     Calls run in threads, for they wait for other processes. Raises UserError, with the task named,
     for a call that fails on its processes or passes its deadline, and what else a call raised."""
@@ -123,12 +125,14 @@ def loop(
     for task in tasks:
         unfinished[task.step] += task.index not in course.ended
     held: list[int] = []
-    running: dict[Future[tuple[list[Record], int]], Begun] = {}
+    running = course.streaming
+    begun_before = {begun.task.index for begun in running.values()}
     threads = ThreadPoolExecutor(max_workers=64)
     try:
         while True:
             check_interrupted()
-            ready, limit = sorted([*held, *graph.get_ready()]), until(course.newest)
+            fresh = [index for index in graph.get_ready() if index not in begun_before]
+            ready, limit = sorted([*held, *fresh]), until(course.newest)
             held = [index for index in ready if index >= limit]
             for task in [tasks[index] for index in ready if index < limit]:
                 begun = Begun(task=task, early=course.issued[task.call.name] < EARLY_CALLS)
@@ -139,7 +143,7 @@ def loop(
             while course.next_step in unfinished and not unfinished[course.next_step]:
                 progress.on_step(backend.end_step(course.next_step))
                 course.next_step += 1
-            if not running:
+            if not running or _only_streams(tasks, running.values(), course, limit):
                 break
             done, _ = wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED)
             for begun in running.values():
@@ -155,6 +159,16 @@ def loop(
                 progress.on_end(spans[task.index])
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _only_streams(
+    tasks: Sequence[Task], running: Collection[Begun], course: Course, limit: float
+) -> bool:
+    """Whether all has ended that may start before the limit, but for calls that stream."""
+    if limit == math.inf or not all(begun.task.call.streams for begun in running):
+        return False
+    open_ones = {task.index for task in tasks if task.index < limit} - course.ended
+    return open_ones <= {begun.task.index for begun in running}
 
 
 def _graph(tasks: Sequence[Task], course: Course) -> TopologicalSorter[int]:

@@ -43,8 +43,6 @@ ARCHITECTURES = {
 def check(plan: Plan, *, local: bool, saves: bool = False) -> PromptSource:
     """Check a plan's memory (with checkpoints, if the run saves any), the plan for this machine
     (unless it runs on a cluster) and what its workload names; the prompts."""
-    if plan.streams:
-        raise UserError(f"plan {plan.name!r}: sync = 'in_flight' cannot be run yet")
     check_memory_of(plan, saves)
     if local:
         check_machine(plan, saves)

@@ -52,6 +52,11 @@ class Rehearsal:
             since = self.generated.get(task.step, start) if early else start
             time.sleep(max(0.0, since + self.seconds(task) - start))
             return [Record(start=start, end=time.perf_counter())], 0
+        if task.call.streams:  # several at once on the same processes
+            start = time.perf_counter()
+            time.sleep(self.seconds(task))
+            self.generated[task.step] = time.perf_counter()
+            return [Record(start=start, end=self.generated[task.step])], 0
         ranks = [rank for pool in task.pools for rank in self.ranks[pool]]
         answers = ask(to_each(ranks, Sleeper.sleep, self.seconds(task)))
         if task.call.kind == "generate" and not task.call.monitor:

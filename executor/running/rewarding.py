@@ -146,20 +146,26 @@ class Early:
         self._key = uuid.uuid4().hex
         self._given: dict[int, bytes] = {}  # the response of each row
         self._over = threading.Event()
-        self._looking = threading.Thread(target=self._look, daemon=True)
-        self._looking.start()
+        self._looking: threading.Thread | None = None
 
     def hand_over(self, rows: Rows) -> HandOver:
         """How an engine that generates these rows hands them over."""
+        if self._looking is None:
+            self._looking = threading.Thread(target=self._look, daemon=True)
+            self._looking.start()
         return HandOver(tray=self._tray.handle, key=self._key, rows=rows)
 
     def _look(self) -> None:
         try:
             while not self._over.wait(TRAY_SECONDS):
                 finished = taken(self._tray.handle, self._key)
-                self._give([row for row, _ in finished], self._cut([each for _, each in finished]))
+                self.give([row for row, _ in finished], [each for _, each in finished])
         except RayError as error:  # then all that is left is scored at the end
             log.warning("sequences that finish are not scored any more until all have (%s)", error)
+
+    def give(self, rows: list[int], responses: list[Ints]) -> None:
+        """Score rows whose responses have finished."""
+        self._give(rows, self._cut(responses))
 
     def _cut(self, responses: list[Ints]) -> list[Ints]:
         """Responses up to their stop strings, which engines do not look for."""
@@ -185,6 +191,8 @@ class Early:
     def stop(self) -> None:
         """Look no longer for what finishes, and leave nothing on the tray."""
         self._over.set()
+        if self._looking is None:
+            return
         self._looking.join()
         with contextlib.suppress(RayError):
             taken(self._tray.handle, self._key)

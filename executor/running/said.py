@@ -66,7 +66,8 @@ def lines_of(
     got no score has `null` there."""
     found = []
     for number, row in enumerate(rows.tolist()):
-        version = int(sequences.weights_versions[row])
+        segments = sequences.segments(row)
+        version = segments[0][0]
         found.append(
             {
                 "step": step,
@@ -80,6 +81,7 @@ def lines_of(
                 "truncated": not bool(ended[number]),
                 "weights_version": version,
                 "staleness": None if evaluation else step - version,
+                **({"segments": segments} if len(segments) > 1 else {}),
                 "where": prompts.where[row] if prompts.where else None,
             }
         )

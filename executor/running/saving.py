@@ -87,6 +87,9 @@ class Saver:
         except OSError as error:
             return self._failed(name, unfinished, error)
         taken = snapshot(unfinished.resolve())
+        streams = {call.name for call in plan.dataflow.calls if call.streams}
+        # The sequences of those that have not ended are in the snapshot.
+        done = tuple(one for one in done if one[0] not in streams or one[1] in taken.metrics)
         log.info("checkpoint %s: copied in %.3g s", name, time.perf_counter() - began)
 
         def write() -> None:

@@ -3,6 +3,7 @@ the loop in `loop.py`; what is asked of engines is in `generating.py`, the minib
 in `updating.py`, evaluations in `evaluating.py`; what is learned from is said in `learning.py`;
 what happens on the GPUs is in `trainer.py` and in the engines of `executor/rollout`."""
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from executor.running.said import Listener, Said, lines_of
 from executor.running.saving import Snapshot
 from executor.running.step_data import Done, StepData
 from executor.running.step_figures import spread_of, version_figures
+from executor.running.stream import RolloutStream
 from executor.running.supervise import Deadlines
 from executor.running.updating import count_skipped, minibatches_of_ranks, update_metrics
 from executor.training import kl
@@ -67,7 +69,9 @@ class Training:
         self.rewarding = Rewarding(
             self.workload, prompts, self.processes.judges, self.processes.tray
         )
-        self.generating = Generating(self.processes, prompts)
+        self.stream = RolloutStream(self.processes) if plan.streams else None
+        self._taking = threading.Lock()  # a batch over from the stream
+        self.generating = Generating(self.processes, prompts, self.stream)
         self.evaluating = Evaluating(prompts, self.generating, self.rewarding, self.listener)
         self.reader = reader_of(self.workload)
         if resumed:
@@ -84,14 +88,24 @@ class Training:
         prompts = self.prompts.step(task.step)
         assert task.weights_version is not None
         version = task.weights_version
-        early, workload = self.rewarding.begin(prompts), self.workload
-        sequences, answers = self.generating.responses(
-            version, prompts, workload.sampler, workload.group, early
+        early, workload, sampler = (
+            self.rewarding.begin(prompts),
+            self.workload,
+            self.workload.sampler,
         )
-        self.steps[task.step] = StepData(
-            prompts=prompts, sequences=sequences, batch=ray.put(sequences), early=early
-        )
-        return answers.records, int(sequences.response_lengths.sum())
+        if self.stream is None:
+            sequences, records = self.generating.responses(
+                version, prompts, sampler, workload.group, early
+            )
+        else:
+            sequences, records = self.generating.streamed(task.step, prompts, sampler, early)
+        batch = ray.put(sequences)
+        with self._taking:
+            sampled = 0 if self.stream is None else self.stream.hand_on(task.step)
+            self.steps[task.step] = StepData(
+                prompts=prompts, sequences=sequences, batch=batch, early=early, sampled=sampled
+            )
+        return records, int(sequences.response_lengths.sum())
 
     def score(self, task: Task) -> Done:
         step = self.steps[task.step]
@@ -212,7 +226,8 @@ class Training:
 
     def sync_weights(self, task: Task) -> Done:
         assert task.weights_version is not None
-        return self.processes.sync_weights(task.weights_version), 0
+        of_engines = self.stream or self.processes
+        return of_engines.sync_weights(task.weights_version), 0
 
     def evaluate(self, task: Task) -> Done:
         assert task.weights_version is not None
@@ -226,8 +241,6 @@ class Training:
         found = {f"initial_{name}": figure for name, figure in figures.items()}
         self.evaluations.setdefault(0, {}).update(found)
         return found
-
-    # --- what they share ---
 
     # --- what they share ---
 
@@ -313,13 +326,30 @@ class Training:
 
     def end_step(self, number: int) -> dict[str, Any]:
         """Drop a step's data, of which only the metrics stay."""
-        step = self.steps.pop(number)
+        with self._taking:
+            step = self.steps.pop(number)
+            of_stream = {} if self.stream is None else self._figures_of_stream(self.stream, step)
         return {
             "step": number,
             **step.metrics,
             **self.evaluations.pop(number, {}),
-            **version_figures(number, step.sequences.weights_versions.tolist()),
+            **version_figures(number, step.sequences),
+            **of_stream,
             "tokens": int(step.sequences.lengths.sum()),
+        }
+
+    def _figures_of_stream(self, stream: RolloutStream, step: StepData) -> dict[str, Any]:
+        """How far tokens lag behind, and the ledger: all tokens that were sampled so far, and those
+        of them that no step has yet been trained on."""
+        sequences, tokens, sampled = stream.ledger()
+        complete = sum(other.sampled for other in self.steps.values())
+        return {
+            "segments": step.sequences.mean_segments,
+            "in_flight_sequences": sequences,
+            "in_flight_tokens": tokens + complete,
+            "sampled_tokens": sampled,
+            "step_sampled_tokens": step.sampled,
+            "trained_tokens": int(step.sequences.response_lengths.sum()),
         }
 
     def snapshot(self, directory: Path) -> Snapshot:
@@ -333,13 +363,17 @@ class Training:
             finished = [part for part in parts if part is not None]
             return finished if len(finished) == len(parts) else None
 
+        with self._taking:
+            steps = dict(self.steps)
+            of_stream = {} if self.stream is None else self.stream.arrays()
+        arrays = {
+            f"{number}/{name}": x
+            for number, step in steps.items()
+            for name, x in step.arrays().items()
+        }
         return Snapshot(
-            arrays={
-                f"{number}/{name}": x
-                for number, step in self.steps.items()
-                for name, x in step.arrays().items()
-            },
-            metrics={number: dict(step.metrics) for number, step in self.steps.items()},
+            arrays=arrays | of_stream,
+            metrics={number: dict(step.metrics) for number, step in steps.items()},
             evaluations=dict(self.evaluations),
             skipped=dict(self.skipped),
             kl_coef=None if self.settings.kl_target is None else self.kl_coef,
@@ -359,10 +393,29 @@ class Training:
             }
             kept = {name: checkpoint.metric(value) for name, value in metrics.items()}
             self.steps[number] = StepData.restored(self.prompts.step(number), own, kept)
+        if self.stream is not None:
+            self._restore_stream(self.stream, resumed.manifest.step, arrays)
+
+    def _restore_stream(
+        self, stream: RolloutStream, version: int, arrays: dict[str, NDArray[Any]]
+    ) -> None:
+        """Let the stream go on with the sequences of a checkpoint."""
+        stream.version = version
+        stream.sampled = int(arrays.get("stream/sampled", np.zeros(1))[0])
+        of_steps: dict[int, dict[str, NDArray[Any]]] = {}
+        for name, array in arrays.items():
+            match name.split("/"):
+                case ["stream", step, part]:
+                    of_steps.setdefault(int(step), {})[part] = array
+        for number in sorted(of_steps):
+            requests = self.prompts.step(number).requests
+            stream.restore(number, requests, self.workload.sampler, of_steps[number])
 
     def export(self, directory: Path) -> None:
         """Actor and critic as Hugging Face directories under `directory`."""
         export_models(self.processes, self.prompts, directory)
 
     def close(self) -> None:
+        if self.stream is not None:
+            self.stream.close()
         self.processes.close()

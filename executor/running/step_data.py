@@ -28,6 +28,7 @@ class StepData:
     rated: Rated = field(default_factory=dict)
     scores: NDArray[np.float32] | None = None  # [B], of all rewards together
     selected: Rows | None = None  # [B], of all that were generated
+    sampled: int = 0  # tokens of all responses that were generated, whatever became of them
     columns: COLUMNS = field(default_factory=dict)  # [B, R] by the name of the datum
     metrics: dict[str, Any] = field(default_factory=dict)
 
@@ -55,6 +56,8 @@ class StepData:
         """The data that a checkpoint keeps of it, without the metrics; prompts can be had again."""
         found = {f"sequences/{f.name}": getattr(self.sequences, f.name) for f in fields(Sequences)}
         found |= {f"columns/{name}": column for name, column in self.columns.items()}
+        if self.sampled:
+            found["sampled"] = np.array([self.sampled])
         for name in ("scores", "selected"):
             if (array := getattr(self, name)) is not None:
                 found[name] = array
@@ -65,7 +68,10 @@ class StepData:
     def restored(
         cls, prompts: Prompts, arrays: dict[str, NDArray[Any]], metrics: dict[str, Any]
     ) -> "StepData":
-        sequences = Sequences(**{f.name: arrays[f"sequences/{f.name}"] for f in fields(Sequences)})
+        given = {f.name: arrays[f"sequences/{f.name}"] for f in fields(Sequences)}
+        if (versions := given["weights_versions"]).ndim == 1:  # as checkpoints once had them
+            given["weights_versions"] = np.repeat(versions[:, None], given["log_probs"].shape[1], 1)
+        sequences = Sequences(**given)
         columns = {
             name.removeprefix("columns/"): x
             for name, x in arrays.items()
@@ -84,6 +90,7 @@ class StepData:
             rated=rated,
             scores=arrays.get("scores"),
             selected=selected,
+            sampled=int(arrays.get("sampled", np.zeros(1))[0]),
             columns=columns,
             metrics=metrics,
         )

@@ -9,21 +9,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from executor.data.batch import Sequences
 from planner.spec.timeline import Span
 
 Interval = tuple[float, float]
 
 
-def version_figures(number: int, versions: list[int]) -> dict[str, Any]:
-    """Figures of the weights that sampled the sequences of a step: mean staleness and newest
-    version, sequences by staleness, and the version of each sequence in the order of the batch, as
-    runs of [version, sequences]."""
-    staleness = Counter(number - version for version in versions)
+def version_figures(number: int, sequences: Sequences) -> dict[str, Any]:
+    """Figures of the weights that sampled the sequences of a step: mean staleness of a token and
+    newest version; sequences by the staleness of their oldest token, and the version of that in the
+    order of the batch, as runs of [version, sequences]."""
+    segments = [sequences.segments(row) for row in range(len(sequences.lengths))]
+    oldest = [of_row[0][0] for of_row in segments]
+    staleness = Counter(number - version for version in oldest)
+    of_tokens = sequences.weights_versions[sequences.mask]
     return {
-        "staleness": number - float(np.mean(versions)),
+        "staleness": number - float(np.mean(of_tokens if len(of_tokens) else oldest)),
         "staleness_histogram": {str(lag): staleness[lag] for lag in sorted(staleness)},
-        "weights_version": max(versions),
-        "weights_versions": [[version, len(list(run))] for version, run in groupby(versions)],
+        "weights_version": max(of_row[-1][0] for of_row in segments),
+        "weights_versions": [[version, len(list(run))] for version, run in groupby(oldest)],
     }
 
 

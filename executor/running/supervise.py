@@ -54,6 +54,8 @@ class Deadlines:
 
     def of_call(self, task: Task, early: bool) -> float:
         """Seconds allowed for a task; `early` ones are the first of a call."""
+        if task.call.streams:  # which is asked for slice by slice, with a limit for each
+            return math.inf
         floor = self.floor * (EARLY if early else 1.0)
         if task.call.scores and not task.call.roles:
             return self._of_scoring() + floor
@@ -122,6 +124,8 @@ class Deadlines:
 
     def why(self, task: Task, allowed: float) -> str:
         """Where a deadline comes from, in words."""
+        if task.call.streams:
+            return f" ({self.floor:.3g} s allowed for a slice of decoding)"
         predicted, lately = self.predict(task), self.lately(task)
         words = "nothing" if predicted is None else f"{predicted:.2g} s"
         words = f" ({allowed:.3g} s allowed, {words} predicted"

@@ -158,7 +158,7 @@ def _sequences() -> Sequences:
         prompt_lengths=prompts,
         response_lengths=responses,
         log_probs=np.zeros((len(lengths), responses.max()), np.float32),
-        weights_versions=np.zeros(len(lengths), np.int32),
+        weights_versions=np.zeros((len(lengths), responses.max()), np.int32),
     )
 
 

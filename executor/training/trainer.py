@@ -93,7 +93,7 @@ class Trainer(Host):
             prompt_lengths=np.full(count, prompt, dtype=np.int32),
             response_lengths=np.full(count, response, dtype=np.int32),
             log_probs=np.zeros((count, response), dtype=np.float32),
-            weights_versions=np.zeros(count, dtype=np.int32),
+            weights_versions=np.zeros((count, response), dtype=np.int32),
         )
         return pack(sequences, np.arange(count), self.device)
 

@@ -22,6 +22,7 @@ class SampleLine(Spec):
     truncated: bool
     weights_version: int
     staleness: int | None
+    segments: list[tuple[int, int]] = []
     where: str | None
 
     @property

@@ -53,6 +53,7 @@ class VllmWorker(EngineWorker):
         engine that was started before must fit the plan: one process holds one engine."""
         if not hasattr(self, "engine"):
             self.engine, self.made_for = VllmEngine(plan), made_for(plan)
+        self.engine.abandon()  # what a run before left
         assert self.made_for == made_for(plan), "this process has an engine of another kind"
         if channel != "store":
             self.engine.leave_group()
