@@ -5,10 +5,17 @@ from pathlib import Path
 import click
 
 from planner import __version__
-from planner.commands.options import COUNT_OR_NONE, command_line, file_path, profiles_of_plan
+from planner.commands.options import (
+    COUNT_OR_NONE,
+    JobOptions,
+    command_line,
+    file_path,
+    inputs,
+    profiles_of_plan,
+)
 from planner.spec.frameworks import FrameworkName
 
-FRAMEWORKS_READ = ("verl",)
+FRAMEWORKS_READ = ("verl", "openrlhf", "csv")
 FRAMEWORKS_WRITTEN = ("verl",)
 
 
@@ -19,33 +26,82 @@ FRAMEWORKS_WRITTEN = ("verl",)
 @click.option(
     "--config",
     type=file_path(),
-    help="Its configuration in YAML (default: what the log has of it).",
+    help="verl: its configuration in YAML (default: what the log has of it).",
 )
-@click.option("--model", metavar="NAME|DIR", help="The actor's model, where the log does not tell.")
-@click.option("--device", metavar="NAME", help="Kind of GPU, where the log does not tell.")
+@click.option(
+    "--model", metavar="NAME|DIR", help="verl: the actor's model, where the log does not tell."
+)
 @click.option(
     "--warmup",
     type=COUNT_OR_NONE,
     metavar="N",
     help="First steps that do not count (default: 2, fewer of short runs).",
 )
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="CALLS=COLUMN",
+    help=(
+        "csv: generate=timing_s/gen; several calls may share a column, and step=COLUMN is the "
+        "whole step. May be given more than once."
+    ),
+)
+@click.option(
+    "--unit",
+    type=click.Choice(["s", "ms", "us"]),
+    default="s",
+    show_default=True,
+    help="csv: of columns.",
+)
+@click.option(
+    "--pool",
+    "pools",
+    multiple=True,
+    metavar="ROLES=GPUS",
+    help="csv, openrlhf: where roles are, as for `plan estimate`. May be given more than once.",
+)
+@click.option(
+    "--layout",
+    "layouts",
+    multiple=True,
+    metavar="ROLE.KEY=VALUE",
+    help="csv, openrlhf: a layout, as for `plan estimate`. May be given more than once.",
+)
+@inputs
 def import_(
     framework: str,
     log: Path,
     out: Path,
     config: Path | None,
     model: str | None,
-    device: str | None,
     warmup: int | None,
+    columns: tuple[str, ...],
+    unit: str,
+    pools: tuple[str, ...],
+    layouts: tuple[str, ...],
+    job: JobOptions,
 ) -> None:
     """Take a run of another framework as workload, cluster, plan, timeline and profile.
 
-    FRAMEWORK is verl. Shows where a step goes; all commands work on what is written."""
+    FRAMEWORK is verl, openrlhf or csv. Shows where a step goes; all commands work on what is
+    written. Of verl the console's output tells nearly all; of the others only seconds are read, and
+    --workload, the GPUs and --pool say the rest."""
     from planner.commands.import_run import import_run
-    from planner.commands.import_sources import reader
+    from planner.commands.import_sources import Sources, reader
+    from planner.exchange.verl_run import Told
 
-    read = reader(framework, log, config=config, model=model, device=device, warmup=warmup)
-    import_run(read, out, __version__, command_line())
+    sources = Sources(
+        log=log,
+        config=config,
+        told=Told(model=model, device=job.device, warmup=warmup),
+        job=job,
+        pools=pools,
+        layouts=layouts,
+        columns=columns,
+        unit=unit,
+    )
+    import_run(reader(framework, sources), out, __version__, command_line())
 
 
 @click.command()

@@ -10,6 +10,7 @@ from typing import Any
 
 from planner.commands.inputs import make_console
 from planner.exchange.imported_run import (
+    STEP,
     ImportedRun,
     profile_of,
     seconds_of_calls,
@@ -51,11 +52,12 @@ def import_run(read: Callable[[], ImportedRun], out: Path, version: str, command
     files = Files(plan=plan, timeline=timeline_of(run, steps), profile=profile)
     _write(files, run, out)
     console = make_console()
+    counted = steps[run.warmup :]
     roofline = {name: float(x.seconds.mean()) for name, x in durations(run.plan).items()}
-    console.print(calls_of_run(plan, steps[run.warmup :], roofline))
+    measured = [step[STEP] for step in run.steps[run.warmup :]]
+    console.print(calls_of_run(plan, counted, roofline, measured))
     console.print()
-    measured = [sum(step.values()) for step in steps[run.warmup :]]
-    for sentence in sentences_of_run(plan, measured, roofline):
+    for sentence in sentences_of_run(plan, measured, predict(run.plan).step_seconds):
         console.print(sentence, soft_wrap=True)
     for note in run.notes:
         console.print(f"- {note}", markup=False, soft_wrap=True)

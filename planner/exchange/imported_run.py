@@ -15,11 +15,13 @@ from planner.predict.costs.estimates import Estimate, Moves
 from planner.predict.forecast import durations
 from planner.predict.points import Point, point_of
 from planner.predict.profile import Profile
+from planner.predict.schedule import tasks_of
+from planner.predict.simulate import simulate
 from planner.spec.dataflow import Call
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed, sample
 from planner.spec.plan import Plan, TrainerRole
-from planner.spec.timeline import Span, Timeline
+from planner.spec.timeline import Timeline
 
 STEP = "step"  # the phase that is the whole step
 NOTHING = 1e-6  # seconds of a call that has no time of its own
@@ -66,12 +68,22 @@ def seconds_of_calls(run: ImportedRun) -> list[dict[str, float]]:
             )
         seconds = dict.fromkeys(names, 0.0)
         for phase, calls in run.phases.items():
-            total = sum(roofline[call] for call in calls)
+            total = _makespan(run.plan, calls, roofline)
             for call in calls:
                 seconds[call] += step.get(phase, 0.0) * roofline[call] / total
         seconds[_controller(run.plan)] += max(0.0, step[STEP] - taken)
         found.append(seconds)
     return found
+
+
+def _makespan(plan: Plan, calls: Sequence[str], seconds: Mapping[str, float]) -> float:
+    """Seconds of calls that are issued at once: those of one pool take turns, as do those of the
+    controller, which wait for the others."""
+    total: dict[tuple[str, ...], float] = {}
+    for call in calls:
+        pools = plan.pools_of(plan.dataflow[call])
+        total[pools] = total.get(pools, 0.0) + seconds[call]
+    return total.pop((), 0.0) + max(total.values(), default=0.0)
 
 
 def _controller(plan: Plan) -> str:
@@ -80,31 +92,18 @@ def _controller(plan: Plan) -> str:
 
 
 def timeline_of(run: ImportedRun, steps: Sequence[Mapping[str, float]]) -> Timeline:
-    """The measured steps one after the other, and in each its calls in the program's order."""
-    plan, now, spans = run.plan, 0.0, []
-    for number, seconds in enumerate(steps):
-        for name, taken in seconds.items():
-            call = plan.dataflow[name]
-            spans.append(
-                Span(
-                    call=name,
-                    role=call.roles[0] if call.roles else "host",
-                    pools=plan.pools_of(call),
-                    step=number,
-                    issued=now,
-                    ready=now,
-                    start=now,
-                    end=now + taken,
-                )
-            )
-            now += taken
+    """The measured steps, in which calls follow one another as the plan has them."""
+    plan = run.plan
+    spans = simulate(
+        tasks_of(plan, len(steps)), lambda task: steps[task.step].get(task.call.name, 0.0)
+    )
     return Timeline(
         source="measured",
         plan=plan.name,
         steps=len(steps),
         warmup=run.warmup,
         step_ends_with=plan.dataflow.ends_step.name,
-        spans=tuple(spans),
+        spans=spans,
     )
 
 

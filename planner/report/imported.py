@@ -13,15 +13,18 @@ LITTLE = 0.001  # of a step: a call that takes less has no line
 
 
 def calls_of_run(
-    plan: Plan, steps: Sequence[Mapping[str, float]], roofline: Mapping[str, float]
+    plan: Plan,
+    steps: Sequence[Mapping[str, float]],
+    roofline: Mapping[str, float],
+    measured: Sequence[float],
 ) -> Table:
-    """The calls of the steps that count: mean, least and most seconds, the share of the step, and
-    how many times the roofline's seconds that is."""
+    """The calls of the steps that count: mean, least and most seconds, the share of the
+    `measured` step, and how many times the roofline's seconds that is."""
     table = plain_table()
     table.add_column("call", no_wrap=True)
     for title in ("measured s", "least", "most", "share", "roofline s", "times"):
         table.add_column(title, justify="right", no_wrap=True)
-    whole = fmean(sum(step.values()) for step in steps)
+    whole = fmean(measured)
     for call in steps[0]:
         taken = [step[call] for step in steps]
         mean, computed = fmean(taken), roofline[call]
@@ -34,10 +37,8 @@ def calls_of_run(
     return table
 
 
-def sentences_of_run(
-    plan: Plan, measured: Sequence[float], roofline: Mapping[str, float]
-) -> Iterator[str]:
-    """The step measured and predicted, and what binds it."""
+def sentences_of_run(plan: Plan, measured: Sequence[float], roofline: float) -> Iterator[str]:
+    """The step as it was measured, as the plan predicts it, and by the roofline; and what binds."""
     assert plan.predicted
     predicted, middle = plan.predicted.step_seconds, median(measured)
     yield (
@@ -46,7 +47,7 @@ def sentences_of_run(
         f"{seconds(predicted)} s, {predicted / middle - 1:+.1%} of the median."
     )
     yield (
-        f"By the roofline the same calls one after the other take {seconds(sum(roofline.values()))}"
-        f" s: the plan's rates at the efficiencies of profiles/devices.toml, not the data sheet's."
+        f"By the roofline the same plan takes {seconds(roofline)} s a step: the device's rates at "
+        "the efficiencies of profiles/devices.toml, not at the data sheet's."
     )
     yield bottleneck(plan)
