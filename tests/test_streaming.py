@@ -50,7 +50,7 @@ def streamed(
     steps: int = 10**6,
     version: int = 0,
 ) -> list[Stretch]:
-    engine.submit(sequences)
+    engine.submit(sequences, version)
     collected = Collected()
     while engine.in_flight and steps:
         collected.add(*engine.step(version))

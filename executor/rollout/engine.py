@@ -43,8 +43,9 @@ class Engine(Protocol):
         """The sequences that were submitted and have not ended."""
         ...
 
-    def submit(self, sequences: Sequence[Unfinished]) -> None:
-        """Take in sequences that stream. Each begins, or goes on, once it has a slot."""
+    def submit(self, sequences: Sequence[Unfinished], version: int) -> None:
+        """Take in sequences that stream, while the weights are of this version. Each begins, or
+        goes on, once it has a slot."""
         ...
 
     def step(self, version: int) -> tuple[int, list[Drawn]]:
@@ -114,7 +115,7 @@ class EngineWorker(Worker, ABC):
         """Take in sequences that stream, and decode for so long, once at least, or until none is
         left: what was made. Weights are installed between two such calls."""
         end, collected = time.monotonic() + seconds, Collected()
-        self.engine.submit(sequences)
+        self.engine.submit(sequences, self.version)
         while self.engine.in_flight:
             collected.add(*self.engine.step(self.version))
             if time.monotonic() >= end:

@@ -71,7 +71,7 @@ class TransformersEngine:
     def in_flight(self) -> int:
         return len(self._decoding)
 
-    def submit(self, sequences: Sequence[Unfinished]) -> None:
+    def submit(self, sequences: Sequence[Unfinished], version: int) -> None:
         self._decoding.submit(sequences)
 
     def step(self, version: int) -> tuple[int, list[Drawn]]:

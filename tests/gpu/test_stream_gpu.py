@@ -130,7 +130,7 @@ class Streamed:
 
 def stream(engine: VllmEngine, sender: Sender, fresh: Iterator[Unfinished], many: int) -> Streamed:
     """Keep so many sequences in flight. Weights arrive between two steps at even distances."""
-    engine.submit(in_the_middle(fresh, many, np.random.default_rng(0)))
+    engine.submit(in_the_middle(fresh, many, np.random.default_rng(0)), 0)
     steps = settled(engine, fresh)
     found, version = Streamed(), 0
     begin = last = interrupted = time.perf_counter()
@@ -156,7 +156,7 @@ def next_step(
     that were made, and when."""
     sampled_by, drawn = engine.step(version)
     at = time.perf_counter()
-    engine.submit(list(islice(fresh, sum(each.ended for each in drawn))))
+    engine.submit(list(islice(fresh, sum(each.ended for each in drawn))), version)
     return sampled_by, sum(len(each.tokens) for each in drawn), at
 
 

@@ -184,7 +184,7 @@ class VllmEngine:
     def in_flight(self) -> int:
         return len(self._streaming)
 
-    def submit(self, sequences: Sequence[Unfinished]) -> None:
+    def submit(self, sequences: Sequence[Unfinished], version: int) -> None:
         """A sequence that has tokens goes on as a prompt with a key of its own: vLLM draws by the
         order of the tokens of a request, not by their places."""
         if not sequences:
@@ -193,7 +193,8 @@ class VllmEngine:
         self._streaming |= {name: each.number for name, each in zip(names, sequences, strict=True)}
         prompts = [np.concatenate([each.prompt, each.response]).tolist() for each in sequences]
         params = [self._sampling_on(each) for each in sequences]
-        salt = f"weights {self.internals.scheduler.version}"  # what others computed is not shared
+        # The cached beginnings of prompts that older weights have computed are not for these.
+        salt = f"weights {version}"
         self.internals.add(zip(names, prompts, params, strict=True), salt)
 
     def _sampling_on(self, sequence: Unfinished) -> Any:
