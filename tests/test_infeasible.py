@@ -9,7 +9,7 @@ from conftest import small_workload, tiny_cluster
 from planner.predict.memory import process_bytes, trainer_memory
 from planner.search import SearchOptions, baseline, find
 from planner.search.questions.variants import resized
-from planner.spec.cluster import Node
+from planner.spec.cluster import Node, make_cluster
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed
 from planner.spec.plan import TrainerRole
@@ -102,3 +102,40 @@ def test_engines_that_are_larger_than_a_node_or_a_pool():
         "an engine takes 4 GPUs (tensor_parallel), and actor+rollout has 2"
         in find(workload, tiny_cluster(4)).baselines["split"]
     )
+
+
+SEVENTY = {
+    "hidden": 8192,
+    "layers": 80,
+    "heads": 64,
+    "kv_heads": 8,
+    "intermediate": 28672,
+    "vocab": 128256,
+}
+
+
+def large_workload(**changes):
+    model = {"shape": SEVENTY, "random_weights": True}
+    models = {"actor": model, "critic": model, "max_staleness": 0}
+    return small_workload(**{**models, "batch": 256, "minibatch": 128, **changes})
+
+
+def test_adam_on_the_host_is_named_where_it_would_do():
+    said = message_of(large_workload(), make_cluster(16, "a100"))
+    assert "actor needs 107 GB per GPU at shard 16" in said
+    assert said.endswith("or train LoRA adapters, which this executor does not")
+
+
+def test_context_parallelism_is_named_where_one_sequence_is_too_much():
+    long = large_workload(prompt={"kind": "fixed", "tokens": 40_000}, response=Fixed(tokens=10_000))
+    said = message_of(long, make_cluster(64))
+    assert "others split a sequence of 50,000 tokens over GPUs (context parallelism)" in said
+
+
+def test_the_pin_that_fails_is_named_with_what_is_missing():
+    pins = ("actor=8", "critic=8", "rollout=8")
+    said = message_of(large_workload(), make_cluster(32, "a800"), *pins)
+    failed = re.findall(r"--pin (\w+)=8 fails: \w+ alone takes at least (\d+) GB", said)
+    assert [role for role, _ in failed] == ["actor", "critic"]  # a rollout fits its eight
+    missing = int(re.search(r"(\d+) GB more than the 84 GB of one", said)[1])
+    assert missing == pytest.approx(int(failed[0][1]) - 84, abs=1)

@@ -200,6 +200,11 @@ def test_pareto_draws_and_writes_its_figures(tmp_path, written, plan):
     assert result.exit_code == 0, result.output
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    one, two = (min(float(r["step_seconds"]) for r in rows if r["gpus"] == n) for n in "12")
+    sentence = next(line for line in result.stdout.splitlines() if line.startswith("1 → 2 GPUs"))
+    assert f"{1 - two / one:.1%} less time a step" in sentence
+    hours = 2 * two / one - 1
+    assert f"{abs(hours):.1%} {'more' if hours >= 0 else 'fewer'} GPU hours" in sentence
     assert [(row["gpus"], row["max_staleness"]) for row in rows] == [
         ("1", "0"),
         ("1", "1"),

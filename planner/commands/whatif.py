@@ -16,7 +16,7 @@ from planner.commands.inputs import (
 from planner.commands.options import JobOptions
 from planner.predict.profile import load_profiles
 from planner.predict.schedule import load_plan
-from planner.report.insight import pareto_table, what_if_table
+from planner.report.insight import pareto_sentences, pareto_table, what_if_table
 from planner.report.tables import pools_text, seconds
 from planner.search.questions.pareto import ParetoPoint, pareto_points
 from planner.search.questions.variants import resized
@@ -97,6 +97,8 @@ def pareto(
     console.print(
         f"\nFastest: {seconds(fastest.seconds)} s per step on {counted(fastest.gpus, 'GPU')}."
     )
+    for sentence in pareto_sentences(points):
+        console.print(sentence, soft_wrap=True)
     written = str(out) if table is None else f"{out} and {table}"
     console.print(f"Wrote {written}.", markup=False, soft_wrap=True)
 

@@ -1,6 +1,7 @@
 """Tables and sentences of `plan explain`, `plan what-if`, `plan pareto` and `plan space`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 
 from rich.markup import escape
 from rich.table import Table
@@ -15,6 +16,7 @@ from planner.search.questions.what_if import Refused, Replanned
 from planner.spec.plan import Plan
 
 SHOWN_SHARE = 0.01  # of a pool's idle time: shorter gaps are left out
+LEAST_SAVED = 0.0005  # of a step: what saves less saves nothing
 POOLS = "GPUs of each pool: its roles"
 
 
@@ -194,6 +196,26 @@ def pareto_table(points: Sequence[ParetoPoint]) -> Table:
         figures.append("yes" if point.best else "")
         table.add_row(str(point.gpus), *figures, pools_text(point.plan))
     return table
+
+
+def pareto_sentences(points: Sequence[ParetoPoint]) -> Iterator[str]:
+    """What the next GPUs save, and at what price, a sentence per step: the best plan of each number
+    of GPUs against that of the number before."""
+    fastest: dict[int, ParetoPoint] = {}
+    for point in points:
+        before = fastest.get(point.gpus)
+        if before is None or point.seconds < before.seconds:
+            fastest[point.gpus] = point
+    for less, more in pairwise(fastest[gpus] for gpus in sorted(fastest)):
+        saved = 1 - more.seconds / less.seconds
+        hours = more.gpus * more.seconds / (less.gpus * less.seconds) - 1
+        money = f", {less.dollars:.3f} → {more.dollars:.3f} dollars" if more.dollars else ""
+        what = f"{saved:.1%} less time a step" if saved >= LEAST_SAVED else "no less time a step"
+        price = f"{abs(hours):.1%} {'more' if hours >= 0 else 'fewer'} GPU hours"
+        yield (
+            f"{less.gpus} → {more.gpus} GPUs: {what} ({seconds(less.seconds)} → "
+            f"{seconds(more.seconds)} s) for {price}{money}."
+        )
 
 
 # --- space ---

@@ -20,6 +20,7 @@ from planner.predict.memory import (
     rollout_memory,
     trainer_memory,
 )
+from planner.search.questions.other_ways import pins_that_fail, what_others_do
 from planner.search.questions.variants import resized, with_response
 from planner.search.solver.evaluate import Candidate, evaluate_structure
 from planner.search.solver.problem import Problem
@@ -58,8 +59,11 @@ def nothing_fits(problem: Problem, pins: Sequence[str] = ()) -> str:
     where = f"{workload.name} on {counted(len(cluster.gpus), 'GPU')}"
     if pins and fits(problem) is not None:
         told = " ".join(f"--pin {pin}" for pin in pins)
-        return f"no plan fits {where} with {told}, and one does without them; loosen the pins"
-    return f"no plan fits {where}: {what_binds(problem)}; {_fixes(problem)}"
+        failing = pins_that_fail(problem, pins, _leanest)
+        why = f": {failing}" if failing else ""
+        return f"no plan fits {where} with {told}, and one does without them{why}; loosen the pins"
+    others = what_others_do(problem, *_largest(cluster))
+    return f"no plan fits {where}: {what_binds(problem)}; {_fixes(problem)}{others}"
 
 
 def what_binds(problem: Problem) -> str:
