@@ -12,7 +12,9 @@ from planner.predict.columns import Integers, Seconds
 from planner.predict.correction import Corrections, Source
 from planner.predict.costs.estimates import Estimates
 from planner.predict.costs.lengths import SampledLengths
-from planner.predict.costs.rollouts import RolloutCosts, engines_of
+from planner.predict.costs.rollouts import EngineCounts, RolloutCosts, engines_of
+from planner.predict.generation import GenerationRun
+from planner.predict.kv_cache import AMPLE
 from planner.predict.likeness import like_generate
 from planner.predict.roofline import Place
 from planner.predict.speed import Speed, engine_speed
@@ -20,6 +22,9 @@ from planner.predict.stream_run import EngineStream, StreamLengths
 from planner.spec.cluster import Device
 from planner.spec.plan import RolloutRole
 from planner.spec.workload import Workload
+
+BRIEF = 0.1  # of a period: a latency at which batches are taken to be alone
+FILLING_STEPS = 4  # and one for each batch in flight, until a stream is steady
 
 
 class EngineSpeed(NamedTuple):
@@ -105,16 +110,21 @@ class StreamCosts:
 
 class LeastLatencies(RolloutCosts):
     """Takes the place of `RolloutCosts` in a search for plans that stream, as stale as `staleness`
-    at most: seconds from the submission of a batch to its end that no such plan is below which
-    takes `period` seconds a step or less.
+    at most: seconds from the submission of a batch to its end, in a plan that takes `period`
+    seconds a step.
 
-    In a steady stream, an engine has the tokens, contexts and prompts of its share of one batch to
-    do in a period. What they take themselves leaves time for N decoding steps of so many seconds
-    for the weights, at most. So a response of r tokens takes r steps of period / N on average, and
-    the shorter a period, the longer these. That is the mean of whole periods. Of its last one, a
-    response misses the part between its end and the next sync, and the steps of that part are taken
-    to be no slower than others, since fewer sequences are active before a sync than after it, when
-    a batch is submitted. `tests/test_stream_search.py` compares that with simulations.
+    They are taken from a simulation in which batches come at even intervals (`SteadyStream`). Where
+    they come faster, there is more in flight at a time, and none ends sooner. So for plans of this
+    period or a shorter one, they are least seconds. `tests/test_stream_search.py` compares them
+    with simulations of plans, whose intervals are not quite even.
+
+    A floor tells many layouts that need no simulation. An engine has the tokens, contexts and
+    prompts of its share of one batch to do in a period. What they take themselves leaves time for N
+    decoding steps of so many seconds for the weights, at most. So a response of r tokens takes r
+    steps of period / N on average, and the shorter a period, the longer these. That is the mean of
+    whole periods. Of its last one, a response misses the part between its end and the next sync,
+    and the steps of that part are taken to be no slower than others, since fewer sequences are
+    active before a sync than after it, when a batch is submitted.
 
     Where a period is too short for a batch, whatever the latency, it is put so that a cycle with it
     through staleness + 1 steps is as long as the shortest period that is not."""
@@ -166,6 +176,42 @@ class LeastLatencies(RolloutCosts):
         seconds = simulated + device.overhead_seconds
         sources = np.full(len(seconds), "roofline")
         return Estimates(compute=seconds, transfer=np.zeros_like(seconds), sources=sources)
+
+    def run(
+        self, tensor_parallel: int, concurrency: int, engines: EngineCounts, room: int = AMPLE
+    ) -> GenerationRun:
+        ((device, count),) = engines
+        slots = np.array([concurrency])
+        floor = self.floors(tensor_parallel, slots, np.array([count]), device, np.array([room]))[0]
+        speed = self._streams.speed(tensor_parallel, concurrency, count, device).speed
+        stream = EngineStream(
+            [speed] * count, concurrency, self._streams.lengths, recompute=self._streams.recomputes
+        )
+        return SteadyStream(stream, self._period, self._batches, floor)
+
+
+class SteadyStream(GenerationRun):
+    """A stream that gets a batch every `period` seconds, and no more than so many `batches` at a
+    time. Its `seconds` [S] are the mean latency of a batch, the same in all scenarios; a floor,
+    until it has been simulated."""
+
+    def __init__(self, stream: EngineStream, period: float, batches: int, floor: Seconds) -> None:
+        self.seconds, self.known = floor.copy(), 0
+        self._stream, self._period, self._batches = stream, period, batches
+
+    def advance(self) -> None:
+        """Simulate the stream until it is steady, and then each scenario once."""
+        scenarios, period = len(self.seconds), self._period
+        first, self.known = self._batches + FILLING_STEPS, scenarios
+        latency = float(self.seconds.max())
+        if latency >= self._batches * period or latency <= BRIEF * period:
+            return  # more batches at a time than there may be, or never two
+        for step in range(first + scenarios + self._batches):
+            self._stream.interrupt(step * period, step * period)
+            self._stream.submit(step * period, step)
+        counted = range(first, first + scenarios)
+        took = [self._stream.end_of(step) - step * period for step in counted]
+        self.seconds = np.maximum(self.seconds, float(np.mean(took)))
 
 
 class _Period(NamedTuple):

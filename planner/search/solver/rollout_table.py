@@ -80,9 +80,9 @@ class RolloutTable:
 
     def _take_floors(self) -> None:
         """Start with floors of the seconds that generation takes."""
-        rows, streams = len(self.size), self._batches is not None
+        rows = len(self.size)
         self._simulated = np.full((rows, self._model.scenarios), NEVER)  # without call overheads
-        self._done = np.full(rows, streams)  # of streams there is nothing more to know
+        self._done = np.zeros(rows, dtype=bool)
         for size, gpus_of_engine in enumerate(self.sizes):
             own = np.flatnonzero(self.size == size)
             self._simulated[own] = self._model.rollouts.floors(
@@ -191,8 +191,9 @@ class RolloutTable:
         simulation = self._simulation(row)
         if not simulation.done:
             simulation.advance()
-        if self._take_up(row, simulation):
-            self._refill(np.array([row]))
+        longer = self._take_up(row, simulation)
+        if len(longer):
+            self._refill(longer)
 
     def _simulation(self, row: int) -> GenerationRun:
         """The simulation of a row, as far as it has been run."""
@@ -200,10 +201,16 @@ class RolloutTable:
         size, slots, room = self.sizes[self.size[row]], int(self.slots[row]), int(self.room[row])
         return self._model.rollouts.run(size, slots, ((self._device, engines),), room)
 
-    def _take_up(self, row: int, simulation: GenerationRun) -> bool:
-        """Take up what has been simulated; whether a scenario takes longer than was known."""
-        longer = bool((simulation.seconds > self._simulated[row]).any())
-        self._simulated[row] = np.maximum(self._simulated[row], simulation.seconds)
+    def _take_up(self, row: int, simulation: GenerationRun) -> Indices:
+        """Take up what has been simulated; the rows of which more is known now. Fewer engines are
+        no faster. With boundaries that is left to the simulation, for a batch is not always dealt
+        to them as evenly; a stream has many batches."""
+        rows = np.array([row])
+        if self._batches is not None:
+            rows = np.flatnonzero((self.size == self.size[row]) & (self.count <= self.count[row]))
+        more = (simulation.seconds > self._simulated[rows]).any(axis=1)
+        longer: Indices = rows[np.flatnonzero(more)]
+        self._simulated[longer] = np.maximum(self._simulated[longer], simulation.seconds)
         self._done[row] = simulation.done
         return longer
 
@@ -243,25 +250,23 @@ class RolloutTable:
         """Simulate rows that fit pools of these sizes [1, P] and might be the fastest, in the order
         of their floors; rows with a queue only if `queues`. It ends when no other row can be below
         `times` the least floor, or some row is known to be. Return whether that told more."""
-        if self._batches is not None:
-            return False
         rows = self._rows_in(pools, room)
-        floors, queued = self._statistic(self._simulated[rows]), self.queued[rows]
+        floors = self._statistic(self._simulated[rows])
         enough = ENOUGH * times * float(floors.min(initial=NEVER))
-        changed = []
-        for at in np.lexsort((floors, self.effort[rows])).tolist():
-            if floors[at] >= enough or (queued[at] and not queues):
+        changed: list[int] = []
+        for row in rows[np.lexsort((floors, self.effort[rows]))].tolist():
+            if self.queued[row] and not queues:
                 continue
-            row = int(rows[at])
+            if self._statistic(self._simulated[row]) >= enough:
+                continue
             simulation = self._simulation(row)
             while not simulation.done and self._statistic(simulation.seconds) < enough:
                 simulation.advance()
-            if self._take_up(row, simulation):
-                changed.append(row)
+            changed += self._take_up(row, simulation).tolist()
             if self._statistic(simulation.seconds) < enough:
                 break
         if changed:
-            self._refill(np.array(changed))
+            self._refill(np.unique(changed))
         return bool(changed)
 
     def _rows_in(self, pools: Indices, room: Indices) -> Indices:
