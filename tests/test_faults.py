@@ -77,7 +77,8 @@ class Faults(Silent):
         return still_there(self.ours())
 
     def on_note(self, text: str) -> None:
-        self.notes.append(text)
+        if not text.startswith("start: "):
+            self.notes.append(text)
 
 
 def close(a: list[dict[str, float]], b: list[dict[str, float]]) -> bool:

@@ -176,13 +176,15 @@ class Attempts:
         from executor.running.said import Listener
 
         options = self._options
-        return step.Training(
+        training = step.Training(
             self._plan,
             self._prompts,
             deadlines=self._deadlines,
             resumed=resumed,
             listener=Listener(every=options.samples_every, count=options.samples),
         )
+        self._notes.append(training.processes.times.line())
+        return training
 
     def may_help(self, error: UserError) -> bool:
         """Whether another attempt may end otherwise; what is being saved has been when this

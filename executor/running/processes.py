@@ -18,6 +18,7 @@ from executor.rollout.tray import Tray
 from executor.rollout.vllm.worker import VllmWorker
 from executor.running.judges import Judges, judges_of
 from executor.running.run_directory import log
+from executor.running.starting import StartTimes
 from executor.running.supervise import COLLECTIVE_SECONDS, Deadlines
 from executor.running.weight_sync import WeightSync, channels
 from executor.training.shards import Saved
@@ -46,7 +47,7 @@ class Processes:
         self.plan, self._saved = plan, saved
         self.deadlines = deadlines or Deadlines(plan=plan)
         self._engine_kind = kind_of(plan)
-        self._own = fleet is None
+        self._own, self.times = fleet is None, StartTimes()
         self._closed, self._lock = False, threading.Lock()
         self.fleet = fleet or fleet_for([plan])
         self.trainers: dict[str, list[Rank[Trainer]]] = {}
@@ -164,6 +165,7 @@ class Processes:
         for ranks in self.trainers.values():
             ranks[:] = pools.connect(ranks)
         self.engines = pools.connect(self.engines)
+        self.times.passed("processes")
         ways = channels(plan, [gpus for _, gpus in plan.engine_gpus()])
         if plan.rollout.offload:
             imported = begin(to_each(self.engines, EngineWorker.import_library))
@@ -174,14 +176,17 @@ class Processes:
             starting = self._begin_engines(ways)
             self._set_up_trainers()
         self.eos = starting.wait().results[0]
+        self.times.passed("engines")
         self.sync: WeightSync | None = None
         if "store" not in ways:
             engines = cast(list[Rank[VllmWorker]], self.engines)
             self.sync = WeightSync(plan, self.of("actor"), engines, ways)
         if self._engine_kind.starts_empty or self._saved is not None:
             self.sync_weights(self._saved.roles["actor"].version if self._saved else 0)
+        self.times.passed("first weights")
         for judges in self.judges.values():
             judges.set_up()
+        self.times.passed("rewards")
 
     def _begin_engines(self, ways: Sequence[Channel]) -> Pending[list[int]]:
         places = zip(self.engines, self.plan.engine_gpus(), ways, strict=True)
@@ -204,7 +209,9 @@ class Processes:
             join += to_each(ranks, Trainer.join, COLLECTIVE_SECONDS, host, port)
         ask(join)
         ask(to_each(self.training, Trainer.load_models, self._saved))
+        self.times.passed("loading")
         ask(to_each(self.training, Trainer.warm_up))
+        self.times.passed("compiling")
 
     def close(self) -> None:
         """End all of them at once, whatever they are doing. Those of a fleet that stays open stay
