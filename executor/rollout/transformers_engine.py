@@ -14,6 +14,7 @@ from executor.data.requests import Ints, Requests, pad
 from executor.rollout.decoding import Decoding
 from executor.rollout.engine import Channel, EngineWorker, OnFinished
 from executor.rollout.sampling import draw, uniform_at, without
+from executor.rollout.stop_strings import StopStrings, stops_of
 from executor.rollout.streaming import Drawn, Unfinished
 from executor.training import models, weights
 from planner.spec.data import Sampler
@@ -36,7 +37,8 @@ class TransformersWorker(EngineWorker):
         device, dtype = ("cpu", torch.float32) if on_cpu else ("cuda", torch.bfloat16)
         model = models.load("actor", workload.actor, workload.seed, dtype, torch.device(device))
         eos = [*models.eos_tokens(model), *stop_tokens(workload)]
-        self.engine = TransformersEngine(model, eos, plan.rollout.concurrency)
+        stops = stops_of(workload)
+        self.engine = TransformersEngine(model, eos, plan.rollout.concurrency, stops)
         self._sleep()
         return eos
 
@@ -48,8 +50,15 @@ class TransformersEngine:
     the request's key and the position fix. So a sequence depends on neither the batch nor the
     engine it is generated in, except for rounding."""
 
-    def __init__(self, model: PreTrainedModel, eos: Sequence[int], concurrency: int) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eos: Sequence[int],
+        concurrency: int,
+        stops: StopStrings | None = None,
+    ) -> None:
         self.model, self.concurrency = model.eval().requires_grad_(False), concurrency
+        self.stops = stops
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(list(eos), dtype=torch.long, device=self.device)
         self._decoding = Decoding(model, self.eos, concurrency)
@@ -150,6 +159,10 @@ class TransformersEngine:
             before = alive
             alive = before & (budget[rows] > position + 1)
             alive &= exact[rows] | ~torch.isin(chosen, self.eos)
+            if self.stops is not None:
+                for place in alive.nonzero()[:, 0].tolist():
+                    response = out_tokens[rows[place], : position + 1].tolist()
+                    alive[place] = not self.stops.completed(response)
             if hand_over is not None and (ended := rows[before & ~alive].tolist()):
                 responses = out_tokens[ended, : position + 1].tolist()
                 hand_over([first + row for row in ended], responses)

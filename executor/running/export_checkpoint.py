@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
+from executor.data.tokenizer import tokenizer_of
 from executor.running.checkpoint import Checkpoint
 from executor.running.export import EXPORTED
-from executor.running.preflight import tokenizer_of
 from executor.training import loading, models, shards
 from planner.spec.errors import UserError
 from planner.spec.workload import Model

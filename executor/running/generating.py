@@ -101,7 +101,7 @@ class Generating:
         return self._cut(collate(requests, shares, answers.results)), answers.records
 
     def _cut(self, sequences: Sequences) -> Sequences:
-        """End responses behind their stop strings, which engines do not look for."""
+        """End responses behind their stop strings, where an engine has not done so."""
         stopped = self._source.stopped(sequences.responses())
         if stopped == [None] * len(stopped):
             return sequences

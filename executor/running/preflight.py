@@ -4,7 +4,6 @@ each."""
 import importlib.util
 import os
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -12,6 +11,7 @@ from executor.data import reward, reward_server
 from executor.data.prompts import Dataset, PromptSource, Synthetic
 from executor.data.reading import Reader
 from executor.data.reward_forms import Samples
+from executor.data.tokenizer import tokenizer_of
 from executor.fleet import driver, gpus, pools
 from executor.running import hosts, rewarding
 from planner.predict.memory_check import check_memory
@@ -304,26 +304,3 @@ def load_prompts(workload: Workload) -> PromptSource:
             "drop data"
         )
     return Dataset(workload, tokenizer_of(workload.actor.path))
-
-
-def tokenizer_of(path: Path, role: str = "actor") -> Any:
-    """Load a role's tokenizer, from tokenizer.json where there is one: that file is complete, and
-    AutoTokenizer would replace parts of it by the usual ones of the model type."""
-    if not any(
-        (path / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
-        raise UserError(
-            f"{role}: {path} holds no tokenizer (tokenizer.json); save the tokenizer beside the "
-            "model"
-        )
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    kind = PreTrainedTokenizerFast if (path / "tokenizer.json").is_file() else AutoTokenizer
-    try:
-        return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{role}: the tokenizer in {path} cannot be loaded ({reason}); save it anew"
-        ) from None

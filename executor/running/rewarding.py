@@ -168,7 +168,7 @@ class Early:
         self._give(rows, self._cut(responses))
 
     def _cut(self, responses: list[Ints]) -> list[Ints]:
-        """Responses up to their stop strings, which engines do not look for."""
+        """Responses up to their stop strings, where an engine has not ended them there."""
         stopped = self._rewarding.source.stopped(responses)
         return [each[:cut] for each, cut in zip(responses, stopped, strict=True)]
 

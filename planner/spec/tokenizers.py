@@ -93,6 +93,17 @@ def stop_tokens(workload: "Workload") -> list[int]:
     return list(dict.fromkeys(found))
 
 
+def stop_strings(workload: "Workload") -> list[str]:
+    """The strings that end a response and are no tokens of their own."""
+    stops = workload.data.stop if workload.data else ()
+    directory = workload.actor.path
+    added: set[str] = set()
+    if directory is not None and (directory / "tokenizer.json").is_file():
+        listed = _json(directory / "tokenizer.json").get("added_tokens") or ()
+        added = {token["content"] for token in listed}
+    return [stop for stop in stops if isinstance(stop, str) and stop not in added]
+
+
 def _changed(file: Path) -> int:
     return file.stat().st_mtime_ns if file.is_file() else 0
 

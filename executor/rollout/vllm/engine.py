@@ -26,6 +26,7 @@ from transformers import AutoConfig, GenerationConfig
 from executor.data.requests import Ints, Requests
 from executor.fleet import gpus
 from executor.rollout.engine import OnFinished
+from executor.rollout.stop_strings import stops_of
 from executor.rollout.streaming import Drawn, Unfinished
 from executor.training import models
 from executor.training.weights import Arrays, Described
@@ -63,6 +64,7 @@ class VllmEngine:
         rollout, workload = plan.rollout, plan.workload
         on_cpu = _on_cpu(plan)
         self.eos = [*eos_tokens(workload.actor), *stop_tokens(workload)]
+        self.stops = stops_of(workload)
         # vLLM reads files itself, and expects the names that are there.
         self._stored = models.stored_names(models.empty("actor", workload.actor, torch.bfloat16))
         self._awake = {"weights", "kv_cache"}
@@ -123,7 +125,8 @@ class VllmEngine:
             while left:
                 if not (outputs := self.internals.step()):
                     continue
-                of_outputs, ended = self.internals.scheduler.log_probs.tolist(), list[int]()
+                of_outputs = self.internals.scheduler.log_probs.tolist()
+                ended, stopped = list[int](), list[str]()
                 for output, log_prob in zip(outputs, of_outputs, strict=True):
                     number = int(output.request_id) - first
                     assert number >= 0, "an output of a call that was cut short"
@@ -131,6 +134,11 @@ class VllmEngine:
                     log_probs[number].append(log_prob)
                     if output.finish_reason is not None:
                         ended.append(number)
+                    elif self.stops is not None and self.stops.completed(tokens[number]):
+                        ended.append(number)
+                        stopped.append(output.request_id)
+                if stopped:
+                    self.internals.abort(stopped)
                 left -= len(ended)
                 if ended and hand_over is not None:
                     hand_over(ended, [tokens[number] for number in ended])

@@ -9,13 +9,14 @@ from executor.rollout.engine import Channel, EngineWorker
 from executor.rollout.vllm.engine import VllmEngine, load_library
 from executor.training.weights import Described
 from planner.spec.plan import Plan
-from planner.spec.tokenizers import stop_tokens
+from planner.spec.tokenizers import stop_strings, stop_tokens
 
 
 def made_for(plan: Plan) -> str:
     """All that an engine cannot change once it has started."""
     rollout = plan.rollout.model_dump_json(exclude={"pools", "replicas"})
-    actor, stops = plan.workload.actor.model_dump_json(), stop_tokens(plan.workload)
+    actor = plan.workload.actor.model_dump_json()
+    stops = stop_tokens(plan.workload) + stop_strings(plan.workload)
     return f"{rollout} {actor} {plan.workload.longest} {stops} {plan.workload.group > 1}"
 
 
