@@ -40,7 +40,6 @@ from planner.predict.memory import (
     engine_weight_bytes,
     kv_bytes_per_token,
     kv_cache_bytes,
-    kv_room,
     process_bytes,
 )
 from planner.spec.cluster import make_cluster
@@ -414,7 +413,7 @@ def test_an_engine_whose_memory_is_full_sets_sequences_aside(ray_two: None) -> N
     others = process_bytes(device) + engine_weight_bytes(shape, 1, device)
     small = {name: device.changed(memory_bytes=others + room)}
     plan = plan.changed(cluster=plan.cluster.changed(devices=small))
-    assert kv_cache_bytes(plan) == room and kv_room(given, plan.rollout, small[name]) == 3 * 416
+    assert kv_cache_bytes(plan) == room
     fleet, ((pool, cores),) = fleet_for([plan]), plan.engine_gpus()
     try:
         (rank,) = pools.connect([fleet.process(VllmWorker, cores, made_for(plan))])

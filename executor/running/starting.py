@@ -2,7 +2,7 @@
 
 import time
 
-LITTLE = 0.05  # seconds: a part that takes less is not told
+UNTOLD_SECONDS = 0.05  # of a part that is left out
 
 
 class StartTimes:
@@ -21,7 +21,7 @@ class StartTimes:
 
     def line(self) -> str:
         """The start in one line, its longest part first."""
-        told = [each for each in self.parts.items() if each[1] >= LITTLE]
+        told = [each for each in self.parts.items() if each[1] >= UNTOLD_SECONDS]
         told.sort(key=lambda part: -part[1])
         of_which = ", ".join(f"{part} {seconds:.1f}" for part, seconds in told)
         return f"start: {self._last - self._begun:.1f} s, of which {of_which}"
