@@ -15,6 +15,8 @@ from planner.predict.streamed import stream_run
 from planner.spec.plan import Plan, Predicted, Proof
 from planner.spec.timeline import Span, Timeline
 
+DRAWN_PARTS = 16  # of a batch that streams, whose ends a timeline has
+
 
 def durations(
     plan: Plan, profiles: Sequence[Profile] = (), model: CostModel | None = None
@@ -44,7 +46,13 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
     generated beside them, so they are shorter."""
     model = CostModel(plan.workload, plan.cluster, profiles)
     estimates = durations(plan, model=model)
-    spans = _spans(plan, tasks_of(plan, steps), model)
+    tasks, parts = tasks_of(plan, steps), dict[int, tuple[float, ...]]()
+    if plan.streams:
+        run = stream_run(plan, model, tasks)
+        ends, parts = run.ends.tolist(), run.stream.ended_parts(DRAWN_PARTS)
+        spans = tuple(span_of(task, float(run.starts[task.index]), ends) for task in tasks)
+    else:
+        spans = _spans(plan, tasks, model, estimates)
     detailed = tuple(_with_parts(span, estimates[span.call]) for span in spans)
     warmup = min(plan.staleness + 1, max(0, steps - 1))
     drain = min(plan.staleness, max(0, steps - warmup - 1))
@@ -56,19 +64,18 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
         drain=drain,
         step_ends_with=plan.dataflow.ends_step.name,
         spans=detailed,
+        ended_parts=parts,
     )
 
 
-def _spans(plan: Plan, tasks: Sequence[Task], model: CostModel) -> tuple[Span, ...]:
-    """Tasks of a plan on a simulated clock."""
-    if plan.streams:
-        run = stream_run(plan, model, tasks)
-        ends = run.ends.tolist()
-        return tuple(span_of(task, float(run.starts[task.index]), ends) for task in tasks)
+def _spans(
+    plan: Plan, tasks: Sequence[Task], model: CostModel, estimates: Mapping[str, Estimate]
+) -> tuple[Span, ...]:
+    """Tasks of a plan with boundaries on a simulated clock."""
     scoring = [call.name for call in plan.dataflow.calls if call.scores and not call.roles]
     busy = dict.fromkeys(scoring, model.least_period)
     early = [call.name for call in plan.dataflow.calls if call.since_generation]
-    return simulate(tasks, _seconds_by_step(durations(plan, model=model)), busy, early)
+    return simulate(tasks, _seconds_by_step(estimates), busy, early)
 
 
 def forecast_of(plan: Plan, measured: Timeline, profiles: Sequence[Profile] = ()) -> Timeline:

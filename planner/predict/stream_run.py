@@ -9,6 +9,7 @@ go back.
 """
 
 import heapq
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -79,6 +80,18 @@ class EngineStream:
         """Stop all engines for a sync."""
         for engine in self.engines:
             engine.interrupt(start, end, recompute=self._recompute)
+
+    def ended_parts(self, parts: int) -> dict[int, tuple[float, ...]]:
+        """When each of some equal parts of a batch had ended, by its step of the training; of what
+        is followed."""
+        ends = defaultdict[int, list[float]](list)
+        for engine in self.engines:
+            for step, end in engine.ended:
+                ends[step].append(end)
+        return {
+            step: tuple(np.quantile(found, np.arange(1, parts + 1) / parts).tolist())
+            for step, found in ends.items()
+        }
 
     def end_of(self, step: int) -> float:
         """When the last sequence of a step of the training ends, if no sync comes before that."""

@@ -29,10 +29,11 @@ from planner.report.picture import (
     hide_frame,
     rendered,
 )
+from planner.report.stream_lane import Box, draw_stream
 from planner.report.tables import HOST, seconds
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
-from planner.spec.timeline import Span, Timeline, step_seconds
+from planner.spec.timeline import Span, Timeline, occupied_seconds, step_seconds
 from planner.spec.wording import plural
 
 Color = tuple[float, float, float]
@@ -51,11 +52,13 @@ CALL_COLORS = {
     "sync_weights": "#1A1A1A",
     "evaluate": GREY,
 }
+STREAM_COLORS = (BLUE, "#4D9CC9")  # of batches in turn
 EMPTY = "#F1F1F1"
 
 WIDTH = 13.0  # inches
 LANE = 0.85  # inches of the largest pool's lane
 SMALLEST_LANE, HOST_LANE = 0.55, 0.32  # shares of it: a smaller pool has a lower lane
+STREAM_LANE = 1.7  # share of it, of a pool with several batches in flight
 FONT = 8.5
 PIXELS_PER_POINT = 100 / 72  # while the picture is laid out
 
@@ -144,10 +147,7 @@ def window_of(timeline: Timeline, steps: int) -> DrawnWindow:
 
 def busy_in(timeline: Timeline, window: DrawnWindow) -> dict[str, float]:
     """Share of the window in which each pool runs a call: what the picture shows."""
-    busy = {pool: 0.0 for span in timeline.spans for pool in span.pools}
-    for span in _visible(timeline, window):
-        for pool in span.pools:
-            busy[pool] += min(span.end, window.end) - max(span.start, window.begin)
+    busy = occupied_seconds(timeline.spans, window.begin, window.end)
     return {pool: seconds / (window.end - window.begin) for pool, seconds in busy.items()}
 
 
@@ -160,7 +160,9 @@ def lanes_of(timeline: Timeline, plan: Plan, window: DrawnWindow) -> list[Lane]:
         (
             name,
             _lane_label(plan, name, busy.get(name, 0.0)),
-            max(SMALLEST_LANE, (len(pool.gpus) / largest) ** 0.5),
+            STREAM_LANE
+            if name in _streaming(plan)
+            else max(SMALLEST_LANE, (len(pool.gpus) / largest) ** 0.5),
         )
         for name, pool in plan.pools.items()
     ]
@@ -172,6 +174,11 @@ def lanes_of(timeline: Timeline, plan: Plan, window: DrawnWindow) -> list[Lane]:
         lanes.append(Lane(name=name, label=label, bottom=bottom, height=height))
         bottom += height
     return lanes[::-1]
+
+
+def _streaming(plan: Plan) -> tuple[str, ...]:
+    """The pools whose generation streams."""
+    return plan.rollout.pools if plan.streams else ()
 
 
 def _panels(heights: list[float]) -> tuple[Figure, list[Axes]]:
@@ -202,7 +209,8 @@ def _title(plan: Plan) -> str:
     gpus, used = len(plan.cluster.gpus), plan.gpus_of(tuple(plan.pools))
     idle = f", {gpus - used} of them unused" if used < gpus else ""
     there = f"{gpus} {_unit(plan, gpus)} ({plan.cluster.name}){idle}"
-    return f"{plan.name} · {plan.workload.name} on {there}, staleness {plan.staleness}"
+    stale = f"staleness {plan.staleness}{', weights in flight' * plan.streams}"
+    return f"{plan.name} · {plan.workload.name} on {there}, {stale}"
 
 
 def _unit(plan: Plan, count: int) -> str:
@@ -240,11 +248,20 @@ def _draw_panel(
         axis.add_patch(
             Rectangle((0, lane.bottom + gap), length, lane.height - 2 * gap, color=EMPTY, zorder=1)
         )
+        if lane.name in _streaming(plan):
+            box = Box(
+                bottom=lane.bottom + gap,
+                height=lane.height - 2 * gap,
+                begin=window.begin,
+                end=window.end,
+            )
+            draw_stream(axis, timeline, lane.name, plan.staleness + 1, box, STREAM_COLORS)
+            continue
         for span in _visible(timeline, window):
             if lane.name in (span.pools or (HOST,)):
                 low, high = max(span.start, window.begin), min(span.end, window.end)
-                box = replace(lane, bottom=lane.bottom + gap, height=lane.height - 2 * gap)
-                _draw_bar(axis, span, box, low - window.begin, high - window.begin)
+                inner = replace(lane, bottom=lane.bottom + gap, height=lane.height - 2 * gap)
+                _draw_bar(axis, span, inner, low - window.begin, high - window.begin)
     _draw_step_ends(axis, window)
     axis.set_yticks(
         [lane.bottom + lane.height / 2 for lane in lanes], [lane.label for lane in lanes]

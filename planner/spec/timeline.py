@@ -1,5 +1,7 @@
 """Spans of calls on pools, simulated or measured. Both have one type."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -55,6 +57,10 @@ class Timeline(File):
         STEP_ENDS_WITH
     )
     spans: tuple[Span, ...]
+    # Of steps whose generation streams: when each of some equal parts of the batch had ended.
+    ended_parts: Annotated[
+        dict[NonNegativeInt, tuple[float, ...]], Field(exclude_if=lambda parts: not parts)
+    ] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _forward(self) -> Self:
@@ -89,6 +95,21 @@ def step_seconds(timeline: Timeline) -> float:
     if first in ends and last > first:
         return (ends[last] - ends[first]) / (last - first)
     return timeline.makespan / max(1, len(ends))
+
+
+def occupied_seconds(
+    spans: Sequence[Span], begin: float = -math.inf, end: float = math.inf
+) -> dict[str, float]:
+    """Seconds within a window in which each pool of the spans runs a call or, where generation
+    streams, several at once."""
+    found = {pool: 0.0 for span in spans for pool in span.pools}
+    until = dict.fromkeys(found, begin)
+    for span in sorted(spans, key=lambda span: span.start):
+        for pool in span.pools:
+            last = min(span.end, end)
+            found[pool] += max(0.0, last - max(span.start, until[pool]))
+            until[pool] = max(until[pool], last)
+    return found
 
 
 def mean_call_seconds(timeline: Timeline) -> dict[str, float]:
