@@ -67,6 +67,7 @@ for command in (
     plans.explain,
     plans.what_if,
     plans.pareto,
+    plans.report,
     runs.simulate,
     runs.execute,
     runs.compare,

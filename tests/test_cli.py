@@ -83,6 +83,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
         "explain",
         "what-if",
         "pareto",
+        "report",
         "simulate",
         "execute",
         "compare",

@@ -251,3 +251,40 @@ def pareto(
     from planner.commands.whatif import pareto
 
     pareto(job, counts, max_staleness, out, table)
+
+
+@click.command()
+@click.argument("plan", type=file_path("PLAN"))
+@click.option("--run", type=file_path("RUN_DIR"), help="A run of the plan, to show beside it.")
+@click.option("--out", type=file_path(), required=True, help="The page to write (.html).")
+@click.option(
+    "--for",
+    "framework",
+    type=click.Choice(FRAMEWORKS),
+    help="Also show the best plan of this framework, and the best of all.",
+)
+@click.option("--what-if", "with_what_if", is_flag=True, help="Also plan under other conditions.")
+@click.option(
+    "--pareto",
+    "counts",
+    callback=gpu_counts,
+    metavar="N,N,…",
+    help="Also show what these numbers of GPUs buy.",
+)
+@profiles_of_plan
+def report(
+    plan: Path,
+    run: Path | None,
+    out: Path,
+    framework: FrameworkName | None,
+    with_what_if: bool,
+    counts: tuple[int, ...],
+    profiles: tuple[Path, ...],
+) -> None:
+    """Write a plan as one page for the person who decides.
+
+    The page fetches nothing, and can be read on a phone and in print."""
+    from planner.commands.report import PageOptions, report
+
+    options = PageOptions(framework=framework, with_what_if=with_what_if, counts=counts)
+    report(plan, run, out, profiles, options, command_line())

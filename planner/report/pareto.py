@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from planner.report.picture import (
@@ -31,6 +32,11 @@ MARKERS = ("o", "s", "^", "D", "v")
 def draw(points: Sequence[ParetoPoint], title: str, path: Path) -> None:
     """Draw a line per staleness to a PNG, SVG or PDF file (by its suffix). Raises UserError if it
     cannot be written."""
+    save(chart(points, title), path)
+
+
+def chart(points: Sequence[ParetoPoint], title: str) -> Figure:
+    """The picture that `draw` writes."""
     panels = 2 if all(point.dollars > 0 for point in points) else 1
     figure = new_chart(5.6 * panels + 0.4, 4.4, title)
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -40,7 +46,7 @@ def draw(points: Sequence[ParetoPoint], title: str, path: Path) -> None:
     for axis in axes:
         _dress(axis, [point.seconds for point in points] + _ideal(points))
     axes[0].legend(frameon=False, fontsize=CHART_FONT, loc="upper right")
-    save(figure, path)
+    return figure
 
 
 def _lines(points: Sequence[ParetoPoint]) -> list[tuple[int, list[ParetoPoint]]]:

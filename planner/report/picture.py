@@ -1,8 +1,11 @@
 """What the pictures share: colours, sizes, and how a picture becomes a file."""
 
 import io
+import re
+from collections.abc import Callable
 from pathlib import Path
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -55,6 +58,15 @@ def rendered(figure: Figure, file_format: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=file_format, dpi=DPI)
     return buffer.getvalue()
+
+
+def inline_svg(render: Callable[[], bytes], name: str) -> str:
+    """A picture as an element of an HTML page: its letters stay letters, and its parts are called
+    otherwise than those of any other picture. `render` gives it as SVG."""
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        text = render().decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return text[text.index("<svg") :]
 
 
 def save(figure: Figure, path: Path) -> None:
