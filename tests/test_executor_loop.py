@@ -472,7 +472,8 @@ def test_two_interrupts_end_a_run_whose_ray_was_stopped(tmp_path: Path) -> None:
         (signal.SIGINT, False),
         (signal.SIGTERM, True),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.nightly),
-        (signal.SIGHUP, False),
+        (signal.SIGHUP, True),
+        pytest.param(signal.SIGHUP, False, marks=pytest.mark.nightly),
     ],
 )
 def test_an_interrupt_leaves_no_process(

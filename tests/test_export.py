@@ -86,20 +86,29 @@ def test_exported_models_give_the_log_probs_of_the_trained_ones(
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["actor", "critic"]
 
 
-@pytest.mark.slow
 def test_what_cannot_be_exported_is_one_line(
     tmp_path: Path, checkpoint: Path, model_directories: dict[str, Path]
 ) -> None:
     save(checkpoint, workload_of(tmp_path, model_directories))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    for out, what in (
-        (tmp_path / "full", "exists already, and is no empty directory"),
-        (tmp_path / "full" / "file" / "below", "cannot be written (Not a directory)"),
-    ):
-        line = export_apart(checkpoint, out)
-        assert what in line and "\n" not in line
+
+    def line(checkpoint: Path, out: Path) -> str:
+        done = CliRunner().invoke(main, ["checkpoint", "export", str(checkpoint), str(out)])
+        assert done.exit_code == 2 and done.stderr.count("\n") == 1
+        return done.stderr
+
+    assert "exists already, and is no empty directory" in line(checkpoint, tmp_path / "full")
+    below = tmp_path / "full" / "file" / "below"
+    assert "cannot be written (Not a directory)" in line(checkpoint, below)
     (checkpoint / "actor-00000.safetensors").write_bytes(b"")
-    assert "is missing or cut off" in export_apart(checkpoint, tmp_path / "o")
-    assert "no checkpoint in it" in export_apart(tmp_path, tmp_path / "o")
+    assert "is missing or cut off" in line(checkpoint, tmp_path / "o")
+    assert "no checkpoint in it" in line(tmp_path, tmp_path / "o")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow  # it loads transformers
+def test_another_process_says_in_one_line_what_went_wrong(tmp_path: Path) -> None:
+    """As in the middle of a run."""
+    line = export_apart(tmp_path, tmp_path / "o")
+    assert "no checkpoint in it" in line and "\n" not in line

@@ -53,7 +53,7 @@ def test_the_plans_of_the_study_have_the_staleness_of_their_names(staleness):
     assert load_plan(STUDY / f"k{staleness}.json").staleness == staleness
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.nightly)])
 def test_it_learns(sorting, on_two_cores, tmp_path, staleness):
     assert min(rises(sorting, tmp_path, staleness)) > RIGHT
 
@@ -62,7 +62,10 @@ def test_it_learns(sorting, on_two_cores, tmp_path, staleness):
     "settings",
     [
         {"advantage": "grpo", "kl_kind": "k3", "aggregation": "sequence"},
-        {"advantage": "rloo", "clip_high": 0.28, "oversampling_factor": 1.5},
+        pytest.param(
+            {"advantage": "rloo", "clip_high": 0.28, "oversampling_factor": 1.5},
+            marks=pytest.mark.nightly,
+        ),
     ],
     ids=lambda settings: settings["advantage"],
 )
@@ -79,10 +82,8 @@ def test_it_learns_without_a_critic(sorting, on_two_cores, tmp_path, settings):
     assert greedy > WRONG and sampled > 2 * RIGHT
 
 
-@pytest.mark.parametrize(
-    "factor",
-    [pytest.param(0.0, id="zero", marks=pytest.mark.nightly), pytest.param(-1.0, id="flipped")],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("factor", [pytest.param(0.0, id="zero"), pytest.param(-1.0, id="flipped")])
 def test_it_does_not_learn_from_wrong_advantages(
     sorting, on_two_cores, tmp_path, monkeypatch, factor
 ):
