@@ -18,14 +18,18 @@ from planner.spec.workload import load_workload
 
 STUDY = Path(__file__).parents[1] / "reports" / "learning"
 STEPS = 10  # of which the last ends with an evaluation
+RECIPE = digits.Recipe(
+    train_prompts=4096, held_out_prompts=128, teacher_steps=200, reward_steps=200
+)
 RIGHT, WRONG = 0.1, 0.05  # a rise of more and of less than that; 0.2 is usual, and none at all
 
 
 @pytest.fixture(scope="module")
 def sorting(tmp_path_factory):
-    """With a reward model that is good enough for so few steps."""
+    """With a reward model that is good enough for so few steps, and few prompts held out: the
+    actor is asked all of them after each of its steps."""
     directory = tmp_path_factory.mktemp("learning") / "digits"
-    return directory, digits.make(directory, 0, digits.Recipe(reward_steps=300))
+    return directory, digits.make(directory, 0, RECIPE)
 
 
 def rises(sorting, tmp_path, staleness, **changes):
