@@ -2,6 +2,7 @@
 it."""
 
 import contextlib
+import copy
 import functools
 import importlib.util
 import os
@@ -27,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if TYPE_CHECKING:
     from executor.data.reward_forms import Samples
 
-STARTS_RAY = {"ray_two", "two_cores", "on_two_cores", "nodes"}  # fixtures
+STARTS_RAY = {"ray_two", "two_cores", "on_two_cores", "lent_cores", "nodes"}  # fixtures
 # Modules by group: three that take about as long, each in a process with a Ray of its own. Modules
 # that are not named are in the first.
 GROUP = {
@@ -369,6 +370,18 @@ def two_cores(ray_two: None) -> Iterator[Any]:
     fleet = fleet_for([colocated(make_workload(), cores=2)])
     yield fleet
     fleet.close()
+
+
+@pytest.fixture
+def lent_cores(two_cores: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let profiles and studies use these processes, and leave them running, where they would start
+    a fleet of their own."""
+    from executor.measuring import profile, study
+
+    lent = copy.copy(two_cores)
+    lent.close = lambda: None
+    for module in (profile, study):
+        monkeypatch.setattr(module, "fleet_for", lambda plans: lent)
 
 
 @contextlib.contextmanager

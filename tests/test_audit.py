@@ -19,9 +19,7 @@ SCENARIOS = 2  # of random lengths: each multiplies the work of the auditor
 QUICK, SLOW, NIGHTLY = 8, 24, 460
 LONGEST = (8, 10, 12)  # they take the auditor as long as all others together: every night too
 LONGER = [
-    pytest.param(seed, marks=pytest.mark.slow)
-    for seed in range(QUICK, SLOW)
-    if seed not in LONGEST
+    pytest.param(seed, marks=pytest.mark.slow) for seed in range(QUICK, SLOW) if seed not in LONGEST
 ]
 SEEDS = [*range(QUICK), *LONGER]
 

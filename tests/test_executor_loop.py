@@ -145,9 +145,9 @@ def test_a_rehearsal_writes_a_run_directory(ray_two: None, tmp_path: Path) -> No
         rehearse(plan, seconds, name="r", runs=tmp_path, options=RunOptions(steps=3))
 
 
-def test_sixteen_ranks_rehearse(ray_two: None, tmp_path: Path) -> None:
+def test_more_ranks_than_cores_rehearse(ray_two: None, tmp_path: Path) -> None:
     roles = {"actor": "a", "rollout": ["a", "b"], "reference": "a", "critic": "b", "reward": "b"}
-    plan = make_plan(make_workload(), {"a": 8, "b": 8}, roles, cluster=cpu_cluster(16))
+    plan = make_plan(make_workload(), {"a": 4, "b": 4}, roles, cluster=cpu_cluster(8))
     path = rehearse(plan, seconds, name="r", runs=tmp_path, options=RunOptions(steps=2))
     assert len(Timeline.read(path / "timeline.json").spans) == 18
 

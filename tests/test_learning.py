@@ -18,9 +18,7 @@ from planner.spec.workload import load_workload
 
 STUDY = Path(__file__).parents[1] / "reports" / "learning"
 STEPS = 10  # of which the last ends with an evaluation
-RECIPE = digits.Recipe(
-    train_prompts=4096, held_out_prompts=128, teacher_steps=200, reward_steps=200
-)
+RECIPE = digits.Recipe(held_out_prompts=128, reward_steps=300)
 RIGHT, WRONG = 0.1, 0.05  # a rise of more and of less than that; 0.2 is usual, and none at all
 
 

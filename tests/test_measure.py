@@ -29,7 +29,9 @@ from planner.spec.workload import load_workload
 H200 = load_workload(profiles_dir() / "workloads" / "h200-1.5b.toml")
 
 
-def test_a_profile_has_every_call_on_pools_of_one_and_of_two(ray_two: None, tmp_path: Path) -> None:
+def test_a_profile_has_every_call_on_pools_of_one_and_of_two(
+    lent_cores: None, tmp_path: Path
+) -> None:
     workload = make_workload(response={"kind": "fixed", "tokens": 6})
     cluster, out, said = cpu_cluster(2), tmp_path / "p.json", []
     last, began = groups_of(workload, cluster)[-1].name, time.perf_counter()

@@ -140,24 +140,26 @@ NIGHTLY = pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400
 def test_runs_outlive_kills_at_random_times(
     kills: int, on_two_cores: None, tmp_path: Path, temporary: str
 ) -> None:
-    workload = make_workload(steps=STEPS, critic=None, reference=None)
+    steps = STEPS if kills == 100 else STEPS // 2
+    workload = make_workload(steps=steps, critic=None, reference=None)
     plan = colocated(workload, cores=1 if kills < 100 else 2)
     whole = execute(plan, name="whole", runs=tmp_path, options=RunOptions(save_every=0))
     for run in soaked(plan, kills, tmp_path, temporary):
         assert metrics_of(run) == metrics_of(whole)
 
 
-@pytest.mark.parametrize("kills", [5, NIGHTLY])
+@pytest.mark.parametrize("kills", [1, NIGHTLY])
 def test_a_stream_outlives_kills_at_random_times(
     kills: int, on_two_cores: None, tmp_path: Path, temporary: str
 ) -> None:
     """What depends on time may differ, but no token is lost or doubled."""
-    plan = streamed(k=2, steps=STEPS, critic=None, reference=None)
-    lengths = [np.mean(of_step) for of_step in asked(plan, STEPS)]
+    steps = STEPS if kills == 100 else STEPS // 2
+    plan = streamed(k=2, steps=steps, critic=None, reference=None)
+    lengths = [np.mean(of_step) for of_step in asked(plan, steps)]
     for run in soaked(plan, kills, tmp_path, temporary):
         metrics = metrics_of(run)
         assert [line["response_tokens"] for line in metrics] == pytest.approx(lengths)
-        assert [line["step"] for line in metrics] == list(range(STEPS))
+        assert [line["step"] for line in metrics] == list(range(steps))
         closed(metrics)
 
 
@@ -185,7 +187,7 @@ def soaked(plan: Plan, kills: int, directory: Path, temporary: str) -> Iterator[
             path.read_bytes() for path in controlled.run.parent.rglob("*") if path.is_file()
         )
         assert not [name for name, secret in SECRETS.items() if secret.encode() in written]
-        assert set(spans.values()) == {1} and len(spans) == STEPS * len(plan.dataflow.calls)
-    print(f"{kills} kills in {number} runs of {STEPS} steps, each as if nothing had happened")
+        assert set(spans.values()) == {1} and len(spans) == plan.workload.steps * len(plan.dataflow.calls)
+    print(f"{kills} kills in {number} runs of {plan.workload.steps} steps, each as if nothing had happened")
     assert not left
     assert pids and not end_agents(pids)

@@ -65,7 +65,9 @@ def ok(result: Result) -> str:
     return result.stdout
 
 
-def test_a_study_is_planned_measured_resumed_and_written_down(ray_two: None, study: Path) -> None:
+def test_a_study_is_planned_measured_resumed_and_written_down(
+    lent_cores: None, study: Path
+) -> None:
     directory = study.with_suffix("")
     assert "again (= colocated)" in ok(plan("study", study, "--plan-only"))
     written = {path: path.read_bytes() for path in directory.rglob("*.json")}
