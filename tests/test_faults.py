@@ -139,7 +139,7 @@ def test_a_killed_rank_and_one_that_hangs_restart_from_the_last_checkpoint(
 def test_too_many_restarts_end_the_run(ray_two: None, tmp_path: Path) -> None:
     faults = Faults({("update_actor", 0): ("Trainer", signal.SIGKILL)})
     plan = colocated(WORKLOAD, cores=1)
-    with pytest.raises(UserError, match="update_actor of step 0 on pool all: .*died in train"):
+    with pytest.raises(UserError, match=r"update_actor of step 0 on pool all: .*died in train"):
         execute(plan, name="r", runs=tmp_path, progress=faults, options=OPTIONS)
     assert not faults.left()
 

@@ -16,6 +16,7 @@ import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,7 +67,10 @@ COMMANDS = {
 }
 
 # Here layouts of pools that wait for another one give equal step times, and rounding chooses among
-# them. NumPy rounds as the processor's vector instructions do: on others these are left out.
+# them. NumPy rounds as the processor's vector instructions do: on others than those that the files
+# were made with, only what is `decided` is compared. To try that on a processor with these:
+#
+#     NPY_DISABLE_CPU_FEATURES="AVX512_ICL X86_V4 X86_V3" python -m pytest tests/test_golden.py
 TIED = ("search-7b", "search-two-kinds", "search-pins")
 PROCESSOR = GOLDEN / "processor.txt"
 
@@ -102,8 +106,6 @@ def plan(directory: Path, *arguments: str) -> Result:
 def test_a_command_says_what_it_always_said(name: str, tmp_path: Path, renew_golden: bool) -> None:
     if renew_golden:
         PROCESSOR.write_text(vector_instructions())
-    elif name in TIED and vector_instructions() != PROCESSOR.read_text():
-        pytest.skip("made on another kind of processor, which rounds in another way")
     (tmp_path / "out").mkdir()
     (tmp_path / "profiles").symlink_to(ROOT / "profiles")
     (tmp_path / "golden").symlink_to(GOLDEN)
@@ -121,6 +123,10 @@ def test_a_command_says_what_it_always_said(name: str, tmp_path: Path, renew_gol
             (GOLDEN / name / file).write_bytes(content)
     expected = {path.name: path.read_bytes() for path in (GOLDEN / name).iterdir()}
     assert set(found) == set(expected)
+    if name in TIED and vector_instructions() != PROCESSOR.read_text():
+        ours, theirs = (json.loads(files["best.json"]) for files in (found, expected))
+        assert_same(decided(ours), decided(theirs), "best.json")
+        return
     for file, content in found.items():
         if file.endswith(".json"):
             assert_same(json.loads(content), json.loads(expected[file]), file)
@@ -128,6 +134,19 @@ def test_a_command_says_what_it_always_said(name: str, tmp_path: Path, renew_gol
             assert content == expected[file] or not SAME_PICTURES, file
         else:
             assert content.decode() == expected[file].decode(), file
+
+
+def decided(plan: dict[str, Any]) -> dict[str, Any]:
+    """Of a plan what the search decides for its step time: which roles are on which GPUs, the
+    staleness, the step time and the proof. Layouts and the order of calls may be tied."""
+    predicted = plan["predicted"]
+    seconds = ("step_seconds", "step_seconds_p95", "lower_bound_seconds", "gap", "proof")
+    return {
+        **{key: plan[key] for key in ("workload", "cluster", "pools", "staleness")},
+        "homes": {role: layout["pools"] for role, layout in plan["roles"].items()},
+        "calls": sorted(item["call"] for item in plan["program"]),
+        **{key: predicted[key] for key in seconds},
+    }
 
 
 def without_what_varies(text: str) -> str:
