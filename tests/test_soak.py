@@ -166,7 +166,7 @@ def test_a_stream_outlives_kills_at_random_times(
 def soaked(plan: Plan, kills: int, directory: Path, temporary: str) -> Iterator[Path]:
     """Runs of a plan, as many as it takes to kill so many of their processes; each has all steps,
     once."""
-    chance = random.Random(kills)
+    chance, steps = random.Random(kills), plan.workload.steps
     left = [list(VICTIMS)[number % len(VICTIMS)] for number in range(kills)]
     chance.shuffle(left)
     pids: set[int] = set()
@@ -187,7 +187,7 @@ def soaked(plan: Plan, kills: int, directory: Path, temporary: str) -> Iterator[
             path.read_bytes() for path in controlled.run.parent.rglob("*") if path.is_file()
         )
         assert not [name for name, secret in SECRETS.items() if secret.encode() in written]
-        assert set(spans.values()) == {1} and len(spans) == plan.workload.steps * len(plan.dataflow.calls)
-    print(f"{kills} kills in {number} runs of {plan.workload.steps} steps, each as if nothing had happened")
+        assert set(spans.values()) == {1} and len(spans) == steps * len(plan.dataflow.calls)
+    print(f"{kills} kills in {number} runs of {steps} steps, each as if nothing had happened")
     assert not left
     assert pids and not end_agents(pids)
