@@ -225,7 +225,7 @@ def test_what_is_scored_beside_generation(seed):
         pools=("p",),
         tensor_parallel=1,
         replicas=1,
-        memory_fraction=0.5,
+        memory_fraction=0.95,  # room for a sequence on the smallest GPU
         concurrency=workload.batch,
     )
     place = Place(parts=(1,), device=cluster.devices["g"])

@@ -120,7 +120,8 @@ class BatchLengths:
         longest = np.reshape(starting, (-1, len(self._tokens)))
         tokens = self._tokens
         steps = np.maximum(tokens / concurrency[:, None], longest)  # of all engines together
-        steps = np.maximum(steps, (self._context_sums + UNUSED * tokens) / room[:, None])
+        with np.errstate(divide="ignore"):  # without room it takes for ever
+            steps = np.maximum(steps, (self._context_sums + UNUSED * tokens) / room[:, None])
         matrices = np.maximum(speed.weights * steps, speed.arithmetic * tokens) + speed.step * steps
         decoding = matrices + speed.sequence * tokens + speed.attention * self._context_sums
         prefill = (

@@ -4,8 +4,9 @@ Sizes. N parameters of a model, s its shard size, T tokens of a micro-batch. On 
 compute in bf16 (2 bytes) and a trained model keeps a master copy in fp32 (4); on a CPU everything
 is fp32. Trained, per GPU: master weights 4N/s, Adam's two moments 8N/s, and gradients 4N/s. These
 lie in a stream of each model's own, so on a GPU what they took stays with the model, unless it is
-offloaded. Where an engine sleeps on the GPU every call gives it back, but the search counts it all
-the same. A frozen model (reference, reward) keeps its compute copy only, 2N/s.
+offloaded. Where an engine sleeps on the GPU every call gives it back, but what decides whether a
+plan fits, `check_memory` and the search, counts it all the same. A frozen model (reference, reward)
+keeps its compute copy only, 2N/s.
 """
 
 import math
@@ -311,14 +312,15 @@ def role_memory(plan: Plan, role: str) -> RoleMemory:
     return trainer_memory(plan.workload, role, layout, device)
 
 
-def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
-    """The memory of each pool of a plan, on its fullest GPU."""
+def plan_memory(plan: Plan, *, all_kept: bool = False) -> dict[str, PoolMemory]:
+    """The memory of each pool of a plan, on its fullest GPU. With `all_kept` as if roles kept also
+    what they give back beside an engine that sleeps: so the search counts."""
     roles = {role: role_memory(plan, role) for role in plan.roles}
     found = {}
     for pool in plan.pools:
         members = {role: roles[role] for role in roles if pool in plan.roles[role].pools}
         device, engine = plan.device_of(pool), "rollout" in members
-        if engine and plan.rollout.offload:
+        if engine and plan.rollout.offload and not all_kept:
             members = {role: _given_back(memory) for role, memory in members.items()}
         trainer = bool(members.keys() - {"rollout"})
         peak = pool_peak(list(members.values()), trainer, engine, device)

@@ -19,7 +19,7 @@ from planner.spec.workload import TRAINED
 def check_memory(plan: Plan, saves: bool = True) -> None:
     """Raise UserError with the numbers for a plan that does not fit its GPUs or its hosts, with
     checkpoints or without."""
-    for pool, memory in plan_memory(plan).items():
+    for pool, memory in plan_memory(plan, all_kept=True).items():
         if memory.peak > memory.allowed:
             raise UserError(_too_much(plan, pool, memory))
     layout, device = plan.rollout, plan.device_of(plan.rollout.pools[0])
