@@ -176,6 +176,47 @@ def test_a_supported_model_agrees_with_transformers(tmp_path: Path, kind: str, r
         self_check.check(role, model, CPU, dtype)
 
 
+def rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 10000.0, **more}}
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SHORT = {"original_max_position_embeddings": 16}
+UNUSUAL = [
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"head_dim": 24, "attention_dropout": 0.5, "hidden_act": "gelu"}),
+    ("llama", {"rms_norm_eps": 0.5, "tie_word_embeddings": True}),
+    ("llama", rope("linear", factor=4.0)),
+    ("llama", rope("llama3", **LLAMA3, **SHORT)),
+    ("llama", rope("yarn", factor=4.0, attention_factor=1.3, **SHORT)),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
+    ("mistral", {"sliding_window": 1}),
+    ("olmo", {"clip_qkv": 0.05, "attention_bias": True}),
+    ("granite", {"residual_multiplier": -0.9, "attention_multiplier": 0.7, "mlp_bias": True}),
+    ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    ("gemma3_text", {"attn_logit_softcapping": 1.5, "tie_word_embeddings": False}),
+    ("cohere", {"use_qk_norm": False, "logit_scale": 1.7, "attention_bias": True}),
+    ("gpt_neox", {"use_parallel_residual": False, "rotary_pct": 1.0, "hidden_dropout": 0.4}),
+    ("phi3", {"sliding_window": None, **rope("default", partial_rotary_factor=0.5)}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 3, "no_rope_layer_interval": 2}),
+    ("starcoder2", {"use_bias": False, "sliding_window": None}),
+    ("olmo3", {"sliding_window": 3, **rope("yarn", factor=2.0, **SHORT)}),
+]
+
+
+@pytest.mark.parametrize(("kind", "more"), UNUSUAL)
+def test_unusual_configurations_agree_with_transformers(
+    tmp_path: Path, kind: str, more: dict[str, Any]
+) -> None:
+    own = write(kind, "actor", tmp_path, **more)
+    model = Model(shape=shape_of(tmp_path, "actor"), path=tmp_path)
+    models.check("actor", model)
+    loaded, batch = models.load("actor", model, 0, torch.float32), sequences()
+    wanted, got = expected("actor", own, batch), found("actor", loaded, batch)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    self_check.check("actor", model, CPU, torch.float32)
+
+
 @pytest.mark.parametrize("kind", MODEL_TYPES)
 def test_what_is_generated_has_the_log_probs_that_training_computes(
     tmp_path: Path, kind: str
