@@ -7,6 +7,8 @@ from conftest import make_workload
 
 from planner.predict.cost import CostModel, Place
 from planner.predict.judge import estimate
+from planner.predict.kv_cache import AMPLE
+from planner.predict.memory import kv_room
 from planner.predict.points import point_of
 from planner.predict.profile import Profile
 from planner.search import SearchOptions, find
@@ -22,6 +24,7 @@ LONGER = [
     pytest.param(seed, marks=pytest.mark.slow) for seed in range(QUICK, SLOW) if seed not in LONGEST
 ]
 SEEDS = [*range(QUICK), *LONGER]
+CROWDED = [4, 8, 9, 20, 30, 36]  # seeds with which the best engines preempt
 
 
 def instance(seed, lengths_vary=False):
@@ -159,6 +162,52 @@ def test_the_search_finds_the_auditors_optimum(seed):
 def test_the_search_finds_the_auditors_optimum_of_measured_costs(seed):
     workload, cluster = instance(seed)
     assert_optimal(workload, cluster, profile_of(workload, cluster, seed))
+
+
+def crowded(seed):
+    """A random workload whose engines have no room for all of their share, on one GPU or two."""
+    rng = np.random.default_rng(seed)
+    width, layers = int(rng.choice([512, 1024])), int(rng.integers(4, 13))
+    shape = {"hidden": width, "layers": layers, "heads": width // 64, "kv_heads": width // 64}
+    model = {
+        "shape": {**shape, "intermediate": 4 * width, "vocab": 32000},
+        "random_weights": True,
+    }
+    mean, minibatch = int(rng.integers(200, 3000)), int(rng.choice([8, 16, 24]))
+    sigma = float(rng.uniform(0.4, 1.1))
+    workload = make_workload(
+        batch=10 * minibatch,
+        minibatch=minibatch,
+        prompt={"kind": "fixed", "tokens": int(rng.integers(16, 1500))},
+        response={"kind": "lognormal", "mean": mean, "sigma": sigma, "max": 4 * mean},
+        actor=model,
+        critic=None,
+        reference=None,
+        reward={"function": "r.py:f", "seconds_per_sequence": 0.001},
+        algorithm={"advantage": "rloo"},
+        samples_per_prompt=2,
+        max_staleness=int(rng.integers(0, 2)),
+    )
+    weights = 24 * width * width * layers
+    device = Device(
+        memory_bytes=9 * weights + int(rng.uniform(7e9, 12e9)),
+        flops=10 ** rng.uniform(13.5, 14.5),
+        memory_bandwidth=10 ** rng.uniform(11.5, 12.5),
+        link_bandwidth=1e11,
+        host_bandwidth=3e10,
+        context_bytes=5 * 10**8,
+    )
+    nodes = (Node(gpus=int(rng.integers(1, 3)), device="g", host_memory_bytes=10**12),)
+    devices = {"g": device}
+    return workload, Cluster(name="c", nodes=nodes, devices=devices, network_bandwidth=1e10)
+
+
+@pytest.mark.parametrize("seed", CROWDED)
+def test_the_search_finds_the_auditors_optimum_where_engines_preempt(seed):
+    workload, cluster = crowded(seed)
+    assert_optimal(workload, cluster)
+    best = find(workload, cluster, SearchOptions(runners_up=0, scenarios=SCENARIOS)).best
+    assert kv_room(workload, best.rollout, cluster.devices["g"]) < AMPLE
 
 
 @pytest.mark.slow
