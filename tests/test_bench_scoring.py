@@ -55,7 +55,7 @@ def test_512_samples_of_half_a_second_add_a_tenth_at_most(ray_two: None, tmp_pat
             hand_over([row], [responses[row].tolist()])
         early.finish(responses)
         ended = time.monotonic()
-        scores = early.streams[0].scores()
+        scores = early.beside[0].scores()
         added = time.monotonic() - ended
         judges.close()
     finally:

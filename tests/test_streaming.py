@@ -55,7 +55,7 @@ def streamed(
     while engine.in_flight and steps:
         collected.add(*engine.step(version))
         steps -= 1
-    return collected.stretches()
+    return list(collected.stretches())
 
 
 def whole(stretches: Sequence[Stretch]) -> dict[int, list[int]]:

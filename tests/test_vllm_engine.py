@@ -457,7 +457,7 @@ class Streaming(Remote):
 
     def go_on(self, sequences: list[Unfinished], seconds: float = 60.0) -> list[Stretch]:
         (found,) = ask([self.rank.order(VllmWorker.go_on, sequences, seconds)]).results
-        return found
+        return list(found)
 
     def recompute(self) -> None:
         ask([self.rank.order(VllmWorker.recompute)])

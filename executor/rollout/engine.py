@@ -14,7 +14,7 @@ from executor.data.batch import Generated
 from executor.data.requests import Ints, Requests
 from executor.fleet import gpu_memory
 from executor.fleet.worker import Worker
-from executor.rollout.streaming import Collected, Drawn, Stretch, Unfinished
+from executor.rollout.streaming import Collected, Drawn, Stretches, Unfinished
 from executor.rollout.tray import HandOver
 from executor.training.weights import Arrays
 from planner.spec.data import Sampler
@@ -111,7 +111,7 @@ class EngineWorker(Worker, ABC):
             lengths=lengths, tokens=tokens, log_probs=log_probs, weights_versions=versions
         )
 
-    def go_on(self, sequences: Sequence[Unfinished], seconds: float) -> list[Stretch]:
+    def go_on(self, sequences: Sequence[Unfinished], seconds: float) -> Stretches:
         """Take in sequences that stream, and decode for so long, once at least, or until none is
         left: what was made. Weights are installed between two such calls."""
         end, collected = time.monotonic() + seconds, Collected()

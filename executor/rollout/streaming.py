@@ -1,14 +1,15 @@
 """What goes to an engine and comes from it while sequences stream: each begins when it is given and
 leaves when it has ended, whatever the others do."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.data.requests import Ints
+from executor.data.requests import Ints, Rows
 from planner.spec.data import Sampler
 
 
@@ -58,6 +59,32 @@ class Stretch:
     ended: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Stretches:
+    """Stretches as arrays `[n]`, with their tokens and log-probs end to end: so they travel fast,
+    however many there are."""
+
+    numbers: Rows
+    versions: Ints
+    ended: NDArray[np.bool_]
+    counts: Ints
+    tokens: Ints
+    log_probs: NDArray[np.float32]
+
+    def __iter__(self) -> Iterator[Stretch]:
+        ends = np.cumsum(self.counts).tolist()
+        columns = self.numbers, self.versions, self.ended, self.counts
+        rows = zip(*(column.tolist() for column in columns), ends, strict=True)
+        for number, version, ended, count, end in rows:
+            yield Stretch(
+                number=number,
+                version=version,
+                tokens=self.tokens[end - count : end],
+                log_probs=self.log_probs[end - count : end],
+                ended=ended,
+            )
+
+
 @dataclass(kw_only=True)
 class Collected:
     """Collects what decoding steps make."""
@@ -74,16 +101,19 @@ class Collected:
             if ended:
                 self._ended.add(number)
 
-    def stretches(self) -> list[Stretch]:
+    def stretches(self) -> "Stretches":
         """The last one of a sequence that has ended says so."""
         newest = dict(self._made.keys())
-        return [
-            Stretch(
-                number=number,
-                version=version,
-                tokens=np.array(tokens, dtype=np.int32),
-                log_probs=np.array(log_probs, dtype=np.float32),
-                ended=number in self._ended and newest[number] == version,
-            )
-            for (number, version), (tokens, log_probs) in self._made.items()
-        ]
+        ended = [n in self._ended and newest[n] == version for n, version in self._made]
+        counts = [len(tokens) for tokens, _ in self._made.values()]
+        every, total = itertools.chain.from_iterable, sum(counts)
+        return Stretches(
+            numbers=np.array([number for number, _ in self._made], dtype=np.int64),
+            versions=np.array([version for _, version in self._made], dtype=np.int32),
+            ended=np.array(ended, dtype=np.bool_),
+            counts=np.array(counts, dtype=np.int32),
+            tokens=np.fromiter(every(made[0] for made in self._made.values()), np.int32, total),
+            log_probs=np.fromiter(
+                every(made[1] for made in self._made.values()), np.float32, total
+            ),
+        )

@@ -23,7 +23,7 @@ from executor.fleet.worker import Record
 from executor.rollout.tray import HandOver, Tray, taken
 from executor.running.judges import Judges
 from executor.running.run_directory import log
-from executor.running.scoring import Stream, judge
+from executor.running.scoring import ScoredBeside, judge
 from planner.spec.workload import Workload
 
 TRAY_SECONDS = 0.05  # between two looks at what has finished
@@ -44,14 +44,14 @@ class Rewarding:
 
     def begin(self, prompts: Prompts) -> "Early | None":
         """Begin to score the sequences of a step as they finish; None if no reward does."""
-        streams = self._streams(len(prompts.texts))
-        if not streams or self._tray is None:
+        beside = self._scored_beside(len(prompts.texts))
+        if not beside or self._tray is None:
             return None
-        return Early(self, self._tray, prompts, streams)
+        return Early(self, self._tray, prompts, beside)
 
-    def _streams(self, batch: int) -> dict[int, Stream]:
+    def _scored_beside(self, batch: int) -> dict[int, ScoredBeside]:
         beside = {at: each for at, each in self._judges.items() if each.reward.processes}
-        return {at: Stream(judges, batch) for at, judges in beside.items()}
+        return {at: ScoredBeside(judges, batch) for at, judges in beside.items()}
 
     def score(
         self, prompts: Prompts, responses: list[Ints], early: "Early | None" = None
@@ -59,13 +59,13 @@ class Rewarding:
         """The scores of a batch by all rewards of the host, at the same time; `early` is what has
         been scored of it meanwhile. Raises UserError."""
         start, count = time.perf_counter(), len(responses)
-        streams = early.streams if early is not None else self._streams(count)
-        whole = {at: judges for at, judges in self._judges.items() if at not in streams}
+        beside = early.beside if early is not None else self._scored_beside(count)
+        whole = {at: judges for at, judges in self._judges.items() if at not in beside}
         rows = range(count if whole or early is None else 0)  # else all have been given
         samples = self.samples(prompts, [responses[row] for row in rows], rows)
-        for stream in streams.values() if early is None else ():
+        for scored in beside.values() if early is None else ():
             for row in rows:
-                stream.give(row, samples.take([row]))
+                scored.give(row, samples.take([row]))
         found, records = Rated(), list[Record]()
         with ThreadPoolExecutor(max_workers=max(1, len(whole))) as threads:
             asked = {
@@ -75,8 +75,8 @@ class Rewarding:
             for at, future in asked.items():
                 found[at], busy = future.result()
                 records += busy
-        found |= {at: stream.scores() for at, stream in streams.items()}
-        if streams:  # what they did before, generation had beside it
+        found |= {at: scored.scores() for at, scored in beside.items()}
+        if beside:  # what they did before, generation had beside it
             records = [Record(start=start, end=time.perf_counter())]
         return found, records
 
@@ -139,9 +139,13 @@ class Early:
     """Sequences of a step that are scored as they finish."""
 
     def __init__(
-        self, rewarding: Rewarding, tray: Rank[Tray], prompts: Prompts, streams: dict[int, Stream]
+        self,
+        rewarding: Rewarding,
+        tray: Rank[Tray],
+        prompts: Prompts,
+        beside: dict[int, ScoredBeside],
     ) -> None:
-        self.streams = streams
+        self.beside = beside
         self._rewarding, self._prompts, self._tray = rewarding, prompts, tray
         self._key = uuid.uuid4().hex
         self._given: dict[int, bytes] = {}  # the response of each row
@@ -178,8 +182,8 @@ class Early:
         samples = self._rewarding.samples(self._prompts, responses, rows)
         for place, (row, response) in enumerate(zip(rows, responses, strict=True)):
             self._given[row] = response.tobytes()
-            for stream in self.streams.values():
-                stream.give(row, samples.take([place]))
+            for scored in self.beside.values():
+                scored.give(row, samples.take([place]))
 
     def finish(self, responses: list[Ints]) -> None:
         """All have finished: score those that were not handed over, or were as something else,

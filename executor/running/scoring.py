@@ -116,7 +116,7 @@ class Failures:
         log.warning("dropped the sample of %s", line)
 
 
-class Stream:
+class ScoredBeside:
     """Samples of a batch of so many that are scored as they are given, each alone and tried twice
     at most, while others are still being generated."""
 

@@ -11,7 +11,7 @@ from executor.data.requests import Requests
 from executor.fleet.asking import MOST_DEATHS, Rank, ask, to_each, within
 from executor.fleet.worker import Died, DiedAgain, Record
 from executor.rollout.engine import EngineWorker
-from executor.rollout.streaming import Stretch, Unfinished
+from executor.rollout.streaming import Stretches, Unfinished
 from executor.running.growing import Growing, GrowingBatch, Kept, OnRows
 from executor.running.processes import Processes
 from executor.running.supervise import EARLY
@@ -214,7 +214,7 @@ class RolloutStream:
                 self._waiting.remove(growing)
         return taken
 
-    def _add(self, number: int, made: list[Stretch]) -> None:
+    def _add(self, number: int, made: Stretches) -> None:
         """Add to the sequences what an engine made of them."""
         finished: dict[GrowingBatch, list[Growing]] = {}
         with self._changed:
