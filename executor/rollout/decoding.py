@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from executor.data.requests import Ints
+from executor.rollout.columns_cache import joined
 from executor.rollout.sampling import draw, uniform_at, without
 from executor.rollout.streaming import Drawn, Unfinished
 
@@ -116,20 +117,11 @@ class Decoding:
         """Let new sequences decode beside those that have not ended."""
         keep = [row for row, slot in enumerate(self._slots) if not slot.ended]
         self._slots = [*(self._slots[row] for row in keep), *joining]
-        if not keep:
-            self._cache, self._mask = new, of_new
-            return
-        kept = self._tensor(keep)
-        old_mask = self._mask[kept]
-        longest = max(int(mask.sum(1).max()) for mask in (old_mask, of_new))
-        merged = DynamicCache()
-        layers: Any = zip(self._cache.layers, new.layers, strict=True)
-        for number, (old, fresh) in enumerate(layers):
-            keys = _beneath(old.keys[kept], fresh.keys, longest, dim=2)
-            values = _beneath(old.values[kept], fresh.values, longest, dim=2)
-            merged.update(keys, values, number)
-        self._cache = merged
-        self._mask = _beneath(old_mask, of_new, longest, dim=1)
+        kept = self._tensor(keep).long()
+        old = self._mask[kept]
+        longest = int(max((mask.sum(1).max() for mask in (old, of_new) if len(mask)), default=0))
+        self._cache = joined(self._cache if keep else new, kept, new, longest)
+        self._mask = torch.cat([_columns(mask, longest) for mask in (old, of_new)])
 
     def _logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """`[n, V]`, of the token behind the last one."""
@@ -171,15 +163,9 @@ class Decoding:
         return torch.tensor(values, dtype=dtype, device=self.eos.device)
 
 
-def _beneath(one: Tensor, other: Tensor, longest: int, dim: int) -> Tensor:
-    """Rows beneath rows, whose last `longest` columns (of dimension `dim`) are kept or, with zeros
-    on the left, made."""
-    parts = []
-    for part in (one, other):
-        width = part.shape[dim]
-        part = part.narrow(dim, max(0, width - longest), min(width, longest))
-        if width < longest:
-            shape = [*part.shape[:dim], longest - width, *part.shape[dim + 1 :]]
-            part = torch.cat([part.new_zeros(shape), part], dim=dim)
-        parts.append(part)
-    return torch.cat(parts)
+def _columns(mask: Tensor, count: int) -> Tensor:
+    """The last so many columns of a mask `[n, T]`, with zeros on the left where it has fewer."""
+    width = min(mask.shape[1], count)
+    found = mask.new_zeros(len(mask), count)
+    found[:, count - width :] = mask[:, mask.shape[1] - width :]
+    return found
