@@ -13,10 +13,9 @@ from planner.commands.options import (
     inputs,
     profiles_of_plan,
 )
-from planner.spec.frameworks import FrameworkName
+from planner.spec.frameworks import FRAMEWORKS, FrameworkName
 
 FRAMEWORKS_READ = ("verl", "openrlhf", "csv")
-FRAMEWORKS_WRITTEN = ("verl",)
 
 
 @click.command("import")
@@ -105,15 +104,15 @@ def import_(
 
 
 @click.command()
-@click.argument("framework", metavar="FRAMEWORK", type=click.Choice(FRAMEWORKS_WRITTEN))
+@click.argument("framework", metavar="FRAMEWORK", type=click.Choice(FRAMEWORKS))
 @click.argument("plan", type=file_path("PLAN"))
 @click.option("--out", type=file_path(), required=True, help="The script to write (.sh).")
 @profiles_of_plan
 def export(framework: FrameworkName, plan: Path, out: Path, profiles: tuple[Path, ...]) -> None:
     """Write a plan as a launch script of another framework.
 
-    FRAMEWORK is verl. Each option has a comment, and what the framework does otherwise is said with
-    what it costs."""
+    FRAMEWORK is verl or openrlhf. Options have comments, and what the framework does otherwise is
+    said with what it costs."""
     from planner.commands.export import export
 
     export(framework, plan, out, profiles, command_line())

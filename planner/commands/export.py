@@ -5,6 +5,7 @@ from pathlib import Path
 
 from planner.commands.inputs import check_target, make_console, profiles_of
 from planner.exchange.expressing import expressed
+from planner.exchange.openrlhf_script import openrlhf_script
 from planner.exchange.verl_script import verl_script
 from planner.predict.schedule import load_plan
 from planner.report.tables import seconds
@@ -20,8 +21,8 @@ def export(
     found = expressed(
         framework, checked, profiles_of(checked, plan, profiles, make_console(stderr=True))
     )
-    text = verl_script(found, command)
-    write_atomic(out, text)
+    script_of = verl_script if framework == "verl" else openrlhf_script
+    write_atomic(out, script_of(found, command))
     out.chmod(0o755)
     console = make_console()
     assert found.plan.predicted

@@ -12,6 +12,7 @@ from planner.search.solver.problem import scenarios_of
 from planner.spec.errors import UserError
 from planner.spec.frameworks import FrameworkName
 from planner.spec.plan import Issue, Plan, Predicted, TrainerRole
+from planner.spec.workload import TRAINED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,10 @@ def expressed(framework: FrameworkName, plan: Plan, profiles: Sequence[Profile])
         ("every role computes on all GPUs of its pool", lambda plan: _filled(plan, framework)),
         ("engines are on all GPUs of their pools, and sleep where they share them", as_executed),
     )
+    if framework == "openrlhf":
+        stages += (
+            ("all roles have the same micro-batches, and both updates recompute or none", _alike),
+        )
     scenarios = scenarios_of(plan)
 
     def predicted(plan: Plan) -> Predicted:
@@ -119,6 +124,18 @@ def _in_order(plan: Plan, mode: Mode) -> Plan:
     if workload.max_staleness < staleness:
         workload = workload.changed(max_staleness=staleness)
     return plan.changed(workload=workload, program=items, staleness=staleness, predicted=None)
+
+
+def _alike(plan: Plan) -> Plan:
+    """The plan with the smallest micro-batches for all roles, and recomputation for both updates
+    where one has it."""
+    tokens = min(layout.micro_batch_tokens for layout in plan.trainers.values())
+    recompute = any(plan.trainers[role].recompute for role in TRAINED if role in plan.trainers)
+    roles = dict(plan.roles)
+    for role, layout in plan.trainers.items():
+        own = recompute if role in TRAINED else layout.recompute
+        roles[role] = layout.changed(micro_batch_tokens=tokens, recompute=own)
+    return plan.changed(roles=roles)
 
 
 def _filled(plan: Plan, framework: FrameworkName) -> Plan:

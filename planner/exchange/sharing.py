@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from planner.exchange.expressing import Expressed
+from planner.spec.data import files_of
 from planner.spec.frameworks import VERSIONS, FrameworkName
 from planner.spec.rewards import Overlong, RewardFunction, RewardServer
 from planner.spec.wording import counted
@@ -38,7 +39,13 @@ def described(found: Expressed) -> str:
     return "; ".join(texts)
 
 
-def unsaid_rewards(workload: Workload) -> Iterator[str]:
+CALLED = {
+    "verl": "verl calls compute_score(data_source, solution_str, ground_truth, extra_info)",
+    "openrlhf": "OpenRLHF calls reward_func(queries, prompts, labels) of a file",
+}
+
+
+def unsaid_rewards(framework: FrameworkName, workload: Workload) -> Iterator[str]:
     """What a framework that takes one reward function cannot be told of the rewards."""
     functions = [reward for reward in workload.all_rewards if isinstance(reward, RewardFunction)]
     if len(workload.all_rewards) > 1:
@@ -51,8 +58,12 @@ def unsaid_rewards(workload: Workload) -> Iterator[str]:
             yield "the penalty on length: add it in the reward function"
     if functions and not functions[0].file:
         yield f"the reward {functions[0].function}: name a function of yours"
-    elif functions and functions[0].form != "verl":
-        yield (
-            f"how {functions[0].label} is called: verl calls compute_score(data_source, "
-            "solution_str, ground_truth, extra_info)"
-        )
+    elif functions and functions[0].form != framework:
+        yield f"how {functions[0].label} is called: {CALLED[framework]}"
+
+
+def data_file(workload: Workload, *suffixes: str) -> str:
+    """The only file of prompts, if a framework can read such a one; else nothing."""
+    files = files_of(workload.data.train) if workload.data else ()
+    paths = [file.path for file in files if file.path]
+    return str(paths[0]) if len(files) == 1 and paths and paths[0].suffix in suffixes else ""

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from planner.exchange.expressing import Expressed
 from planner.exchange.script import Script
-from planner.exchange.sharing import described, head_of_script, unsaid_rewards
-from planner.spec.data import files_of
+from planner.exchange.sharing import data_file, described, head_of_script, unsaid_rewards
 from planner.spec.lengths import Fixed
 from planner.spec.plan import TrainerRole
 from planner.spec.rewards import RewardFunction
@@ -42,7 +41,7 @@ def verl_script(found: Expressed, command: str) -> str:
     """The script that runs a plan as verl executes it."""
     head = head_of_script("verl", found, command)
     script = Script(head=head, command="python3 -m verl.trainer.main_ppo", separator="=")
-    script.unsaid += unsaid_rewards(found.plan.workload)
+    script.unsaid += unsaid_rewards("verl", found.plan.workload)
     _placement(script, found)
     _batch(script, found.plan.workload)
     _trainers(script, found)
@@ -81,9 +80,7 @@ def _batch(script: Script, workload: Workload) -> None:
         f"Batch: {workload.batch} sequences, minibatches of {workload.minibatch}; verl counts "
         "prompts"
     )
-    train = ""
-    if workload.data is not None:
-        train = _data_files(workload)
+    train = data_file(workload, ".parquet")
     name = script.variable("TRAIN", train, "prompts: a Parquet file in verl's form, or several")
     script.add("data.train_files", name)
     script.add("data.val_files", name, "not used: test_freq is -1")
@@ -94,12 +91,6 @@ def _batch(script: Script, workload: Workload) -> None:
     script.add("data.max_response_length", workload.response.longest)
     if workload.oversamples:
         script.add("algorithm.filter_groups.enable", True, "groups with equal scores are dropped")
-
-
-def _data_files(workload: Workload) -> str:
-    assert workload.data
-    paths = [str(file.path) for file in files_of(workload.data.train) if file.path]
-    return paths[0] if len(paths) == 1 and paths[0].endswith(".parquet") else ""
 
 
 # --- layouts ---

@@ -17,13 +17,14 @@ from typing import Literal, NamedTuple
 from planner.predict.memory_check import check_memory
 from planner.search.solver.best_program import Program
 from planner.search.solver.problem import Problem
-from planner.search.space.placements import PlacementFamily, Structure, families
+from planner.search.space.placements import PlacementFamily, Structure, families, pack
 from planner.spec.dataflow import Dataflow
 from planner.spec.errors import UserError
 from planner.spec.frameworks import FrameworkName
 from planner.spec.plan import Issue, Plan, RolloutRole, Wait
 
 FEW_POOLS = 3
+FRACTION_ALONE = 0.85  # of the memory of a GPU that an engine has for itself
 MEMORY_FRACTIONS = (0.5, 0.4, 0.3, 0.2)  # of engines that sleep, the first that fits
 
 
@@ -53,8 +54,8 @@ def splits_of(
 
 
 def _sizes(family: PlacementFamily, problem: Problem) -> Iterator[dict[int, int]]:
-    """The sizes of pools that lie within a node or fill nodes: frameworks want as many GPUs on each
-    node. Of many pools each has a power of two."""
+    """The sizes of pools that have as many GPUs on each of their nodes, as frameworks want it:
+    within a node, or whole nodes. Of many pools each has a power of two."""
     each = []
     for kind in family.kinds:
         node, most = problem.node(kind), problem.gpus[kind]
@@ -64,7 +65,10 @@ def _sizes(family: PlacementFamily, problem: Problem) -> Iterator[dict[int, int]
         each.append(listed)
     for sizes in product(*each):
         given = dict(enumerate(sizes))
-        if all(sum(given[pool] for pool in pools) <= most for pools, most in family.limits):
+        if not all(sum(given[pool] for pool in pools) <= most for pools, most in family.limits):
+            continue
+        packed = pack(sizes, problem.cluster, family.kinds)
+        if all(len({part.gpus for part in parts}) == 1 for parts in packed):
             yield given
 
 
@@ -102,10 +106,11 @@ def _of_openrlhf(roles: Sequence[str], flow: Dataflow) -> Iterator[Mode]:
         tuple(alone),
     }
     for pools in sorted(splits, key=lambda pools: (len(pools), str(sorted(map(sorted, pools))))):
+        if len(pools) == 1:  # engines are apart from all others only if they are ahead
+            yield Mode((*pools, rollout), serial_program(flow, ahead=True), True)
+            continue
         for ahead in (False, True):
-            together = len(pools) > 1
-            program = _grouped_program(flow, ahead) if together else serial_program(flow, ahead)
-            yield Mode((*pools, rollout), program, ahead)
+            yield Mode((*pools, rollout), _grouped_program(flow, ahead), ahead)
 
 
 def serial_program(flow: Dataflow, ahead: bool) -> Program:
@@ -144,7 +149,10 @@ def as_executed(plan: Plan) -> Plan:
     homes = {pool for layout in plan.trainers.values() for pool in layout.pools}
     shared = bool(homes & set(rollout.pools)) and rollout.engine == "vllm"
     share = -(-plan.workload.generated // sum(rooms))
+    alone = not shared and rollout.engine == "vllm"
+    fraction = max(rollout.memory_fraction, FRACTION_ALONE) if alone else rollout.memory_fraction
     filled = rollout.changed(
+        memory_fraction=fraction,
         replicas=sum(rooms),
         concurrency=min(rollout.concurrency, share),
         offload=shared or rollout.offload,
