@@ -9,11 +9,14 @@ from conftest import SERIAL, make_plan, small_workload
 
 from planner.predict.cost import CostModel
 from planner.predict.forecast import forecast, predict
+from planner.predict.memory import rollout_fraction
+from planner.predict.memory_check import check_memory
 from planner.predict.schedule import tasks_of
 from planner.predict.speed import Speed
 from planner.predict.stream import Request, StreamEngine
 from planner.predict.streamed import stream_run
 from planner.spec.cluster import Cluster, Device, Node
+from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.timeline import mean_call_seconds, step_seconds
 
@@ -219,3 +222,17 @@ def test_a_forecast_shows_what_was_predicted():
     assert step_seconds(timeline) == pytest.approx(predict(plan).step_seconds, rel=0.03)
     generate = mean_call_seconds(timeline)["generate"]
     assert generate == pytest.approx(predict(plan).call_seconds["generate"], rel=0.05)
+
+
+def test_all_slots_of_a_stream_need_room():
+    """What preemption takes there is not said, so an engine must not have to."""
+    plan = streamed_plan(1, slots=400)
+    needed = rollout_fraction(plan.workload, 1, 400, SLOW_LINKS)
+
+    def with_fraction(fraction):
+        rollout = plan.rollout.changed(memory_fraction=fraction)
+        return plan.changed(roles={**plan.roles, "rollout": rollout})
+
+    check_memory(with_fraction(needed))
+    with pytest.raises(UserError, match=f"{needed:.2f} for 400 sequences that stream"):
+        check_memory(with_fraction(needed - 0.01))

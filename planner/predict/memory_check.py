@@ -23,12 +23,16 @@ def check_memory(plan: Plan, saves: bool = True) -> None:
         if memory.peak > memory.allowed:
             raise UserError(_too_much(plan, pool, memory))
     layout, device = plan.rollout, plan.device_of(plan.rollout.pools[0])
-    needed = rollout_fraction(plan.workload, layout.tensor_parallel, 1, device)
+    # Of a stream nobody says what preemption takes: all of its slots need room.
+    slots = layout.concurrency if plan.streams else 1
+    needed = rollout_fraction(plan.workload, layout.tensor_parallel, slots, device)
     if ENGINES[layout.engine].reserves and layout.memory_fraction < needed:
+        held = f"{slots} sequences that stream" if plan.streams else "a longest sequence"
+        lower = ", lower concurrency" if plan.streams else ""
         raise UserError(
-            f"rollout needs a memory_fraction of {needed:.2f} for a longest sequence at "
-            f"tensor_parallel {layout.tensor_parallel}, but has {layout.memory_fraction:.2f}; "
-            "raise it or tensor_parallel"
+            f"rollout needs a memory_fraction of {needed:.2f} for {held} at tensor_parallel "
+            f"{layout.tensor_parallel}, but has {layout.memory_fraction:.2f}; raise it{lower} or "
+            "raise tensor_parallel"
         )
     for node, parts in host_memory(plan, saves).items():
         spec = plan.cluster.nodes[node]
