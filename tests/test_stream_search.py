@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from conftest import small_workload, tiny_cluster
 
 import planner.predict.layouts as layouts
+from planner.cli import main
 from planner.predict.cost import CostModel
 from planner.predict.costs.streams import LeastLatencies
 from planner.predict.forecast import predict
@@ -205,6 +207,29 @@ def test_a_search_says_whether_weights_in_flight_pay():
     long = find(long_tail(2, "any"), make_cluster(16), SearchOptions(runners_up=1))
     assert long.best.streams
     assert [plan.streams for plan in long.runners_up] == [False]
+
+
+def test_the_command_says_where_weights_in_flight_do_not_pay(tmp_path):
+    plan = tmp_path / "plan.json"
+    job = ["--workload", "gsm8k", "--gpus", "8", "--set", "sync=any", "--no-picture"]
+    said = CliRunner().invoke(main, ["search", *job, "--out", str(plan)]).output
+    assert "Weights in flight do not pay here: runner-up-" in said
+    assert not Plan.read(plan).streams
+    job = [*job, "--max-staleness", "0"]
+    said = CliRunner().invoke(main, ["search", *job, "--out", str(plan)]).output
+    assert "No plan with weights in flight was found at a staleness of 0." in said
+
+
+def test_engines_take_what_their_cache_holds(result):
+    """Slots that a KV cache has no room for do not make a stream faster."""
+    plan = result.best
+    scarce = plan.rollout.changed(memory_fraction=0.2)
+    crowded = scarce.changed(concurrency=4 * scarce.concurrency)
+    seconds = [
+        predict(plan.changed(roles=plan.roles | {"rollout": rollout})).step_seconds
+        for rollout in (plan.rollout, scarce, crowded)
+    ]
+    assert seconds[0] < seconds[1] == seconds[2]
 
 
 def test_explaining_ends_with_weights_in_flight(result):

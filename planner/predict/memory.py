@@ -228,7 +228,7 @@ def _engine_detail(
     """Bytes of an engine by kind. One that preempts has a KV cache for what its slots hold together
     by the distribution of lengths, any other for as many longest sequences."""
     per_token = kv_bytes_per_token(workload.actor.shape, tensor_parallel, device)
-    tokens = min(concurrency, workload.generated) * workload.longest
+    tokens = min(concurrency, workload.most_in_flight) * workload.longest
     if ENGINES[engine].preempts:
         tokens = held_tokens(workload, concurrency)
     return {

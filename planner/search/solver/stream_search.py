@@ -94,15 +94,22 @@ class _Searches:
         self.above: tuple[float, float] | None = None
 
     def run(self) -> SolverResult:
+        try:
+            self._raise_bound()
+        except KeyboardInterrupt:
+            self.ended = True
+        fastest = sorted(self.simulated.values(), key=lambda candidate: candidate.seconds)
+        best = [self._fresher(candidate) for candidate in fastest[:1]] + fastest[1 : self.keep]
+        return SolverResult(tuple(best), self.bound, self.evaluated, self.proven, self.ended)
+
+    def _raise_bound(self) -> None:
+        """Search at periods ever nearer to where f(p) and p meet."""
         period = LONG
         for _ in range(MOST_SEARCHES):
             self._search(period)
             if self.ended or not self.bound or (self.simulated and self._meet):
-                break
+                return
             period = self._next()
-        fastest = sorted(self.simulated.values(), key=lambda candidate: candidate.seconds)
-        best = [self._fresher(candidate) for candidate in fastest[:1]] + fastest[1 : self.keep]
-        return SolverResult(tuple(best), self.bound, self.evaluated, self.proven, self.ended)
 
     def _search(self, period: float) -> None:
         """Find f(period), and simulate the plan that takes so long."""
