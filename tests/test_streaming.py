@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAPE
-from test_rollout import EOS, PROMPTS, requests, responses
+from test_rollout import EOS, PROMPTS, requests, responses, words
 
 from executor.data.requests import Requests
+from executor.rollout.stop_strings import StopStrings
 from executor.rollout.streaming import Collected, Stretch, Unfinished
 from executor.rollout.transformers_engine import TransformersEngine
 from executor.training import models, weights
@@ -84,6 +85,15 @@ def test_the_log_probs_of_what_streams_are_those_of_a_batch(model: torch.nn.Modu
         strict=True,
     ):
         assert np.allclose(stretch.log_probs, one, atol=1e-5)
+
+
+def test_strings_end_what_streams(model: torch.nn.Module) -> None:
+    asked = requests(PROMPTS * 8, max_tokens=40)
+    stops = StopStrings(["w7", "w3 w1"], words(SHAPE["vocab"]))
+    expected = responses(TransformersEngine(model, [EOS], 64, stops), asked, 2.0)
+    sequences = unfinished(asked, Sampler(temperature=2.0))
+    found = streamed(TransformersEngine(model, [EOS], 9, stops), sequences)
+    assert whole(found) == dict(enumerate(expected))
 
 
 def test_sequences_come_at_any_time(model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from executor.data.requests import Ints
 from executor.rollout.columns_cache import joined
 from executor.rollout.sampling import draw, uniform_at, without
+from executor.rollout.stop_strings import StopStrings
 from executor.rollout.streaming import Drawn, Unfinished
 
 JOINING = 8  # a step takes new sequences in when one in so many slots is free
@@ -47,8 +48,14 @@ class Decoding:
         1       k  l  m  n  o          p
     """
 
-    def __init__(self, model: PreTrainedModel, eos: Tensor, concurrency: int) -> None:
-        self.model, self.eos, self.concurrency = model, eos, concurrency
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        eos: Tensor,
+        concurrency: int,
+        stops: StopStrings | None = None,
+    ) -> None:
+        self.model, self.eos, self.concurrency, self.stops = model, eos, concurrency, stops
         self._waiting: list[_Slot] = []
         self._slots: list[_Slot] = []
         self._cache = DynamicCache()
@@ -154,9 +161,13 @@ class Decoding:
                 sequence = slot.sequence
                 slot.tokens.append(token)
                 slot.ended = len(slot.tokens) == sequence.max_tokens
-                slot.ended |= stop and not sequence.exact
+                if not sequence.exact:
+                    slot.ended |= stop or self._completes(slot.tokens)
                 drawn.append(Drawn(sequence.number, [token], [log_prob], slot.ended))
         return drawn
+
+    def _completes(self, tokens: list[int]) -> bool:
+        return self.stops is not None and self.stops.completed(tokens)
 
     def _tensor(self, values: Sequence[Any] | Ints | NDArray[np.int64]) -> Tensor:
         dtype = torch.float64 if len(values) and isinstance(values[0], float) else None

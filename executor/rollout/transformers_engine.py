@@ -61,7 +61,7 @@ class TransformersEngine:
         self.stops = stops
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(list(eos), dtype=torch.long, device=self.device)
-        self._decoding = Decoding(model, self.eos, concurrency)
+        self._decoding = Decoding(model, self.eos, concurrency, stops)
 
     def install(self, arrays: weights.Arrays) -> None:
         weights.install(self.model, arrays)

@@ -1,8 +1,8 @@
 """Batches whose sequences are in flight: what each has so far. It is kept on the controller: so any
 engine can go on with a sequence, and a checkpoint holds it."""
 
-import itertools
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,37 +24,45 @@ class Growing:
 
     def __init__(self, batch: "GrowingBatch", row: int, begun: Unfinished) -> None:
         self.batch, self.row, self._begun = batch, row, begun
-        self.number, self.ended, self.count = begun.number, False, 0
-        self._stretches: list[Stretch] = []
+        self.number, self.ended = begun.number, False
+        # Compact, and cheap to add to: a long response comes in thousands of stretches.
+        self._tokens, self._log_probs, self._versions = array("i"), array("f"), array("i")
 
     def add(self, stretch: Stretch) -> None:
-        self._stretches.append(stretch)
-        self.count += len(stretch.tokens)
+        versions = np.full(len(stretch.tokens), stretch.version, dtype=np.int32)
+        self.extend(stretch.tokens, stretch.log_probs, versions)
+
+    def extend(self, tokens: Ints, log_probs: NDArray[np.float32], versions: Ints) -> None:
+        self._tokens.frombytes(tokens.tobytes())
+        self._log_probs.frombytes(log_probs.tobytes())
+        self._versions.frombytes(versions.tobytes())
+
+    @property
+    def count(self) -> int:
+        return len(self._tokens)
 
     @property
     def tokens(self) -> Ints:
-        return np.concatenate([self._begun.response, *(s.tokens for s in self._stretches)])
+        return np.array(self._tokens, dtype=np.int32)
 
     @property
     def log_probs(self) -> NDArray[np.float32]:
-        none = np.zeros(0, dtype=np.float32)
-        return np.concatenate([none, *(stretch.log_probs for stretch in self._stretches)])
+        return np.array(self._log_probs, dtype=np.float32)
 
     @property
     def versions(self) -> Ints:
-        none = np.zeros(0, dtype=np.int32)
-        parts = [np.full(len(s.tokens), s.version, dtype=np.int32) for s in self._stretches]
-        return np.concatenate([none, *parts])
+        return np.array(self._versions, dtype=np.int32)
 
     def unfinished(self, at_most: int | None = None) -> Unfinished:
         """The sequence as an engine goes on with it, up to so many tokens if not to its end."""
         return self._begun.with_more(self.tokens.tolist(), at_most)
 
-    def is_whole(self, eos: Sequence[int]) -> bool:
-        """Whether it has its last token: an engine may have stopped earlier, where it was to."""
-        last = int(self._stretches[-1].tokens[-1]) if self._stretches else None
-        by_itself = last in eos and not self._begun.exact
-        return by_itself or self.count >= self._begun.max_tokens
+    def is_whole(self, at_most: int | None, eos: Sequence[int]) -> bool:
+        """Whether it has its last token, where an engine has ended it: it was to go on up to so
+        many."""
+        if at_most is None or self.count != at_most or self.count == self._begun.max_tokens:
+            return True
+        return not self._begun.exact and self._tokens[-1] in eos
 
 
 class GrowingBatch:
@@ -119,20 +127,7 @@ class GrowingBatch:
         """Give the sequences what a checkpoint has of them."""
         ends = np.cumsum(arrays["lengths"])
         for each, end, length in zip(self.growing, ends, arrays["lengths"], strict=True):
-            versions = arrays["versions"][end - length : end]
-            cuts = [0, *(np.flatnonzero(np.diff(versions)) + 1), len(versions)]
-            for begin, stop in itertools.pairwise(cuts):
-                if stop == begin:
-                    continue
-                own = slice(end - length + begin, end - length + stop)
-                each.add(
-                    Stretch(
-                        number=each.number,
-                        version=int(versions[begin]),
-                        tokens=arrays["tokens"][own],
-                        log_probs=arrays["log_probs"][own],
-                        ended=False,
-                    )
-                )
+            own = slice(end - length, end)
+            each.extend(*(arrays[name][own] for name in ("tokens", "log_probs", "versions")))
             each.ended = bool(arrays["ended"][each.row])
         self.left = sum(not each.ended for each in self.growing)

@@ -226,7 +226,7 @@ class RolloutStream:
                 if not stretch.ended:
                     continue
                 del self._given[number][stretch.number]
-                if growing.is_whole(self._processes.eos):
+                if growing.is_whole(self._limit(growing), self._processes.eos):
                     finished.setdefault(growing.batch, []).append(growing)
                 else:
                     self._waiting.appendleft(growing)

@@ -28,6 +28,7 @@ from executor.fleet import gpus
 from executor.rollout.engine import OnFinished
 from executor.rollout.stop_strings import stops_of
 from executor.rollout.streaming import Drawn, Unfinished
+from executor.rollout.vllm.in_flight import InFlight, sampling_params
 from executor.training import models
 from executor.training.weights import Arrays, Described
 from planner.predict.memory import kv_cache_bytes
@@ -69,7 +70,6 @@ class VllmEngine:
         self._stored = models.stored_names(models.empty("actor", workload.actor, torch.bfloat16))
         self._awake = {"weights", "kv_cache"}
         self._asked = 0  # requests so far
-        self._streaming: dict[str, int] = {}  # the numbers of sequences, by the requests' names
         if not on_cpu:
             _check_room(plan)
         with _told_what_fails():
@@ -99,6 +99,7 @@ class VllmEngine:
         from executor.rollout.vllm.private import Internals
 
         self.internals = Internals(self.llm)
+        self._streaming = InFlight(self.internals, self.eos, self.stops)
         # All processes have opened their files by now, which would outlive processes that are
         # killed.
         self.internals.unlink_queues()
@@ -153,38 +154,16 @@ class VllmEngine:
     def _add(self, requests: Requests, sampler: Sampler) -> int:
         """Queue requests; the number of the first one."""
         first = self._asked
-        names = self._names(len(requests))
+        self._asked += len(requests)
+        names = map(str, range(first, self._asked))
         prompts = [prompt.tolist() for prompt in requests.prompts()]
         columns = requests.keys.tolist(), requests.max_tokens.tolist(), requests.exact.tolist()
         params = [
-            self._sampling(sampler, key, max_tokens, exact)
+            sampling_params(sampler, key, max_tokens, exact, self.eos)
             for key, max_tokens, exact in zip(*columns, strict=True)
         ]
         self.internals.add(zip(names, prompts, params, strict=True))
         return first
-
-    def _names(self, count: int) -> list[str]:
-        """Names that no request has had."""
-        first, self._asked = self._asked, self._asked + count
-        return [str(number) for number in range(first, self._asked)]
-
-    def _sampling(self, sampler: Sampler, key: Sequence[int], max_tokens: int, exact: bool) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            temperature=sampler.temperature,
-            top_p=sampler.top_p,
-            top_k=sampler.top_k,
-            min_p=sampler.min_p,
-            min_tokens=0 if exact else min(sampler.min_tokens, max_tokens),
-            seed=int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1),
-            max_tokens=max_tokens,
-            ignore_eos=True,
-            stop_token_ids=None if exact else self.eos,
-            logprobs=0,  # of the token itself, and of no other
-            detokenize=False,
-            skip_clone=True,  # nobody else has it
-        )
 
     # --- sequences that stream ---
 
@@ -193,49 +172,17 @@ class VllmEngine:
         return len(self._streaming)
 
     def submit(self, sequences: Sequence[Unfinished], version: int) -> None:
-        """A sequence that has tokens goes on as a prompt with a key of its own: vLLM draws by the
-        order of the tokens of a request, not by their places."""
-        if not sequences:
-            return
-        names = self._names(len(sequences))
-        self._streaming |= {name: each.number for name, each in zip(names, sequences, strict=True)}
-        prompts = [np.concatenate([each.prompt, each.response]).tolist() for each in sequences]
-        params = [self._sampling_on(each) for each in sequences]
-        # The cached beginnings of prompts that older weights have computed are not for these.
-        salt = f"weights {version}"
-        self.internals.add(zip(names, prompts, params, strict=True), salt)
-
-    def _sampling_on(self, sequence: Unfinished) -> Any:
-        """The parameters of what is left of a sequence."""
-        had = len(sequence.response)
-        sampler = sequence.sampler
-        if had:
-            least = max(0, sampler.min_tokens - had)
-            sampler = sampler.model_copy(update={"min_tokens": least})
-        key = (*sequence.key, had) if had else sequence.key
-        return self._sampling(sampler, key, sequence.max_tokens - had, sequence.exact)
+        self._streaming.submit(sequences, version)
 
     def step(self, version: int) -> tuple[int, list[Drawn]]:
-        scheduler = self.internals.scheduler
-        scheduler.version = version
         with _no_collecting():
-            outputs = self.internals.step()
-            log_probs = scheduler.log_probs.tolist() if outputs else []
-            drawn = []
-            for output, log_prob in zip(outputs, log_probs, strict=True):
-                name, ended = output.request_id, output.finish_reason is not None
-                tokens = output.new_token_ids
-                drawn.append(Drawn(self._streaming[name], tokens, [log_prob] * len(tokens), ended))
-                if ended:
-                    del self._streaming[name]
-        return scheduler.version_of_outputs, drawn
+            return self._streaming.step(version)
 
     def recompute(self) -> None:
         self.internals.recompute()
 
     def abandon(self) -> None:
-        self.internals.abort(list(self._streaming))
-        self._streaming = {}
+        self._streaming.abandon()
 
     # --- memory ---
 
