@@ -41,17 +41,25 @@ SHAPE = {
 HOME = {"actor": "a", "reference": "a", "critic": "b", "reward": "b"}
 
 
-def small_workload(actor_lr: float = 1e-4) -> Workload:
+def small_workload(actor_lr: float = 1e-4, **more: Any) -> Workload:
     model = {"shape": SHAPE, "random_weights": True}
     roles = {role: model for role in ROLES if role != "rollout"}
     response = {"kind": "lognormal", "mean": 32, "sigma": 0.5, "max": 64}
     return make_workload(
-        **roles, batch=32, minibatch=16, response=response, optimizer={"actor": {"lr": actor_lr}}
+        **roles,
+        batch=32,
+        minibatch=16,
+        response=response,
+        optimizer={"actor": {"lr": actor_lr}},
+        **more,
     )
 
 
 def plan_of(name: str) -> Plan:
     workload = small_workload(actor_lr=1e-9 if name == "asleep_ahead" else 1e-4)
+    if name.startswith("stream"):
+        kv = name.removeprefix("stream_")
+        workload = small_workload(actor_lr=1e-9, sync="in_flight", kv=kv, max_staleness=2)
     layouts: dict[str, dict[str, Any]] = {
         role: {"micro_batch_tokens": 1024, "shard": 1} for role in ROLES
     }
@@ -97,6 +105,10 @@ def plan_of(name: str) -> Plan:
         roles |= {"rollout": "b", "critic": "a", "reward": "a"}
         layouts["rollout"] |= {"replicas": 1}
         more = {"offsets": {"generate": 1}, "staleness": 1}
+    elif name.startswith("stream"):  # NCCL alone, while sequences are made
+        roles |= {"rollout": "b", "critic": "a", "reward": "a"}
+        layouts["rollout"] |= {"replicas": 1}
+        more = {"offsets": {"generate": 2}, "staleness": 2, "sync": "in_flight"}
     cluster = make_cluster(sum(pools.values()), "h200", 8)
     return make_plan(
         workload, pools, roles, order=SERIAL, layouts=layouts, cluster=cluster, name=name, **more
@@ -127,6 +139,19 @@ def test_engines_sample_from_what_the_trainers_see(ray_gpus: None, name: str) ->
             number == 0 or plan.staleness == 0 or name == "asleep_ahead"
         ):  # else the weights differ on purpose
             assert backend.differences[number].mean() < 0.02
+
+
+@pytest.mark.parametrize("kv", ["keep", "recompute"])
+def test_weights_reach_a_stream_over_nccl(ray_gpus: None, kv: str) -> None:
+    """Nothing is learned, so all versions give the same log-probs."""
+    backend = Recording(plan_of(f"stream_{kv}"))
+    backend.take(6)
+    sampled = np.cumsum([metrics["step_sampled_tokens"] for metrics in backend.metrics])
+    for number, metrics in enumerate(backend.metrics):
+        assert number - 2 <= metrics["weights_version"] <= number
+        assert metrics["sampled_tokens"] == sampled[number] + metrics["in_flight_tokens"]
+        assert backend.differences[number].mean() < 0.02
+    assert backend.metrics[-1]["weights_version"] > 0
 
 
 class Mortal(Recording):
@@ -164,7 +189,7 @@ def test_packed_equals_exact_attention() -> None:
         prompt_lengths=prompts,
         response_lengths=lengths.astype(np.int32),
         log_probs=np.zeros((8, int(lengths.max())), dtype=np.float32),
-        weights_versions=np.zeros(8, dtype=np.int32),
+        weights_versions=np.zeros((8, int(lengths.max())), dtype=np.int32),
     )
     rows, gpu, cpu = np.arange(8), torch.device("cuda"), torch.device("cpu")
     exact = models.load("actor", workload.actor, 0, torch.float32, cpu)

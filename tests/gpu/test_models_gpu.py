@@ -39,7 +39,7 @@ def batch_of(lengths: list[int]) -> Sequences:
         prompt_lengths=prompts,
         response_lengths=np.array(lengths, np.int32) - prompts,
         log_probs=np.zeros((count, longest - 4), np.float32),
-        weights_versions=np.zeros(count, np.int32),
+        weights_versions=np.zeros((count, longest - 4), np.int32),
     )
 
 
