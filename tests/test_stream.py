@@ -125,7 +125,7 @@ def streamed_plan(k: int, *, engines: int = 2, slots: int = 1000, **changes: Any
         small_workload(**changes),
         {"r": engines, "a": 1, "c": 1},
         roles,
-        order=[*SERIAL[:-4], "update_actor", "sync_weights", "update_critic"],
+        order=[*SERIAL[:-4], "update_actor", "sync_weights", "update_critic", "evaluate"],
         offsets={"generate": k},
         staleness=k,
         sync="in_flight",
@@ -236,3 +236,11 @@ def test_all_slots_of_a_stream_need_room():
     check_memory(with_fraction(needed))
     with pytest.raises(UserError, match=f"{needed:.2f} for 400 sequences that stream"):
         check_memory(with_fraction(needed - 0.01))
+
+
+def test_an_evaluation_is_no_part_of_the_step():
+    data = {"train": "t.jsonl", "evaluation": "e.jsonl", "evaluate_every": 2}
+    plan = streamed_plan(2)
+    watched = streamed_plan(2, data=data)
+    assert predict(watched).step_seconds == predict(plan).step_seconds
+    assert forecast(watched, 12).makespan > forecast(plan, 12).makespan

@@ -13,9 +13,9 @@ import numpy as np
 
 from planner.predict.columns import Seconds
 from planner.predict.costs.estimates import Estimate
-from planner.predict.schedule import Task, tasks_of
+from planner.predict.schedule import Task, unroll
 from planner.predict.stream_run import StreamRun
-from planner.spec.plan import Plan
+from planner.spec.plan import Plan, Wait
 
 if TYPE_CHECKING:  # a cost model has the streamed figures of a plan
     from planner.predict.cost import CostModel
@@ -34,11 +34,13 @@ class Streamed:
 
 
 def streamed(plan: Plan, model: "CostModel") -> Streamed:
-    """Simulate a plan until it is steady."""
+    """Simulate a plan until it is steady; evaluations and other monitors are left out."""
+    flow = plan.dataflow.steady
+    program = [item for item in plan.program if isinstance(item, Wait) or item.call in flow.names]
     scenarios = model.scenarios
     first = FILLING + FILLING_PER_STALENESS * plan.staleness
     counted = max(COUNTED_STEPS // scenarios, 1) * scenarios
-    tasks = tasks_of(plan, first + counted + plan.staleness + 1)
+    tasks = unroll(flow, program, plan.pools_of, first + counted + plan.staleness + 1)
     run = stream_run(plan, model, tasks)
     step_ends = np.array([run.ends[t.index] for t in _of(tasks, plan.dataflow.ends_step.name)])
     steps = np.diff(step_ends[first - 1 : first + counted])
@@ -54,16 +56,16 @@ def streamed(plan: Plan, model: "CostModel") -> Streamed:
 
 def stream_run(plan: Plan, model: "CostModel", tasks: Sequence[Task]) -> StreamRun:
     """Run tasks of a plan that streams."""
-    flow = plan.dataflow
-    beside = {call.name for call in flow.calls if model.scores_beside(call)}
+    calls = dict.fromkeys(task.call for task in tasks)
+    beside = {call.name for call in calls if model.scores_beside(call)}
     alone = {
         call.name: (
             model.host(call.name) if call.name in beside else model.call(call, plan)
         ).seconds
-        for call in flow.calls
+        for call in calls
         if not call.streams
     }
-    scoring = [call.name for call in flow.calls if call.scores and not call.roles]
+    scoring = [call.name for call in calls if call.scores and not call.roles]
 
     def seconds(task: Task, generated: float) -> float:
         name, drawn = task.call.name, alone[task.call.name]

@@ -1,0 +1,126 @@
+"""What lanes by age and lending would buy, for the long-tailed 7B job of docs/streaming.md.
+
+python reports/streaming/lanes.py      # a table, in a minute or two
+
+Lanes: sequences that have passed an age move to engines with few neighbours and more GPUs each, by
+prefilling what they have again. Lending: engines on the trainers' GPUs generate while these idle.
+
+Both sides of the comparison are floors of the same kind (`LeastLatencies`): an engine has N steps
+in a period beside what tokens, contexts and prompts take, and a token takes period / N. Lending
+can buy no more than the share of all GPU time in which trainers idle.
+"""
+
+from itertools import product
+
+import numpy as np
+
+from planner.predict.cost import CostModel
+from planner.predict.cycle import plan_cycles
+from planner.predict.speed import engine_speed
+from planner.search import SearchOptions, find
+from planner.search.questions.ladder import seconds_of
+from planner.spec.cluster import make_cluster
+from planner.spec.files import profiles_dir
+from planner.spec.plan import Plan
+from planner.spec.workload import load_workload
+
+GPUS, STALENESS = 16, (1, 2, 4)
+ROLLOUT_GPUS, AGES, SIZES = (4, 5, 6, 7, 8), (1000, 2000, 3000, 4000, 6000, 8000), (1, 2, 4)
+SETTINGS = ("mean=4000", "sigma=1.0", "max=16384")
+
+Lane = tuple[int, int]  # GPUs of an engine, and engines
+
+
+class Job:
+    """The trainers of the best plan with so many GPUs for generation, and what generation has to
+    do."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.model = plan, CostModel(plan.workload, plan.cluster)
+        self.cycles, self.seconds = plan_cycles(plan), seconds_of(plan, self.model)
+        self.generate = plan.dataflow.steady.names.index("generate")
+        lengths = self.model.streams.lengths
+        self.responses, self.prompt = lengths.responses, int(lengths.prompts[0, 0])
+        self.longest = float(self.responses.max(axis=1).mean())
+
+    def step(self, latency: float) -> float:
+        """Seconds of a step at a latency of generation."""
+        seconds = self.seconds.copy()
+        seconds[self.generate] = latency
+        return float(self.cycles.periods(seconds).mean())
+
+    def token_seconds(self, lane: Lane, period: float, first: int, last: float) -> float:
+        """Seconds of a token on engines that have all sequences between two ages; infinite if they
+        cannot do that in a period."""
+        size, engines = lane
+        device = self.plan.device_of("rollout")
+        speed = engine_speed(self.plan.workload.actor.shape, size, device)
+        there = self.responses > first
+        until = np.minimum(self.responses, last)
+        tokens = np.where(there, until - first, 0)
+        contexts = tokens * (self.prompt + first) + tokens * (tokens - 1) / 2
+        begun = there.sum(axis=1) * (self.prompt + first)
+        linear = speed.sequence * tokens.sum(axis=1) + speed.attention * contexts.sum(axis=1)
+        taken = float((linear + speed.prefill_token * begun).mean()) / engines
+        left = period - taken
+        return period / (left / (speed.weights + speed.step)) if left > 0 else np.inf
+
+    def fixed_point(self, bulk: Lane, fast: Lane | None, age: int) -> float:
+        """Seconds of a step with one lane, or with two and an age at which sequences move."""
+
+        def latency(period: float) -> float:
+            if fast is None:
+                return self.longest * self.token_seconds(bulk, period, 0, np.inf)
+            slow = min(age, self.longest) * self.token_seconds(bulk, period, 0, age)
+            return slow + (self.longest - age) * self.token_seconds(fast, period, age, np.inf)
+
+        low, high = 1.0, 1000.0
+        while high - low > 0.01:
+            middle = (low + high) / 2
+            short = self.step(min(latency(middle), 1e6)) > middle
+            low, high = (middle, high) if short else (low, middle)
+        return high
+
+
+def main() -> None:
+    print("| staleness | one lane | two lanes | bought | engines | age | trainers idle |")
+    print("|---:|---:|---:|---:|---|---:|---:|")
+    for staleness in STALENESS:
+        one, two = [], []
+        for gpus in ROLLOUT_GPUS:
+            job = Job(best(staleness, gpus))
+            lanes = [(size, gpus // size) for size in SIZES if gpus // size]
+            one += [(job.fixed_point(lane, None, 0), idle(job.plan)) for lane in lanes]
+            for size, fast in product(SIZES, SIZES):
+                for engines in range(1, (gpus - size) // fast + 1):
+                    bulk = size, (gpus - engines * fast) // size
+                    for age in AGES:
+                        found = job.fixed_point(bulk, (fast, engines), age)
+                        two.append((found, bulk, (fast, engines), age))
+        (alone, idles), (parted, bulk, quick, age) = min(one), min(two)
+        told = f"{bulk[1]} × {bulk[0]} and {quick[1]} × {quick[0]} GPUs"
+        bought = f"{1 - parted / alone:.1%}"
+        cells = f"{staleness} | {alone:.1f} | {parted:.1f} | {bought} | {told} | {age:,}"
+        print(f"| {cells} | {idles:.1%} |")
+
+
+def best(staleness: int, gpus: int) -> Plan:
+    """The best plan that streams with so many GPUs for generation."""
+    settings = [f"response.{setting}" for setting in SETTINGS]
+    settings += ["batch=512", "minibatch=128", "sync=in_flight", f"max_staleness={staleness}"]
+    workload = load_workload(profiles_dir() / "workloads" / "7b.toml", settings)
+    options = SearchOptions(runners_up=0, pins=(f"rollout={gpus}",))
+    return find(workload, make_cluster(GPUS), options).best
+
+
+def idle(plan: Plan) -> float:
+    """The share of all GPU time in which trainers idle."""
+    assert plan.predicted
+    busy = plan.predicted.busy
+    pools = [name for name in plan.pools if name not in plan.rollout.pools]
+    idling = sum(len(plan.pools[name].gpus) * (1 - busy[name]) for name in pools)
+    return idling / len(plan.cluster.gpus)
+
+
+if __name__ == "__main__":
+    main()
