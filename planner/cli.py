@@ -71,6 +71,7 @@ for command in (
     runs.simulate,
     runs.execute,
     runs.compare,
+    runs.replan,
     runs.checkpoint,
     runs.samples,
     frameworks.import_,

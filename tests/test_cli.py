@@ -87,6 +87,7 @@ def test_help_lists_the_commands_in_the_order_of_use() -> None:
         "simulate",
         "execute",
         "compare",
+        "replan",
     ]
     later = [
         "checkpoint",

@@ -10,11 +10,14 @@ from planner.commands.options import (
     COUNT,
     COUNT_OR_NONE,
     STEP_COUNT,
+    command_line,
     file_path,
+    max_staleness,
     profiles_of_plan,
     settings_of_workload,
 )
 from planner.spec.errors import UserError
+from planner.spec.limits import MOST_STEPS
 
 if TYPE_CHECKING:
     from executor.running.options import RunOptions
@@ -158,3 +161,40 @@ def samples(
 
     choice = Choice(step=step, evaluation=evaluation, only=only, best=best, worst=worst)
     samples(run, choice)
+
+
+@click.command()
+@click.argument("run", type=file_path("RUN_DIR"))
+@click.option(
+    "--last",
+    type=click.IntRange(2, MOST_STEPS),
+    default=10,
+    show_default=True,
+    metavar="N",
+    help="Steps whose seconds and lengths count.",
+)
+@max_staleness
+@click.option(
+    "--out",
+    type=file_path(),
+    default=Path("replanned.json"),
+    show_default=True,
+    help="Where to write the new plan.",
+)
+@click.option(
+    "--profile",
+    "profiles",
+    type=file_path(),
+    multiple=True,
+    help="Further measured costs. May be given more than once.",
+)
+def replan(
+    run: Path, last: int, max_staleness: int | None, out: Path, profiles: tuple[Path, ...]
+) -> None:
+    """Plan a run anew from what its last steps took.
+
+    Says what another plan would save, how surely, and whether that pays what a switch costs. The
+    run is left as it is."""
+    from planner.commands.replan import replan
+
+    replan(run, last, max_staleness, out, profiles, command_line())

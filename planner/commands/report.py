@@ -1,13 +1,12 @@
 """`plan report`."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from planner.commands.compare import read_run
 from planner.commands.inputs import check_target, make_console, profiles_of
+from planner.exchange.own_run import lines_of
 from planner.predict.cost import CostModel
 from planner.predict.forecast import forecast, forecast_of, predict
 from planner.predict.profile import Profile
@@ -156,32 +155,17 @@ def _sections(
 
 def _of_run(run: Path) -> Iterator[Section]:
     """The curves and some samples of a run, if it has them."""
-    figure = draw_curves(_lines(run / "metrics.jsonl"))
+    figure = draw_curves(lines_of(run / "metrics.jsonl"))
     if figure is not None:
         yield Section(title="How the run went", picture=svg_of(figure, "curves"))
     samples = []
-    for line in _lines(run / "samples.jsonl")[-SHOWN_SAMPLES:]:
+    for line in lines_of(run / "samples.jsonl")[-SHOWN_SAMPLES:]:
         try:
             samples.append(told(SampleLine.model_validate(line)))
         except ValueError:
             continue  # of another version
     if samples:
         yield Section(title="What the model said last", texts=tuple(samples))
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The mappings in a file of JSON lines; none where there is no such file."""
-    if not path.is_file():
-        return []
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue  # the last line of a run that goes on
-        if isinstance(value, dict):
-            found.append(value)
-    return found
 
 
 def _faster(plan: Plan, found: Sequence[Profile], framework: FrameworkName) -> Section:
