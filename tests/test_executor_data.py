@@ -26,6 +26,7 @@ from executor.data.requests import (
     SAMPLING,
     TOKENS,
 )
+from executor.running.step_figures import version_figures
 from planner.spec.errors import UserError
 
 GOOD = '{"prompt": "1 2", "answer": "2"}'
@@ -236,3 +237,26 @@ def test_minibatches_are_a_partition_that_their_key_fixes() -> None:
     assert sorted(np.concatenate(parts).tolist()) == list(range(12))
     assert np.array_equal(parts, minibatches(12, 4, 7, 1, 0))
     assert not np.array_equal(parts, minibatches(12, 4, 7, 2, 0))
+
+
+def test_segments_are_the_versions_of_a_response_and_their_tokens() -> None:
+    versions = [[3, 3, 4, 4], [4, 5, 5, 0], [6, 0, 0, 0], [2, 9, 9, 9]]
+    batch = Sequences(
+        tokens=np.zeros((4, 5), dtype=np.int32),
+        prompt_lengths=np.ones(4, dtype=np.int32),
+        response_lengths=np.array([4, 2, 1, 0], dtype=np.int32),
+        log_probs=np.zeros((4, 4), dtype=np.float32),
+        weights_versions=np.array(versions, dtype=np.int32),
+    )
+    assert [batch.segments(row) for row in range(4)] == [
+        [(3, 2), (4, 2)],
+        [(4, 1), (5, 1)],
+        [(6, 1)],
+        [(2, 0)],
+    ]
+    assert batch.mean_segments == 6 / 4
+    figures = version_figures(6, batch)
+    assert figures["staleness"] == pytest.approx(6 - (3 + 3 + 4 + 4 + 4 + 5 + 6) / 7)
+    assert figures["weights_version"] == 6
+    assert figures["staleness_histogram"] == {"0": 1, "2": 1, "3": 1, "4": 1}
+    assert figures["weights_versions"] == [[3, 1], [4, 1], [6, 1], [2, 1]]

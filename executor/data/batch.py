@@ -68,8 +68,8 @@ class Sequences:
     @property
     def mean_segments(self) -> float:
         """The versions that a response has tokens of, on average."""
-        rows = range(len(self.lengths))
-        return float(np.mean([len(self.segments(row)) for row in rows]))
+        changes = (np.diff(self.weights_versions, axis=1) != 0) & self.mask[:, 1:]
+        return 1.0 + float(changes.sum(1).mean())
 
     def responses(self) -> list[Ints]:
         rows = zip(self.tokens, self.prompt_lengths, self.response_lengths, strict=True)

@@ -19,14 +19,13 @@ def version_figures(number: int, sequences: Sequences) -> dict[str, Any]:
     """Figures of the weights that sampled the sequences of a step: mean staleness of a token and
     newest version; sequences by the staleness of their oldest token, and the version of that in the
     order of the batch, as runs of [version, sequences]."""
-    segments = [sequences.segments(row) for row in range(len(sequences.lengths))]
-    oldest = [of_row[0][0] for of_row in segments]
+    versions = sequences.weights_versions
+    oldest, of_tokens = versions[:, 0].tolist(), versions[sequences.mask]
     staleness = Counter(number - version for version in oldest)
-    of_tokens = sequences.weights_versions[sequences.mask]
     return {
         "staleness": number - float(np.mean(of_tokens if len(of_tokens) else oldest)),
         "staleness_histogram": {str(lag): staleness[lag] for lag in sorted(staleness)},
-        "weights_version": max(of_row[-1][0] for of_row in segments),
+        "weights_version": int(of_tokens.max()) if len(of_tokens) else max(oldest),
         "weights_versions": [[version, len(list(run))] for version, run in groupby(oldest)],
     }
 
