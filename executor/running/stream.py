@@ -9,7 +9,7 @@ import numpy as np
 
 from executor.data.requests import Requests
 from executor.fleet.asking import MOST_DEATHS, Rank, ask, to_each, within
-from executor.fleet.worker import Died, DiedAgain, Record
+from executor.fleet.worker import Died, DiedAgain, Record, WorkerError
 from executor.rollout.engine import EngineWorker
 from executor.rollout.streaming import Stretches, Unfinished
 from executor.running.growing import Growing, GrowingBatch, Kept, OnRows
@@ -111,8 +111,11 @@ class RolloutStream:
             if self.window is not None:
                 self._changed.wait_for(lambda: self._error is not None or self._rests())
             self._interrupts += 1
-            self._changed.wait_for(lambda: not self._busy)
+            self._changed.wait_for(lambda: self._error is not None or not self._busy)
+            error = self._error
         try:
+            if error is not None:
+                raise error
             yield
         finally:
             with self._changed:
@@ -145,12 +148,11 @@ class RolloutStream:
             batch = self._steps[step] = self._batch(requests, sampler, step, None)
             batch.restore(arrays)
             self._waiting.extend(each for each in batch.growing if not each.ended)
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Ask no engine any more."""
-        with self._changed:
-            self._over = True
-            self._changed.notify_all()
+        """Ask no engine any more. Whoever waits for sequences is told so."""
+        self._fail(WorkerError("the run was ended"))
 
     # --- one engine ---
 
@@ -161,8 +163,7 @@ class RolloutStream:
             limit = self._processes.deadlines.floor * (EARLY if early else 1.0)
             try:
                 with within(limit):
-                    order = rank.order(EngineWorker.go_on, given, SLICE_SECONDS)
-                    (made,) = ask([order]).results
+                    made = self._slice(rank, given)
                 self._add(number, made)
                 deaths, early = 0, False
             except Died as error:
@@ -177,6 +178,11 @@ class RolloutStream:
                 with self._changed:
                     self._busy -= 1
                     self._changed.notify_all()
+
+    def _slice(self, rank: Rank[EngineWorker], given: list[Unfinished]) -> Stretches:
+        """Let an engine decode for a while, with what it is given beside what it has."""
+        (made,) = ask([rank.order(EngineWorker.go_on, given, SLICE_SECONDS)]).results
+        return made
 
     def _next(self, number: int) -> list[Unfinished] | None:
         """What the engine is given beside what it has, once there is something to do; None when all
@@ -227,6 +233,7 @@ class RolloutStream:
                     continue
                 del self._given[number][stretch.number]
                 if growing.is_whole(self._limit(growing), self._processes.eos):
+                    growing.ended = True  # so says a checkpoint that is taken from here on
                     finished.setdefault(growing.batch, []).append(growing)
                 else:
                     self._waiting.appendleft(growing)
@@ -235,9 +242,8 @@ class RolloutStream:
                 batch.tell([each.row for each in some], [each.tokens for each in some])
         with self._changed:
             for batch, some in finished.items():
-                for each in some:
-                    each.ended = True
                 batch.left -= len(some)
+            self._changed.notify_all()
 
     def _replace(self, number: int, rank: Rank[EngineWorker], deaths: int, error: Died) -> None:
         """An engine died: others may go on with its sequences at once, and so may the one in its

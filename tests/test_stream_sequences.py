@@ -1,0 +1,109 @@
+"""The stream of a run, driven by itself: its engines are objects of this process."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from test_stream_run import streamed
+
+from executor.data.prompts import Synthetic
+from executor.fleet.asking import Rank
+from executor.fleet.worker import WorkerError
+from executor.rollout.engine import EngineWorker
+from executor.rollout.streaming import Stretches, Unfinished
+from executor.rollout.transformers_engine import TransformersWorker
+from executor.running.growing import GrowingBatch
+from executor.running.processes import Processes
+from executor.running.stream import RolloutStream
+from executor.running.supervise import Deadlines
+from planner.spec.plan import Plan
+
+PATIENCE = 30.0
+
+
+class Here(Processes):
+    """A plan's engines in this process, and nothing else of it."""
+
+    def __init__(self, plan: Plan, engines: int) -> None:
+        self.plan, self.deadlines, self.engines = plan, Deadlines(plan=plan), []
+        for number in range(engines):
+            worker: Any = TransformersWorker()
+            self.eos = worker.start(plan, "r", "store")
+            self.engines.append(Rank(name=f"engine {number}", handle=worker))
+
+
+class Stream(RolloutStream):
+    """Asks engines of this process for one step of decoding at a time."""
+
+    def _slice(self, rank: Rank[EngineWorker], given: list[Unfinished]) -> Stretches:
+        worker: Any = rank.handle
+        made: Stretches = worker.go_on(given, 0.0)
+        return made
+
+
+@contextmanager
+def streams(plan: Plan, engines: int = 1) -> Iterator[Stream]:
+    stream = Stream(Here(plan, engines))
+    try:
+        yield stream
+    finally:
+        stream.close()
+
+
+def begin(stream: RolloutStream, plan: Plan, step: int, **options: Any) -> GrowingBatch:
+    requests = Synthetic(plan.workload).step(step).requests
+    return stream.begin(step, requests, plan.workload.sampler, **options)
+
+
+def waited(stream: RolloutStream, batch: GrowingBatch) -> None:
+    """Wait for a batch, but not for ever."""
+    with ThreadPoolExecutor() as threads:
+        try:
+            threads.submit(stream.wait, batch).result(PATIENCE)
+        finally:
+            stream.close()
+
+
+def lengths(batch: GrowingBatch) -> list[int]:
+    return [growing.count for growing in batch.growing]
+
+
+def test_sequences_of_a_checkpoint_go_on_although_nothing_else_begins() -> None:
+    plan = streamed(k=2)
+    source = Synthetic(plan.workload)
+    with streams(plan) as stream:
+        whole = begin(stream, plan, 3)
+        stream.wait(whole)
+    kept = GrowingBatch(source.step(3).requests, plan.workload.sampler, first=0, step=3).arrays()
+    with streams(plan) as stream:
+        stream.restore(3, source.step(3).requests, plan.workload.sampler, kept)
+        again = begin(stream, plan, 3)
+        waited(stream, again)
+    assert lengths(again) == lengths(whole) == source.step(3).requests.max_tokens.tolist()
+
+
+def test_who_waits_for_a_stream_that_is_closed_is_told() -> None:
+    plan = streamed(k=1)
+    stream = Stream(Here(plan, engines=0))
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(stream.wait, begin(stream, plan, 0))
+        stream.close()
+        with pytest.raises(WorkerError, match="the run was ended"):
+            waiting.result(PATIENCE)
+
+
+def test_a_checkpoint_has_what_has_finished_as_finished() -> None:
+    """Also while the rewards are told of it."""
+    plan, kept = streamed(k=1), []
+
+    def tell(rows: list[int], responses: list[Any]) -> None:
+        found = stream.arrays()
+        ended = found["stream/0/ended"]
+        kept.append(all(ended[rows]))
+        assert found["stream/0/lengths"][rows].tolist() == list(map(len, responses))
+
+    with streams(plan) as stream:
+        stream.wait(begin(stream, plan, 0, tell=tell))
+    assert kept and all(kept)
