@@ -35,18 +35,18 @@ $(INSTALLED): pyproject.toml constraints.txt planner/__init__.py
 	$(PIP) install --quiet -c constraints.txt -e '.[execute,dev,docs]'
 	@touch $@
 
-# Four processes for two cores: those that start Ray, three at most (tests/conftest.py), wait most of the time. What
-# needs no Ray only computes, in two.
+# Three processes for two cores: the two that start Ray (tests/conftest.py) wait half of the time. What needs no Ray
+# only computes, in two.
 PYTEST := $(BIN)/python -m pytest --dist loadgroup -n
 
 test: install
-	$(PYTEST) 4
+	$(PYTEST) 3
 
 test-fast: install
 	$(PYTEST) 2 -m 'not ray and not slow and not gpu and not vllm and not nightly and not bench and not peers'
 
 coverage: install
-	$(PYTEST) 4 --cov=planner --cov=executor --cov-branch --cov-report=term:skip-covered
+	$(PYTEST) 3 --cov=planner --cov=executor --cov-branch --cov-report=term:skip-covered
 
 # A build of vLLM for CPUs asks for the CPU build of one torch (0.25.0: 2.11.0, 0.32.0: 2.13.0), which only some indexes
 # have. The usual build of the same version serves as well, and is taken where TORCH_ARGS names no such index. The

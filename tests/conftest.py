@@ -29,31 +29,28 @@ if TYPE_CHECKING:
     from executor.data.reward_forms import Samples
 
 STARTS_RAY = {"ray_two", "two_cores", "on_two_cores", "lent_cores", "nodes"}  # fixtures
-# Modules by group: three that take about as long, each in a process with a Ray of its own. Modules
-# that are not named are in the first.
-GROUP = {
-    "test_executor_training": 2,
-    "test_measure": 2,
-    "test_resume": 2,
-    "test_sync": 2,
-    "test_cluster": 3,
-    "test_faults": 3,
-    "test_learning": 3,
-    "test_network": 3,
-    "test_soak": 3,
-    "test_study": 3,
+# Two groups that take about as long, each in a process with a Ray of its own: these modules, and
+# all others.
+SECOND_GROUP = {
+    "test_cluster",
+    "test_faults",
+    "test_learning",
+    "test_network",
+    "test_soak",
+    "test_study",
+    "test_supervise",
 }
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray run one after the other in the process of their group, and share its
-    fleet. They wait for processes most of the time, so several groups fit on two cores."""
+    fleet. They wait for processes half of the time, so both groups fit on two cores."""
     for item in items:
         if STARTS_RAY & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.ray)
         if item.get_closest_marker("ray"):
-            group = GROUP.get(item.path.stem, 1)
+            group = "second" if item.path.stem in SECOND_GROUP else "first"
             item.add_marker(pytest.mark.xdist_group(f"ray-{group}"))
 
 

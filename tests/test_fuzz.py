@@ -89,7 +89,7 @@ READ_BY = {
     "study": ("study study.json --plan-only",),
 }
 COUNTS = [
-    250,
+    120,
     pytest.param(5_000, marks=[pytest.mark.nightly, pytest.mark.timeout(7200)]),
 ]  # of each of the two tests
 

@@ -60,14 +60,12 @@ def test_it_learns(sorting, on_two_cores, tmp_path, staleness):
     assert min(rises(sorting, tmp_path, staleness)) > RIGHT
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "settings",
     [
         {"advantage": "grpo", "kl_kind": "k3", "aggregation": "sequence"},
-        pytest.param(
-            {"advantage": "rloo", "clip_high": 0.28, "oversampling_factor": 1.5},
-            marks=pytest.mark.nightly,
-        ),
+        {"advantage": "rloo", "clip_high": 0.28, "oversampling_factor": 1.5},
     ],
     ids=lambda settings: settings["advantage"],
 )

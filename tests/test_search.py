@@ -108,7 +108,7 @@ def brute_force(workload, cluster):
         (1, {"memory": 60e9}),
         (2, {}),
         (2, {"memory": 40e9}),
-        (3, {"flops": 100e12}),
+        pytest.param(3, {"flops": 100e12}, marks=pytest.mark.nightly),
     ],
 )
 def test_search_equals_brute_force(monkeypatch, gpus, changes):

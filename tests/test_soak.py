@@ -148,7 +148,7 @@ def test_runs_outlive_kills_at_random_times(
         assert metrics_of(run) == metrics_of(whole)
 
 
-@pytest.mark.parametrize("kills", [1, NIGHTLY])
+@pytest.mark.parametrize("kills", [pytest.param(5, marks=pytest.mark.nightly), NIGHTLY])
 def test_a_stream_outlives_kills_at_random_times(
     kills: int, on_two_cores: None, tmp_path: Path, temporary: str
 ) -> None:
