@@ -6,7 +6,7 @@ import pytest
 from conftest import SERIAL, make_plan, make_workload
 
 from planner.predict.schedule import check, staleness, steady_edges, tasks_of
-from planner.spec.plan import Plan
+from planner.spec.plan import Plan, Wait
 
 APART = {"rollout": "r", "actor": "t", "critic": "t", "reference": "t", "reward": "t"}
 
@@ -97,3 +97,11 @@ def test_engines_that_stream_never_sleep():
     plan = streamed()
     with pytest.raises(ValueError, match="engines never sleep"):
         plan.changed(roles={**plan.roles, "rollout": plan.rollout.changed(offload=True)})
+
+
+def test_a_wait_would_stop_the_stream():
+    plan = streamed()
+    blocking = [item.changed(blocking=True) for item in plan.program]
+    for program in ([Wait(wait=("update_actor",)), *plan.program], blocking):
+        with pytest.raises(ValueError, match="a wait in the program would stop the stream"):
+            plan.changed(program=tuple(program))

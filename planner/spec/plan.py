@@ -318,6 +318,11 @@ def _check_stream(plan: Plan) -> None:
             "sync = 'in_flight' with a staleness of 0: nothing is in flight when weights arrive; "
             "give generate an offset, or leave sync out"
         )
+    if any(isinstance(item, Wait) or item.blocking for item in plan.program):
+        raise ValueError(
+            "sync = 'in_flight': a wait in the program would stop the stream; take it out, and "
+            "`blocking` too"
+        )
     if plan.rollout.offload:
         raise ValueError("sync = 'in_flight': engines never sleep; set roles.rollout.offload=false")
     for name, role in plan.trainers.items():
