@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import small_workload, tiny_cluster
+from conftest import cpu_cluster, small_workload, tiny_cluster
 
 import planner.predict.layouts as layouts
 from planner.cli import main
@@ -29,6 +30,7 @@ from planner.spec.files import profiles_dir
 from planner.spec.plan import Issue, Plan, Pool, RolloutRole
 from planner.spec.workload import Workload, load_workload
 
+ROOT = Path(__file__).parents[1]
 LONG_TAIL = {"kind": "lognormal", "mean": 500, "sigma": 1.0, "max": 4096}
 
 
@@ -220,16 +222,18 @@ def test_the_command_says_where_weights_in_flight_do_not_pay(tmp_path):
     assert "No plan with weights in flight was found at a staleness of 0." in said
 
 
-def test_engines_take_what_their_cache_holds(result):
-    """Slots that a KV cache has no room for do not make a stream faster."""
-    plan = result.best
-    scarce = plan.rollout.changed(memory_fraction=0.2)
-    crowded = scarce.changed(concurrency=4 * scarce.concurrency)
-    seconds = [
-        predict(plan.changed(roles=plan.roles | {"rollout": rollout})).step_seconds
-        for rollout in (plan.rollout, scarce, crowded)
-    ]
-    assert seconds[0] < seconds[1] == seconds[2]
+def test_engines_have_the_slots_with_which_a_stream_is_the_fastest():
+    """Where a stream waits for its longest responses, batches come in bunches, and fewer slots let
+    the first of them end earlier."""
+    path = ROOT / "reports" / "streaming" / "long-tail.toml"
+    workload, cluster = load_workload(path, ["sync=in_flight"]), cpu_cluster(2)
+    core = cluster.devices["core"].changed(flops=1e11, overhead_seconds=5e-3)
+    cluster = cluster.changed(devices={"core": core})
+    plan = find(workload, cluster, SearchOptions(runners_up=0)).best
+    assert plan.rollout.concurrency <= 96
+    more = plan.rollout.changed(concurrency=480, memory_fraction=0.5)
+    crowded = plan.changed(roles=plan.roles | {"rollout": more})
+    assert predict(plan).step_seconds < 0.99 * predict(crowded).step_seconds
 
 
 def test_explaining_ends_with_weights_in_flight(result):

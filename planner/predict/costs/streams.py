@@ -1,7 +1,6 @@
 """Engines that stream, at the speed that a profile or the roofline gives them."""
 
 import math
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -15,9 +14,8 @@ from planner.predict.costs.estimates import Estimates
 from planner.predict.costs.lengths import SampledLengths
 from planner.predict.costs.rollouts import EngineCounts, RolloutCosts, engines_of
 from planner.predict.generation import GenerationRun
-from planner.predict.kv_cache import AMPLE, held_tokens
+from planner.predict.kv_cache import AMPLE
 from planner.predict.likeness import like_generate
-from planner.predict.memory import kv_room
 from planner.predict.roofline import Place
 from planner.predict.speed import Speed, engine_speed
 from planner.predict.stream_run import EngineStream, StreamLengths
@@ -67,20 +65,7 @@ class StreamCosts:
         for device, number in engines:
             found = self.speed(layout.tensor_parallel, layout.concurrency, count, device)
             speeds += [found.speed] * number
-        slots = self._slots_held(layout, engines[0][0])
-        return EngineStream(speeds, slots, self.lengths, recompute=self.recomputes)
-
-    def _slots_held(self, layout: RolloutRole, device: Device) -> int:
-        """The slots of an engine whose sequences its KV cache holds. More would preempt; they are
-        taken to wait instead."""
-        room = kv_room(self._workload, layout, device)
-        if room == AMPLE:
-            return layout.concurrency
-
-        def needed(slots: int) -> int:
-            return held_tokens(self._workload, slots)
-
-        return max(1, bisect_right(range(1, layout.concurrency + 1), room, key=needed))
+        return EngineStream(speeds, layout.concurrency, self.lengths, recompute=self.recomputes)
 
     @cached_property
     def load(self) -> "Load":

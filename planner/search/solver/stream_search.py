@@ -13,9 +13,11 @@ these searches. The fastest one is the result, and what it takes above the bound
 
 import contextlib
 import copy
+import math
 from dataclasses import replace
 
 from planner.predict.costs.streams import LeastLatencies
+from planner.predict.memory import rollout_fraction
 from planner.search.solver.best_program import Program
 from planner.search.solver.branch_and_bound import IsOver, SolverResult, solve
 from planner.search.solver.evaluate import Candidate
@@ -31,7 +33,8 @@ LONG = 1e9  # seconds of a period: no step is as long
 NEAR_ENOUGH = 0.002  # how near to where f(p) and p meet is near enough
 MOST_SEARCHES = 10
 EDGE = 0.1  # of what is left between two periods: the next one is no nearer to either
-AS_FAST = 1.001  # times the seconds of a plan that is staler
+AS_FAST = 1.001  # times the seconds of a plan that is staler, or has more slots
+FEWER_BATCHES = (1.0, 0.75)  # for which engines may have slots
 
 
 def solve_as_allowed(
@@ -99,7 +102,7 @@ class _Searches:
         except KeyboardInterrupt:
             self.ended = True
         fastest = sorted(self.simulated.values(), key=lambda candidate: candidate.seconds)
-        best = [self._fresher(candidate) for candidate in fastest[:1]] + fastest[1 : self.keep]
+        best = [self._refined(candidate) for candidate in fastest[:1]] + fastest[1 : self.keep]
         return SolverResult(tuple(best), self.bound, self.evaluated, self.proven, self.ended)
 
     def _raise_bound(self) -> None:
@@ -170,6 +173,28 @@ class _Searches:
         stale = candidate._replace(program=program, streams=True)
         plan = assemble(stale, "candidate", self.problem)
         return stale._replace(seconds=float(self.problem.model.streamed(plan).steps.mean()))
+
+    def _refined(self, candidate: Candidate) -> Candidate:
+        """The candidate with the slots with which it is the fastest, and the least staleness at
+        which it is as fast."""
+        for batches in FEWER_BATCHES:
+            fewer = self._timed(self._with_slots(candidate, batches), candidate.program.staleness)
+            if fewer.seconds * AS_FAST <= candidate.seconds:
+                candidate = fewer
+        return self._fresher(candidate)
+
+    def _with_slots(self, candidate: Candidate, batches: float) -> Candidate:
+        """The candidate with engines that have slots for their share of so many batches. Where
+        batches come in bunches, the first then ends earlier than if all began at once."""
+        rollout, workload = candidate.rollout, self.problem.workload
+        share = math.ceil(batches * workload.generated / rollout.replicas)
+        slots = min(rollout.concurrency, share)
+        pools = zip(candidate.structure, candidate.pools, strict=True)
+        gpu = next(gpus[0] for roles, gpus in pools if roles == {"rollout"})
+        device = self.problem.cluster.device_of(gpu)
+        fraction = rollout_fraction(workload, rollout.tensor_parallel, slots, device)
+        fewer = rollout.changed(concurrency=slots, memory_fraction=fraction)
+        return candidate._replace(rollout=fewer)
 
     def _fresher(self, candidate: Candidate) -> Candidate:
         """The candidate with the least staleness at which it is as fast."""
