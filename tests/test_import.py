@@ -302,3 +302,43 @@ def test_toml_is_read_as_it_was_written() -> None:
     text = toml_text({**data, "none": None, "i": [{"j": 1, "k": None}]}, ("said",))
     assert tomllib.loads(text) == {**data, "i": [{"j": 1}]}
     assert text.startswith("# said\n")
+
+
+def of_grpo(text: str) -> str:
+    """The log as one of GRPO on two nodes would be: groups of four, no critic, lengths that differ,
+    engines of two GPUs, models sharded over four."""
+    text = text.replace("'adv_estimator': 'gae'", "'adv_estimator': 'grpo'")
+    text = re.sub(r"('rollout': \{.*?'n': )1,", r"\g<1>4,", text, count=1, flags=re.DOTALL)
+    text = text.replace("'use_kl_in_reward': True", "'use_kl_in_reward': False")
+    text = text.replace("'use_kl_loss': False", "'use_kl_loss': True")
+    text = text.replace("'nnodes': 1}", "'nnodes': 2}").replace("'nnodes': 1,", "'nnodes': 2,")
+    text = text.replace("'n_gpus_per_node': 1,", "'n_gpus_per_node': 8,")
+    text = text.replace("'tensor_model_parallel_size': 1,", "'tensor_model_parallel_size': 2,")
+    text = text.replace("'fsdp_size': -1", "'fsdp_size': 4")
+    text = re.sub(r" - timing_s/(values|update_critic):[\d.e-]+", "", text)
+    return re.sub(
+        r"response_length/mean:512.0 - response_length/max:512.0 - response_length/min:512.0 - "
+        r"response_length/clip_ratio:1.0",
+        "response_length/mean:200.0 - response_length/max:512.0 - response_length/min:9.0 - "
+        "response_length/clip_ratio:0.02",
+        text,
+    )
+
+
+def test_a_run_of_grpo_on_several_nodes(tmp_path: Path) -> None:
+    shown = imported(of_grpo(TEXT), tmp_path)
+    found = load_plan(tmp_path / "out" / "plan.json")
+    job = found.workload
+    assert (job.batch, job.minibatch, job.group, job.critic) == (512, 128, 4, None)
+    assert (job.algorithm.advantage, job.algorithm.kl_kind) == ("grpo", "k3")
+    assert job.reference is not None  # of the KL in the loss
+    assert [node.gpus for node in found.cluster.nodes] == [8, 8]
+    assert (found.rollout.tensor_parallel, found.rollout.replicas) == (2, 8)
+    actor = found.trainers["actor"]
+    assert (actor.shard, actor.replicas) == (4, 4)
+    drawn = [sample(job.response, 512, 0, step) for step in range(4)]
+    assert np.mean(drawn) == pytest.approx(200, rel=0.05)
+    profile = Profile.read(tmp_path / "out" / "profile.json")
+    measured = float(re.search(r"Step: ([\d.]+) s", shown)[1])
+    assert predict(found, (profile,)).step_seconds == pytest.approx(measured, rel=0.03)
+    assert "update_critic" not in shown

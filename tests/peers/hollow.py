@@ -1,8 +1,10 @@
 """What the peers' modules of formulas import for other ends, and what is large or wants a GPU to be
-built, is imported as modules without content: between the import of this module and `end`."""
+built, is imported as modules without content: between the import of this module and `end`,
+or in `again`."""
 
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -51,9 +53,21 @@ FINDER = HollowFinder()
 sys.meta_path.append(FINDER)
 
 
+@contextlib.contextmanager
+def again() -> Iterator[None]:
+    """For a while after `end` such modules can be imported once more."""
+    if FINDER not in sys.meta_path:
+        sys.meta_path.append(FINDER)
+    try:
+        yield
+    finally:
+        end()
+
+
 def end() -> None:
     """Let what a formula imports while it computes be found missing, as it is."""
-    sys.meta_path.remove(FINDER)
+    if FINDER in sys.meta_path:
+        sys.meta_path.remove(FINDER)
     for name, module in list(sys.modules.items()):
         if isinstance(module, Hollow):
             del sys.modules[name]

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hollow  # noqa: F401  # isort: skip  # before the peers
+import hollow  # isort: skip  # before the peers
 
 import pytest
 import ray
@@ -47,7 +47,7 @@ def parsed(options: list[str], monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(ray, "is_initialized", caught)
     monkeypatch.setattr(sys, "argv", ["train_ppo_ray", *options])
-    with pytest.raises(Parsed) as found:
+    with pytest.raises(Parsed) as found, hollow.again():
         runpy.run_module("openrlhf.cli.train_ppo_ray", run_name="__main__")
     return found.value.args[0]
 

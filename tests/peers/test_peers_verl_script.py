@@ -8,9 +8,6 @@ from pathlib import Path
 import hollow  # isort: skip  # before the peers
 
 import pytest
-import verl
-from verl.trainer.ppo.utils import need_critic, need_reference_policy, need_reward_model
-from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 from planner.exchange.expressing import expressed
 from planner.exchange.verl_script import verl_script
@@ -21,7 +18,11 @@ from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
 from planner.spec.workload import load_workload
 
-hollow.end()
+with hollow.again():
+    import verl
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy, need_reward_model
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
 hydra = pytest.importorskip("hydra")
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
