@@ -7,6 +7,7 @@ from typing import Any
 from executor.data.columns import Asked
 from planner.spec.data import Data
 from planner.spec.errors import UserError
+from planner.spec.wording import reason_of
 
 SYSTEM_ROLES = ("system", "developer")
 OURS = ("conversation", "chat_template", "add_generation_prompt", "tokenize", "messages")
@@ -70,7 +71,7 @@ class Chat:
                 messages, tokenize=False, add_generation_prompt=True, **self._data.template_args
             )
         except Exception as error:  # whatever a template raises
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = reason_of(error, named=True)
             raise UserError(
                 f"{where}: the tokenizer's chat template fails on the prompt ({reason}); mend the "
                 "messages, or the template"

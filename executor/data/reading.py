@@ -9,6 +9,7 @@ from executor.data.batch import Sequences
 from executor.data.requests import Ints
 from executor.data.reward_forms import Samples
 from planner.spec.errors import UserError
+from planner.spec.wording import reason_of
 
 
 class Reader:
@@ -42,7 +43,7 @@ class Reader:
                 messages, tokenize=True, return_dict=False
             )
         except Exception as error:  # whatever a template raises
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            reason = reason_of(error, named=True)
             raise UserError(
                 f"reward: the chat template of its tokenizer fails ({reason}); mend it, or save "
                 "the tokenizer without one"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.spec.errors import UserError
+from planner.spec.wording import reason_of
 
 EXAMPLE = '{"prompt": "...", "answer": "..."}'
 LONGEST_LINE = 2**26  # bytes; no prompt is as long, so it is another kind of file
@@ -181,5 +182,5 @@ def needing(package: str, what: object) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{what}: the dataset cannot be read ({reason}); save it again") from None

@@ -8,6 +8,7 @@ from typing import Any
 from executor.data.rows import EXAMPLE, SUFFIXES, Row, needing, of_file
 from planner.spec.data import DataFile
 from planner.spec.errors import UserError
+from planner.spec.wording import reason_of
 
 SPLITS = ("train", "test", "validation", "valid", "dev", "eval")  # as files are named after them
 SAVED, SEVERAL_SAVED = "state.json", "dataset_dict.json"  # of `datasets`' save_to_disk
@@ -100,7 +101,7 @@ def _of_hub(source: DataFile) -> Iterator[Row]:
 
 
 def _not_had(source: DataFile, error: Exception) -> UserError:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    reason = reason_of(error, named=True)
     given = ", ".join(repr(name) for name in (source.hub, source.config) if name)
     return UserError(
         f"{source.name}: is not on this machine, and could not be fetched ({reason}); where there "

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.spec.errors import UserError
+from planner.spec.wording import reason_of
 
 
 def tokenizer_of(path: Path, role: str = "actor") -> Any:
@@ -23,7 +24,7 @@ def tokenizer_of(path: Path, role: str = "actor") -> Any:
     try:
         return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
         raise UserError(
             f"{role}: the tokenizer in {path} cannot be loaded ({reason}); save it anew"
         ) from None

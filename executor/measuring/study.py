@@ -36,6 +36,7 @@ from planner.spec.machine import memory_bytes
 from planner.spec.plan import Gpu, Plan
 from planner.spec.study import CellResult, GpuMemory
 from planner.spec.timeline import Timeline, step_seconds
+from planner.spec.wording import reason_of
 
 SAMPLE_SECONDS = 0.05
 CELL_FLOOR_SECONDS = 20.0  # of a call's deadline: a study's time is short
@@ -172,7 +173,7 @@ class Bench:
             timeline, start, found = self._run(job, prompts, scratch)
         except Exception as error:
             self.close()  # whatever its processes are doing now
-            reason = " ".join(str(error).split())[:600] or type(error).__name__
+            reason = reason_of(error, most=600)
             _keep_log(job.directory, scratch)
             CellResult(status="failed", reason=reason, **told).write(job.directory / "result.json")
             return f"failed: {reason}"

@@ -23,7 +23,7 @@ from planner.spec.machine import memory_bytes, usable_cores
 from planner.spec.plan import Plan
 from planner.spec.rewards import RewardFunction, RewardServer
 from planner.spec.tokenizers import check_tokenizers, reads_text
-from planner.spec.wording import counted
+from planner.spec.wording import counted, reason_of
 from planner.spec.workload import (
     Model,
     Shape,
@@ -178,7 +178,7 @@ def check_driver(driver: str) -> None:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = reason_of(error)
     raise UserError(
         f"torch {torch.__version__} for CUDA {torch.version.cuda} cannot use this machine's GPUs "
         f"with driver {driver} "

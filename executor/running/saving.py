@@ -31,6 +31,7 @@ from executor.training.shards import FileEntry, RoleState, entry_of, merge
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
+from planner.spec.wording import reason_of
 
 POLL_SECONDS = 0.05
 
@@ -121,7 +122,7 @@ class Saver:
             log.info("the models of %s are in %s", checkpoint.name, out)
 
     def _failed(self, name: str, unfinished: Path, error: Exception) -> None:
-        self.error = " ".join(str(error).split())[:300]
+        self.error = reason_of(error, most=300)
         log.error(
             "checkpoint %s could not be written (%s); those before it are as they were",
             name,

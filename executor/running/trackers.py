@@ -21,6 +21,7 @@ from executor.running.said import Said
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
+from planner.spec.wording import reason_of
 
 log = logging.getLogger("splitplan")
 
@@ -71,7 +72,7 @@ class Trackers:
             try:
                 tracker = TRACKERS[name](path, plan, ids.get(name))
             except Exception as error:
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = reason_of(error, most=300)
                 raise UserError(
                     f"--track {name}: {reason}; mend that, or leave the tracker out"
                 ) from error
@@ -103,7 +104,7 @@ class Trackers:
                 tell(tracker, *told)
             except Exception as error:
                 del self._open[name]
-                reason = " ".join(str(error).split())[:300] or type(error).__name__
+                reason = reason_of(error, most=300)
                 log.error(
                     "%s failed and is told no more (%s); metrics.jsonl has everything", name, reason
                 )

@@ -20,6 +20,7 @@ from torch.distributed.tensor.placement_types import Shard
 
 from planner.spec.errors import UserError
 from planner.spec.files import read_data
+from planner.spec.wording import reason_of
 
 if TYPE_CHECKING:  # it is slow to load
     from transformers import PreTrainedModel
@@ -214,9 +215,7 @@ class StoredWeights:
                     yield from (f"{other}.{part}" for other in heads)
 
     def _broken(self, file: str, error: Exception) -> UserError:
-        return self._error(
-            f"{file} cannot be read ({' '.join(str(error).split())[:200]})", "copy it again"
-        )
+        return self._error(f"{file} cannot be read ({reason_of(error)})", "copy it again")
 
     def _error(self, what: str, do: str) -> UserError:
         return UserError(f"{self.role}: weights in {self.directory}: {what}; {do}")

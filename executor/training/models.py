@@ -33,6 +33,7 @@ from executor.training import lm_head, loading
 from executor.training.packing import Packed, hidden_states, use_packed_attention
 from executor.training.residual import blocks
 from planner.spec.errors import UserError
+from planner.spec.wording import reason_of
 from planner.spec.workload import Model, Shape, head_of
 
 MISCOUNT = 0.05  # of the parameters: a shape counts neither biases nor all norms
@@ -130,7 +131,7 @@ def check(role: str, model: Model) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever a configuration makes transformers raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = reason_of(error, named=True)
         raise UserError(
             f"{role}: transformers cannot make the model of {model.path}/config.json ({reason}); "
             "save the model again"

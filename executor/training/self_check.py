@@ -24,6 +24,7 @@ from executor.training import models
 from executor.training.packing import pack
 from executor.training.residual import keep_residual_in_fp32
 from planner.spec.errors import UserError
+from planner.spec.wording import reason_of
 from planner.spec.workload import Model, shape_of
 
 CPU, DTYPES = torch.device("cpu"), (torch.float32, torch.bfloat16)
@@ -44,7 +45,7 @@ def check(role: str, model: Model, device: torch.device, dtype: torch.dtype) -> 
     except UserError:
         raise
     except Exception as error:  # whatever a kind of model may raise: it is not supported
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = reason_of(error, named=True)
         raise _refusal(role, model, f"cannot be computed here ({reason})") from None
     if not found <= allowed:
         what = {"critic": "values", "reward": "scores"}.get(role, "log-probs")
