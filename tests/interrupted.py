@@ -28,16 +28,6 @@ def one_step_off(**more: Any) -> Plan:
     roles = more.pop(
         "homes", {"rollout": "g", "actor": "t", "critic": "t", "reference": "t", "reward": "g"}
     )
-    order = [
-        "generate",
-        "score",
-        "ref_logprobs",
-        "old_logprobs",
-        "values",
-        "advantages",
-        "update_critic",
-    ]
-    order += ["update_actor", "sync_weights"]
     offsets = {
         "generate": 1,
         "score": 1,
@@ -48,7 +38,6 @@ def one_step_off(**more: Any) -> Plan:
         WORKLOAD,
         pools,
         roles,
-        order=order,
         offsets=offsets,
         staleness=1,
         name="one-step-off",

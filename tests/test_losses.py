@@ -324,31 +324,11 @@ def random_batch() -> dict[str, Tensor]:
 def losses(data: dict[str, Tensor], normalizer: float) -> list[tuple[Tensor, dict[str, Tensor]]]:
     mask, log_probs = data["mask"], data["log_probs"]
     common = {"mask": mask, "normalizer": normalizer}
+    batch = log_probs, data["proximal"], data["weights"].exp(), data["advantages"]
     return [
-        policy(
-            log_probs,
-            data["proximal"],
-            data["weights"].exp(),
-            data["advantages"],
-            dual_clip=1.5,
-            **common,
-        ),
-        policy(
-            log_probs,
-            data["proximal"],
-            data["weights"].exp(),
-            data["advantages"],
-            kind="gspo",
-            **common,
-        ),
-        policy(
-            log_probs,
-            data["proximal"],
-            data["weights"].exp(),
-            data["advantages"],
-            kind="cispo",
-            **common,
-        ),
+        policy(*batch, dual_clip=1.5, **common),
+        policy(*batch, kind="gspo", **common),
+        policy(*batch, kind="cispo", **common),
         value_loss(
             values=data["values"],
             old_values=data["old_values"],
