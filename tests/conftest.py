@@ -28,6 +28,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if TYPE_CHECKING:
     from executor.data.reward_forms import Samples
 
+with contextlib.suppress(ImportError):  # environments for engines do without
+    from hypothesis import settings
+
+    settings.register_profile("patient", deadline=None)  # how long an example takes says nothing
+    settings.load_profile("patient")
+
 STARTS_RAY = {"ray_two", "two_cores", "on_two_cores", "lent_cores", "nodes"}  # fixtures
 # Two groups that take about as long, each in a process with a Ray of its own: these modules, and
 # all others.
