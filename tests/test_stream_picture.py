@@ -7,6 +7,7 @@ from matplotlib.patches import Polygon, Rectangle
 from test_stream import streamed_plan
 
 from planner.predict.forecast import forecast
+from planner.report import trace
 from planner.report.gantt import busy_in, render, window_of
 from planner.report.stream_lane import Box, draw_stream
 from planner.spec.timeline import Span, Timeline, occupied_seconds
@@ -77,3 +78,10 @@ def test_a_forecast_is_drawn_with_its_stream():
     measured = timeline.changed(source="measured", ended_parts={})
     assert render([timeline, measured], plan).startswith(b"\x89PNG")
     assert Timeline.model_validate_json(timeline.to_json()) == timeline
+
+
+def test_a_trace_has_a_track_for_each_batch_in_flight():
+    timeline = Timeline(source="measured", plan="x", steps=3, warmup=0, spans=SPANS)
+    events = [event for event in trace.events(timeline) if event["ph"] == "X"]
+    assert [event["name"] for event in events] == [f"{span.call} {span.step}" for span in SPANS]
+    assert [event["tid"] for event in events] == [1, 2, 1, 1]

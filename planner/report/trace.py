@@ -6,11 +6,13 @@ The format is Chrome's Trace Event Format, JSON object form: complete events (`p
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from planner.report.tables import HOST
 from planner.spec.files import write_atomic
 from planner.spec.timeline import Span, Timeline
+
+OVERLAP = 0.01  # seconds, by which clocks that are mapped may differ
 
 
 def write(timeline: Timeline, path: Path) -> None:
@@ -23,20 +25,42 @@ def write(timeline: Timeline, path: Path) -> None:
 
 
 def events(timeline: Timeline) -> list[dict[str, Any]]:
-    """One thread per pool, and one for the host; a call on several pools is an event on each of
-    them."""
-    pools = dict.fromkeys(pool for span in timeline.spans for pool in span.pools or (HOST,))
-    threads = {
-        pool: number
-        for number, pool in enumerate(sorted(pools, key=lambda pool: pool == HOST), start=1)
-    }
+    """One thread per pool, or as many as it has calls at a time where generation streams, and one
+    for the host; a call on several pools is an event on each of them."""
+    tracks = _tracks(timeline)
+    pools = list(dict.fromkeys(track.pool for track in tracks.values()))
+    order = sorted(set(tracks.values()), key=lambda t: (t.pool == HOST, pools.index(t.pool), t.row))
+    threads = {track: number for number, track in enumerate(order, start=1)}
     found = [_meta("process_name", 0, name=f"{timeline.plan} ({timeline.source})")]
-    for pool, number in threads.items():
-        found.append(_meta("thread_name", number, name=pool))
+    for track, number in threads.items():
+        name = f"{track.pool} {track.row + 1}" if track.row else track.pool
+        found.append(_meta("thread_name", number, name=name))
         found.append(_meta("thread_sort_index", number, sort_index=number))
-    for span in timeline.spans:
-        found += [_event(span, threads[pool]) for pool in span.pools or (HOST,)]
+    for at, span in enumerate(timeline.spans):
+        found += [_event(span, threads[tracks[at, pool]]) for pool in span.pools or (HOST,)]
     return found
+
+
+class Track(NamedTuple):
+    """A pool, and which of the calls that it has at a time, from 0 on."""
+
+    pool: str
+    row: int
+
+
+def _tracks(timeline: Timeline) -> dict[tuple[int, str], Track]:
+    """The track of each span on each of its pools: the first on which nothing else goes on."""
+    found: dict[tuple[int, str], Track] = {}
+    free: dict[str, list[float]] = {}  # when each track of a pool is free again
+    by_start = sorted(enumerate(timeline.spans), key=lambda entry: entry[1].start)
+    for at, span in by_start:
+        for pool in span.pools or (HOST,):
+            ends = free.setdefault(pool, [])
+            rows = (row for row, end in enumerate(ends) if end <= span.start + OVERLAP)
+            row = next(rows, len(ends))
+            ends[row : row + 1] = [span.end]
+            found[at, pool] = Track(pool, row)
+    return {key: found[key] for key in sorted(found, key=lambda key: key[0])}
 
 
 def _meta(kind: str, thread: int, **args: object) -> dict[str, Any]:
