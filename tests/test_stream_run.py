@@ -96,6 +96,7 @@ def taken(plan: Plan, fleet: Fleet | None = None, kind: type[Streaming] = Stream
         sampled = versions[versions >= 0]
         assert sampled.min() >= max(0, number - plan.staleness) and sampled.max() <= number
         assert metrics["staleness"] == pytest.approx(number - sampled.mean())
+        assert metrics["staleness_max"] == number - sampled.min() <= plan.staleness
         assert metrics["trained_tokens"] == metrics["step_sampled_tokens"] == len(sampled)
     return run
 

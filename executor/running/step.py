@@ -328,7 +328,9 @@ class Training:
         """Drop a step's data, of which only the metrics stay."""
         with self._taking:
             step = self.steps.pop(number)
-            of_stream = {} if self.stream is None else self._figures_of_stream(self.stream, step)
+            of_stream = {}
+            if self.stream is not None:
+                of_stream = self._figures_of_stream(self.stream, number, step)
         return {
             "step": number,
             **step.metrics,
@@ -338,12 +340,16 @@ class Training:
             "tokens": int(step.sequences.lengths.sum()),
         }
 
-    def _figures_of_stream(self, stream: RolloutStream, step: StepData) -> dict[str, Any]:
+    def _figures_of_stream(
+        self, stream: RolloutStream, number: int, step: StepData
+    ) -> dict[str, Any]:
         """How far tokens lag behind, and the ledger: all tokens that were sampled so far, and those
         of them that no step has yet been trained on."""
         sequences, tokens, sampled = stream.ledger()
         complete = sum(other.sampled for other in self.steps.values())
+        of_tokens = step.sequences.weights_versions[step.sequences.mask]
         return {
+            "staleness_max": number - int(of_tokens.min(initial=number)),
             "segments": step.sequences.mean_segments,
             "in_flight_sequences": sequences,
             "in_flight_tokens": tokens + complete,
