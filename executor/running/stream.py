@@ -17,7 +17,9 @@ from executor.running.processes import Processes
 from executor.running.supervise import EARLY
 from planner.spec.data import Sampler
 
-SLICE_SECONDS = 0.05  # an engine decodes before it is asked again; weights come between two slices
+# An engine decodes for so long before it is asked again; weights come between two slices. With many
+# engines for longer: what they made takes the controller some milliseconds.
+SLICE_SECONDS, SECONDS_OF_ENGINE = 0.05, 0.005
 SLOTS_PER_SPARE = 8  # an engine has one sequence more than slots for each so many slots
 
 
@@ -44,6 +46,7 @@ class RolloutStream:
         self._steps: dict[int, GrowingBatch] = {}
         self._waiting: deque[Growing] = deque()
         count = len(processes.engines)
+        self._slice_seconds = max(SLICE_SECONDS, SECONDS_OF_ENGINE * count)
         self._given: list[dict[int, Growing]] = [{} for _ in range(count)]
         self._ranks: list[Rank[EngineWorker]] = list(processes.engines)  # that were given them
         self._changed, self._reviving = threading.Condition(), threading.Lock()
@@ -181,7 +184,7 @@ class RolloutStream:
 
     def _slice(self, rank: Rank[EngineWorker], given: list[Unfinished]) -> Stretches:
         """Let an engine decode for a while, with what it is given beside what it has."""
-        (made,) = ask([rank.order(EngineWorker.go_on, given, SLICE_SECONDS)]).results
+        (made,) = ask([rank.order(EngineWorker.go_on, given, self._slice_seconds)]).results
         return made
 
     def _next(self, number: int) -> list[Unfinished] | None:
