@@ -149,7 +149,8 @@ def test_sequences_of_an_engine_that_dies_go_on_with_the_tokens_that_they_have(
 def test_a_run_goes_on_with_unfinished_sequences(
     two_cores: Fleet, fixed: None, tmp_path: Path
 ) -> None:
-    """From where they were: nothing is lost or doubled, and all is as in a run in one go."""
+    """From where they were: nothing is lost or doubled, and all is as in a run in one go. At less
+    staleness they are generated again."""
     plan = streamed(k=2)
     options = RunOptions(save_every=2, keep=3, max_restarts=0)
     with runs_on(two_cores):
@@ -162,9 +163,14 @@ def test_a_run_goes_on_with_unfinished_sequences(
         assert {f"stream/{step}/tokens" for step in (2, 3)} == set(had)
         assert ("generate", 3) not in {(call, step) for call, step, _ in found.manifest.done}
         resumed = metrics_of(resume(found, options=options))
+        fresher = resume(found, plan=streamed(k=1), options=options)
     closed(resumed)
     assert len(resumed) == len(metrics) == STEPS
     equal(resumed, metrics)
+    again = metrics_of(fresher)
+    closed(again)
+    assert again[:2] == metrics[:2] and len(again) == STEPS
+    assert "of steps 2, 3, are generated again" in (fresher / "log.txt").read_text()
 
 
 def test_evaluations_and_scores_go_beside_a_stream(

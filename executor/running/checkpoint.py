@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from executor.running.changes import changes, check_there
@@ -26,7 +27,7 @@ from executor.running.run_directory import SAMPLES
 from executor.running.said import kept
 from executor.running.stops import EndedCall, in_flight
 from executor.training.shards import FileEntry, RoleState, Saved
-from planner.predict.schedule import Task
+from planner.predict.schedule import Task, tasks_of
 from planner.spec.errors import UserError
 from planner.spec.files import File
 from planner.spec.plan import Plan
@@ -70,12 +71,14 @@ class Manifest(File):
 class Left(NamedTuple):
     """What a run still has to do: the plan's `tasks` with the versions of the weights that they
     will use, the indices of those that must not be done again, the index of the first task after
-    the stop; and in words what differs from a run without interruption, if anything does."""
+    the stop; and in words what differs from a run without interruption, if anything does. If it
+    `refills` its pipeline, what the checkpoint has of steps in flight is not used."""
 
     tasks: list[Task]
     ended: set[int]
     stop: int
     differs: str = ""
+    refills: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,14 +170,30 @@ class Checkpoint:
             if task.call.streams and (task.call.name, task.step) not in done
         }
 
-    def left(self, tasks: list[Task]) -> Left:
-        """What the program of `tasks` has to do from here.
+    @property
+    def unfinished(self) -> set[int]:
+        """The steps that have sequences in flight which have not all ended."""
+        if IN_FLIGHT not in self.manifest.files:
+            return set()
+        with safe_open(self.directory / IN_FLIGHT, "numpy") as file:
+            parts = [name.split("/") for name in file.keys()]  # noqa: SIM118  it is no mapping
+        return {int(part[1]) for part in parts if part[0] == "stream" and len(part) == 3}
+
+    def _streams_on(self, plan: Plan, streaming: set[int]) -> bool:
+        """Whether a plan goes on with unfinished sequences: where it streams those of these steps,
+        and allows them to be as stale as they were to be."""
+        unfinished = self.unfinished
+        known = unfinished <= streaming
+        return not unfinished or (known and plan.staleness >= self.plan.staleness)
+
+    def left(self, plan: Plan, steps: int) -> Left:
+        """What so many steps of a plan have to do from here.
 
         A program that would have the same calls in flight goes on with them. Any other program
         fills its pipeline again, as in the beginning: sequences in flight are generated again, by
         the current weights. Raises UserError where such sequences have been trained on already.
         """
-        manifest = self.manifest
+        manifest, tasks = self.manifest, tasks_of(plan, steps)
         stop = next(
             (
                 t.index + 1
@@ -187,9 +206,9 @@ class Checkpoint:
         steady = {task.call.name for task in tasks if not task.call.monitor}
         streaming = self._streaming(tasks[:stop]) - written
         before = [task for task in tasks if task.index not in streaming]
-        if _needed(in_flight(before, stop - len(streaming)), steady) == _needed(
-            manifest.done, steady
-        ):
+        has = _needed(in_flight(before, stop - len(streaming)), steady)
+        of_stream = {tasks[index].step for index in streaming}
+        if has == _needed(manifest.done, steady) and self._streams_on(plan, of_stream):
             return Left(tasks, (written | set(range(stop))) - streaming, stop)
         done = {(call, step) for call, step, _ in manifest.done}
         begun = {step for _, step in done}
@@ -208,10 +227,10 @@ class Checkpoint:
         }
         fresh = [_at_least(task, manifest.step) for task in tasks]
         ended |= written
-        again = {step for step in begun if step >= manifest.step}
+        again = {step for step in begun | self.unfinished if step >= manifest.step}
         newer = {new.step for old, new in zip(tasks, fresh, strict=True) if new != old}
         newer -= {task.step for task in tasks if task.index in ended}
-        return Left(fresh, ended, stop, _differs(manifest.step, again, newer))
+        return Left(fresh, ended, stop, _differs(manifest.step, again, newer), refills=True)
 
 
 def _needed(done: Iterable[EndedCall], steady: set[str]) -> set[EndedCall]:

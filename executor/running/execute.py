@@ -175,13 +175,17 @@ class Attempts:
         from executor.running import step
         from executor.running.said import Listener
 
-        options = self._options
+        options, refills = self._options, False
+        if resumed is not None:
+            steps = options.steps or self._plan.workload.steps
+            refills = resumed.left(self._plan, steps).refills
         training = step.Training(
             self._plan,
             self._prompts,
             deadlines=self._deadlines,
             resumed=resumed,
             listener=Listener(every=options.samples_every, count=options.samples),
+            refills=refills,
         )
         self._notes.append(training.processes.times.line())
         return training

@@ -50,7 +50,9 @@ class Run:
         self._notes = notes  # to say at the beginning
         self._differs = ""
         if resumed is not None:
-            self._tasks, self._course.ended, stop, self._differs = resumed.left(self._tasks)
+            left = resumed.left(plan, steps)
+            self._tasks, self._course.ended, stop = left.tasks, left.ended, left.stop
+            self._differs = left.differs
             self._course.next_step = resumed.written
             if resumed.is_of(plan):
                 self._past = resumed.spans

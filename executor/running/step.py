@@ -54,7 +54,10 @@ class Training:
         deadlines: Deadlines | None = None,
         resumed: Checkpoint | None = None,
         listener: Listener | None = None,
+        refills: bool = False,
     ) -> None:
+        """Begin, or go on from a checkpoint; where the pipeline `refills`, without what that has of
+        steps in flight."""
         self.listener = listener or Listener()
         self.plan, self.workload, self.prompts = plan, plan.workload, prompts
         self.settings = self.workload.algorithm
@@ -75,7 +78,7 @@ class Training:
         self.evaluating = Evaluating(prompts, self.generating, self.rewarding, self.listener)
         self.reader = reader_of(self.workload)
         if resumed:
-            self._restore(resumed)
+            self._restore(resumed, refills)
 
     def run(self, task: Task) -> Done:
         call = getattr(self, task.call.name)
@@ -386,11 +389,12 @@ class Training:
             written=written,
         )
 
-    def _restore(self, resumed: Checkpoint) -> None:
+    def _restore(self, resumed: Checkpoint, refills: bool) -> None:
         manifest, arrays = resumed.manifest, resumed.arrays()
         self.evaluations, self.skipped = dict(manifest.evaluations), dict(manifest.skipped)
         if self.settings.kl_target is not None and manifest.kl_coef is not None:
             self.kl_coef = manifest.kl_coef
+        dropped = 0  # tokens
         for number, metrics in manifest.metrics.items():
             own = {
                 name.removeprefix(f"{number}/"): x
@@ -398,14 +402,24 @@ class Training:
                 if name.startswith(f"{number}/")
             }
             kept = {name: checkpoint.metric(value) for name, value in metrics.items()}
-            self.steps[number] = StepData.restored(self.prompts.step(number), own, kept)
+            step = StepData.restored(self.prompts.step(number), own, kept)
+            if refills and number >= manifest.step:
+                dropped += step.sampled
+            else:
+                self.steps[number] = step
         if self.stream is not None:
-            self._restore_stream(self.stream, resumed.manifest.step, arrays)
+            self._restore_stream(self.stream, resumed.manifest.step, arrays, refills)
+            self.stream.sampled -= dropped
 
     def _restore_stream(
-        self, stream: RolloutStream, version: int, arrays: dict[str, NDArray[Any]]
+        self,
+        stream: RolloutStream,
+        version: int,
+        arrays: dict[str, NDArray[Any]],
+        refills: bool,
     ) -> None:
-        """Let the stream go on with the sequences of a checkpoint."""
+        """Let the stream go on with the sequences of a checkpoint. Those that are generated again
+        leave the ledger."""
         stream.version = version
         stream.sampled = int(arrays.get("stream/sampled", np.zeros(1))[0])
         of_steps: dict[int, dict[str, NDArray[Any]]] = {}
@@ -414,6 +428,9 @@ class Training:
                 case ["stream", step, part]:
                     of_steps.setdefault(int(step), {})[part] = array
         for number in sorted(of_steps):
+            if refills:
+                stream.sampled -= int(of_steps[number]["lengths"].sum())
+                continue
             requests = self.prompts.step(number).requests
             stream.restore(number, requests, self.workload.sampler, of_steps[number])
 
