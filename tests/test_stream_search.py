@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from conftest import cpu_cluster, small_workload, tiny_cluster
+from conftest import SHAPE, cpu_cluster, make_workload, small_workload, tiny_cluster
 
 import planner.predict.layouts as layouts
 from planner.cli import main
@@ -30,7 +29,6 @@ from planner.spec.files import profiles_dir
 from planner.spec.plan import Issue, Plan, Pool, RolloutRole
 from planner.spec.workload import Workload, load_workload
 
-ROOT = Path(__file__).parents[1]
 LONG_TAIL = {"kind": "lognormal", "mean": 500, "sigma": 1.0, "max": 4096}
 
 
@@ -225,8 +223,27 @@ def test_the_command_says_where_weights_in_flight_do_not_pay(tmp_path):
 def test_engines_have_the_slots_with_which_a_stream_is_the_fastest():
     """Where a stream waits for its longest responses, batches come in bunches, and fewer slots let
     the first of them end earlier."""
-    path = ROOT / "reports" / "streaming" / "long-tail.toml"
-    workload, cluster = load_workload(path, ["sync=in_flight"]), cpu_cluster(2)
+    model = {
+        "shape": SHAPE | {"hidden": 128, "heads": 8, "kv_heads": 4, "intermediate": 256},
+        "random_weights": True,
+    }
+    workload = make_workload(
+        batch=96,
+        minibatch=48,
+        samples_per_prompt=4,
+        prompt={"kind": "fixed", "tokens": 8},
+        response={"kind": "lognormal", "mean": 64, "sigma": 1.0, "max": 512},
+        actor=model,
+        critic=None,
+        reference=None,
+        reward=model,
+        algorithm={"advantage": "grpo"},
+        optimizer={},
+        sync="in_flight",
+        max_staleness=4,
+        seed=0,
+    )
+    cluster = cpu_cluster(2)
     core = cluster.devices["core"].changed(flops=1e11, overhead_seconds=5e-3)
     cluster = cluster.changed(devices={"core": core})
     plan = find(workload, cluster, SearchOptions(runners_up=0)).best
