@@ -217,7 +217,7 @@ def test_the_command_says_where_weights_in_flight_do_not_pay(tmp_path):
     assert not Plan.read(plan).streams
     job = [*job, "--max-staleness", "0"]
     said = CliRunner().invoke(main, ["search", *job, "--out", str(plan)]).output
-    assert "No plan with weights in flight was found at a staleness of 0." in said
+    assert "No plan with weights in flight: nothing is in flight at a staleness of 0." in said
 
 
 def test_engines_have_the_slots_with_which_a_stream_is_the_fastest():

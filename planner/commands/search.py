@@ -93,8 +93,10 @@ def _in_flight(best: Plan, runners_up: Sequence[Plan]) -> Iterator[str]:
         took = f"{other.name}, the best plan {with_them}, takes {_step(other)} s"
         yield f"Weights in flight {verdict} here: {took}."
     elif not best.streams:
-        why = "at a staleness of 0" if not workload.max_staleness else "with generation alone"
-        yield f"No plan with weights in flight was found {why}."
+        why = "generation would need GPUs of its own, beside all other roles"
+        if not workload.max_staleness:
+            why = "nothing is in flight at a staleness of 0"
+        yield f"No plan with weights in flight: {why}."
 
 
 def _step(plan: Plan) -> str:
