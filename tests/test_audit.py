@@ -19,7 +19,7 @@ from planner.spec.plan import RolloutRole
 SCENARIOS = 2  # of random lengths: each multiplies the work of the auditor
 # As many seeds are tried by `make test-fast`, by `make test` and by `make nightly`.
 QUICK, SLOW, NIGHTLY = 8, 24, 460
-LONGEST = (8, 10, 12)  # they take the auditor as long as all others together: every night too
+LONGEST = (8, 10, 12, 20)  # they take the auditor as long as all others together: every night too
 LONGER = [
     pytest.param(seed, marks=pytest.mark.slow) for seed in range(QUICK, SLOW) if seed not in LONGEST
 ]

@@ -1,6 +1,5 @@
 """Runs that are interrupted and gone on with, as if nothing had happened."""
 
-import contextlib
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +36,12 @@ def at_step_2(whole: Path, tmp_path: Path) -> checkpoint.Checkpoint:
 
 
 def test_a_resumed_run_equals_one_without_interruption(
-    whole: Path, two_cores: Fleet, tmp_path: Path
+    whole: Path, on_two_cores: None, tmp_path: Path
 ) -> None:
-    """One of them in processes that have never seen the run."""
+    """Number for number. In processes that have never seen the run: tests/test_soak.py."""
     found = at_step_2(whole, tmp_path)
     assert found.manifest.step == 2 and bool(found.manifest.done) == (found.plan.staleness == 1)
-    with runs_on(two_cores) if found.plan.staleness else contextlib.nullcontext():
-        run = resume(found, options=OPTIONS)
+    run = resume(found, options=OPTIONS)
     assert metrics_of(run) == metrics_of(whole) and len(metrics_of(run)) == STEPS
     assert said_in(run) == said_in(whole) and len(said_in(run)) == 8 * STEPS
     spans = Timeline.read(run / "timeline.json").spans

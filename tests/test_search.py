@@ -106,7 +106,7 @@ def brute_force(workload, cluster):
     ("gpus", "changes"),
     [
         (1, {"memory": 60e9}),
-        (2, {}),
+        pytest.param(2, {}, marks=pytest.mark.nightly),
         (2, {"memory": 40e9}),
         pytest.param(3, {"flops": 100e12}, marks=pytest.mark.nightly),
     ],
