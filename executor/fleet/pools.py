@@ -115,6 +115,7 @@ def memory_of_nodes(plan: Plan) -> dict[int, int]:
     if there are too few, or if they do not answer."""
     gpus = [gpu for pool in plan.pools.values() for gpu in pool.gpus]
     kinds = {node: plan.cluster.nodes[node].device for node, _ in gpus}
+    _check_count(len(gpus), resource_of(plan))
     nodes = _match_nodes(gpus, resource_of(plan), kinds)
     probe = ray.remote(num_cpus=0)(memory_bytes)
     asked = [
@@ -148,13 +149,7 @@ def _reserve(gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str]) -> di
                 "Ray takes its node for dead: its processes (raylet, gcs_server) were killed or "
                 "stopped, or the machine was too busy for a minute; go on with --resume"
             )
-        has = int(ray.cluster_resources().get(resource, 0))
-        if has < len(gpus):
-            raise UserError(
-                f"{len(gpus)} {resource}s are needed and Ray has {has}; start more nodes, search a "
-                "plan for fewer, "
-                "or play the plan with `plan execute --rehearse`"
-            )
+        _check_count(len(gpus), resource)
         nodes = _match_nodes(gpus, resource, kinds)
         group = placement_group(
             [{resource: 1} for _ in gpus],
@@ -168,6 +163,16 @@ def _reserve(gpus: Sequence[Gpu], resource: str, kinds: Mapping[int, str]) -> di
         f"Ray did not free {len(gpus)} {resource}s within {PLACING_SECONDS:.0f} s; check what else "
         "uses them"
     )
+
+
+def _check_count(needed: int, resource: str) -> None:
+    """Raise UserError if Ray has fewer GPUs, or cores, than are needed."""
+    has = int(ray.cluster_resources().get(resource, 0))
+    if has < needed:
+        raise UserError(
+            f"{needed} {resource}s are needed and Ray has {has}; start more nodes, search a plan "
+            "for fewer, or play the plan with `plan execute --rehearse`"
+        )
 
 
 def _is_placed(group: PlacementGroup, nodes: set[str], deadline: float) -> bool:
