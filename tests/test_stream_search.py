@@ -26,6 +26,7 @@ from planner.search.space.placements import gpus_of, pack, sizes, structures
 from planner.spec.cluster import Cluster, make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
+from planner.spec.lengths import Fixed
 from planner.spec.plan import Issue, Plan, Pool, RolloutRole
 from planner.spec.workload import Workload, load_workload
 
@@ -150,7 +151,7 @@ def test_the_best_stream_is_sound(result):
     check(plan)
     check_memory(plan)
     assert plan.streams
-    assert plan.predicted.gap <= 0.02
+    assert plan.predicted.gap <= 0.04  # of which 2% are an allowance
     assert plan.predicted.step_seconds == predict(plan).step_seconds
     assert Plan.model_validate_json(plan.to_json()) == plan
 
@@ -196,7 +197,24 @@ def test_no_latency_is_below_the_floor(result, staleness, size, kv):
     run = least.run(size, slots, ((device, engines),))
     run.advance()
     latency = found.generate.seconds.mean()
-    assert 0.75 * latency < floors.mean() <= run.seconds.mean() <= 1.01 * latency
+    assert floors.mean() <= run.seconds.mean() <= latency
+    if kv == "keep":  # of the other the floor leaves something out
+        assert floors.mean() > 0.73 * latency
+
+
+def test_the_floor_counts_no_prefill_that_a_sync_may_not_cause():
+    """Where all responses are as long, nothing has to be in flight when weights arrive."""
+    workload = long_tail(4).changed(kv="recompute", response=Fixed(tokens=3000))
+    cluster = make_cluster(16)
+    found = find(workload, cluster, SearchOptions(runners_up=0)).best
+    assert found.predicted.lower_bound_seconds <= found.predicted.step_seconds
+    model, rollout = CostModel(workload, found.cluster), found.rollout
+    streamed = model.streamed(found)
+    least = LeastLatencies(model.streams, float(streamed.steps.mean()), found.staleness)
+    slots, engines = np.array([rollout.concurrency]), np.array([rollout.replicas])
+    device = found.device_of("rollout")
+    floors = least.floors(rollout.tensor_parallel, slots, engines, device, np.array([AMPLE]))
+    assert floors.mean() <= streamed.generate.seconds.mean()
 
 
 def test_a_search_says_whether_weights_in_flight_pay():
