@@ -14,8 +14,8 @@ SAMPLER = Sampler(temperature=1.0)
 
 def batch() -> GrowingBatch:
     """Of eight prompts; three have some tokens, of two versions, and one of these has ended."""
-    requests = Synthetic(make_workload()).step(0).requests
-    found = GrowingBatch(requests, SAMPLER, first=100, step=0)
+    prompts = Synthetic(make_workload()).step(0)
+    found = GrowingBatch(prompts, SAMPLER, first=100, step=0)
     for row, (version, count) in enumerate([(3, 2), (3, 1), (4, 3)]):
         for each in (version, version + 1):
             tokens = np.arange(count, dtype=np.int32) + 10 * row + each
@@ -35,7 +35,7 @@ def batch() -> GrowingBatch:
 
 def test_a_batch_is_restored_as_it_was() -> None:
     was = batch()
-    found = GrowingBatch(Synthetic(make_workload()).step(0).requests, SAMPLER, first=5, step=0)
+    found = GrowingBatch(Synthetic(make_workload()).step(0), SAMPLER, first=5, step=0)
     found.restore(was.arrays())
     assert found.tokens == was.tokens == 12 and found.left == 7
     for name, array in was.arrays().items():

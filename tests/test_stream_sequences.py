@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Event
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from test_stream_run import streamed
 
 from executor.data.prompts import Synthetic
 from executor.fleet.asking import Rank
-from executor.fleet.worker import WorkerError
+from executor.fleet.worker import Died, DiedAgain, Record, WorkerError
 from executor.rollout.engine import EngineWorker
 from executor.rollout.streaming import Stretches, Unfinished
 from executor.rollout.transformers_engine import TransformersWorker
@@ -28,16 +29,42 @@ class Here(Processes):
 
     def __init__(self, plan: Plan, engines: int) -> None:
         self.plan, self.deadlines, self.engines = plan, Deadlines(plan=plan), []
+        self.sync, self._installed = None, None
+        self.may_start, self.started = Event(), 0
+        self.may_start.set()
+        self.synced: list[frozenset[int]] = []  # those that were absent
         for number in range(engines):
-            worker: Any = TransformersWorker()
-            self.eos = worker.start(plan, "r", "store")
-            self.engines.append(Rank(name=f"engine {number}", handle=worker))
+            self.engines.append(self._started(f"engine {number}"))
+
+    def _started(self, name: str) -> Rank[EngineWorker]:
+        worker: Any = TransformersWorker()
+        self.eos = worker.start(self.plan, "r", "store")
+        return Rank(name=name, handle=worker)
+
+    def start_again(self, number: int) -> Rank[EngineWorker]:
+        self.may_start.wait(PATIENCE)
+        self.started += 1
+        return self._started(self.engines[number].name)
+
+    def sync_weights(self, version: int, absent: frozenset[int] = frozenset()) -> list[Record]:
+        self.synced.append(absent)
+        return []
 
 
 class Stream(RolloutStream):
-    """Asks engines of this process for one step of decoding at a time."""
+    """Asks engines of this process for one step of decoding at a time. An engine dies of a
+    sequence that is `deadly`."""
+
+    def __init__(self, processes: Here, deadly: int | None = None, dies: str = "") -> None:
+        self.deadly, self.dies = deadly, dies
+        super().__init__(processes)
 
     def _slice(self, rank: Rank[EngineWorker], given: list[Unfinished]) -> Stretches:
+        if rank.name == self.dies:
+            self.dies = ""
+            raise Died(f"{rank.name} died")
+        if any(each.number == self.deadly for each in given):
+            raise Died(f"{rank.name} died")
         worker: Any = rank.handle
         made: Stretches = worker.go_on(given, 0.0)
         return made
@@ -53,8 +80,8 @@ def streams(plan: Plan, engines: int = 1) -> Iterator[Stream]:
 
 
 def begin(stream: RolloutStream, plan: Plan, step: int, **options: Any) -> GrowingBatch:
-    requests = Synthetic(plan.workload).step(step).requests
-    return stream.begin(step, requests, plan.workload.sampler, **options)
+    prompts = Synthetic(plan.workload).step(step)
+    return stream.begin(step, prompts, plan.workload.sampler, **options)
 
 
 def waited(stream: RolloutStream, batch: GrowingBatch) -> None:
@@ -76,12 +103,36 @@ def test_sequences_of_a_checkpoint_go_on_although_nothing_else_begins() -> None:
     with streams(plan) as stream:
         whole = begin(stream, plan, 3)
         stream.wait(whole)
-    kept = GrowingBatch(source.step(3).requests, plan.workload.sampler, first=0, step=3).arrays()
+    kept = GrowingBatch(source.step(3), plan.workload.sampler, first=0, step=3).arrays()
     with streams(plan) as stream:
-        stream.restore(3, source.step(3).requests, plan.workload.sampler, kept)
+        stream.restore(3, source.step(3), plan.workload.sampler, kept)
         again = begin(stream, plan, 3)
         waited(stream, again)
     assert lengths(again) == lengths(whole) == source.step(3).requests.max_tokens.tolist()
+
+
+def test_others_go_on_for_an_engine_that_is_started_again() -> None:
+    """Weights come meanwhile, and to that one later."""
+    plan = streamed(k=1)
+    processes = Here(plan, engines=2)
+    processes.may_start.clear()
+    stream = Stream(processes, dies="engine 0")
+    batch = begin(stream, plan, 0)
+    stream.wait(batch)
+    stream.sync_weights(1)
+    assert processes.synced == [{0}] and processes.started == 0
+    processes.may_start.set()
+    waited(stream, begin(stream, plan, 1))
+    expected = Synthetic(plan.workload).step(0).requests.max_tokens.tolist()
+    assert lengths(batch) == expected
+
+
+def test_a_sequence_that_engines_die_of_is_named() -> None:
+    """Whatever engines it goes to, and although others advance there."""
+    plan = streamed(k=1)
+    stream = Stream(Here(plan, engines=2), deadly=5)
+    with pytest.raises(DiedAgain, match="so did 2 before it; they were given"):
+        waited(stream, begin(stream, plan, 0))
 
 
 def test_who_waits_for_a_stream_that_is_closed_is_told() -> None:

@@ -138,6 +138,12 @@ def test_an_engine_that_died_is_replaced_in_the_group_and_gets_the_weights_again
         with pytest.raises(Died):
             sync(5)
         noted(actor, beside, left)
+        sync(5, absent=frozenset({1}))  # while it is started again
+        assert noted(actor, beside, left) == [
+            [("lead", 2), *sent],
+            read,
+            [("join", 2, 1), ("receive", 5, "w")],
+        ]
         sync.replace(1, fresh)
         sync(5)
         assert noted(actor, beside, fresh, left) == [

@@ -58,6 +58,12 @@ def within(seconds: float, *, anew: bool = False) -> Iterator[None]:
         _deadline.reset(token)
 
 
+def more_time(seconds: float) -> None:
+    """Let what is asked on this thread end so much later: it went by with something that has a
+    limit of its own."""
+    _deadline.set(_deadline.get() + seconds)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rank(Generic[W_co]):
     """The controller's end of one process. `offset` is the process's clock less the controller's,
@@ -156,7 +162,7 @@ class Pending(Generic[R]):
                     order = orders[number]
                     orders[number] = replace(order, rank=revive(order.rank))
                     lost = time.monotonic() - died
-                    _deadline.set(_deadline.get() + lost)  # a start has a limit of its own
+                    more_time(lost)
                     end += lost
                     again = orders[number].send()
                     sent[again] = number

@@ -52,7 +52,7 @@ class Generating:
             if self._stream is None:
                 sequences, records = self._generated(version, prompts, sampler, group, early)
             else:
-                batch = self._stream.begin_first(prompts.requests, sampler)
+                batch = self._stream.begin_first(prompts, sampler)
                 sequences, records = self._of_stream(self._stream, prompts, batch)
             used = set(sequences.weights_versions[sequences.mask].tolist())
             assert used <= {version}, f"sampled with weights {used}, the plan says {version}"
@@ -67,7 +67,7 @@ class Generating:
         assert self._stream is not None
         with _scored(early):
             tell = None if early is None else early.give
-            batch = self._stream.begin(step, prompts.requests, sampler, tell)
+            batch = self._stream.begin(step, prompts, sampler, tell)
             sequences, records = self._of_stream(self._stream, prompts, batch)
             if early is not None:
                 early.finish(sequences.responses())

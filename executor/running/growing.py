@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor.data.batch import Generated
-from executor.data.requests import Ints, Requests
+from executor.data.prompts import Prompts
+from executor.data.requests import Ints
 from executor.rollout.streaming import Stretch, Unfinished
 from planner.spec.data import Sampler
 
@@ -20,15 +21,19 @@ OnRows = Callable[[list[int], list[Ints]], None]
 
 
 class Growing:
-    """A sequence with what has been made of it. `row` is its place in the batch."""
+    """A sequence with what has been made of it. `row` is its place in the batch; those of one
+    prompt are a `group`. `deaths` of engines that had it have come since its last token."""
 
-    def __init__(self, batch: "GrowingBatch", row: int, begun: Unfinished) -> None:
-        self.batch, self.row, self._begun = batch, row, begun
-        self.number, self.ended = begun.number, False
+    def __init__(
+        self, batch: "GrowingBatch", row: int, begun: Unfinished, group: tuple[int, int]
+    ) -> None:
+        self.batch, self.row, self._begun, self.group = batch, row, begun, group
+        self.number, self.ended, self.deaths = begun.number, False, 0
         # Compact, and cheap to add to: a long response comes in thousands of stretches.
         self._tokens, self._log_probs, self._versions = array("i"), array("f"), array("i")
 
     def add(self, stretch: Stretch) -> None:
+        self.deaths = 0
         versions = np.full(len(stretch.tokens), stretch.version, dtype=np.int32)
         self.extend(stretch.tokens, stretch.log_probs, versions)
 
@@ -71,7 +76,7 @@ class GrowingBatch:
 
     def __init__(
         self,
-        requests: Requests,
+        prompts: Prompts,
         sampler: Sampler,
         *,
         first: int,
@@ -79,6 +84,8 @@ class GrowingBatch:
         tell: OnRows | None = None,
     ) -> None:
         self.step, self.tell, self.since = step, tell, time.perf_counter()
+        self.prompts, requests = prompts, prompts.requests
+        _, prompt_of = requests.distinct()
         keys, exact = requests.keys.tolist(), requests.exact.tolist()
         self.growing = [
             Growing(
@@ -93,6 +100,7 @@ class GrowingBatch:
                     exact=exact[row],
                     sampler=sampler,
                 ),
+                (first, int(prompt_of[row])),
             )
             for row, prompt in enumerate(requests.prompts())
         ]
@@ -131,3 +139,12 @@ class GrowingBatch:
             each.extend(*(arrays[name][own] for name in ("tokens", "log_probs", "versions")))
             each.ended = bool(arrays["ended"][each.row])
         self.left = sum(not each.ended for each in self.growing)
+
+
+def named(sequences: Sequence[Growing]) -> str:
+    """The prompts of some sequences, by the lines that they are in."""
+    rows: dict[GrowingBatch, list[int]] = {}
+    for growing in sequences:
+        rows.setdefault(growing.batch, []).append(growing.row)
+    found = [batch.prompts.named(np.array(own)) for batch, own in rows.items()]
+    return " and ".join(found)

@@ -75,50 +75,67 @@ class Processes:
         """The ranks of all pools."""
         return [rank for ranks in self.trainers.values() for rank in ranks]
 
-    def sync_weights(self, version: int) -> list[Record]:
-        """Install the actor's weights of this version in all engines."""
+    def without(self, absent: frozenset[int]) -> list[Rank[EngineWorker]]:
+        """The engines but for those of these numbers, whose processes are being started again."""
+        return [engine for at, engine in enumerate(self.engines) if at not in absent]
+
+    def sync_weights(self, version: int, absent: frozenset[int] = frozenset()) -> list[Record]:
+        """Install the actor's weights of this version in all engines that are there."""
         self._version = version
         if self.sync is not None:
-            return self.sync(version)
+            return self.sync(version, absent)
         gathered = ask(to_each(self.of("actor"), Trainer.gather, "actor", version))
         weights = gathered.results[0]
         assert weights is not None, "rank 0 puts them into the object store"
-        install = to_each(self.engines, EngineWorker.install, [weights], version)
+        install = to_each(self.without(absent), EngineWorker.install, [weights], version)
         installed = ask(install, revive=self.revive)
         self._installed = [weights], version
         return gathered.records + installed.records
 
     def revive(self, dead: Rank[EngineWorker]) -> Rank[EngineWorker]:
-        """Start an engine again that died, with the weights that it had. They lie in the object
-        store; those that come from GPU to GPU are sent again, as long as the trainers have no
-        others. Raises WorkerError if they have."""
-        name = dead.name
-        number = [engine.name for engine in self.engines].index(name)
-        pool, gpus = self.plan.engine_gpus()[number]
-        log.warning("%s died; it is started again", name)
-        with within(self.deadlines.of_start, anew=True):
-            if self.sync is None:
-                engine = self._started_again(name, pool, gpus, "store")
-                if self._installed is not None:
-                    ask([engine.order(EngineWorker.install, *self._installed)])
-            else:
-                engine = self._revive_on_gpus(number, pool, gpus, name, self.sync)
-        self.engines[number] = engine
+        """Start an engine again that died, with the weights that it had. Raises WorkerError if they
+        cannot be had any more."""
+        number = [engine.name for engine in self.engines].index(dead.name)
+        engine = self.start_again(number)
+        if not self.put(number, engine):
+            raise WorkerError(
+                f"{dead.name} died, and the trainers have newer weights than its {self._version}"
+            )
         return engine
 
-    def _revive_on_gpus(
-        self, number: int, pool: str, gpus: tuple[Gpu, ...], name: str, sync: WeightSync
-    ) -> Rank[EngineWorker]:
-        (held,) = ask(to_each(self.of("actor")[:1], Trainer.version_of, "actor")).results
-        if held != self._version:
-            raise WorkerError(
-                f"{name} died, and its weights {self._version} have become {held} in the trainers "
-                "since"
-            )
-        engine = self._started_again(name, pool, gpus, sync.ways[number])
-        sync.replace(number, cast(Rank[VllmWorker], engine))
-        sync(held)
-        return engine
+    def start_again(self, number: int) -> Rank[EngineWorker]:
+        """Another process for an engine that died, which has no weights of the trainers yet."""
+        name = self.engines[number].name
+        log.warning("%s died; it is started again", name)
+        pool, gpus = self.plan.engine_gpus()[number]
+        way: Channel = "store" if self.sync is None else self.sync.ways[number]
+        with within(self.deadlines.of_start, anew=True):
+            return self._started_again(name, pool, gpus, way)
+
+    def put(
+        self,
+        number: int,
+        engine: Rank[EngineWorker],
+        *,
+        alone: bool = True,
+        absent: frozenset[int] = frozenset(),
+    ) -> bool:
+        """Put an engine in the place of one that died, with the weights that this one had; whether
+        it has them. They lie in the object store. Those that come from GPU to GPU are sent again,
+        as long as the trainers have no others, where it is `alone`: without it nothing goes on."""
+        self.engines[number] = engine
+        with within(self.deadlines.of_start, anew=True):
+            if self.sync is None:
+                if self._installed is not None:
+                    ask([engine.order(EngineWorker.install, *self._installed)])
+                return True
+            self.sync.replace(number, cast(Rank[VllmWorker], engine))
+            if not alone:
+                return False
+            (held,) = ask(to_each(self.of("actor")[:1], Trainer.version_of, "actor")).results
+            if held == self._version:
+                self.sync(held, absent)
+            return bool(held == self._version)
 
     def _started_again(
         self, name: str, pool: str, gpus: tuple[Gpu, ...], way: Channel

@@ -431,8 +431,8 @@ class Training:
             if refills:
                 stream.sampled -= int(of_steps[number]["lengths"].sum())
                 continue
-            requests = self.prompts.step(number).requests
-            stream.restore(number, requests, self.workload.sampler, of_steps[number])
+            prompts = self.prompts.step(number)
+            stream.restore(number, prompts, self.workload.sampler, of_steps[number])
 
     def export(self, directory: Path) -> None:
         """Actor and critic as Hugging Face directories under `directory`."""

@@ -2,18 +2,19 @@
 
 import contextlib
 import threading
-from collections import deque
+import time
 from collections.abc import Iterator
 
 import numpy as np
 
-from executor.data.requests import Requests
-from executor.fleet.asking import MOST_DEATHS, Rank, ask, to_each, within
+from executor.data.prompts import Prompts
+from executor.fleet.asking import MOST_DEATHS, Rank, ask, more_time, to_each, within
 from executor.fleet.worker import Died, DiedAgain, Record, WorkerError
 from executor.rollout.engine import EngineWorker
 from executor.rollout.streaming import Stretches, Unfinished
-from executor.running.growing import Growing, GrowingBatch, Kept, OnRows
+from executor.running.growing import Growing, GrowingBatch, Kept, OnRows, named
 from executor.running.processes import Processes
+from executor.running.shares import Shares
 from executor.running.supervise import EARLY
 from planner.spec.data import Sampler
 
@@ -38,18 +39,19 @@ class RolloutStream:
     def __init__(self, processes: Processes) -> None:
         self._processes, plan = processes, processes.plan
         layout = plan.rollout
-        self._room = layout.concurrency + max(1, layout.concurrency // SLOTS_PER_SPARE)
+        room = layout.concurrency + max(1, layout.concurrency // SLOTS_PER_SPARE)
         self._recompute, self._staleness = plan.workload.kv == "recompute", plan.staleness
         self.version = 0  # of the weights that engines have
         self.sampled = 0  # tokens, since the run began
         self._numbers = 0  # of sequences so far
         self._steps: dict[int, GrowingBatch] = {}
-        self._waiting: deque[Growing] = deque()
         count = len(processes.engines)
         self._slice_seconds = max(SLICE_SECONDS, SECONDS_OF_ENGINE * count)
-        self._given: list[dict[int, Growing]] = [{} for _ in range(count)]
-        self._ranks: list[Rank[EngineWorker]] = list(processes.engines)  # that were given them
+        self._shares = Shares(count, room)
+        self._ranks: list[Rank[EngineWorker]] = list(processes.engines)  # that were given sequences
+        self._starting: set[int] = set()  # engines whose processes are being started again
         self._changed, self._reviving = threading.Condition(), threading.Lock()
+        self._syncing = threading.Lock()  # while weights come to engines
         self._interrupts = self._busy = 0
         self._error: BaseException | None = None
         self._over = False
@@ -59,7 +61,7 @@ class RolloutStream:
     # --- for the calls of a step ---
 
     def begin(
-        self, step: int, requests: Requests, sampler: Sampler, tell: OnRows | None = None
+        self, step: int, prompts: Prompts, sampler: Sampler, tell: OnRows | None = None
     ) -> GrowingBatch:
         """The batch of a step, whose sequences are submitted unless a checkpoint has them."""
         with self._changed:
@@ -67,24 +69,24 @@ class RolloutStream:
             if batch is not None:
                 batch.tell = tell
                 return batch
-            batch = self._steps[step] = self._batch(requests, sampler, step, tell)
-            self._waiting.extend(batch.growing)
+            batch = self._steps[step] = self._batch(prompts, sampler, step, tell)
+            self._shares.wait(batch.growing)
             self._changed.notify_all()
             return batch
 
-    def begin_first(self, requests: Requests, sampler: Sampler) -> GrowingBatch:
+    def begin_first(self, prompts: Prompts, sampler: Sampler) -> GrowingBatch:
         """Sequences that belong to no step, and take the next free slots."""
         with self._changed:
-            batch = self._batch(requests, sampler, None, None)
-            self._waiting.extendleft(reversed(batch.growing))
+            batch = self._batch(prompts, sampler, None, None)
+            self._shares.wait(batch.growing)
             self._changed.notify_all()
             return batch
 
     def _batch(
-        self, requests: Requests, sampler: Sampler, step: int | None, tell: OnRows | None
+        self, prompts: Prompts, sampler: Sampler, step: int | None, tell: OnRows | None
     ) -> GrowingBatch:
-        first, self._numbers = self._numbers, self._numbers + len(requests)
-        return GrowingBatch(requests, sampler, first=first, step=step, tell=tell)
+        first, self._numbers = self._numbers, self._numbers + len(prompts.requests)
+        return GrowingBatch(prompts, sampler, first=first, step=step, tell=tell)
 
     def wait(self, batch: GrowingBatch) -> None:
         """Wait until all sequences of a batch have ended. Raises what went wrong with an engine."""
@@ -101,21 +103,28 @@ class RolloutStream:
     def sync_weights(self, version: int) -> list[Record]:
         """Interrupt all engines between two decoding steps, and let them go on with the actor's
         weights of this version."""
-        with self._interrupted():
-            records = self._processes.sync_weights(version)
+        with self._interrupted(), self._syncing:
+            absent = frozenset(self._starting)
+            records = self._processes.sync_weights(version, absent)
             if self._recompute:
-                records += ask(to_each(self._processes.engines, EngineWorker.recompute)).records
-            self.version = version
+                there = self._processes.without(absent)
+                recompute = to_each(there, EngineWorker.recompute)
+                records += ask(recompute, revive=self._processes.revive).records
+            with self._changed:
+                self.version = version
+                self._shares.away &= absent
             return records
 
     @contextlib.contextmanager
     def _interrupted(self) -> Iterator[None]:
+        began = time.monotonic()
         with self._changed:
             if self.window is not None:
                 self._changed.wait_for(lambda: self._error is not None or self._rests())
             self._interrupts += 1
-            self._changed.wait_for(lambda: self._error is not None or not self._busy)
+            self._changed.wait_for(lambda: self._error is not None or self._is_still())
             error = self._error
+        more_time(time.monotonic() - began)  # an engine may have been started again
         try:
             if error is not None:
                 raise error
@@ -124,6 +133,10 @@ class RolloutStream:
             with self._changed:
                 self._interrupts -= 1
                 self._changed.notify_all()
+
+    def _is_still(self) -> bool:
+        """Whether no engine decodes, and there is one that weights can come to."""
+        return not self._busy and len(self._starting) < len(self._ranks)
 
     def ledger(self) -> tuple[int, int, int]:
         """The sequences that have not ended, the tokens of batches that are not complete, and all
@@ -145,12 +158,12 @@ class RolloutStream:
             }
             return {**found, "stream/sampled": np.array([self.sampled])}
 
-    def restore(self, step: int, requests: Requests, sampler: Sampler, arrays: Kept) -> None:
+    def restore(self, step: int, prompts: Prompts, sampler: Sampler, arrays: Kept) -> None:
         """Go on with the sequences of a step, of which a checkpoint has some tokens."""
         with self._changed:
-            batch = self._steps[step] = self._batch(requests, sampler, step, None)
+            batch = self._steps[step] = self._batch(prompts, sampler, step, None)
             batch.restore(arrays)
-            self._waiting.extend(each for each in batch.growing if not each.ended)
+            self._shares.wait(each for each in batch.growing if not each.ended)
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -164,23 +177,27 @@ class RolloutStream:
         while (given := self._next(number)) is not None:
             rank = self._ranks[number]
             limit = self._processes.deadlines.floor * (EARLY if early else 1.0)
+            died: Died | None = None
             try:
                 with within(limit):
                     made = self._slice(rank, given)
                 self._add(number, made)
                 deaths, early = 0, False
             except Died as error:
-                deaths, early = deaths + 1, True
-                try:
-                    self._replace(number, rank, deaths, error)
-                except BaseException as failure:  # which the calls that wait are told
-                    self._fail(failure)
+                deaths, early, died = deaths + 1, True, error
+                lost = self._lose(number)
             except BaseException as error:
                 self._fail(error)
             finally:
                 with self._changed:
                     self._busy -= 1
                     self._changed.notify_all()
+            if died is not None:
+                try:
+                    self._check_lost(number, lost, deaths, died)
+                    self._replace(number)
+                except BaseException as failure:  # which the calls that wait are told
+                    self._fail(failure)
 
     def _slice(self, rank: Rank[EngineWorker], given: list[Unfinished]) -> Stretches:
         """Let an engine decode for a while, with what it is given beside what it has."""
@@ -196,50 +213,33 @@ class RolloutStream:
                 return None
             self._busy += 1
             if self._ranks[number] is not self._processes.engines[number]:
-                self._take_back(number)  # it died while weights were installed
+                self._shares.take_back(number)  # it died while weights were installed
                 self._ranks[number] = self._processes.engines[number]
-            given = []
-            for growing in self._taken(number):
-                self._given[number][growing.number] = growing
-                given.append(growing.unfinished(self._limit(growing)))
-            return given
+            taken = self._shares.take(number, self._may_go_on)
+            return [growing.unfinished(self._limit(growing)) for growing in taken]
 
     def _has_work(self, number: int) -> bool:
-        if self._interrupts:
+        if self._interrupts or number in self._shares.away:
             return False
-        return bool(self._given[number]) or any(map(self._may_go_on, self._waiting))
-
-    def _taken(self, number: int) -> list[Growing]:
-        """The sequences that an engine takes next: it has at most its share of all, and what it has
-        room for."""
-        engines, has = len(self._given), len(self._given[number])
-        ready = [growing for growing in self._waiting if self._may_go_on(growing)]
-        share = -(-(len(ready) + sum(map(len, self._given))) // engines)
-        taken = ready[: max(0, min(self._room, share) - has)]
-        if len(taken) == len(self._waiting):
-            self._waiting.clear()
-        else:
-            for growing in taken:
-                self._waiting.remove(growing)
-        return taken
+        return self._shares.has_some(number) or self._shares.any_waits(self._may_go_on)
 
     def _add(self, number: int, made: Stretches) -> None:
         """Add to the sequences what an engine made of them."""
         finished: dict[GrowingBatch, list[Growing]] = {}
         with self._changed:
             for stretch in made:
-                growing = self._given[number][stretch.number]
+                growing = self._shares.given(number, stretch.number)
                 growing.add(stretch)
                 if growing.batch.step is not None:
                     self.sampled += len(stretch.tokens)
                 if not stretch.ended:
                     continue
-                del self._given[number][stretch.number]
+                self._shares.release(number, stretch.number)
                 if growing.is_whole(self._limit(growing), self._processes.eos):
                     growing.ended = True  # so says a checkpoint that is taken from here on
                     finished.setdefault(growing.batch, []).append(growing)
                 else:
-                    self._waiting.appendleft(growing)
+                    self._shares.wait([growing])
         for batch, some in finished.items():
             if batch.tell is not None:
                 batch.tell([each.row for each in some], [each.tokens for each in some])
@@ -248,25 +248,46 @@ class RolloutStream:
                 batch.left -= len(some)
             self._changed.notify_all()
 
-    def _replace(self, number: int, rank: Rank[EngineWorker], deaths: int, error: Died) -> None:
-        """An engine died: others may go on with its sequences at once, and so may the one in its
-        place."""
+    def _lose(self, number: int) -> list[Growing]:
+        """An engine died: others may go on at once with its sequences, which are returned."""
+        with self._changed:
+            lost = self._shares.take_back(number)
+            for growing in lost:
+                growing.deaths += 1
+            self._shares.away.add(number)
+            self._starting.add(number)
+            return lost
+
+    def _check_lost(self, number: int, lost: list[Growing], deaths: int, error: Died) -> None:
+        """Raise DiedAgain if engines die of some sequences, wherever these go, or if every process
+        in the place of an engine does."""
+        guilty = [growing for growing in lost if growing.deaths >= MOST_DEATHS]
+        if guilty or deaths == MOST_DEATHS:
+            line = f"{error}, and so did {MOST_DEATHS - 1} before it"
+            given = f"they were given {named(guilty or lost)}"
+            raise DiedAgain(f"{line}; {given}", number) from error
+
+    def _replace(self, number: int) -> None:
+        """Another engine in the place of one that died. Weights that come from GPU to GPU come with
+        those of the others; they are sent again only if no other engine is left."""
         with self._changed:
             if self._over:
                 return
-            self._take_back(number)
-            self._changed.notify_all()
-        if deaths == MOST_DEATHS:
-            line = f"{error}, and so did the {MOST_DEATHS - 1} in its place"
-            raise DiedAgain(line, number) from error
         with self._reviving:
-            fresh = self._processes.revive(rank)
-        with self._changed:
-            self._ranks[number] = fresh
-
-    def _take_back(self, number: int) -> None:
-        self._waiting.extendleft(reversed(self._given[number].values()))
-        self._given[number] = {}
+            fresh = self._processes.start_again(number)
+        with self._syncing:
+            with self._changed:
+                alone = len(self._shares.away) == len(self._ranks)
+            absent = frozenset(self._starting - {number})
+            ready = self._processes.put(number, fresh, alone=alone, absent=absent)
+            with self._changed:
+                self._ranks[number] = fresh
+                self._starting.discard(number)
+                if ready:
+                    self._shares.away &= self._starting
+                elif alone and any(growing.batch.step is None for growing in self._shares.waiting):
+                    raise WorkerError(f"{fresh.name} died during an evaluation of older weights")
+                self._changed.notify_all()
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
@@ -290,4 +311,4 @@ class RolloutStream:
 
     def _rests(self) -> bool:
         """Whether nothing can go on before the next weights come."""
-        return not any(self._given) and not any(map(self._may_go_on, self._waiting))
+        return not self._shares.any_given() and not self._shares.any_waits(self._may_go_on)

@@ -37,6 +37,7 @@ class WeightSync:
         ways: Sequence[Channel],
     ) -> None:
         self.actors, self.engines, self.ways = actors, list(engines), ways
+        self._absent = frozenset[int]()
         self.tensor_parallel = plan.rollout.tensor_parallel
         (self.weights,) = ask(to_each(actors[:1], Trainer.describe_weights)).results
         self.chunks: list[list[Described]] = in_chunks(self.weights)
@@ -57,20 +58,18 @@ class WeightSync:
         return self._reached_by("nccl")
 
     def _reached_by(self, channel: Channel) -> list[Rank[VllmWorker]]:
-        pairs = zip(self.engines, self.ways, strict=True)
-        return [engine for engine, way in pairs if way == channel]
+        ways = enumerate(zip(self.engines, self.ways, strict=True))
+        return [e for at, (e, way) in ways if way == channel and at not in self._absent]
 
     def replace(self, number: int, engine: Rank[VllmWorker]) -> None:
-        """Another process in the place of an engine that died. The group over NCCL is formed again
-        without that one, as soon as the other engines in it have done what they are doing; windows
-        can be opened by whoever comes."""
+        """Another process in the place of an engine that died; weights come to it with the next
+        ones."""
         self.engines[number] = engine
-        if self.ways[number] == "nccl":
-            self._form_group()
 
     def _form_group(self) -> None:
-        """The sender is rank 0; each engine has as many ranks as GPUs."""
-        sender = self.actors[0]
+        """The sender is rank 0; each engine has as many ranks as GPUs. Those that do something else
+        join when they have done it."""
+        self._members, sender = self.elsewhere, self.actors[0]
         (host, port), *_ = ask([sender.order(Trainer.rendezvous)]).results
         world = 1 + self.tensor_parallel * len(self.elsewhere)
         firsts = range(1, world, self.tensor_parallel)
@@ -81,10 +80,15 @@ class WeightSync:
         ]
         ask([leads, *joins])
 
-    def __call__(self, version: int) -> list[Record]:
-        """Install the actor's weights of this version in all engines."""
+    def __call__(self, version: int, absent: frozenset[int] = frozenset()) -> list[Record]:
+        """Install the actor's weights of this version in all engines but the absent ones. If others
+        than before are in the group over NCCL, it is formed again; windows can be opened by
+        whoever comes."""
+        self._absent = absent
         records: list[Record] = []
         if self.elsewhere:
+            if self.elsewhere != self._members:
+                self._form_group()
             records += self._over_nccl(version)
         if self.beside:
             records += self._through_windows(version)

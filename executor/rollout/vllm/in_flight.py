@@ -21,6 +21,7 @@ class InFlight:
     ) -> None:
         self._internals, self._eos, self._stops = internals, eos, stops
         self._asked = 0  # requests so far
+        self._abandoned = 0  # how often all were, as at the start of a run
         self._sequences: dict[str, Unfinished] = {}
         self._responses: dict[str, list[int]] = {}  # so far, where strings may end them
 
@@ -37,8 +38,9 @@ class InFlight:
         self._sequences |= dict(zip(names, sequences, strict=True))
         prompts = [np.concatenate([each.prompt, each.response]).tolist() for each in sequences]
         params = [self._params(each) for each in sequences]
-        # The cached beginnings of prompts that older weights have computed are not for these.
-        salt = f"weights {version}"
+        # The cached beginnings of prompts that other weights have computed are not for these; each
+        # run that the process has been in counts its versions anew.
+        salt = f"run {self._abandoned}, weights {version}"
         self._internals.add(zip(names, prompts, params, strict=True), salt)
 
     def _params(self, sequence: Unfinished) -> Any:
@@ -75,6 +77,7 @@ class InFlight:
 
     def abandon(self) -> None:
         """Forget all sequences."""
+        self._abandoned += 1
         self._internals.abort(list(self._sequences))
         self._sequences, self._responses = {}, {}
 
