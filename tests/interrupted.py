@@ -78,7 +78,7 @@ def write_run(run: Path) -> None:
             step=step,
             done=done,
             plan=plan,
-            timeline=timeline,
+            timeline=lambda _, timeline=timeline: timeline,
             metrics=run / "metrics.jsonl",
         )
     saver.wait()

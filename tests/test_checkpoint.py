@@ -126,7 +126,7 @@ saver = saving.Saver(run / "checkpoints", every=2, keep=2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
 plan = one_step_off()
 saver.save(lambda d: snapshot(d, 8, rows=10_000), step=8, done=(), plan=plan,
-           timeline=timeline_of(plan, 9, []),
+           timeline=lambda _: timeline_of(plan, 9, []),
            metrics=run / "metrics.jsonl")
 saver.wait()
 print(saver.error)

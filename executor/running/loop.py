@@ -149,16 +149,43 @@ def loop(
             for begun in running.values():
                 _check_answered(begun, backend.deadlines)
             for future in done:
-                task = running.pop(future).task
-                records, tokens = future.result()
-                spans[task.index] = _span(task, records, tokens, spans, course)
-                backend.deadlines.note(spans[task.index])
+                task = _end(running.pop(future).task, future, backend, spans, progress, course)
                 graph.done(task.index)
-                course.ended.add(task.index)
                 unfinished[task.step] -= 1
-                progress.on_end(spans[task.index])
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
+
+
+def end_streams(
+    backend: Backend,
+    spans: dict[int, Span],
+    progress: Progress,
+    course: Course,
+    steps: Collection[int],
+) -> None:
+    """End the calls of these steps that have gone on streaming while the loop paused, and are
+    complete."""
+    for future, begun in list(course.streaming.items()):
+        if begun.task.step in steps:
+            del course.streaming[future]
+            _end(begun.task, future, backend, spans, progress, course)
+
+
+def _end(
+    task: Task,
+    future: Future[tuple[list[Record], int]],
+    backend: Backend,
+    spans: dict[int, Span],
+    progress: Progress,
+    course: Course,
+) -> Task:
+    """Keep the span of a task, which has ended."""
+    records, tokens = future.result()
+    spans[task.index] = span = _span(task, records, tokens, spans, course)
+    backend.deadlines.note(span)
+    course.ended.add(task.index)
+    progress.on_end(span)
+    return task
 
 
 def _only_streams(

@@ -12,7 +12,7 @@ from executor.fleet.asking import within
 from executor.fleet.session import last_words
 from executor.fleet.worker import Overdue, WorkerError
 from executor.running import first_batch
-from executor.running.loop import Backend, Course, Progress, loop
+from executor.running.loop import Backend, Course, Progress, end_streams, loop
 from executor.running.run_directory import RunDirectory, log, timeline_of
 from executor.running.step_figures import idle_shares
 from executor.running.stops import Stops, in_flight
@@ -24,7 +24,7 @@ from planner.spec.timeline import Span, Timeline
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
     from executor.running.checkpoint import Checkpoint
-    from executor.running.saving import Saver
+    from executor.running.saving import Saver, Snapshot
 
 
 class Run:
@@ -172,9 +172,15 @@ class Run:
                 step=step,
                 done=in_flight(self._tasks, stop),
                 plan=self._plan,
-                timeline=self.timeline,
+                timeline=self._timeline_of,
                 metrics=self._directory.path / "metrics.jsonl",
             )
+
+    def _timeline_of(self, taken: "Snapshot") -> Timeline:
+        """What was done, with calls that streamed and have ended since the loop paused."""
+        backend, course, steps = self._backend, self._course, taken.metrics
+        end_streams(backend, self._spans, self._recorded, course, steps)
+        return self.timeline
 
     def _finish_saving(self, error: BaseException) -> None:
         """Wait, after a failure, for the checkpoint that is being written: the processes that write

@@ -72,11 +72,11 @@ class Saver:
         step: int,
         done: tuple[EndedCall, ...],
         plan: Plan,
-        timeline: Timeline,
+        timeline: Callable[[Snapshot], Timeline],
         metrics: Path,
     ) -> None:
-        """Take a snapshot, for which the trainers stop, and begin to write it. The one before is
-        waited for."""
+        """Take a snapshot, for which the trainers stop, and begin to write it, with the timeline of
+        what is in it. The one before is waited for."""
         self.wait()
         began = time.perf_counter()
         name, self.error = f"step-{step:06d}", ""
@@ -91,11 +91,12 @@ class Saver:
         streams = {call.name for call in plan.dataflow.calls if call.streams}
         # The sequences of those that have not ended are in the snapshot.
         done = tuple(one for one in done if one[0] not in streams or one[1] in taken.metrics)
+        spans = timeline(taken)
         log.info("checkpoint %s: copied in %.3g s", name, time.perf_counter() - began)
 
         def write() -> None:
             try:
-                small.update({PLAN: plan.to_json().encode(), TIMELINE: timeline.to_json().encode()})
+                small.update({PLAN: plan.to_json().encode(), TIMELINE: spans.to_json().encode()})
                 if self._content is None:
                     self._content = content_of(plan.workload)
                 _write(unfinished, step, done, taken, small, self._content)
