@@ -1,5 +1,6 @@
 """The stream of a run, driven by itself: its engines are objects of this process."""
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ class Here(Processes):
 
     def __init__(self, plan: Plan, engines: int) -> None:
         self.plan, self.deadlines, self.engines = plan, Deadlines(plan=plan), []
-        self.sync, self._installed = None, None
+        self.has_weights, self.alone = True, list[bool]()  # of engines that are put in place
         self.may_start, self.started = Event(), 0
         self.may_start.set()
         self.synced: list[frozenset[int]] = []  # those that were absent
@@ -46,6 +47,18 @@ class Here(Processes):
         self.started += 1
         return self._started(self.engines[number].name)
 
+    def put(
+        self,
+        number: int,
+        engine: Rank[EngineWorker],
+        *,
+        alone: bool = True,
+        absent: frozenset[int] = frozenset(),
+    ) -> bool:
+        self.engines[number] = engine
+        self.alone.append(alone)
+        return self.has_weights
+
     def sync_weights(self, version: int, absent: frozenset[int] = frozenset()) -> list[Record]:
         self.synced.append(absent)
         return []
@@ -56,10 +69,11 @@ class Stream(RolloutStream):
     sequence that is `deadly`."""
 
     def __init__(self, processes: Here, deadly: int | None = None, dies: str = "") -> None:
-        self.deadly, self.dies = deadly, dies
+        self.deadly, self.dies, self.asked = deadly, dies, list[str]()
         super().__init__(processes)
 
     def _slice(self, rank: Rank[EngineWorker], given: list[Unfinished]) -> Stretches:
+        self.asked.append(rank.name)
         if rank.name == self.dies:
             self.dies = ""
             raise Died(f"{rank.name} died")
@@ -125,6 +139,25 @@ def test_others_go_on_for_an_engine_that_is_started_again() -> None:
     waited(stream, begin(stream, plan, 1))
     expected = Synthetic(plan.workload).step(0).requests.max_tokens.tolist()
     assert lengths(batch) == expected
+
+
+@pytest.mark.parametrize("engines", [1, 2])
+def test_an_engine_that_is_started_again_takes_part_when_it_has_weights(engines: int) -> None:
+    """Which others do not wait for."""
+    plan = streamed(k=1)
+    processes = Here(plan, engines)
+    processes.has_weights = False
+    stream = Stream(processes, dies="engine 0")
+    batch = begin(stream, plan, 0)
+    if engines == 2:
+        stream.wait(batch)
+    while not (stream.asked if engines == 1 else processes.alone):
+        time.sleep(0.01)
+    stream.sync_weights(1)
+    assert processes.alone == [engines == 1] and processes.synced == [frozenset()]
+    assert stream.asked.count("engine 0") == 1
+    waited(stream, begin(stream, plan, 1))
+    assert stream.asked.count("engine 0") > 1 and not batch.left
 
 
 def test_a_sequence_that_engines_die_of_is_named() -> None:

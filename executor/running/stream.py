@@ -285,9 +285,20 @@ class RolloutStream:
                 self._starting.discard(number)
                 if ready:
                     self._shares.away &= self._starting
-                elif alone and any(growing.batch.step is None for growing in self._shares.waiting):
-                    raise WorkerError(f"{fresh.name} died during an evaluation of older weights")
                 self._changed.notify_all()
+        if alone and not ready:
+            self._await_weights(number)
+
+    def _await_weights(self, number: int) -> None:
+        """Wait for newer weights, which the trainers have made and are about to send, unless what
+        they do before needs sequences that no engine has weights for."""
+        limit = self._processes.deadlines.of_start
+        with self._changed:
+            came = self._changed.wait_for(
+                lambda: self._over or number not in self._shares.away, limit
+            )
+        if not came:
+            raise WorkerError(f"{self._ranks[number].name} died, and its weights are gone")
 
     def _fail(self, error: BaseException) -> None:
         with self._changed:
