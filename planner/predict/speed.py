@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from planner.predict.columns import Integers, Seconds
 from planner.predict.memory import compute_bytes, kv_bytes_per_token
 from planner.predict.roofline import LINK_LATENCY_SECONDS
 from planner.spec.cluster import Device
@@ -30,6 +33,12 @@ class Speed:
     def matrices(self, active: int) -> float:
         """Seconds of a step with `active` sequences, attention apart."""
         return max(self.weights, self.arithmetic * active) + self.step + self.sequence * active
+
+    def matrices_each(self, active: Integers) -> Seconds:
+        """The same of several steps, by their numbers of sequences."""
+        seconds: Seconds = np.maximum(self.weights, self.arithmetic * active)
+        seconds += self.step + self.sequence * active
+        return seconds
 
     def prefill(self, prompt: int) -> float:
         return self.prefill_token * prompt + self.prefill_square * prompt * prompt

@@ -114,20 +114,20 @@ class StreamEngine:
             context += active * steps
             while self._waiting and running[0][0] == self.steps:
                 request = self._waiting.popleft()
-                tokens = request.prompt + request.response
-                started = self.steps + request.response, tokens, request.step
-                _, tokens, step = heapq.heapreplace(running, started)
-                context += request.prompt - tokens
+                has_at_end = request.prompt + request.response
+                started = self.steps + request.response, has_at_end, request.step
+                _, tokens_left, step_left = heapq.heapreplace(running, started)
+                context += request.prompt - tokens_left
                 self.now += self.speed.prefill(request.prompt) * request.prefills
-                ended.append((step, last))
-                self._left[step] -= 1
+                ended.append((step_left, last))
+                self._left[step_left] -= 1
         self._record(ended)
         self._ends, self._tokens, self._of_step = np.array(sorted(running)).T
         self._leave(int(np.searchsorted(self._ends, self.steps, "right")), np.full(active, last))
 
-    def _run_closed(self, until: float, last_step: int | None = None) -> None:
+    def _run_closed(self, until: float, last_decoding: int | None = None) -> None:
         """Run to the end of the first decoding step that ends no sooner than `until` or is the
-        `last_step`, where nothing starts meanwhile."""
+        `last_decoding` one, where nothing starts meanwhile."""
         if not len(self._ends):
             return
         first, context = self.steps, self._context()
@@ -135,13 +135,12 @@ class StreamEngine:
         added = active * steps - self._tokens
         before = context + np.cumsum(added) - added  # contexts at the beginning of each stretch
         speed = self.speed
-        matrices = np.maximum(speed.weights, speed.arithmetic * active) + speed.step
-        matrices += speed.sequence * active
+        matrices = speed.matrices_each(active)
         attended = steps * before + active * (steps * (steps - 1) // 2)
         ends = self.now + np.cumsum(steps * matrices + speed.attention * attended)
         at = int(np.searchsorted(ends, until))  # the stretch in which `until` lies
-        if last_step is not None:
-            at = min(at, int(np.searchsorted(self._ends, last_step)))
+        if last_decoding is not None:
+            at = min(at, int(np.searchsorted(self._ends, last_decoding)))
         if at == len(ends):
             self._leave(len(ends), ends)
             self.steps, self.now = int(first + steps.sum()), float(ends[-1])
