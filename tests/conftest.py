@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,10 @@ from planner.spec.workload import Workload
 
 # The peers are installed apart (make test-peers).
 collect_ignore = [] if importlib.util.find_spec("verl") else ["peers"]
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would their runs.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Models of tests are tiny. Threads would wait for each other, and take a core while they do.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
