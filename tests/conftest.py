@@ -46,6 +46,7 @@ SECOND_GROUP = {
     "test_cluster",
     "test_faults",
     "test_learning",
+    "test_measure",
     "test_network",
     "test_soak",
     "test_study",

@@ -318,7 +318,7 @@ def test_a_pool_is_of_one_kind():
     assert result.best.predicted.gap == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_nodes_of_unequal_size_equal_brute_force(monkeypatch):
     monkeypatch.setattr(layouts, "MICRO_BATCH_TOKENS", (8192,))
     monkeypatch.setattr(layouts, "CONCURRENCY", (32,))

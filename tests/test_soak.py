@@ -136,7 +136,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 NIGHTLY = pytest.param(100, marks=[pytest.mark.nightly, pytest.mark.timeout(5400)])
 
 
-@pytest.mark.parametrize("kills", [3, NIGHTLY])
+@pytest.mark.parametrize("kills", [pytest.param(3, marks=pytest.mark.nightly), NIGHTLY])
 def test_runs_outlive_kills_at_random_times(
     kills: int, on_two_cores: None, tmp_path: Path, temporary: str
 ) -> None:
