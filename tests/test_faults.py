@@ -144,6 +144,7 @@ def test_too_many_restarts_end_the_run(ray_two: None, tmp_path: Path) -> None:
     assert not faults.left()
 
 
+@nightly
 def test_a_killed_controller_leaves_a_run_that_can_be_resumed(whole: Path, tmp_path: Path) -> None:
     plan = tmp_path / "plan.json"
     split(WORKLOAD).write(plan)

@@ -105,6 +105,7 @@ def test_a_small_model_on_the_cores_of_a_server_is_not_expected_to_take_an_hour(
     assert 2 * 3.1 / 2 < float(estimate.seconds[0]) < 2 * 3.1 * 2.5
 
 
+@pytest.mark.nightly
 def test_batches_of_several_sizes_run_on_the_same_processes(two_cores: Fleet) -> None:
     workload, cluster = make_workload(batch=8, minibatch=4), cpu_cluster(1)
     (whole,) = groups_of(workload, cluster)

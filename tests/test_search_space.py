@@ -410,7 +410,7 @@ def test_bounds_are_never_above_what_a_placement_takes():
     assert ran > 15
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_ruled_out_is_no_better_on_any_smaller_pools():
     workload, cluster = default()
     problem = problem_of(workload, cluster, (), None)

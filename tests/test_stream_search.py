@@ -105,7 +105,7 @@ def every_plan(workload: Workload, cluster: Cluster) -> Iterator[Plan]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flops", [300e12, 60e12])
+@pytest.mark.parametrize("flops", [pytest.param(300e12, marks=pytest.mark.nightly), 60e12])
 def test_no_plan_is_below_the_bound_and_none_is_much_faster(monkeypatch, flops):
     monkeypatch.setattr(layouts, "MICRO_BATCH_TOKENS", (8192,))
     monkeypatch.setattr(layouts, "TENSOR_PARALLEL", (1, 2))
