@@ -108,7 +108,7 @@ def test_the_cycle_ratio_is_the_slope_of_the_recursion(drawn):
     assert float(found) == pytest.approx(float(exact_slope(plan, whole)), rel=1e-14)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @EXAMPLES
 @given(plans(), st.integers(0, 2**32))
 def test_many_durations_at_once_are_the_greatest_ratio_of_any_cycle(drawn, seed):

@@ -386,6 +386,7 @@ def test_a_failure_in_the_middle_keeps_what_was_done(
     assert not (tmp_path / "r" / "checkpoints").exists()
 
 
+@pytest.mark.nightly
 def test_a_reward_function_that_hangs_ends_the_run(
     on_two_cores: None, tmp_path: Path, model_directories: dict[str, Path]
 ) -> None:

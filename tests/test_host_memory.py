@@ -70,7 +70,7 @@ def test_a_host_that_is_too_small_is_refused_with_what_takes_how_much() -> None:
     assert allowed(small.cluster.nodes[0]) == 1_900_000_000_000  # 95% of 2 TB
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_search_offloads_no_more_than_hosts_hold() -> None:
     """An 8-GPU node of 80 GB each: with a small host the search chooses what fits there, as
     `host_memory` counts; with a smaller one it says what takes how much."""

@@ -390,7 +390,7 @@ def test_layouts_as_columns_are_those_one_by_one(name, measured):
                 )
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_bounds_are_never_above_what_a_placement_takes():
     workload, cluster = default()
     problem = problem_of(workload, cluster, (), None)

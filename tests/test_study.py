@@ -169,6 +169,7 @@ def test_a_study_is_planned_measured_resumed_and_written_down(
     assert "- `split`: not run since its plan changed" in (directory / "README.md").read_text()
 
 
+@pytest.mark.nightly
 def test_a_cell_that_fails_is_recorded_and_the_next_one_runs(ray_two: None, tmp_path: Path) -> None:
     """The reward function of the first plan gives too few rewards."""
     (tmp_path / "wrong.py").write_text("def none(prompts, responses, answers):\n    return []\n")

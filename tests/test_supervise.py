@@ -164,6 +164,7 @@ def test_a_process_that_sleeps_for_ever_ends_the_run_with_its_name(
         ask(to_each([Rank(name="it", handle=handle) for handle in handles], Worker.now))
 
 
+@pytest.mark.nightly
 def test_a_trainer_that_sleeps_for_ever_is_named_with_those_who_wait_for_it(ray_two: None) -> None:
     plan = colocated(WORKLOAD, cores=2, layouts={"rollout": {"replicas": 1}})
     backend = Training(plan, preflight.check(plan, local=True))
