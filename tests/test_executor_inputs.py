@@ -46,6 +46,7 @@ def with_path(path: Path, role: str = "actor") -> Workload:
     return make_workload(**{role: {"shape": SHAPE, "path": path}})
 
 
+@pytest.mark.slow
 def test_a_reward_function_that_cannot_be_imported(tmp_path: Path) -> None:
     missing = RewardFunction(function=f"{tmp_path}/none.py:f")
     assert "no file" in refuse(make_workload(reward=missing))
@@ -308,6 +309,7 @@ def test_a_reward_file_is_ordinary_python(tmp_path: Path, method: str) -> None:
     assert found.stdout == "[5.0]\n"
 
 
+@pytest.mark.slow
 def test_an_import_leaves_nothing_in_our_process_and_none_behind(tmp_path: Path) -> None:
     pids = tmp_path / "pids"
     asked = write_reward(

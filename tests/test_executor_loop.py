@@ -186,6 +186,7 @@ def test_a_failed_call_ends_the_loop_and_what_was_done_is_kept() -> None:
     assert [span.call for span in spans.values()] == ["generate", "score"]
 
 
+@pytest.mark.slow
 def test_a_call_that_ray_holds_up_ends_the_run() -> None:
     """It waits for nothing that has a deadline, as when Ray takes no data."""
     held = threading.Event()

@@ -127,6 +127,7 @@ def test_pools_are_asked_for(folder: Path) -> None:
     assert "--pool all=4" in imported(folder, "csv", WANDB, *columns(*COLUMNS), pools=())
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_tables_are_one_line(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:

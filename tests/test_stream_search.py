@@ -217,6 +217,7 @@ def test_the_floor_counts_no_prefill_that_a_sync_may_not_cause():
     assert floors.mean() <= streamed.generate.seconds.mean()
 
 
+@pytest.mark.slow
 def test_a_search_says_whether_weights_in_flight_pay():
     short = long_tail(1, "any").changed(response={"kind": "fixed", "tokens": 1000})
     found = find(short, make_cluster(8), SearchOptions(runners_up=1))
@@ -227,6 +228,7 @@ def test_a_search_says_whether_weights_in_flight_pay():
     assert [plan.streams for plan in long.runners_up] == [False]
 
 
+@pytest.mark.slow
 def test_the_command_says_where_weights_in_flight_do_not_pay(tmp_path):
     plan = tmp_path / "plan.json"
     job = ["--workload", "gsm8k", "--gpus", "8", "--set", "sync=any", "--no-picture"]
@@ -281,6 +283,7 @@ def test_explaining_ends_with_weights_in_flight(result):
     assert last.seconds < explanation.ladder[-2].seconds
 
 
+@pytest.mark.slow
 def test_what_staleness_buys_is_a_curve():
     points, _ = pareto_points(long_tail(4), [make_cluster(16)], (1, 2, 4))
     seconds = [point.seconds for point in points]
