@@ -66,6 +66,7 @@ def test_a_broken_checkpoint_is_refused_by_name_and_the_one_before_offered(
     assert latest is not None and latest.manifest.step == 4
 
 
+@pytest.mark.slow
 def test_a_manifest_that_says_anything_else_is_refused_in_one_line_or_whole(two: Path) -> None:
     """Its own hash is right, as in one that was changed on purpose."""
     path = two / "checkpoints" / "step-000006" / "checkpoint.json"

@@ -292,6 +292,7 @@ def f(prompts, responses, answers):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_reward_file_is_ordinary_python(tmp_path: Path, method: str) -> None:
     """It has dataclasses under postponed annotations, a process pool, and a module beside it."""

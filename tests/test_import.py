@@ -208,6 +208,7 @@ def test_its_profile_is_for_its_model_alone(run: Path) -> None:
     assert "is for another model" in said
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_damaged_logs_are_one_line(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:

@@ -52,6 +52,7 @@ def test_shorter_responses_that_fit():
     assert find(fitting, cluster).best
 
 
+@pytest.mark.slow
 def test_host_memory_is_named_where_it_binds():
     """GPUs that hold one role at a time, and a host without room for the others."""
     cluster = tiny_cluster(1, memory=45e9)

@@ -202,6 +202,7 @@ def test_only_some_groups_may_be_measured() -> None:
         groups_of(H200, make_cluster(4), "shard 8")
 
 
+@pytest.mark.slow
 def test_what_the_host_does_not_hold_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     large = load_workload(profiles_dir() / "workloads" / "h200-7b.toml")
     said: list[str] = []

@@ -132,6 +132,7 @@ def test_the_rollouts_pools_together_have_what_is_pinned():
     ).given == {0: 1, 1: 2}
 
 
+@pytest.mark.slow
 def test_a_workload_may_fix_the_engines_tensor_parallel_size():
     workload = load_workload(profiles_dir() / "workloads" / "tutorial.toml")
     cluster = make_cluster(8, device="h200")

@@ -191,6 +191,7 @@ def test_what_is_odd_of_a_split_stays_idle(gpus, halves, idle):
     assert gpus - plan.gpus_of(tuple(plan.pools)) == idle
 
 
+@pytest.mark.slow
 def test_on_policy_only_where_no_staleness_is_allowed():
     workload, cluster = default()
     strict = find(workload, cluster, SearchOptions(max_staleness=0))
@@ -286,6 +287,7 @@ def test_a_search_that_is_ended_gives_no_plan_slower_than_a_baseline(most):
     assert len(seconds) == 5 and found.best[0].seconds <= min(seconds) * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_measured_costs_leave_a_large_search_small():
     """The bounds stay sharp: once they did not know which of the measured syncs a plan has, and ten
     thousand sizes of pools were left."""

@@ -83,6 +83,7 @@ def _packed(counts):
     return [[part.gpus for part in pool] for pool in pack(counts, make_cluster(16))]
 
 
+@pytest.mark.slow
 def test_no_order_that_runs_beats_the_best_program():
     """Of 1,500 random orders and offsets, those that run at all are never faster than the best
     program."""

@@ -156,6 +156,7 @@ def test_the_best_stream_is_sound(result):
     assert Plan.model_validate_json(plan.to_json()) == plan
 
 
+@pytest.mark.slow
 def test_staleness_buys_more_where_weights_arrive_in_flight(result):
     boundary = [find(long_tail(k, "boundary"), make_cluster(16)).best for k in (1, 2)]
     seconds = [plan.predicted.step_seconds for plan in boundary]
@@ -163,6 +164,7 @@ def test_staleness_buys_more_where_weights_arrive_in_flight(result):
     assert result.best.predicted.step_seconds < 0.85 * seconds[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [1, 3])
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("kv", ["keep", "recompute"])
@@ -202,6 +204,7 @@ def test_no_latency_is_below_the_floor(result, staleness, size, kv):
         assert floors.mean() > 0.73 * latency
 
 
+@pytest.mark.slow
 def test_the_floor_counts_no_prefill_that_a_sync_may_not_cause():
     """Where all responses are as long, nothing has to be in flight when weights arrive."""
     workload = long_tail(4).changed(kv="recompute", response=Fixed(tokens=3000))
