@@ -210,6 +210,7 @@ def reported(
     return files_of(copy, study), files_of(ROOT, study)
 
 
+@pytest.mark.slow
 def test_a_report_is_what_is_committed(
     reported: tuple[dict[str, bytes], dict[str, bytes]],
 ) -> None:
@@ -220,6 +221,7 @@ def test_a_report_is_what_is_committed(
 
 
 @pytest.mark.skipif(not SAME_PICTURES, reason="another matplotlib or pillow than constraints.txt")
+@pytest.mark.slow
 def test_the_pictures_of_a_report_are_what_is_committed(
     reported: tuple[dict[str, bytes], dict[str, bytes]],
 ) -> None:
