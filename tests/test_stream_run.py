@@ -102,7 +102,8 @@ def taken(plan: Plan, fleet: Fleet | None = None, kind: type[Streaming] = Stream
 
 
 def test_batches_are_whole_and_in_order_while_weights_arrive(two_cores: Fleet) -> None:
-    taken(streamed(k=2), two_cores)
+    run = taken(streamed(k=2), two_cores)
+    assert [metrics["step"] for metrics in run.metrics] == list(range(STEPS))
 
 
 class Mortal(Streaming):

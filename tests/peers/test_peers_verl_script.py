@@ -74,7 +74,7 @@ def composed(plan: Plan, folder: Path, model: Path):
     return config
 
 
-def check(config, plan: Plan) -> None:
+def assert_valid(config, plan: Plan) -> None:
     workload = plan.workload
     assert need_critic(config) == (workload.critic is not None)
     assert need_reference_policy(config) == (workload.reference is not None)
@@ -102,7 +102,7 @@ def test_winners_are_valid(path: Path, gpus: int, tmp_path: Path, model: Path) -
         plan = find(load_workload(path), make_cluster(gpus), options).best
     except UserError as error:
         pytest.skip(f"no plan on {gpus} GPUs: {str(error)[:60]}")
-    check(composed(plan, tmp_path, model), plan)
+    assert_valid(composed(plan, tmp_path, model), plan)
 
 
 @pytest.mark.parametrize("path", WORKLOADS, ids=lambda path: path.stem)
@@ -114,4 +114,4 @@ def test_baselines_are_valid(path: Path, name: str, tmp_path: Path, model: Path)
         script = expressed("verl", plan, ()).plan
     except UserError as error:
         pytest.skip(str(error)[:80])
-    check(composed(plan, tmp_path, model), script)
+    assert_valid(composed(plan, tmp_path, model), script)
