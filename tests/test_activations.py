@@ -20,7 +20,8 @@ from planner.predict.profile import Profile
 from planner.spec.cluster import load_device
 from planner.spec.files import profiles_dir
 from planner.spec.plan import TrainerRole
-from planner.spec.workload import Shape, Workload, load_workload
+from planner.spec.workload import Shape, Workload
+from planner.spec.workload_file import load_workload
 
 TOKENS = 64
 H200 = load_device("h200")

@@ -14,7 +14,8 @@ from planner.search.find import find
 from planner.spec.architectures import MODEL_TYPES, check_vllm, obstacle, positions
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
-from planner.spec.workload import Workload, load_workload, shape_of
+from planner.spec.workload import Workload
+from planner.spec.workload_file import load_workload, shape_of
 
 QWEN3_MOE = {
     "model_type": "qwen3_moe",

@@ -17,7 +17,7 @@ from planner.predict.schedule import Task
 from planner.search import find
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 pytestmark = pytest.mark.bench
 STEPS, EVERY = 30, 10

@@ -33,7 +33,8 @@ from planner.spec.plan import (
 from planner.spec.rewards import Overlong, RewardFunction, RewardServer
 from planner.spec.study import Cell, CellResult, GpuMemory, Study
 from planner.spec.timeline import Span, Timeline
-from planner.spec.workload import Model, RewardModel, Shape, Workload, load_workload
+from planner.spec.workload import Model, RewardModel, Shape, Workload
+from planner.spec.workload_file import load_workload
 
 TEXT = (Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 CHAPTERS: dict[str, tuple[type[Spec], ...]] = {

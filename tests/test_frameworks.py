@@ -21,7 +21,7 @@ from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.frameworks import FRAMEWORKS
 from planner.spec.plan import Plan
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 SMALL = small_workload(max_staleness=1)
 JOB = load_workload(profiles_dir() / "workloads" / "1.5b.toml")

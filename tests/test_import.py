@@ -26,7 +26,8 @@ from planner.spec.cluster import load_cluster
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed, Lognormal, sample
 from planner.spec.timeline import Timeline, step_seconds
-from planner.spec.workload import Shape, load_workload
+from planner.spec.workload import Shape
+from planner.spec.workload_file import load_workload
 
 LOG = Path(__file__).parent / "logs" / "verl-0.9.1-sync-1xh200.log"
 TEXT = LOG.read_text()

@@ -14,7 +14,7 @@ from executor.training import advantages
 from planner.predict.schedule import load_plan
 from planner.search import SearchOptions, find
 from planner.spec.timeline import Timeline
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 STUDY = Path(__file__).parents[1] / "reports" / "learning"
 STEPS = 10  # of which the last ends with an evaluation

@@ -24,7 +24,7 @@ from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.lengths import sample
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 H200 = load_workload(profiles_dir() / "workloads" / "h200-1.5b.toml")
 

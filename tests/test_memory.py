@@ -26,7 +26,8 @@ from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.lengths import Fixed
 from planner.spec.plan import Issue, Plan, Pool, RolloutRole, TrainerRole
-from planner.spec.workload import Model, Shape, Workload, load_workload
+from planner.spec.workload import Model, Shape, Workload
+from planner.spec.workload_file import load_workload
 
 SHAPE = Shape(hidden=8, layers=3, heads=4, kv_heads=2, intermediate=20, vocab=50)
 BLOCK = 8 * 2 * (2 * 4 + 2 * 2) + 3 * 8 * 20 + 2 * 8  # 688

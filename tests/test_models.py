@@ -22,7 +22,8 @@ from executor.training.packing import pack
 from planner.spec.architectures import MODEL_TYPES
 from planner.spec.data import Sampler
 from planner.spec.errors import UserError
-from planner.spec.workload import Model, shape_of
+from planner.spec.workload import Model
+from planner.spec.workload_file import shape_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- written by tests/test_models.py -->\n", "<!-- end -->\n"

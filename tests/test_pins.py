@@ -13,7 +13,7 @@ from planner.search.space.placements import families, sizes, structures
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 
 @pytest.fixture(scope="module")

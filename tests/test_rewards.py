@@ -18,7 +18,8 @@ from planner.spec.errors import UserError
 from planner.spec.plan import Plan
 from planner.spec.rewards import Overlong, RewardFunction, RewardServer
 from planner.spec.timeline import step_seconds
-from planner.spec.workload import RewardModel, Workload, load_workload
+from planner.spec.workload import RewardModel, Workload
+from planner.spec.workload_file import load_workload
 
 FUNCTION: dict[str, Any] = {"function": "folder/r.py:f"}
 MODEL: dict[str, Any] = {"shape": make_workload().actor.shape, "random_weights": True}

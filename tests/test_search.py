@@ -29,7 +29,7 @@ from planner.spec.files import profiles_dir
 from planner.spec.lengths import Fixed
 from planner.spec.plan import Issue, Plan, Pool
 from planner.spec.timeline import step_seconds
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 
 def brute_force(workload, cluster):

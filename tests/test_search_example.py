@@ -15,7 +15,7 @@ from planner.search import SearchOptions, find
 from planner.search.questions.space_size import count
 from planner.spec.cluster import make_cluster
 from planner.spec.timeline import step_seconds
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "search.md").read_text()

@@ -35,7 +35,7 @@ from planner.spec.dataflow import Call, Dataflow, Read, ppo, reinforce
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Issue
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 
 @pytest.mark.parametrize("module", [objective, placements, placement, layout_table])

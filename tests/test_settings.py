@@ -15,7 +15,7 @@ from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
 from planner.spec.settings import keep_costs, set_in
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 GRPO = profiles_dir() / "workloads" / "7b-grpo.toml"
 

@@ -18,7 +18,8 @@ from planner.spec.files import profiles_dir, read_data, write_atomic
 from planner.spec.lengths import Empirical, Fixed, Lognormal, sample
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
-from planner.spec.workload import Shape, Workload, load_workload
+from planner.spec.workload import Shape, Workload
+from planner.spec.workload_file import load_workload
 
 
 def plan_json(**changes):

@@ -28,7 +28,8 @@ from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.lengths import Fixed
 from planner.spec.plan import Issue, Plan, Pool, RolloutRole
-from planner.spec.workload import Workload, load_workload
+from planner.spec.workload import Workload
+from planner.spec.workload_file import load_workload
 
 LONG_TAIL = {"kind": "lognormal", "mean": 500, "sigma": 1.0, "max": 4096}
 

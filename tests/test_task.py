@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from executor import digits
 from planner.spec.errors import UserError
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 QUICK = digits.Recipe(
     digits=2,

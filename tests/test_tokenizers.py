@@ -9,7 +9,8 @@ from conftest import SHAPE, make_workload
 
 from planner.spec.errors import UserError
 from planner.spec.tokenizers import check_tokenizers, stop_strings, stop_tokens, tokens_of
-from planner.spec.workload import Workload, load_workload
+from planner.spec.workload import Workload
+from planner.spec.workload_file import load_workload
 
 WORDS = ["a", "b", "c"]
 

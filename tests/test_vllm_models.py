@@ -24,7 +24,7 @@ from executor.running.processes import fleet_for
 from planner.spec.architectures import MODEL_TYPES
 from planner.spec.data import Sampler
 from planner.spec.plan import Plan
-from planner.spec.workload import shape_of
+from planner.spec.workload_file import shape_of
 
 pytestmark = pytest.mark.vllm
 LARGE_HEADS = {"hidden_size": 128, "head_dim": 32}  # which its kernels for CPUs want

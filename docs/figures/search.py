@@ -20,7 +20,7 @@ from planner.search import SearchOptions, find
 from planner.search.space.placements import Structure, structures
 from planner.spec.cluster import make_cluster
 from planner.spec.plan import Plan
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 HERE = Path(__file__).parent
 WORKLOAD = load_workload(HERE / "example.toml")

@@ -24,13 +24,8 @@ from planner.spec.plan import Plan
 from planner.spec.rewards import RewardFunction, RewardServer
 from planner.spec.tokenizers import check_tokenizers, reads_text
 from planner.spec.wording import counted, reason_of
-from planner.spec.workload import (
-    Model,
-    Shape,
-    Workload,
-    check_lengths,
-    shape_of,
-)
+from planner.spec.workload import Model, Shape, Workload
+from planner.spec.workload_file import check_lengths, shape_of
 
 HOTTEST_VLLM = 2.0  # the highest temperature, from 0.32 on
 ARCHITECTURES = {

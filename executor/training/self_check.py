@@ -25,7 +25,8 @@ from executor.training.packing import pack
 from executor.training.residual import keep_residual_in_fp32
 from planner.spec.errors import UserError
 from planner.spec.wording import reason_of
-from planner.spec.workload import Model, shape_of
+from planner.spec.workload import Model
+from planner.spec.workload_file import shape_of
 
 CPU, DTYPES = torch.device("cpu"), (torch.float32, torch.bfloat16)
 PROMPTS, RESPONSES = (2, 3), (7, 3)  # tokens; longer than the window

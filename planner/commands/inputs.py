@@ -18,7 +18,8 @@ from planner.spec.engines import engine_for
 from planner.spec.errors import UserError
 from planner.spec.files import names_a_file, profiles_dir
 from planner.spec.plan import Plan, Provenance
-from planner.spec.workload import Workload, load_workload
+from planner.spec.workload import Workload
+from planner.spec.workload_file import load_workload
 
 PLAIN_WIDTH = 120  # of what is printed into a file or a pipe
 

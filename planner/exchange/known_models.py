@@ -9,7 +9,8 @@ from typing import Any
 
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir, read_data
-from planner.spec.workload import Model, Shape, shape_of
+from planner.spec.workload import Model, Shape
+from planner.spec.workload_file import shape_of
 
 CLOSE = 0.006  # relative: logs give three digits, and shapes leave out biases
 

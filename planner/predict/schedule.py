@@ -17,7 +17,7 @@ from planner.spec.dataflow import Call, Dataflow
 from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Plan, Wait
 from planner.spec.settings import forget_evaluation, keep_costs, set_in
-from planner.spec.workload import find_files, with_evaluation_counted
+from planner.spec.workload_file import find_files, with_evaluation_counted
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

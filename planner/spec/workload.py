@@ -1,14 +1,11 @@
 """The question: the models, the batch, the lengths and the algorithm of one training job."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, Tag, ValidationError, model_validator
+from pydantic import Field, Tag, model_validator
 
 from planner.spec.algorithm import Algorithm, Optimizers, bring_up_to_date
-from planner.spec.architectures import check_length, read_config, sizes
 from planner.spec.data import (
     Data,
     EvaluationSet,
@@ -16,24 +13,18 @@ from planner.spec.data import (
     Sampling,
     check_evaluation,
     check_sampling,
-    count_evaluation,
-    with_paths,
 )
 from planner.spec.dataflow import Dataflow, ppo, reinforce
-from planner.spec.errors import UserError
-from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_keys, read_data
+from planner.spec.files import Count, File, Seed, Spec, Steps, Tokens, by_keys
 from planner.spec.lengths import Lengths
 from planner.spec.limits import MOST_STALENESS
 from planner.spec.rewards import (
-    MATH_VERIFY,
     HostReward,
     Overlong,
     RewardFunction,
     RewardServer,
     Weighed,
 )
-from planner.spec.settings import set_in
-from planner.spec.tokenizers import check_tokenizers
 
 MODEL_ROLES = ("actor", "critic", "reference", "reward")
 MOST_PARAMETERS = 10**15
@@ -99,16 +90,14 @@ class Shape(Spec):
     def parameters(self, head: Head = "lm") -> int:
         """The number of all parameters. A critic or a reward model has a scalar head instead of the
         vocabulary's."""
-        output = (
-            self.hidden
-            if head == "scalar"
-            else 0
-            if self.tied_embeddings
-            else self.embedding_parameters
-        )
-        return (
-            self.layers * self.block_parameters + self.embedding_parameters + self.hidden + output
-        )
+        if head == "scalar":
+            output = self.hidden
+        elif self.tied_embeddings:
+            output = 0
+        else:
+            output = self.embedding_parameters
+        layers, last_norm = self.layers * self.block_parameters, self.hidden
+        return layers + self.embedding_parameters + last_norm + output
 
 
 def head_of(role: str) -> Head:
@@ -182,9 +171,8 @@ class Workload(File):
     evaluation: tuple[EvaluationSet, ...] = Field(default=(), exclude_if=lambda value: not value)
     proximal: Literal["recompute", "rollout"] = "recompute"
     max_staleness: Annotated[int, Field(ge=0, le=MOST_STALENESS)] = 1
-    tensor_parallel: Literal[1, 2, 4, 8] | None = (  # TENSOR_PARALLEL
-        None  # of the rollout's engines, where it is not to be searched
-    )
+    # Of the rollout's engines, one of TENSOR_PARALLEL; None where it is to be searched.
+    tensor_parallel: Literal[1, 2, 4, 8] | None = None
     steps: Steps = 100
     seed: Seed = 0
     samples_per_prompt: Count = 1
@@ -394,98 +382,3 @@ def _check_rewards(workload: Workload) -> None:
                 f"rewards: overlong_buffer = {reward.overlong_buffer} is more than the "
                 f"{longest} tokens of the longest response; lower it"
             )
-
-
-def load_workload(path: Path, settings: Sequence[str] = ()) -> Workload:
-    """Read a workload from TOML or JSON, with other `settings` (`set_in`). Relative paths start at
-    the file's folder; a model that is given by path alone gets its shape from its `config.json`.
-    Raises UserError, also for a model that is not supported or has no positions for the longest
-    sequence."""
-    data = read_data(path)
-    try:
-        bring_up_to_date(data)  # before the settings, which name the keys of today
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
-    set_in(data, settings)
-    find_files(data, path.resolve().parent, path)
-    Workload.check_schema(data, path)
-    workload = Workload.parse(data, path)
-    check_lengths(workload)
-    check_tokenizers(workload)
-    return with_evaluation_counted(workload)
-
-
-def with_evaluation_counted(workload: Workload) -> Workload:
-    """The workload, which says how much an evaluation generates if that is known."""
-    data = workload.data
-    if data is None or not data.evaluate_every or data.evaluation_responses is not None:
-        return workload
-    counted = count_evaluation(data, workload.evaluation)
-    return workload.changed(data=data.changed(evaluation_responses=counted))
-
-
-def find_files(data: dict[str, Any], base: Path, path: Path) -> None:
-    """Let the paths in a workload as it was read from `path` start at a folder, and give models
-    that have a path alone their shapes. Raises UserError."""
-    named = [(role, data.get(role)) for role in MODEL_ROLES]
-    several = data.get("rewards")
-    if isinstance(several, list):
-        named += [(f"rewards.{number}", reward) for number, reward in enumerate(several)]
-    for key, model in named:
-        if isinstance(model, dict):
-            _find_files_of(model, base, f"{path}: {key}")
-    _resolve_data(data, base)
-
-
-def _find_files_of(model: dict[str, Any], base: Path, named_by: str) -> None:
-    """Let the paths of a model or a reward function start at `base`, and give a model that has a
-    path alone its shape."""
-    function = model.get("function")
-    if isinstance(function, str) and function != MATH_VERIFY:
-        file, _, name = function.rpartition(":")
-        if file or function.endswith(".py"):
-            model["function"] = f"{base / file}:{name}" if file else str(base / function)
-    if isinstance(model.get("path"), str):
-        model["path"] = str(base / model["path"])
-        directory, named_by = Path(model["path"]), f"{named_by}.path"
-        if "shape" not in model:
-            model["shape"] = shape_of(directory, named_by).model_dump()
-        elif (directory / "config.json").is_file():
-            read_config(directory, named_by)
-
-
-def _resolve_data(data: dict[str, Any], base: Path) -> None:
-    """Let the paths of data in a workload as it was read start at a folder."""
-    sets = data.get("evaluation")
-    named: list[tuple[Any, tuple[str, ...]]] = [(data.get("data"), ("train", "evaluation"))]
-    named += [(each, ("files",)) for each in (sets if isinstance(sets, list) else [])]
-    for part, keys in named:
-        for key in keys:
-            if isinstance(part, dict) and key in part:
-                part[key] = with_paths(part[key], lambda path: str(base / path))
-
-
-def shape_of(directory: Path, named_by: str) -> Shape:
-    """The shape of a Hugging Face model directory, from its `config.json`. Raises UserError, also
-    for a model that is not supported."""
-    config = read_config(directory, named_by)
-    try:
-        return Shape(**sizes(config))
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        where = ".".join(map(str, wrong["loc"])) or "its sizes"
-        problem = f"{where}: {wrong['msg'].removeprefix('Value error, ')}"
-    except (KeyError, TypeError, ValueError) as error:
-        problem = json.dumps(str(error).splitlines()[0])
-    raise UserError(
-        f"{directory / 'config.json'}: not a decoder-only transformer that splitplan knows "
-        f"({problem})"
-    )
-
-
-def check_lengths(workload: Workload) -> None:
-    """Whether the models have positions for the longest sequence; of a directory that is not here
-    nothing is known. Raises UserError."""
-    for role, model in workload.models.items():
-        if model.path is not None and (model.path / "config.json").is_file():
-            check_length(model.path, role, workload.longest, workload.prompt.longest)

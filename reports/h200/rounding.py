@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from planner.spec.files import profiles_dir
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 TOKENS = 256
 WAYS = {  # the type of the products, the type of the residual

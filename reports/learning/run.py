@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 HERE = Path(__file__).resolve().parent
 STALENESS, OBJECTIVES, SEEDS = (0, 1, 2, 4), ("decoupled", "plain"), (0, 1, 2)

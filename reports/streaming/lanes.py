@@ -22,7 +22,7 @@ from planner.search.questions.ladder import seconds_of
 from planner.spec.cluster import make_cluster
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 GPUS, STALENESS = 16, (1, 2, 4)
 ROLLOUT_GPUS, AGES, SIZES = (4, 5, 6, 7, 8), (1000, 2000, 3000, 4000, 6000, 8000), (1, 2, 4)

@@ -22,7 +22,7 @@ import numpy as np
 
 from planner.commands.local import local_cluster
 from planner.spec.plan import Plan
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 KINDS, STALENESS, SEEDS = ("boundary", "keep", "recompute"), (1, 2, 4), (0, 1, 2)
 STEPS, SLOTS = 60, 96

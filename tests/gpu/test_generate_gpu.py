@@ -21,7 +21,7 @@ from planner.search import baseline
 from planner.spec.cluster import make_cluster
 from planner.spec.data import Sampler
 from planner.spec.files import profiles_dir
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 pytestmark = [
     pytest.mark.gpu,

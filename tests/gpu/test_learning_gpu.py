@@ -18,7 +18,7 @@ from executor.running.loop import Silent, loop
 from executor.running.step import Training
 from planner.predict.schedule import tasks_of
 from planner.spec.cluster import make_cluster
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 pytestmark = [
     pytest.mark.gpu,

@@ -25,7 +25,8 @@ from planner.spec.cluster import make_cluster
 from planner.spec.data import Sampler
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
-from planner.spec.workload import Workload, load_workload
+from planner.spec.workload import Workload
+from planner.spec.workload_file import load_workload
 
 pytestmark = [
     pytest.mark.gpu,

@@ -18,7 +18,7 @@ from planner.search import SearchOptions, find
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 

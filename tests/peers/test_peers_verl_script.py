@@ -16,7 +16,7 @@ from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 with hollow.again():
     import verl
