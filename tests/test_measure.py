@@ -17,7 +17,8 @@ from executor.measuring.timing import _pinned_bytes
 from planner.commands.local import local_cluster
 from planner.predict.cost import CostModel
 from planner.predict.layouts import trainer_layouts
-from planner.predict.points import OnGpus, TrainerPoint
+from planner.predict.measurement import OnGpus
+from planner.predict.points import TrainerPoint
 from planner.predict.profile import check_profiles, load_profiles
 from planner.predict.roofline import Place
 from planner.spec.cluster import make_cluster

@@ -22,7 +22,8 @@ from executor.running.loop import Silent, loop
 from executor.running.step import Training
 from executor.running.step_data import Done
 from executor.running.supervise import Deadlines
-from planner.predict.points import Batched, Point
+from planner.predict.measurement import Batched
+from planner.predict.points import Point
 from planner.predict.schedule import Task, tasks_of
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan

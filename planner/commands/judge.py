@@ -6,7 +6,7 @@ from pathlib import Path
 from planner.commands.inputs import check_target, make_console, read_cluster
 from planner.commands.options import JobOptions
 from planner.predict.judge import judge as judged_points
-from planner.predict.points import OnGpus
+from planner.predict.measurement import OnGpus
 from planner.predict.profile import Profile, load_profiles, warnings_of
 from planner.report.judged import page, tables, with_notes
 from planner.spec.cluster import Cluster, make_cluster

@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from planner.predict.points import Batched, HostPoint, OnGpus, Point, RolloutPoint, TrainerPoint
+from planner.predict.measurement import Batched, OnGpus
+from planner.predict.points import HostPoint, Point, RolloutPoint, TrainerPoint
 from planner.spec.cluster import Cluster
 from planner.spec.errors import UserError
 from planner.spec.files import File

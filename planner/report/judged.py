@@ -7,7 +7,8 @@ from rich.table import Table
 
 from planner.predict.judge import Errors, Judged, errors_of
 from planner.predict.layouts import MICRO_BATCH_TOKENS
-from planner.predict.points import MovePoint, OnGpus, RolloutPoint, TrainerPoint
+from planner.predict.measurement import OnGpus
+from planner.predict.points import MovePoint, RolloutPoint, TrainerPoint
 from planner.predict.profile import Profile
 from planner.report.markdown import markdown_list, markdown_table
 from planner.spec.cluster import Device
