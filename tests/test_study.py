@@ -14,7 +14,8 @@ from planner.predict.forecast import forecast_of
 from planner.predict.profile import Profile
 from planner.predict.schedule import load_plan
 from planner.report.compare import compare
-from planner.report.study import company, rows_of, summary_of
+from planner.report.study import rows_of, summary_of
+from planner.report.study_figures import company
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan

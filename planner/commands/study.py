@@ -16,7 +16,7 @@ from planner.commands.options import JobOptions
 from planner.predict.forecast import forecast, predict
 from planner.predict.profile import check_profiles, load_profiles
 from planner.predict.schedule import check, load_plan
-from planner.report import study_page
+from planner.report import study_data, study_page
 from planner.report.judged import with_notes
 from planner.report.study import CellRow, measured_rows, read_result, rows_of, same_plan, sha256_of
 from planner.report.tables import pools_text, seconds
@@ -297,8 +297,8 @@ def _report(asked: StudyRequest, console: Console) -> None:
     page = directory / "README.md"
     before = page.read_text(encoding="utf-8") if page.exists() else ""
     write_atomic(page, with_notes(study_page.page(study, rows, _from_here(asked.path)), before))
-    write_atomic(directory / "results.json", study_page.as_json(study, rows))
-    write_atomic(directory / "results.csv", study_page.as_csv(rows))
+    write_atomic(directory / "results.json", study_data.as_json(study, rows))
+    write_atomic(directory / "results.csv", study_data.as_csv(rows))
     for line in study_page.summary_lines(rows):
         console.print(line.replace("`", ""), markup=False, soft_wrap=True)
     console.print(

@@ -1,29 +1,23 @@
-"""A study written down: the page, the table as CSV, everything as JSON."""
+"""A study written down as a page in Markdown."""
 
-import csv
-import io
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from typing import Any
 
 from planner.report.markdown import markdown_list, markdown_table
 from planner.report.study import (
     REFERENCES,
-    UPDATES,
     CellRow,
-    Figures,
-    MemoryRow,
     Summary,
     measured_rows,
+    ranks,
     summary_of,
 )
+from planner.report.study_figures import UPDATES, MemoryRow
 from planner.report.tables import pools_text, seconds
 from planner.spec.study import CellResult, Study
 from planner.spec.wording import counted
 
 PICTURE = "steps.png"
-SCHEMA = "splitplan/study-results/1"
 
 
 def page(study: Study, rows: Sequence[CellRow], path: str) -> str:
@@ -138,35 +132,15 @@ def _ratios(rows: Sequence[CellRow], found: Summary) -> list[str]:
     return lines
 
 
-def ranks(rows: Sequence[CellRow]) -> tuple[dict[str, int], dict[str, int]]:
-    """Places of the measured cells by predicted and by measured step time."""
-    predicted, measured = {}, {}
-    for row in rows:
-        if row.figures:
-            predicted[row.cell.name] = row.predicted_seconds
-            measured[row.cell.name] = row.figures.step_seconds
-    return _places(predicted), _places(measured)
-
-
-def _places(seconds_of: Mapping[str, float]) -> dict[str, int]:
-    """The shortest is first."""
-    ordered = sorted(seconds_of, key=lambda name: seconds_of[name])
-    return {name: place for place, name in enumerate(ordered, start=1)}
-
-
 PLANS = (
     "Seconds per step are (end of the last `update_actor` that counts − end of the last warm-up "
-    "one) / steps between, "
-    "of the predicted timeline of the same steps and of the measured one; an error is predicted "
-    "over measured, less 1. "
-    "Rank: predicted → measured. Overhead: measured step time over the same program re-simulated "
-    "with the measured "
-    "seconds, less 1. Against a reference: predicted / measured, of cells measured on one host. "
-    "MFU: 6 FLOPs per "
-    "parameter and token and attention (recomputation not counted), over the measured bf16 matrix "
-    "rate of the GPUs; "
-    "`results.json` has it also with the vocabulary's head counted for responses only, for which "
-    "alone it is computed."
+    "one) / steps between, of the predicted timeline of the same steps and of the measured one; an "
+    "error is predicted over measured, less 1. Rank: predicted → measured. Overhead: measured step "
+    "time over the same program re-simulated with the measured seconds, less 1. Against a "
+    "reference: predicted / measured, of cells measured on one host. MFU: 6 FLOPs per parameter "
+    "and token and attention (recomputation not counted), over the measured bf16 matrix rate of "
+    "the GPUs; `results.json` has it also with the vocabulary's head counted for responses only, "
+    "for which alone it is computed."
 )
 
 
@@ -207,15 +181,13 @@ def _ratio(speed_up: tuple[float, float] | None) -> str:
 
 CALLS = (
     "Median seconds over the measured steps. Beside others: share of the call's time in which "
-    "another call ran on "
-    "other GPUs. Cost of overlap: measured over predicted here, over the same in `colocated`, "
-    "where every call runs "
-    "alone, less 1."
+    "another call ran on other GPUs. Cost of overlap: measured over predicted here, over the same "
+    "in `colocated`, where every call runs alone, less 1."
 )
 MEMORY = (
     "Peak of each pool's fullest GPU over all steps, of all processes, as the driver counts. "
-    "Torch's own: the peak of "
-    "what the tensors of a trainer and of an engine took there, and what allocators held for them."
+    "Torch's own: the peak of what the tensors of a trainer and of an engine took there, and what "
+    "allocators held for them."
 )
 RETRIES = " Retries: how often an allocator had to give back what it held before it got more."
 
@@ -316,98 +288,3 @@ def _provenance(rows: Sequence[CellRow]) -> str:
         return "## Profiles\n\nNone: all costs are the roofline model's."
     used = markdown_list(f"`{name}`, sha256 `{sha256}`" for name, sha256 in found.items())
     return f"## Profiles\n\nThe predictions use only these.\n\n{used}"
-
-
-# --- data ---
-
-
-def as_json(study: Study, rows: Sequence[CellRow]) -> str:
-    """Everything that the page says, and more."""
-    found = summary_of(rows)
-    body = {
-        "schema": SCHEMA,
-        "study": study.name,
-        "summary": asdict(found) if found else None,
-        "cells": [_cell(row, *ranks(rows)) for row in rows],
-    }
-    return json.dumps(body, indent=1, allow_nan=False) + "\n"
-
-
-def _cell(row: CellRow, predicted: dict[str, int], measured: dict[str, int]) -> dict[str, Any]:
-    name, figures, result = row.cell.name, row.figures, row.result
-    base: dict[str, Any] = {
-        "name": name,
-        "same_as": row.same_as,
-        "status": figures.result.status if figures else result.status if result else "not run",
-        "reason": result.reason if result and not figures else "",
-        "pools": {pool: len(found.gpus) for pool, found in row.plan.pools.items()},
-        "staleness": row.plan.staleness,
-        "predicted_step_seconds": row.predicted_seconds,
-        "planned_step_seconds": row.plan.predicted.step_seconds if row.plan.predicted else None,
-    }
-    # What was planned for is the mean over all length scenarios, of a pipeline that neither fills
-    # nor drains.
-    return base | (_measured(row, figures, predicted[name], measured[name]) if figures else {})
-
-
-def _measured(
-    row: CellRow, figures: Figures, predicted_rank: int, measured_rank: int
-) -> dict[str, Any]:
-    result = figures.result
-    return {
-        "measured_step_seconds": figures.step_seconds,
-        "error": figures.error,
-        "predicted_rank": predicted_rank,
-        "measured_rank": measured_rank,
-        "controller_overhead": figures.overhead,
-        "speed_up": {
-            name: {"predicted": p, "measured": m} for name, (p, m) in row.speed_ups.items()
-        },
-        "generate_tokens_per_second": figures.tokens_per_second,
-        "flops_share": figures.flops_share,
-        "flops_share_computed": figures.computed_share,
-        "log_prob_gap": figures.log_prob_gap,
-        "calls": [{**asdict(call), "error": call.error} for call in figures.calls],
-        "memory": [{**asdict(found), "error": found.error} for found in figures.memory],
-        "start_seconds": result.start_seconds,
-        "engines_started": result.engines_started,
-        "host": result.host,
-        "gpu": result.gpu,
-        "date": result.date,
-        "versions": result.versions,
-    }
-
-
-CSV_COLUMNS = (
-    "name",
-    "same_as",
-    "status",
-    "staleness",
-    "predicted_step_seconds",
-    "measured_step_seconds",
-    "error",
-    "predicted_rank",
-    "measured_rank",
-    "controller_overhead",
-    "generate_tokens_per_second",
-    "start_seconds",
-    "host",
-    "date",
-    "reason",
-)
-
-
-def as_csv(rows: Sequence[CellRow]) -> str:
-    """One line per cell."""
-    text = io.StringIO()
-    extra = [f"{kind}_vs_{name}" for name in REFERENCES for kind in ("predicted", "measured")]
-    columns = (*CSV_COLUMNS, *extra)
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        line = _cell(row, *ranks(rows))
-        for name, both in line.get("speed_up", {}).items():
-            for kind, speed_up in both.items():
-                line[f"{kind}_vs_{name}"] = speed_up
-        writer.writerow(line)
-    return text.getvalue()
