@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from executor import digits
+from executor.digits.task import make
 from executor.running import checkpoint
 from executor.running.execute import execute, resume
 from executor.running.loop import Silent
@@ -44,7 +44,7 @@ class UntilTheFirstCall(Silent):
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
     """A run of the demo's job, and how long it took to start."""
     directory = tmp_path_factory.mktemp("saving")
-    digits.make(directory / "task")
+    make(directory / "task")
     workload = load_workload(directory / "task" / "workload.toml")
     plan = find(workload, local_cluster(2), profiles=load_profiles([PROFILE])).best
     watches = [UntilTheFirstCall() for _ in range(TRIES)]

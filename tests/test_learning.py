@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from executor import digits
+from executor.digits.recipe import Recipe
+from executor.digits.task import make
 from executor.running.execute import execute
 from executor.running.options import RunOptions
 from executor.training import advantages
@@ -18,7 +19,7 @@ from planner.spec.workload_file import load_workload
 
 STUDY = Path(__file__).parents[1] / "reports" / "learning"
 STEPS = 10  # of which the last ends with an evaluation
-RECIPE = digits.Recipe(held_out_prompts=128, reward_steps=300)
+RECIPE = Recipe(held_out_prompts=128, reward_steps=300)
 RIGHT, WRONG = 0.1, 0.05  # a rise of more and of less than that; 0.2 is usual, and none at all
 
 
@@ -27,7 +28,7 @@ def sorting(tmp_path_factory):
     """With a reward model that is good enough for so few steps, and few prompts held out: the
     actor is asked all of them after each of its steps."""
     directory = tmp_path_factory.mktemp("learning") / "digits"
-    return directory, digits.make(directory, 0, RECIPE)
+    return directory, make(directory, 0, RECIPE)
 
 
 def rises(sorting, tmp_path, staleness, **changes):

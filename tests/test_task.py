@@ -6,11 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from executor import digits
+from executor.digits.prompts import build_tokenizer, encode, make_lines
+from executor.digits.recipe import Recipe
+from executor.digits.reward_model import perturb
+from executor.digits.task import make
 from planner.spec.errors import UserError
 from planner.spec.workload_file import load_workload
 
-QUICK = digits.Recipe(
+QUICK = Recipe(
     digits=2,
     train_prompts=60,
     held_out_prompts=30,
@@ -27,7 +30,7 @@ SAID: list[str] = []
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     directory = tmp_path_factory.mktemp("task") / "digits"
-    return directory, digits.make(directory, 0, QUICK, SAID.append)
+    return directory, make(directory, 0, QUICK, SAID.append)
 
 
 def test_it_says_what_it_does_and_how_far_it_is(made):
@@ -68,14 +71,14 @@ def test_the_actor_is_trained_to_the_wanted_share_only(made):
 
 
 def test_the_seed_decides_the_lines():
-    assert digits.make_lines(QUICK, 1) == digits.make_lines(QUICK, 1) != digits.make_lines(QUICK, 2)
+    assert make_lines(QUICK, 1) == make_lines(QUICK, 1) != make_lines(QUICK, 2)
 
 
 def test_perturbed_answers_keep_the_prompt_and_are_mostly_wrong():
-    recipe = digits.Recipe()
+    recipe = Recipe()
     torch.manual_seed(0)
-    right = digits.encode(digits.build_tokenizer(), digits.make_lines(recipe, 0)[0][:500])
-    wrong = digits.perturb(right, recipe)
+    right = encode(build_tokenizer(), make_lines(recipe, 0)[0][:500])
+    wrong = perturb(right, recipe)
     start = right.shape[1] - recipe.answer_tokens
     assert (wrong[:, :start] == right[:, :start]).all()
     assert (wrong != right).any(1).float().mean() > 0.6
@@ -84,5 +87,5 @@ def test_perturbed_answers_keep_the_prompt_and_are_mostly_wrong():
 def test_a_directory_that_holds_something_is_left_alone(made):
     before = sorted(path.name for path in made[0].iterdir())
     with pytest.raises(UserError, match="not an empty directory"):
-        digits.make(made[0], 0, QUICK)
+        make(made[0], 0, QUICK)
     assert sorted(path.name for path in made[0].iterdir()) == before

@@ -135,7 +135,7 @@ def summary(plan: Plan, timeline: Timeline, progress: LiveProgress) -> str:
 def task(name: str, out: Path, seed: int) -> None:
     need_extra("plan task")
     assert name == "digits"
-    from executor.digits import make
+    from executor.digits.task import make
 
     console = make_console()
     make(out, seed, say=lambda text: console.print(text, markup=False, soft_wrap=True))

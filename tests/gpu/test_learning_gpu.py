@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROLES, make_plan
 
-from executor import digits
+from executor.digits import task
 from executor.running import preflight
 from executor.running.loop import Silent, loop
 from executor.running.step import Training
@@ -46,7 +46,7 @@ def test_the_small_task_learns_as_on_a_cpu(tmp_path: Path) -> None:
 
     directory = Path(os.environ.get("SPLITPLAN_DIGITS", tmp_path / "digits"))
     if not directory.exists():
-        digits.make(directory)
+        task.make(directory)
     layouts: dict[str, dict[str, Any]] = {
         role: {"micro_batch_tokens": 8192, "shard": 1, "replicas": 2} for role in ROLES
     }

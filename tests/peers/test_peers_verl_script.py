@@ -35,7 +35,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory: verl reads the configurations and tokenizers of models."""
     from transformers import LlamaConfig
 
-    from executor.digits import build_tokenizer
+    from executor.digits.prompts import build_tokenizer
 
     folder = tmp_path_factory.mktemp("model")
     LlamaConfig(architectures=["LlamaForCausalLM"]).save_pretrained(folder)
