@@ -1,14 +1,15 @@
 """A run planned anew from its own steps: what is saved, how surely, and what a switch costs."""
 
 import json
+import os
 import shutil
-from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from conftest import small_workload, tiny_cluster
 
+from executor.running.run_directory import lock
 from planner.cli import main
 from planner.exchange.own_run import read_own_run
 from planner.predict.forecast import forecast, predict
@@ -37,7 +38,8 @@ def made(folder: Path, name: str = "colocated", steps: int = 8, slower=None, tok
         spans.append(
             Span(call=span.call, role=span.role, pools=span.pools, step=span.step, **moved)
         )
-    timeline.changed(source="measured", spans=tuple(spans)).write(run / "timeline.json")
+    timeline = timeline.changed(source="measured", steps=100, spans=tuple(spans))
+    timeline.write(run / "timeline.json")
     rows = [
         {
             "step": step, "response_tokens": float(tokens), "response_tokens_min": float(tokens),
@@ -46,14 +48,8 @@ def made(folder: Path, name: str = "colocated", steps: int = 8, slower=None, tok
         for step in range(steps)
     ]  # fmt: skip
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n{")
-    began = datetime(2026, 1, 1)
-    ended = began + timedelta(seconds=START + 20)
-    stamps = [
-        time.strftime("%Y-%m-%d %H:%M:%S,") + f"{time.microsecond // 1000:03}"
-        for time in (began, ended)
-    ]
-    lines = [f"{stamps[0]} INFO plan x, 8 steps, 4 GPUs", f"{stamps[1]} INFO step 0 ended, 20 s"]
-    (run / "log.txt").write_text("\n".join(lines) + "\n")
+    said = f"INFO start: {START} s, of which engines 8.0, processes 4.5"
+    (run / "log.txt").write_text(f"2026-01-01 10:00:00,000 {said}\n")
     return run
 
 
@@ -68,7 +64,7 @@ def replan(run: Path, *options: str) -> str:
 def test_what_a_run_says_of_itself(tmp_path: Path) -> None:
     found = read_own_run(made(tmp_path, slower={"generate": 3.0}, tokens=256), 4)
     expected = predict(found.plan).call_seconds
-    assert len(found.steps) == 4 and found.done == 8
+    assert len(found.steps) == 4 and (found.done, found.asked) == (8, 100)
     assert found.steps[0]["generate"] == pytest.approx(3 * expected["generate"], rel=1e-6)
     assert found.steps[0]["update_actor"] == pytest.approx(expected["update_actor"], rel=1e-6)
     assert found.start_seconds == pytest.approx(START)
@@ -117,3 +113,23 @@ def made_other(folder: Path) -> Path:
     workload = workload.changed(reference=workload.actor)
     baseline("colocated", workload, tiny_cluster(4)).write(folder / "other.json")
     return folder / "other.json"
+
+
+def test_what_cannot_go_on_is_not_planned_anew(tmp_path: Path) -> None:
+    run = made(tmp_path, "standalone")
+    held = lock(run)
+    assert "the run goes on in another process" in replan(run, "--apply")
+    os.close(held)
+    assert "there is no checkpoint in it" in replan(run, "--apply")
+    assert "are for --apply" in replan(run, "--keep", "5")
+    assert "no such run directory" in replan(tmp_path / "nowhere", "--apply")
+    assert not (tmp_path / "new.json").exists()
+
+
+def test_a_run_that_was_killed_says_what_its_last_checkpoint_has(tmp_path: Path) -> None:
+    run = made(tmp_path)
+    whole, kept = read_own_run(run, 4), run / "checkpoints" / "step-000008"
+    kept.mkdir(parents=True)
+    for name in ("timeline.json", "metrics.jsonl"):
+        (run / name).rename(kept / name)
+    assert read_own_run(run, 4) == whole

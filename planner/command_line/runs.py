@@ -188,13 +188,24 @@ def samples(
     multiple=True,
     help="Further measured costs. May be given more than once.",
 )
+@click.option(
+    "--apply", is_flag=True, help="Go on with the run under the new plan, if a switch pays."
+)
+@run_options
 def replan(
-    run: Path, last: int, max_staleness: int | None, out: Path, profiles: tuple[Path, ...]
+    run: Path,
+    last: int,
+    max_staleness: int | None,
+    out: Path,
+    profiles: tuple[Path, ...],
+    apply: bool,
+    options: "RunOptions",
 ) -> None:
     """Plan a run anew from what its last steps took.
 
     Says what another plan would save, how surely, and whether that pays what a switch costs. The
-    run is left as it is."""
+    run is left as it is, unless the new plan is to be applied: then it goes on from its last
+    checkpoint. How it is run then is said as for `plan execute`."""
     from planner.commands.replan import replan
 
-    replan(run, last, max_staleness, out, profiles, command_line())
+    replan(run, last, max_staleness, out, profiles, command_line(), options, apply=apply)

@@ -1,53 +1,82 @@
 """`plan replan`."""
 
+import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
-from planner import __version__
+from executor.running.options import RunOptions
 from planner.commands.inputs import check_target, make_console
-from planner.exchange.imported_run import ImportedRun, profile_of
 from planner.exchange.own_run import OwnRun, read_own_run
-from planner.predict.forecast import predict
-from planner.predict.profile import Profile, load_profiles
+from planner.exchange.replanning import PlannedAnew, plan_anew, plan_to_go_on_with
+from planner.predict.profile import load_profiles
 from planner.report.tables import plain_table, pools_table, pools_text, seconds
-from planner.search import SearchOptions, find
-from planner.spec.plan import Plan, Provenance
+from planner.search import SearchOptions
+from planner.spec.errors import UserError
 from planner.spec.wording import counted
-from planner.spec.workload import Workload
-
-REPETITIONS = 20  # of the run's steps, for the range of what is saved
-NOTHING_SAVED = 0.01  # of a step
 
 
 def replan(
-    run: Path, last: int, max_staleness: int | None, out: Path, given: Sequence[Path], command: str
+    run: Path,
+    last: int,
+    max_staleness: int | None,
+    out: Path,
+    given: Sequence[Path],
+    command: str,
+    options: RunOptions,
+    *,
+    apply: bool,
 ) -> None:
+    """Plan a run anew, and go on with it under the new plan if that is to be applied and pays."""
     check_target(out, ".json")
-    found = read_own_run(run, last)
-    others = load_profiles(given)
-    profile = _profile(found, found.steps, command)
-    options = SearchOptions(max_staleness=max_staleness, runners_up=0)
-    provenance = Provenance(version=__version__, seed=found.plan.workload.seed, command=command)
+    if apply:
+        _check_can_go_on(run)
+    elif options != RunOptions():
+        raise UserError("options of how a plan is run are for --apply; leave them out or add it")
+    found, others = read_own_run(run, last), load_profiles(given)
+    wanted = SearchOptions(max_staleness=max_staleness, runners_up=0)
     with make_console(stderr=True).status("searching"):
-        best = find(
-            found.observed.workload,
-            found.plan.cluster,
-            options,
-            profiles=(profile, *others),
-            provenance=provenance,
-        ).best
-        low, high = _range_of_saving(found, best, others)
-    now = predict(found.observed, (profile, *others))
-    assert best.predicted
-    saved = now.step_seconds - best.predicted.step_seconds
-    written = best.changed(name=out.stem, workload=_allowed(found.plan, best), predicted=None)
-    written = written.changed(predicted=predict(written, (profile, *others)))
-    written.write(out)
+        anew = plan_anew(found, wanted, others, command)
+    plan_to_go_on_with(found, anew.best, others, out.stem, command).write(out)
     console = make_console()
+    _show(console, found, anew, out)
+    options = replace(options, steps=options.steps or found.asked)
+    left = max(0, (options.steps or 0) - found.done)
+    gain, kept = _gain(found, anew, left), _why_kept(found, anew, left)
+    if not apply:
+        console.print(f"{gain}{kept or _how(run, out)}", soft_wrap=True)
+        return
+    if kept:
+        raise UserError(f"{run}: nothing is applied. {gain}{kept}")
+    from planner.commands.execute import resume  # ray and torch are slow to load
+
+    console.print(f"{gain}The run goes on under {out}.", markup=False, soft_wrap=True)
+    resume(run, out, options)
+
+
+def _check_can_go_on(run: Path) -> None:
+    """Raise UserError, before a search, for a run that has no checkpoint or still goes on."""
+    from planner.commands.execute import need_extra
+
+    need_extra("plan replan --apply")
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run directory; give the one that `plan execute` named")
+    from executor.running import checkpoint  # torch is slow to load
+    from executor.running.run_directory import lock
+
+    os.close(lock(run))
+    checkpoint.find(run)
+
+
+def _show(console: Console, found: OwnRun, anew: PlannedAnew, out: Path) -> None:
+    """What the run took and what the best plan would."""
+    best, now = anew.best, anew.now
+    assert best.predicted
     console.print(_drift(found, now.call_seconds))
     console.print()
     console.print(pools_table(best))
@@ -59,38 +88,12 @@ def replan(
         f"[bold]{seconds(best.predicted.step_seconds)} s[/bold] ({pools_text(best)}).",
         soft_wrap=True,
     )
-    console.print(_verdict(found, run, out, saved, (low, high), now.step_seconds), soft_wrap=True)
     sources = best.predicted.sources.get("measured", 0.0)
     console.print(
         f"{sources:.0%} of the seconds of its calls were measured in this run; the rest is taken "
         f"from the same calls in other layouts. Wrote {out}.",
         soft_wrap=True,
     )
-
-
-def _allowed(plan: Plan, best: Plan) -> Workload:
-    """The workload of the run, which goes on; with as much staleness as the new plan has."""
-    return plan.workload.changed(max_staleness=max(plan.workload.max_staleness, best.staleness))
-
-
-def _profile(found: OwnRun, steps: Sequence[dict[str, float]], command: str) -> Profile:
-    """The points of some steps of a run."""
-    imported = ImportedRun(plan=found.observed, steps=tuple(steps), phases={}, warmup=0)
-    return profile_of(imported, steps, command)
-
-
-def _range_of_saving(found: OwnRun, best: Plan, others: Sequence[Profile]) -> tuple[float, float]:
-    """The 5th and 95th percentile of the seconds saved a step, over draws of the run's steps with
-    repetition (the bootstrap of Efron 1979)."""
-    rng, saved = np.random.default_rng(0), []
-    for _ in range(REPETITIONS):
-        chosen = rng.integers(len(found.steps), size=len(found.steps))
-        profile = _profile(found, [found.steps[at] for at in chosen], "")
-        profiles = (profile, *others)
-        before, after = predict(found.observed, profiles), predict(best, profiles)
-        saved.append(before.step_seconds - after.step_seconds)
-    low, high = np.percentile(saved, (5, 95)).tolist()
-    return low, high
 
 
 def _drift(found: OwnRun, now: dict[str, float]) -> Table:
@@ -108,30 +111,32 @@ def _drift(found: OwnRun, now: dict[str, float]) -> Table:
     return table
 
 
-def _verdict(
-    found: OwnRun,
-    run: Path,
-    out: Path,
-    saved: float,
-    between: tuple[float, float],
-    now: float,
-) -> str:
-    """Whether to switch: what is saved, what that costs, and after how many steps it pays."""
-    low, high = between
-    if saved < NOTHING_SAVED * now or low <= 0:
-        return "Keep the plan: no other one is surely faster by more than a hundredth."
-    left = max(0, found.plan.workload.steps - found.done)
-    text = f"It saves {seconds(saved)} s a step ({seconds(low)} to {seconds(high)} s)"
-    if found.start_seconds is None:
-        return f"{text}. The log does not tell what a start costs. {_how(run, out)}"
-    steps = int(np.ceil(found.start_seconds / low))
-    text += (
-        f". Switching costs about {seconds(found.start_seconds)} s, as long as this run took to "
-        f"start: it pays after {counted(steps, 'step')}, and {left} are left."
+def _gain(found: OwnRun, anew: PlannedAnew, left: int) -> str:
+    """What is saved, what a switch costs, and after how many steps of those that are left it pays;
+    nothing if nothing is surely saved."""
+    if not anew.is_surely_faster:
+        return ""
+    between = f"{seconds(anew.low)} to {seconds(anew.high)}"
+    text = f"It saves {seconds(anew.saved)} s a step ({between} s). "
+    cost = found.start_seconds
+    if cost is None:
+        return f"{text}The log does not tell what a start costs. "
+    pays = counted(anew.pays_after(cost), "step")
+    return (
+        f"{text}Switching costs about {seconds(cost)} s, as long as this run took to start: it "
+        f"pays after {pays}, and {left} are left. "
     )
-    return f"{text} {_how(run, out)}" if left > steps else f"{text} Keep the plan."
+
+
+def _why_kept(found: OwnRun, anew: PlannedAnew, left: int) -> str:
+    """Why the plan is better kept for the steps that are left; nothing if it is not."""
+    if not anew.is_surely_faster:
+        return "Keep the plan: no other one is surely faster by more than a hundredth."
+    if left <= anew.pays_after(found.start_seconds or 0.0):
+        return "Keep the plan."
+    return ""
 
 
 def _how(run: Path, out: Path) -> str:
     command = shlex.join(["plan", "execute", "--resume", str(run), "--plan", str(out)])
-    return f"Switch with `{command}`."
+    return f"Switch with `{command}`, or add --apply."

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,45 +15,66 @@ from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
 from planner.spec.workload import Workload
 
-LINE = re.compile(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}) INFO (.*)$")
-BEGAN, FIRST_STEP = re.compile(r"plan .* steps, .*"), re.compile(r"step 0 ended, ([\d.,]+) s")
+START = re.compile(r"INFO start: ([\d.]+) s, of which ")
 FEWEST = 2  # steps
+_TIMELINE, _METRICS = "timeline.json", "metrics.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnRun:
     """The plan of a run; the same under the lengths of its last steps; the seconds of each call in
-    these steps; the seconds from one step's end to the next; how many steps there are in all; and
-    what a start took, if the log tells."""
+    these steps; the seconds from one step's end to the next; how many steps are done, of how many
+    that were asked for; and what a start took, if that is known."""
 
     plan: Plan
     observed: Plan
     steps: tuple[dict[str, float], ...]
     step_seconds: tuple[float, ...]
     done: int
+    asked: int
     start_seconds: float | None
 
 
 def read_own_run(run: Path, last: int) -> OwnRun:
-    """The last steps of a run that count. Raises UserError."""
+    """The last steps of a run that count; of one that goes on or was killed, as its last checkpoint
+    has them. Raises UserError."""
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory; give the one that `plan execute` named")
-    plan, timeline = load_plan(run / "plan.json"), Timeline.read(run / "timeline.json")
+    measured = run
+    if not (run / _TIMELINE).exists():
+        saved = sorted(run.glob(f"checkpoints/step-*/{_TIMELINE}"))
+        measured = saved[-1].parent if saved else run
+    timeline, rows = Timeline.read(measured / _TIMELINE), lines_of(measured / _METRICS)
+    try:
+        return own_run(load_plan(run / "plan.json"), timeline, rows, last, _start(run / "log.txt"))
+    except UserError as error:
+        raise UserError(f"{run}: {error}") from None
+
+
+def own_run(
+    plan: Plan,
+    timeline: Timeline,
+    rows: Sequence[dict[str, Any]],
+    last: int,
+    start_seconds: float | None,
+) -> OwnRun:
+    """The last steps that count of a run whose lines of metrics are `rows`. Raises UserError."""
     ends = timeline.ends
     whole = [step for step in sorted(ends) if timeline.counts(step) and step - 1 in ends]
     taken = whole[-last:]
     if len(taken) < FEWEST:
-        raise UserError(f"{run}: has {len(whole)} steps that count; let it run for some more")
+        raise UserError(f"has {len(whole)} steps that count; let it run for some more")
     steps = _calls(plan, timeline, taken)
-    rows = [row for row in lines_of(run / "metrics.jsonl") if row.get("step") in taken]
-    observed = plan.changed(workload=_with_lengths(plan.workload, rows), predicted=None)
+    known = [row for row in rows if row.get("step") in taken]
+    observed = plan.changed(workload=_with_lengths(plan.workload, known), predicted=None)
     return OwnRun(
         plan=plan,
         observed=observed,
         steps=steps,
         step_seconds=tuple(ends[step] - ends[step - 1] for step in taken),
         done=max(ends) + 1,
-        start_seconds=_start_seconds(run / "log.txt"),
+        asked=timeline.steps,
+        start_seconds=start_seconds,
     )
 
 
@@ -105,18 +125,9 @@ def _with_lengths(workload: Workload, rows: Sequence[dict[str, Any]]) -> Workloa
     return workload.changed(response=fitted(seen))
 
 
-def _start_seconds(log: Path) -> float | None:
-    """Seconds from the first line of a log to where its first step began."""
-    began = None
+def _start(log: Path) -> float | None:
+    """Seconds of the latest start that a log tells of."""
     if not log.is_file():
         return None
-    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not (match := LINE.match(line)):
-            continue
-        now = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S,%f")
-        if BEGAN.fullmatch(match[2]):
-            began = now
-        elif began and (first := FIRST_STEP.fullmatch(match[2])):
-            taken = float(first[1].replace(",", ""))
-            return max(0.0, (now - began).total_seconds() - taken)
-    return None
+    told = START.findall(log.read_text(encoding="utf-8", errors="replace"))
+    return float(told[-1]) if told else None
