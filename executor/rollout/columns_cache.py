@@ -52,6 +52,20 @@ def joined(cache: DynamicCache, kept: Tensor, new: DynamicCache, longest: int) -
     return found
 
 
+def rows_of(cache: DynamicCache, kept: Tensor, longest: int) -> DynamicCache:
+    """The rows `kept` of a cache, and the last `longest` columns of them."""
+    found = DynamicCache()
+    layers: Any = cache.layers
+    found.layers = [
+        Columns(
+            _beneath(layer.keys[kept], layer.keys[:0], longest),
+            _beneath(layer.values[kept], layer.values[:0], longest),
+        )
+        for layer in layers
+    ]
+    return found
+
+
 def _beneath(one: Tensor, other: Tensor, longest: int) -> Tensor:
     rows, heads, _, size = one.shape
     buffer = one.new_zeros(rows + len(other), heads, longest + ROOM, size)

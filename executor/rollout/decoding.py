@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from executor.data.requests import Ints
-from executor.rollout.columns_cache import joined
+from executor.rollout.columns_cache import joined, rows_of
 from executor.rollout.sampling import draw, uniform_at, without
 from executor.rollout.stop_strings import StopStrings
 from executor.rollout.streaming import Drawn, Unfinished
 
 JOINING = 8  # a step takes new sequences in when one in so many slots is free
+ENDED = 4  # and drops the rows of those that have ended when they are one in so many
 
 
 @dataclass(kw_only=True)
@@ -98,6 +99,8 @@ class Decoding:
             return self._draw(joining, self._take_in(joining))
         if not live:
             return []
+        if (len(self._slots) - live) * ENDED >= len(self._slots):
+            self._drop_ended()
         return self._draw(self._slots, self._decode())
 
     def _decode(self) -> Tensor:
@@ -129,6 +132,16 @@ class Decoding:
         longest = int(max((mask.sum(1).max() for mask in (old, of_new) if len(mask)), default=0))
         self._cache = joined(self._cache if keep else new, kept, new, longest)
         self._mask = torch.cat([_columns(mask, longest) for mask in (old, of_new)])
+
+    def _drop_ended(self) -> None:
+        """Forget the rows of sequences that have ended, and columns that only they had."""
+        keep = [row for row, slot in enumerate(self._slots) if not slot.ended]
+        self._slots = [self._slots[row] for row in keep]
+        kept = self._tensor(keep)
+        self._mask = self._mask[kept]
+        longest = int(self._mask.sum(1).max())
+        self._cache = rows_of(self._cache, kept, longest)
+        self._mask = _columns(self._mask, longest)
 
     def _logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """`[n, V]`, of the token behind the last one."""
