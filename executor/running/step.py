@@ -1,7 +1,8 @@
 """One PPO step: what each call does, seen from the controller. Their order is the plan's, kept by
 the loop in `loop.py`; what is asked of engines is in `generating.py`, the minibatches of an update
-in `updating.py`, evaluations in `evaluating.py`; what is learned from is said in `learning.py`;
-what happens on the GPUs is in `trainer.py` and in the engines of `executor/rollout`."""
+in `updating.py`, evaluations in `evaluating.py`; what is learned from is said in `learning.py`; how
+steps are found again in a checkpoint in `restoring.py`; what happens on the GPUs is in `trainer.py`
+and in the engines of `executor/rollout`."""
 
 import threading
 import time
@@ -19,18 +20,19 @@ from executor.data.rating import add_up
 from executor.fleet.asking import ask, to_each
 from executor.fleet.pools import Fleet
 from executor.fleet.worker import Record
-from executor.running import checkpoint, learning
+from executor.running import learning
 from executor.running.checkpoint import Checkpoint
 from executor.running.evaluating import Evaluating
 from executor.running.export import export_models
 from executor.running.generating import Generating, check_agreement
 from executor.running.preflight import reader_of
 from executor.running.processes import Processes
+from executor.running.restoring import restore_stream, restored_steps
 from executor.running.rewarding import Rewarding
 from executor.running.said import Listener, Said, lines_of
 from executor.running.saving import Snapshot
 from executor.running.step_data import Done, StepData
-from executor.running.step_figures import spread_of, version_figures
+from executor.running.step_figures import spread_of, stream_figures, version_figures
 from executor.running.stream import RolloutStream
 from executor.running.supervise import Deadlines
 from executor.running.updating import count_skipped, minibatches_of_ranks, update_metrics
@@ -91,11 +93,8 @@ class Training:
         prompts = self.prompts.step(task.step)
         assert task.weights_version is not None
         version = task.weights_version
-        early, workload, sampler = (
-            self.rewarding.begin(prompts),
-            self.workload,
-            self.workload.sampler,
-        )
+        early = self.rewarding.begin(prompts)
+        workload, sampler = self.workload, self.workload.sampler
         if self.stream is None:
             sequences, records = self.generating.responses(
                 version, prompts, sampler, workload.group, early
@@ -333,7 +332,8 @@ class Training:
             step = self.steps.pop(number)
             of_stream = {}
             if self.stream is not None:
-                of_stream = self._figures_of_stream(self.stream, number, step)
+                complete = sum(other.sampled for other in self.steps.values())
+                of_stream = stream_figures(number, step, self.stream.ledger(), complete)
         return {
             "step": number,
             **step.metrics,
@@ -341,24 +341,6 @@ class Training:
             **version_figures(number, step.sequences),
             **of_stream,
             "tokens": int(step.sequences.lengths.sum()),
-        }
-
-    def _figures_of_stream(
-        self, stream: RolloutStream, number: int, step: StepData
-    ) -> dict[str, Any]:
-        """How far tokens lag behind, and the ledger: all tokens that were sampled so far, and those
-        of them that no step has yet been trained on."""
-        sequences, tokens, sampled = stream.ledger()
-        complete = sum(other.sampled for other in self.steps.values())
-        of_tokens = step.sequences.weights_versions[step.sequences.mask]
-        return {
-            "staleness_max": number - int(of_tokens.min(initial=number)),
-            "segments": step.sequences.mean_segments,
-            "in_flight_sequences": sequences,
-            "in_flight_tokens": tokens + complete,
-            "sampled_tokens": sampled,
-            "step_sampled_tokens": step.sampled,
-            "trained_tokens": int(step.sequences.response_lengths.sum()),
         }
 
     def snapshot(self, directory: Path) -> Snapshot:
@@ -394,45 +376,12 @@ class Training:
         self.evaluations, self.skipped = dict(manifest.evaluations), dict(manifest.skipped)
         if self.settings.kl_target is not None and manifest.kl_coef is not None:
             self.kl_coef = manifest.kl_coef
-        dropped = 0  # tokens
-        for number, metrics in manifest.metrics.items():
-            own = {
-                name.removeprefix(f"{number}/"): x
-                for name, x in arrays.items()
-                if name.startswith(f"{number}/")
-            }
-            kept = {name: checkpoint.metric(value) for name, value in metrics.items()}
-            step = StepData.restored(self.prompts.step(number), own, kept)
-            if refills and number >= manifest.step:
-                dropped += step.sampled
-            else:
-                self.steps[number] = step
+        self.steps, dropped = restored_steps(manifest, arrays, self.prompts, refills=refills)
         if self.stream is not None:
-            self._restore_stream(self.stream, resumed.manifest.step, arrays, refills)
+            self.stream.version = manifest.step
+            sampler = self.workload.sampler
+            restore_stream(self.stream, arrays, self.prompts, sampler, refills=refills)
             self.stream.sampled -= dropped
-
-    def _restore_stream(
-        self,
-        stream: RolloutStream,
-        version: int,
-        arrays: dict[str, NDArray[Any]],
-        refills: bool,
-    ) -> None:
-        """Let the stream go on with the sequences of a checkpoint. Those that are generated again
-        leave the ledger."""
-        stream.version = version
-        stream.sampled = int(arrays.get("stream/sampled", np.zeros(1))[0])
-        of_steps: dict[int, dict[str, NDArray[Any]]] = {}
-        for name, array in arrays.items():
-            match name.split("/"):
-                case ["stream", step, part]:
-                    of_steps.setdefault(int(step), {})[part] = array
-        for number in sorted(of_steps):
-            if refills:
-                stream.sampled -= int(of_steps[number]["lengths"].sum())
-                continue
-            prompts = self.prompts.step(number)
-            stream.restore(number, prompts, self.workload.sampler, of_steps[number])
 
     def export(self, directory: Path) -> None:
         """Actor and critic as Hugging Face directories under `directory`."""

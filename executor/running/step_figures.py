@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor.data.batch import Sequences
+from executor.running.step_data import StepData
 from planner.spec.timeline import Span
 
 Interval = tuple[float, float]
@@ -27,6 +28,25 @@ def version_figures(number: int, sequences: Sequences) -> dict[str, Any]:
         "staleness_histogram": {str(lag): staleness[lag] for lag in sorted(staleness)},
         "weights_version": int(of_tokens.max()) if len(of_tokens) else max(oldest),
         "weights_versions": [[version, len(list(run))] for version, run in groupby(oldest)],
+    }
+
+
+def stream_figures(
+    number: int, step: StepData, ledger: tuple[int, int, int], complete: int
+) -> dict[str, Any]:
+    """How far the tokens of a step lag behind, and the ledger of a stream (`RolloutStream.ledger`):
+    all tokens that were sampled so far, and those of them that no step has yet been trained on.
+    `complete` are the latter in steps whose batch is complete."""
+    sequences, tokens, sampled = ledger
+    of_tokens = step.sequences.weights_versions[step.sequences.mask]
+    return {
+        "staleness_max": number - int(of_tokens.min(initial=number)),
+        "segments": step.sequences.mean_segments,
+        "in_flight_sequences": sequences,
+        "in_flight_tokens": tokens + complete,
+        "sampled_tokens": sampled,
+        "step_sampled_tokens": step.sampled,
+        "trained_tokens": int(step.sequences.response_lengths.sum()),
     }
 
 
