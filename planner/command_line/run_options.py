@@ -1,12 +1,11 @@
 """The options of `plan execute` that say how a plan is run."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import click
 
-from planner.commands.options import STEP_COUNT, Command, Duration
+from planner.commands.options import STEP_COUNT, Command, Duration, Option, parted, with_options
 from planner.spec.limits import MOST_STEPS
 
 STEPS_OR_NONE = click.IntRange(0, MOST_STEPS)
@@ -17,45 +16,16 @@ def run_options(command: Command) -> Command:
     """Adds them. The command receives them as one `options`."""
 
     @functools.wraps(command)
-    def gathered(
-        *,
-        steps: int | None,
-        address: str | None,
-        deadline_floor: float,
-        save_every: int,
-        keep: int,
-        export_every: int,
-        max_restarts: int,
-        track: tuple[str, ...],
-        samples: int,
-        samples_every: int,
-        **others: Any,
-    ) -> Any:
+    def gathered(*, track: tuple[str, ...], **given: Any) -> Any:
         from executor.running.options import RunOptions
 
-        options = RunOptions(
-            steps=steps,
-            save_every=save_every,
-            keep=keep,
-            max_restarts=max_restarts,
-            deadline_floor=deadline_floor,
-            address=address,
-            track=tuple(dict.fromkeys(track)),
-            samples=samples,
-            samples_every=samples_every,
-            export_every=export_every,
-        )
+        each_once = tuple(dict.fromkeys(track))
+        options, others = parted(RunOptions, {"track": each_once, **given})
         return command(options=options, **others)
 
     options = (*_of_course(), *_of_checkpoints(), *_of_records())
-    decorated: Any = gathered
-    for option in reversed(options):
-        decorated = option(decorated)
-    result: Command = decorated
-    return result
-
-
-Option = Callable[[Any], Any]
+    decorated: Command = with_options(gathered, options)
+    return decorated
 
 
 def _number(

@@ -5,8 +5,8 @@ import functools
 import math
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ import click
 from planner.spec.limits import MOST_GPUS_ASKED, MOST_STALENESS, MOST_STEPS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Option = Callable[[Any], Any]  # what click.option makes: it takes a command and returns one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,22 @@ def file_path(name: str = "FILE") -> click.Path:
     return kind
 
 
+def parted(kind: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A dataclass of this kind, made of the options that have the names of its fields, and the
+    other options."""
+    names = {field.name for field in fields(kind)}
+    own = {name: value for name, value in given.items() if name in names}
+    others = {name: value for name, value in given.items() if name not in names}
+    return kind(**own), others
+
+
+def with_options(command: Any, options: Sequence[Option]) -> Any:
+    """The command with more options. Its help shows them in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 def inputs(command: Command) -> Command:
     """Adds the options that say which job is planned and on which GPUs. The command receives them
     as one `job`."""
@@ -90,26 +107,8 @@ def inputs_but_gpus(command: Command) -> Command:
     """Adds the options of `inputs` except --gpus, for a command that takes several numbers."""
 
     @functools.wraps(command)
-    def gathered(
-        *,
-        device: str | None,
-        gpus_per_node: int | None,
-        cluster: str | None,
-        workload: str,
-        profiles: tuple[Path, ...],
-        settings: tuple[str, ...],
-        gpus: int | None = None,
-        **others: Any,
-    ) -> Any:
-        job = JobOptions(
-            gpus=gpus,
-            device=device,
-            gpus_per_node=gpus_per_node,
-            cluster=cluster,
-            workload=workload,
-            profiles=profiles,
-            settings=settings,
-        )
+    def gathered(**given: Any) -> Any:
+        job, others = parted(JobOptions, given)
         return command(job=job, **others)
 
     options = (
@@ -135,11 +134,8 @@ def inputs_but_gpus(command: Command) -> Command:
             help="Costs that `plan profile` measured. May be given more than once.",
         ),
     )
-    decorated: Any = settings_of_workload(gathered)
-    for option in reversed(options):
-        decorated = option(decorated)
-    result: Command = decorated
-    return result
+    decorated: Command = with_options(settings_of_workload(gathered), options)
+    return decorated
 
 
 def settings_of_workload(command: Command) -> Command:
