@@ -129,7 +129,7 @@ def test_more_staleness_than_allowed_is_refused():
     plan = make_plan(
         workload, {"r": 1, "t": 1}, ONE_STEP_OFF, order=AHEAD, offsets={"generate": 1}, staleness=1
     )
-    with pytest.raises(UserError, match="1 updates old, but the workload allows 0"):
+    with pytest.raises(UserError, match="1 update old, but the workload allows 0"):
         check(plan)
 
 

@@ -11,6 +11,7 @@ from planner.report.tables import estimate_table, pools_table, seconds
 from planner.search.questions.given_split import best_in, parse_pools, with_layouts
 from planner.search.solver.problem import problem_of
 from planner.search.solver.write_plan import assemble, complete
+from planner.spec.wording import counted
 
 
 def estimate(
@@ -37,7 +38,9 @@ def estimate(
     console.print()
     console.print(estimate_table(plan, durations(plan, model=problem.model)))
     console.print()
-    told = "no updates old" if plan.staleness == 0 else f"up to {plan.staleness} updates old"
+    told = "no updates old"
+    if plan.staleness:
+        told = f"up to {counted(plan.staleness, 'update')} old"
     console.print(
         f"[bold]{seconds(plan.predicted.step_seconds)} s per step[/bold], "
         f"{plan.predicted.tokens_per_second:,.0f} tokens/s, with sequences {told}. "

@@ -49,7 +49,8 @@ def search(
     for sentence in (bottleneck(best), *figures(best), *notes):
         console.print(sentence, soft_wrap=True)
     console.print(
-        f"The space has {result.placements:,} placements, each with many layouts and programs. "
+        f"The space has {counted(result.placements, 'placement')}, each with many layouts and "
+        "programs. "
         f"The bounds left {result.evaluated:,} to evaluate, in {seconds(result.seconds)} s. Wrote "
         f"{written}.",
         soft_wrap=True,

@@ -17,6 +17,7 @@ from planner.spec.dataflow import Call, Dataflow
 from planner.spec.errors import UserError
 from planner.spec.plan import Issue, Plan, Wait
 from planner.spec.settings import forget_evaluation, keep_costs, set_in
+from planner.spec.wording import counted
 from planner.spec.workload_file import find_files, with_evaluation_counted
 
 
@@ -232,8 +233,8 @@ def check(plan: Plan) -> None:
     found = staleness(tasks_of(plan, 2 * max(offsets) + max(4, every + 1)))
     if found > plan.workload.max_staleness:
         raise UserError(
-            f"plan {plan.name!r}: its program trains on sequences {found} updates old, but the "
-            f"workload allows {plan.workload.max_staleness}; lower the offset of "
+            f"plan {plan.name!r}: its program trains on sequences {counted(found, 'update')} old, "
+            f"but the workload allows {plan.workload.max_staleness}; lower the offset of "
             f"{plan.dataflow.generates.name} or raise max_staleness"
         )
     if found != plan.staleness:
