@@ -1,21 +1,17 @@
 """Steps under way and sequences in flight, as a run that goes on finds them in a checkpoint."""
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
 
 from executor.data.prompts import PromptSource
 from executor.running.checkpoint import Manifest, metric
+from executor.running.growing import Kept
 from executor.running.step_data import StepData
 from executor.running.stream import RolloutStream
 from planner.spec.data import Sampler
 
-Arrays = dict[str, NDArray[Any]]
-
 
 def restored_steps(
-    manifest: Manifest, arrays: Arrays, prompts: PromptSource, *, refills: bool
+    manifest: Manifest, arrays: Kept, prompts: PromptSource, *, refills: bool
 ) -> tuple[dict[int, StepData], int]:
     """The data of the steps under way, by their numbers. Where the pipeline `refills`, those that
     are generated again are left out; the tokens that had been sampled of them come beside."""
@@ -33,13 +29,13 @@ def restored_steps(
 
 
 def restore_stream(
-    stream: RolloutStream, arrays: Arrays, prompts: PromptSource, sampler: Sampler, *, refills: bool
+    stream: RolloutStream, arrays: Kept, prompts: PromptSource, sampler: Sampler, *, refills: bool
 ) -> None:
     """Let the stream go on with the sequences of a checkpoint. Those that are generated again leave
     the ledger."""
     of_stream = _below(arrays, "stream/")
     stream.sampled = int(of_stream.pop("sampled", np.zeros(1))[0])
-    of_steps: dict[int, Arrays] = {}
+    of_steps: dict[int, Kept] = {}
     for name, array in of_stream.items():
         step, _, part = name.partition("/")
         of_steps.setdefault(int(step), {})[part] = array
@@ -50,7 +46,7 @@ def restore_stream(
             stream.restore(number, prompts.step(number), sampler, of_steps[number])
 
 
-def _below(arrays: Arrays, prefix: str) -> Arrays:
+def _below(arrays: Kept, prefix: str) -> Kept:
     """The arrays whose names begin with a prefix, by the rest of their names."""
     return {
         name.removeprefix(prefix): array
