@@ -286,14 +286,18 @@ class Auditor:
                             ).only_enforce_if(met)
 
     def _memory(self):
-        """What the roles of a pool keep, and the most that one adds while it runs, fit a GPU;
-        pinned copies a host."""
+        """What the roles of a pool keep, less what they give back to an engine that sleeps there,
+        and the most that one adds while it runs, fit a GPU; pinned copies a host."""
 
         def total(role, value):
             return sum(value(option.memory) * option.chosen for option in self.options[role])
 
         idle = {role: total(role, lambda memory: memory.idle) for role in self.roles}
         running = {role: total(role, lambda memory: memory.running) for role in self.roles}
+        given_back = {role: total(role, lambda memory: memory.given_back) for role in self.roles}
+        asleep = self.cp.new_bool_var("")
+        engines = self.options["rollout"]
+        self.cp.add(sum(each.chosen for each in engines if each.layout.offload) == asleep)
         device, by_pool, self.pools = self.given.device, {}, {}
         for placement in self.placements:
             for roles in placement.roles:
@@ -303,9 +307,14 @@ class Auditor:
             there = self.pools[roles] = self._any(here)
             for role in roles:
                 others = sum(idle[other] for other in roles - {role})
-                self.cp.add(running[role] + others + used <= device.memory_bytes).only_enforce_if(
-                    there
-                )
+                needed = running[role] + others + used
+                if "rollout" in roles:
+                    awake = self.cp.add(needed <= device.memory_bytes)
+                    awake.only_enforce_if(there, ~asleep)
+                    needed -= sum(given_back[other] for other in roles - {role})
+                    self.cp.add(needed <= device.memory_bytes).only_enforce_if(there, asleep)
+                else:
+                    self.cp.add(needed <= device.memory_bytes).only_enforce_if(there)
         for placement, chosen in self.placements.items():
             for node, spec in enumerate(self.given.cluster.nodes):
                 self._host(placement, chosen, node, int(0.95 * spec.host_memory_bytes))

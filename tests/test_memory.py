@@ -295,7 +295,7 @@ def test_roles_that_do_not_fit_together_are_named() -> None:
     }
     with pytest.raises(
         UserError,
-        match=r"pool 'a' needs \d+ GB per GPU while actor runs at shard 2 .*critic keeps 57",
+        match=r"pool 'a' needs \d+ GB per GPU while actor runs at shard 2 .*critic keeps 42",
     ):
         check_memory(plan(**kept))
 

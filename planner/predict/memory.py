@@ -4,9 +4,8 @@ Sizes. N parameters of a model, s its shard size, T tokens of a micro-batch. On 
 compute in bf16 (2 bytes) and a trained model keeps a master copy in fp32 (4); on a CPU everything
 is fp32. Trained, per GPU: master weights 4N/s, Adam's two moments 8N/s, and gradients 4N/s. These
 lie in a stream of each model's own, so on a GPU what they took stays with the model, unless it is
-offloaded. Where an engine sleeps on the GPU every call gives it back, but what decides whether a
-plan fits, `check_memory` and the search, counts it all the same. A frozen model (reference, reward)
-keeps its compute copy only, 2N/s.
+offloaded. Where an engine sleeps on the GPU every call gives it back, so that roles idle without
+their gradients. A frozen model (reference, reward) keeps its compute copy only, 2N/s.
 """
 
 import math
@@ -41,13 +40,18 @@ SPARE = 32
 class RoleMemory:
     """Bytes of one role on one GPU: `idle` while another role of its pool runs, `running` (at its
     peak), and `host`, the pinned copies per GPU of what it offloads. Where an engine sleeps on the
-    GPU, `idle` is less by what is `given_back`. `detail` splits `running` by kind."""
+    GPU, `idle` is less by what is `given_back`: see `beside_sleeping`. `detail` splits `running` by
+    kind."""
 
     idle: int
     running: int
     host: int
     given_back: int = 0
     detail: dict[str, int] = field(default_factory=dict)
+
+    def beside_sleeping(self) -> "RoleMemory":
+        """The memory of the role on a GPU where an engine sleeps."""
+        return replace(self, idle=self.idle - self.given_back, given_back=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,26 +316,28 @@ def role_memory(plan: Plan, role: str) -> RoleMemory:
     return trainer_memory(plan.workload, role, layout, device)
 
 
-def plan_memory(plan: Plan, *, all_kept: bool = False) -> dict[str, PoolMemory]:
-    """The memory of each pool of a plan, on its fullest GPU. With `all_kept` as if roles kept also
-    what they give back beside an engine that sleeps: so the search counts."""
-    roles = {role: role_memory(plan, role) for role in plan.roles}
+def pool_members(plan: Plan, pool: str) -> dict[str, RoleMemory]:
+    """The memory of each role of a pool on one of its GPUs. Beside an engine that sleeps they keep
+    less."""
+    members = {
+        role: role_memory(plan, role) for role, layout in plan.roles.items() if pool in layout.pools
+    }
+    if pool in plan.rollout.pools and plan.rollout.offload:
+        return {role: memory.beside_sleeping() for role, memory in members.items()}
+    return members
+
+
+def plan_memory(plan: Plan) -> dict[str, PoolMemory]:
+    """The memory of each pool of a plan, on its fullest GPU."""
     found = {}
     for pool in plan.pools:
-        members = {role: roles[role] for role in roles if pool in plan.roles[role].pools}
-        device, engine = plan.device_of(pool), "rollout" in members
-        if engine and plan.rollout.offload and not all_kept:
-            members = {role: _given_back(memory) for role, memory in members.items()}
+        members, device = pool_members(plan, pool), plan.device_of(pool)
+        engine = "rollout" in members
         trainer = bool(members.keys() - {"rollout"})
         peak = pool_peak(list(members.values()), trainer, engine, device)
         detail = {role: {**memory.detail, "idle": memory.idle} for role, memory in members.items()}
         found[pool] = PoolMemory(peak=peak, allowed=device.memory_bytes, detail=detail)
     return found
-
-
-def _given_back(memory: RoleMemory) -> RoleMemory:
-    """The memory of a role beside an engine that sleeps."""
-    return replace(memory, idle=memory.idle - memory.given_back, given_back=0)
 
 
 def kv_cache_bytes(plan: Plan) -> int:
@@ -345,10 +351,10 @@ def trainer_allowance(plan: Plan, pool: str) -> int:
     """Bytes that the roles of a pool's trainer process may take on a GPU: their planned bytes, and
     the workspaces of libraries as far as the processes themselves and an idle engine leave room.
     Without a limit torch may keep much more than its tensors ever take at a time."""
-    device, engine = plan.device_of(pool), pool in plan.rollout.pools
-    kept = role_memory(plan, "rollout").idle if engine else 0
-    left = device.memory_bytes - process_bytes(device) * (1 + int(engine)) - kept
-    members = [
-        role_memory(plan, role) for role, layout in plan.trainers.items() if pool in layout.pools
-    ]
-    return min(left, pool_peak(members, False, False, device) + COMMUNICATION_BYTES)
+    members, device = pool_members(plan, pool), plan.device_of(pool)
+    engine = members.pop("rollout", None)
+    left = device.memory_bytes - process_bytes(device) * (1 if engine is None else 2)
+    if engine is not None:
+        left -= engine.idle
+    planned = pool_peak(list(members.values()), False, False, device)
+    return min(left, planned + COMMUNICATION_BYTES)

@@ -4,8 +4,8 @@ from planner.predict.host_memory import allowed, host_memory, named
 from planner.predict.memory import (
     PoolMemory,
     plan_memory,
+    pool_members,
     pool_peak,
-    role_memory,
     rollout_fraction,
     trainer_memory,
 )
@@ -19,7 +19,7 @@ from planner.spec.workload import TRAINED
 def check_memory(plan: Plan, saves: bool = True) -> None:
     """Raise UserError with the numbers for a plan that does not fit its GPUs or its hosts, with
     checkpoints or without."""
-    for pool, memory in plan_memory(plan, all_kept=True).items():
+    for pool, memory in plan_memory(plan).items():
         if memory.peak > memory.allowed:
             raise UserError(_too_much(plan, pool, memory))
     layout, device = plan.rollout, plan.device_of(plan.rollout.pools[0])
@@ -47,7 +47,7 @@ def check_memory(plan: Plan, saves: bool = True) -> None:
 
 def _too_much(plan: Plan, pool: str, memory: PoolMemory) -> str:
     """One line that names the role that needs most on an overfull pool, and what it could do."""
-    roles = {role: role_memory(plan, role) for role in memory.detail}
+    roles = pool_members(plan, pool)
     worst = max(roles, key=lambda role: roles[role].running)
     is_engine = worst == "rollout"
     size, changes = _changes(plan, worst, pool)

@@ -94,6 +94,8 @@ def what_binds_pools(problem: Problem, family: PlacementFamily) -> str:
                 f"an engine takes {counted(engine, 'GPU')} (tensor_parallel), and {pool} has {gpus}"
             )
         needs = {role: _leanest(workload, cluster, role, device, gpus) for role in roles}
+        if "rollout" in roles:
+            needs = {role: memory.beside_sleeping() for role, memory in needs.items()}
         peak = pool_peak(list(needs.values()), roles != ["rollout"], "rollout" in roles, device)
         if peak > device.memory_bytes:
             told = [f"{role} {gigabytes(memory.running)}" for role, memory in needs.items()]

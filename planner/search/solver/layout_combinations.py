@@ -58,8 +58,9 @@ def kept_layouts(placement: Placement, option: RolloutOption, threshold: Thresho
     themselves, without those that others dominate."""
     kept = {}
     for pool in range(len(placement.structure)):
-        for role, fits in fitting_layouts(placement, pool, option.memory).items():
-            layouts = placement.layouts[role]
+        asleep = option.layout.offload
+        for role, fits in fitting_layouts(placement, pool, option.memory, asleep).items():
+            layouts = placement.beside(role, asleep)
             if role == "actor" and pool in placement.generating:
                 # Engines on the actor's own GPUs are no wider than its ranks.
                 fits = fits[layouts.grid.gpus[fits] >= option.layout.tensor_parallel]

@@ -25,13 +25,15 @@ class LayoutTable(NamedTuple):
     """Layouts of one trained or inference role as columns of n rows.
 
     `memory` [n, 3] has the resident bytes, the surplus while the role runs, and the pinned bytes of
-    the host. `seconds` [calls of the role, n, S] has their durations, `means` [calls, n] the means
-    of these. For the actor the last call is the weight sync: its row holds the moves of what is
-    offloaded only, and `gathered` [n] the seconds of gathering its weights once, by the roofline
-    (see `with_sync`)."""
+    the host; `given_back` [n] what is not resident where an engine sleeps (see `beside_sleeping`).
+    `seconds` [calls of the role, n, S] has their durations, `means` [calls, n] the means of these.
+    For the actor the last call is the weight sync: its row holds the moves of what is offloaded
+    only, and `gathered` [n] the seconds of gathering its weights once, by the roofline (see
+    `with_sync`)."""
 
     grid: Grid
     memory: Array
+    given_back: Array
     seconds: Array
     means: Array
     gathered: Array
@@ -40,6 +42,7 @@ class LayoutTable(NamedTuple):
         return LayoutTable(
             self.grid.take(rows),
             self.memory[rows],
+            self.given_back[rows],
             self.seconds[:, rows],
             self.means[:, rows],
             self.gathered[rows],
@@ -48,6 +51,11 @@ class LayoutTable(NamedTuple):
     def layout(self, row: int, pool: str) -> TrainerRole:
         """The layout of a row, on a pool of that name."""
         return self.grid.layout(row, pool)
+
+    def beside_sleeping(self) -> "LayoutTable":
+        """The layouts on GPUs where an engine sleeps: less resident, and as much while they run."""
+        less = np.outer(self.given_back, [1, -1, 0])
+        return self._replace(memory=self.memory - less, given_back=np.zeros_like(self.given_back))
 
     def with_sync(self, times: float, seconds: float = 0.0) -> "LayoutTable":
         """The actor's layouts with the rest of the weight sync in its row: `times` gathering, and
@@ -135,6 +143,7 @@ class LayoutTables:
         both = LayoutTable(
             fitting.grid.take(slice(0, last)),
             np.concatenate([near.memory, far.memory]),
+            np.concatenate([near.given_back, far.given_back]),
             np.concatenate([near.seconds, far.seconds], axis=1),
             np.concatenate([near.means, far.means], axis=1),
             np.concatenate([near.gathered, far.gathered]),
@@ -151,11 +160,12 @@ class LayoutTables:
         room = device.memory_bytes - pool_peak((), True, False, device)
         fits = np.flatnonzero(found.running <= room)
         grid, memory, sharding = grid.take(fits), memory[fits], sharding.take(fits)
+        given_back = found.given_back[fits].astype(np.float64)
         seconds = self._seconds(role, grid, sharding, device)
         gathered = np.zeros(len(fits))
         if self._is_installed(role):
             gathered = gather_seconds(workload.actor.shape, sharding, device, self.model.cluster)
-        return LayoutTable(grid, memory, seconds, seconds.mean(axis=2), gathered)
+        return LayoutTable(grid, memory, given_back, seconds, seconds.mean(axis=2), gathered)
 
     def _seconds(self, role: str, grid: Grid, sharding: Sharding, device: Device) -> Array:
         """Durations [calls of the role, n, S]."""

@@ -117,6 +117,15 @@ class Placement:
         """The trained and inference roles of a pool."""
         return [role for role, own in self.pool_of.items() if own == pool]
 
+    def beside(self, role: str, asleep: bool) -> LayoutTable:
+        """The layouts of a role where engines sleep, or where they do not."""
+        sleeps = asleep and self.pool_of[role] in self.generating
+        return self._beside_sleeping[role] if sleeps else self.layouts[role]
+
+    @cached_property
+    def _beside_sleeping(self) -> dict[str, LayoutTable]:
+        return {role: layouts.beside_sleeping() for role, layouts in self.layouts.items()}
+
     def allowed(self, pool: int) -> int:
         """Bytes of each GPU of a pool that layouts may take together."""
         roles = bool(self.held(pool))

@@ -74,7 +74,7 @@ class PoolTables:
         tables = []
         for role in roles:
             actor = key.actor if role == "actor" else None
-            tables.append(self._roles.of(role, key.kind, actor))
+            tables.append(self._roles.of(role, key.kind, actor, generates))
         memory = [table.memory for table in tables]
         return _Pool(
             device=problem.device(key.kind),

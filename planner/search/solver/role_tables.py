@@ -99,7 +99,7 @@ class RoleTable(NamedTuple):
     """The least seconds [sets of the role's calls, steps, levels, S + 1] of the layouts of a role
     that need at most a level of memory while they run (`running`), and of those that need at most a
     level while they idle (`idle`); and the least resident bytes and the least surplus [steps, 2] of
-    any layout."""
+    any layout. Beside engines all of this is as where they sleep: no plan needs more there."""
 
     running: Array
     idle: Array
@@ -111,22 +111,25 @@ class RoleTables:
 
     def __init__(self, problem: Problem, call_sets: CallSets) -> None:
         self._problem, self._call_sets = problem, call_sets
-        self._tables: dict[tuple[str, str, ActorKey | None], RoleTable] = {}
+        self._tables: dict[tuple[str, str, ActorKey | None, bool], RoleTable] = {}
 
-    def of(self, role: str, kind: str, actor: ActorKey | None) -> RoleTable:
-        """The table of a role on pools of a kind; for the actor also by an `actor` key."""
-        key = role, kind, actor
+    def of(self, role: str, kind: str, actor: ActorKey | None, engine: bool) -> RoleTable:
+        """The table of a role on pools of a kind, beside an `engine` or not; for the actor also by
+        an `actor` key."""
+        key = role, kind, actor, engine
         if key not in self._tables:
-            self._tables[key] = self._made(role, kind, actor)
+            self._tables[key] = self._made(role, kind, actor, engine)
         return self._tables[key]
 
-    def _made(self, role: str, kind: str, actor: ActorKey | None) -> RoleTable:
+    def _made(self, role: str, kind: str, actor: ActorKey | None, engine: bool) -> RoleTable:
         problem = self._problem
         counts, device = problem.ranks(kind), problem.device(kind)
         layouts = problem.layouts(role, kind)
         if actor:
             layouts = layouts.of_shards(actor.within, problem.node(kind))
             layouts = layouts.with_sync(actor.gathers)
+        if engine:
+            layouts = layouts.beside_sleeping()
         step = np.searchsorted(counts, layouts.grid.gpus)
         calls = problem.calls_of(role)
         of_sets = [

@@ -68,7 +68,7 @@ def _simulated(
     """A row with its generation simulated; None if it is ruled out on the way there."""
     problem, table = placement.problem, placement.rollout_table
     memory, moves = columns_of(table.memory(row, offload)), table.moves(row, offload)
-    least = least_seconds(placement, memory)
+    least = least_seconds(placement, memory, offload)
     if least is None:
         return None
     problem.fill_in_generation(least, table.seconds[row] + moves)
@@ -105,7 +105,8 @@ def _rows_below(placement: Placement, threshold: Threshold) -> Indices:
     problem, table = placement.problem, placement.rollout_table
     rows = table.rows_on(placement.engine_parts, placement.shared)
     none = rows[:0]
-    least = least_seconds(placement, np.zeros(3))
+    # What fits beside an engine that is awake fits beside it asleep too.
+    least = least_seconds(placement, np.zeros(3), asleep=True)
     if least is None:
         return none
     durations = np.repeat(least[None], len(rows), axis=0)
@@ -134,13 +135,13 @@ def _each_role_may_be_below(placement: Placement, threshold: Threshold, least: A
     return True
 
 
-def least_seconds(placement: Placement, engine: Array) -> Array | None:
+def least_seconds(placement: Placement, engine: Array, asleep: bool) -> Array | None:
     """Seconds [calls, S] that no layouts of the other roles undercut next to an engine of such
-    memory [3]; 0 for generation. None if some role has no layout that fits."""
+    memory [3], which sleeps or not; 0 for generation. None if some role has no layout that fits."""
     problem = placement.problem
     least = np.zeros((len(problem.calls), problem.model.scenarios))
     for pool in range(len(placement.structure)):
-        for role, fits in fitting_layouts(placement, pool, engine).items():
+        for role, fits in fitting_layouts(placement, pool, engine, asleep).items():
             if not len(fits):
                 return None
             durations = placement.layouts[role].seconds
@@ -151,11 +152,13 @@ def least_seconds(placement: Placement, engine: Array) -> Array | None:
     return least
 
 
-def fitting_layouts(placement: Placement, pool: int, engine: Array) -> dict[str, Indices]:
-    """The layouts of each role of a pool that fit next to an engine of this memory [3] and the
-    leanest layout of each other role."""
+def fitting_layouts(
+    placement: Placement, pool: int, engine: Array, asleep: bool
+) -> dict[str, Indices]:
+    """The layouts of each role of a pool that fit next to an engine of this memory [3], which
+    sleeps or not, and the leanest layout of each other role."""
     held = placement.held(pool)
-    memory = [placement.layouts[role].memory for role in held]
+    memory = [placement.beside(role, asleep).memory for role in held]
     of_roles = [table[:, :2].min(axis=0, initial=np.inf) for table in memory]
     leanest = np.array([placement.engine_on(pool, engine)[:2], *of_roles])
     allowed = placement.allowed(pool)
