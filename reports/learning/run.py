@@ -173,9 +173,9 @@ def main() -> None:
     for directory in ("logs", "done", "runs"):
         (out / directory).mkdir(parents=True, exist_ok=True)
     if not (out / "task").exists():
-        from executor import digits
+        from executor.digits.task import make
 
-        digits.make(out / "task")
+        make(out / "task")
     arguments = [
         (run, number, options.at_once, out, options.steps) for number, run in enumerate(runs)
     ]

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from executor import digits
 from executor.data.prompts import Prompts
+from executor.digits.task import make as make_task
 from executor.fleet.asking import Rank
 from executor.rollout.engine import EngineWorker
 from executor.rollout.streaming import Stretches, Unfinished
@@ -265,7 +265,7 @@ def main() -> None:
     for directory in ("logs", "done", "runs"):
         (out / directory).mkdir(parents=True, exist_ok=True)
     if not (out / "task").exists():
-        digits.make(out / "task")
+        make_task(out / "task")
     with ThreadPoolExecutor(options.at_once) as threads:
         started = {
             run: threads.submit(in_process, run, number, options, out)
