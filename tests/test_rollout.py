@@ -116,9 +116,9 @@ def test_what_completes_a_stop_string_is_decoded_seldom() -> None:
 
 
 def test_responses_are_handed_over_as_they_finish(model: torch.nn.Module) -> None:
-    """Each once, whole, those that end sooner first within a wave."""
+    """Each once, whole, those that end sooner first."""
     asked = requests(PROMPTS * 2, max_tokens=20)
-    engine = TransformersEngine(model, [EOS, 17], 16)
+    engine = TransformersEngine(model, [EOS, 17], 32)
     handed: list[tuple[int, list[int]]] = []
 
     def hand_over(numbers: Sequence[int], found: Sequence[Sequence[int]]) -> None:
@@ -128,9 +128,31 @@ def test_responses_are_handed_over_as_they_finish(model: torch.nn.Module) -> Non
     ends = np.cumsum(lengths)
     whole = [tokens[end - n : end].tolist() for end, n in zip(ends, lengths, strict=True)]
     assert sorted(handed) == list(enumerate(whole))
-    for wave in (handed[:16], handed[16:]):
-        finished = [len(response) for _, response in wave]
-        assert finished == sorted(finished) and len(set(finished)) > 1
+    finished = [len(response) for _, response in handed]
+    assert finished == sorted(finished) and len(set(finished)) > 1
+
+
+def test_what_all_samples_of_a_prompt_share_is_computed_once(model: torch.nn.Module) -> None:
+    computed: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    responses(TransformersEngine(model, [], 6), requests([[1, 2, 3]] * 6, max_tokens=3), 1.0)
+    hook.remove()
+    assert computed == [3, 6, 6]
+
+
+def test_rows_of_ended_sequences_are_dropped(model: torch.nn.Module) -> None:
+    """And the next ones take their places."""
+    asked = requests([[token] for token in range(8)], max_tokens=9, exact=True)
+    asked.max_tokens[:3] = 2
+    computed: list[int] = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: computed.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    responses(TransformersEngine(model, [], 6), asked, 1.0)
+    hook.remove()
+    assert computed == [6, 6, 2, *[5] * 7, 2]
 
 
 def test_exact_requests_ignore_end_of_sequence(model: torch.nn.Module) -> None:

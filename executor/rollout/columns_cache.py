@@ -1,5 +1,6 @@
 """A KV cache that grows in place, for a batch whose sequences all end in its last column."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,39 +38,25 @@ class Columns(DynamicLayer):
         return self._show(width)
 
 
-def joined(cache: DynamicCache, kept: Tensor, new: DynamicCache, longest: int) -> DynamicCache:
-    """The rows `kept` of a cache, and beneath them those of a new one. Their last `longest` columns
-    are kept, or filled with zeros on the left."""
+def gathered(parts: Sequence[tuple[DynamicCache, Tensor]], longest: int) -> DynamicCache:
+    """Rows of some caches, each with the numbers of its own, beneath each other. Their last
+    `longest` columns are kept, or filled with zeros on the left."""
     found = DynamicCache()
-    layers: Any = zip(cache.layers, new.layers, strict=True)
-    found.layers = [
-        Columns(
-            _beneath(old.keys[kept], fresh.keys, longest),
-            _beneath(old.values[kept], fresh.values, longest),
-        )
-        for old, fresh in layers
-    ]
+    rows = [own for _, own in parts]
+    for layers in zip(*(cache.layers for cache, _ in parts), strict=True):
+        together = list(zip(layers, rows, strict=True))
+        keys = _beneath([layer.keys[own] for layer, own in together], longest)
+        values = _beneath([layer.values[own] for layer, own in together], longest)
+        found.layers.append(Columns(keys, values))
     return found
 
 
-def rows_of(cache: DynamicCache, kept: Tensor, longest: int) -> DynamicCache:
-    """The rows `kept` of a cache, and the last `longest` columns of them."""
-    found = DynamicCache()
-    layers: Any = cache.layers
-    found.layers = [
-        Columns(
-            _beneath(layer.keys[kept], layer.keys[:0], longest),
-            _beneath(layer.values[kept], layer.values[:0], longest),
-        )
-        for layer in layers
-    ]
-    return found
-
-
-def _beneath(one: Tensor, other: Tensor, longest: int) -> Tensor:
-    rows, heads, _, size = one.shape
-    buffer = one.new_zeros(rows + len(other), heads, longest + ROOM, size)
-    for part, place in ((one, buffer[:rows]), (other, buffer[rows:])):
+def _beneath(parts: Sequence[Tensor], longest: int) -> Tensor:
+    _, heads, _, size = parts[0].shape
+    rows = sum(len(part) for part in parts)
+    buffer = parts[0].new_zeros(rows, heads, longest + ROOM, size)
+    places = buffer.split([len(part) for part in parts])
+    for part, place in zip(parts, places, strict=True):
         width = min(part.shape[2], longest)
         place[:, :, longest - width : longest] = part[:, :, part.shape[2] - width :]
     return buffer

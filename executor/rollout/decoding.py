@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from executor.data.requests import Ints
-from executor.rollout.columns_cache import joined, rows_of
+from executor.rollout.columns_cache import gathered
 from executor.rollout.sampling import draw, uniform_at, without
 from executor.rollout.stop_strings import StopStrings
 from executor.rollout.streaming import Drawn, Unfinished
+from planner.spec.data import Sampler
 
 JOINING = 8  # a step takes new sequences in when one in so many slots is free
 ENDED = 4  # and drops the rows of those that have ended when they are one in so many
@@ -34,6 +34,21 @@ class _Slot:
         assert self.uniform is not None
         return float(self.uniform[len(self.tokens)])
 
+    @property
+    def is_early(self) -> bool:
+        """Whether it has too few tokens to end."""
+        least = self.sequence.sampler.min_tokens
+        return len(self.tokens) < least and not self.sequence.exact
+
+
+class _Rows(NamedTuple):
+    """Sequences, and where they are: the `rows` [n] of a cache and of its mask."""
+
+    slots: list[_Slot]
+    cache: DynamicCache
+    mask: Tensor
+    rows: Tensor
+
 
 class Decoding:
     """Decodes at most `concurrency` sequences at a time; others wait for their turn in the order in
@@ -41,8 +56,8 @@ class Decoding:
 
     A step either takes in sequences that wait, by computing all that they have, or decodes those
     that were taken in. Both draw one token of each. The row of a sequence that has ended is kept
-    until others are taken in: to drop it is to copy the whole cache. The cache is padded on the
-    left, so that all sequences end in one column:
+    until others are taken in or there are some of them: to drop it is to copy the whole cache. The
+    cache is padded on the left, so that all sequences end in one column:
 
         slot    cached                 then drawn
         0       .  .  a  b  c          d
@@ -57,10 +72,14 @@ class Decoding:
         stops: StopStrings | None = None,
     ) -> None:
         self.model, self.eos, self.concurrency, self.stops = model, eos, concurrency, stops
+        self._ends = frozenset(eos.tolist())
         self._waiting: list[_Slot] = []
+        self._forget_rows()
+
+    def _forget_rows(self) -> None:
         self._slots: list[_Slot] = []
         self._cache = DynamicCache()
-        self._mask = torch.zeros((0, 0), dtype=torch.long, device=eos.device)
+        self._mask = torch.zeros((0, 0), dtype=torch.long, device=self.eos.device)
 
     def __len__(self) -> int:
         """The sequences that have not ended."""
@@ -74,20 +93,19 @@ class Decoding:
         for sequence in sequences:
             uniform = None
             if sequence.sampler.temperature:
-                uniform = uniform_at(np.array([sequence.key]), sequence.max_tokens)[0]
+                uniform = uniform_at(sequence.key, sequence.max_tokens)
             slot = _Slot(sequence=sequence, tokens=sequence.response.tolist(), uniform=uniform)
             self._waiting.append(slot)
 
     def recompute(self) -> None:
         """Drop what is cached. It is computed again by the weights of the next step."""
         self._waiting = [*self._live, *self._waiting]
-        self._slots = []
-        self._cache, self._mask = DynamicCache(), self._mask[:0, :0]
+        self._forget_rows()
 
     def abandon(self) -> None:
         """Forget all sequences."""
-        self._slots, self._waiting = [], []
-        self.recompute()
+        self._waiting = []
+        self._forget_rows()
 
     @torch.inference_mode()
     def step(self) -> list[Drawn]:
@@ -99,8 +117,9 @@ class Decoding:
             return self._draw(joining, self._take_in(joining))
         if not live:
             return []
-        if (len(self._slots) - live) * ENDED >= len(self._slots):
-            self._drop_ended()
+        ended = len(self._slots) - live
+        if ended * ENDED >= len(self._slots):
+            self._keep_live()
         return self._draw(self._slots, self._decode())
 
     def _decode(self) -> Tensor:
@@ -110,38 +129,35 @@ class Decoding:
         return self._logits(last, self._mask, positions, self._cache)
 
     def _take_in(self, joining: list[_Slot]) -> Tensor:
-        """Compute all that the sequences have; logits of the next token."""
-        there = [np.concatenate([slot.sequence.prompt, slot.tokens]) for slot in joining]
-        width = max(len(tokens) for tokens in there)
-        padded, mask = (np.zeros((len(there), width), dtype=np.int64) for _ in range(2))
-        for row, tokens in enumerate(there):
+        """Compute all that the sequences have, once for those that have the same; logits of the
+        next token."""
+        there = [(*slot.sequence.prompt.tolist(), *slot.tokens) for slot in joining]
+        row_of = {tokens: row for row, tokens in enumerate(dict.fromkeys(there))}
+        width = max(map(len, row_of))
+        padded, mask = (np.zeros((len(row_of), width), dtype=np.int64) for _ in range(2))
+        for tokens, row in row_of.items():
             padded[row, width - len(tokens) :] = tokens
             mask[row, width - len(tokens) :] = 1
-        of_new, cache = self._tensor(mask), DynamicCache()
-        positions = (of_new.cumsum(1) - 1).clamp(min=0)
-        logits = self._logits(self._tensor(padded), of_new, positions, cache)
-        self._join(joining, of_new, cache)
-        return logits
+        of_rows, cache = self._tensor(mask), DynamicCache()
+        positions = (of_rows.cumsum(1) - 1).clamp(min=0)
+        logits = self._logits(self._tensor(padded), of_rows, positions, cache)
+        rows = self._tensor([row_of[tokens] for tokens in there])
+        self._keep_live(_Rows(joining, cache, of_rows, rows))
+        return logits[rows]
 
-    def _join(self, joining: list[_Slot], of_new: Tensor, new: DynamicCache) -> None:
-        """Let new sequences decode beside those that have not ended."""
-        keep = [row for row, slot in enumerate(self._slots) if not slot.ended]
-        self._slots = [*(self._slots[row] for row in keep), *joining]
-        kept = self._tensor(keep).long()
-        old = self._mask[kept]
-        longest = int(max((mask.sum(1).max() for mask in (old, of_new) if len(mask)), default=0))
-        self._cache = joined(self._cache if keep else new, kept, new, longest)
-        self._mask = torch.cat([_columns(mask, longest) for mask in (old, of_new)])
-
-    def _drop_ended(self) -> None:
-        """Forget the rows of sequences that have ended, and columns that only they had."""
-        keep = [row for row, slot in enumerate(self._slots) if not slot.ended]
-        self._slots = [self._slots[row] for row in keep]
-        kept = self._tensor(keep)
-        self._mask = self._mask[kept]
-        longest = int(self._mask.sum(1).max())
-        self._cache = rows_of(self._cache, kept, longest)
-        self._mask = _columns(self._mask, longest)
+    def _keep_live(self, *new: _Rows) -> None:
+        """Keep the rows of sequences that have not ended, and new ones beneath them; and the
+        columns that one of them has."""
+        live = [row for row, slot in enumerate(self._slots) if not slot.ended]
+        parts = list(new)
+        if live:
+            kept = [self._slots[row] for row in live]
+            parts.insert(0, _Rows(kept, self._cache, self._mask, self._tensor(live)))
+        masks = [part.mask[part.rows] for part in parts]
+        longest = max(int(mask.sum(1).max()) for mask in masks)
+        self._slots = [slot for part in parts for slot in part.slots]
+        self._cache = gathered([(part.cache, part.rows) for part in parts], longest)
+        self._mask = torch.cat([_columns(mask, longest) for mask in masks])
 
     def _logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """`[n, V]`, of the token behind the last one."""
@@ -157,34 +173,48 @@ class Decoding:
         return logits
 
     def _draw(self, slots: list[_Slot], logits: Tensor) -> list[Drawn]:
-        drawn = []
-        live = [row for row, slot in enumerate(slots) if not slot.ended]
-        for sampler in dict.fromkeys(slots[row].sequence.sampler for row in live):
-            rows = [row for row in live if slots[row].sequence.sampler == sampler]
-            mine = [slots[row] for row in rows]
-            of_mine = logits[self._tensor(rows)]
-            early = [not s.sequence.exact and len(s.tokens) < sampler.min_tokens for s in mine]
-            if any(early):
-                of_mine = without(self.eos, of_mine, self._tensor(early))
-            uniform = self._tensor([s.at() for s in mine]) if sampler.temperature else None
-            chosen, log_probs = draw(of_mine, sampler, uniform)
-            stops = torch.isin(chosen, self.eos).tolist()
-            found = zip(mine, chosen.tolist(), log_probs.tolist(), stops, strict=True)
-            for slot, token, log_prob, stop in found:
-                sequence = slot.sequence
-                slot.tokens.append(token)
-                slot.ended = len(slot.tokens) == sequence.max_tokens
-                if not sequence.exact:
-                    slot.ended |= stop or self._completes(slot.tokens)
-                drawn.append(Drawn(sequence.number, [token], [log_prob], slot.ended))
+        """The next token of those that have not ended."""
+        rows_of: dict[Sampler, list[int]] = {}
+        for row, slot in enumerate(slots):
+            if not slot.ended:
+                rows_of.setdefault(slot.sequence.sampler, []).append(row)
+        drawn: list[Drawn] = []
+        for sampler, rows in rows_of.items():
+            own = [slots[row] for row in rows]
+            tokens, log_probs = self._chosen(own, sampler, logits[self._tensor(rows)])
+            drawn += map(self._add, own, tokens.tolist(), log_probs.tolist())
         return drawn
+
+    def _chosen(
+        self, slots: list[_Slot], sampler: Sampler, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens and log-probs `[n]` that a sampler draws of sequences, by logits `[n, V]`."""
+        early = [slot.is_early for slot in slots]
+        if any(early):
+            logits = without(self.eos, logits, self._tensor(early))
+        uniform = None
+        if sampler.temperature:
+            uniform = self._tensor(np.array([slot.at() for slot in slots]))
+        return draw(logits, sampler, uniform)
+
+    def _add(self, slot: _Slot, token: int, log_prob: float) -> Drawn:
+        """Add a token to a sequence."""
+        slot.tokens.append(token)
+        slot.ended = self._is_last(slot, token)
+        return Drawn(slot.sequence.number, [token], [log_prob], slot.ended)
+
+    def _is_last(self, slot: _Slot, token: int) -> bool:
+        if len(slot.tokens) == slot.sequence.max_tokens:
+            return True
+        if slot.sequence.exact:
+            return False
+        return token in self._ends or self._completes(slot.tokens)
 
     def _completes(self, tokens: list[int]) -> bool:
         return self.stops is not None and self.stops.completed(tokens)
 
-    def _tensor(self, values: Sequence[Any] | Ints | NDArray[np.int64]) -> Tensor:
-        dtype = torch.float64 if len(values) and isinstance(values[0], float) else None
-        return torch.tensor(values, dtype=dtype, device=self.eos.device)
+    def _tensor(self, values: Sequence[Any] | NDArray[Any]) -> Tensor:
+        return torch.as_tensor(values, device=self.eos.device)
 
 
 def _columns(mask: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.data.requests import Ints, Rows
+from executor.data.requests import Ints, Requests, Rows
 from planner.spec.data import Sampler
 
 
@@ -36,6 +36,25 @@ class Unfinished:
         response = np.concatenate([self.response, np.array(tokens, dtype=np.int32)])
         most = self.max_tokens if at_most is None else min(at_most, self.max_tokens)
         return replace(self, response=response, max_tokens=most)
+
+
+def unfinished(requests: Requests, sampler: Sampler, first: int = 0) -> list[Unfinished]:
+    """The sequences that are asked for, none of which has begun, numbered from `first` on."""
+    nothing = np.zeros(0, dtype=np.int32)
+    columns = (requests.keys, requests.max_tokens, requests.exact)
+    rows = zip(requests.prompts(), *(column.tolist() for column in columns), strict=True)
+    return [
+        Unfinished(
+            number=number,
+            prompt=prompt,
+            response=nothing,
+            key=tuple(key),
+            max_tokens=most,
+            exact=exact,
+            sampler=sampler,
+        )
+        for number, (prompt, key, most, exact) in enumerate(rows, start=first)
+    ]
 
 
 class Drawn(NamedTuple):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from executor.data.batch import Generated
 from executor.data.prompts import Prompts
 from executor.data.requests import Ints
-from executor.rollout.streaming import Stretch, Unfinished
+from executor.rollout.streaming import Stretch, Unfinished, unfinished
 from planner.spec.data import Sampler
 
 Kept = dict[str, NDArray[Any]]
@@ -86,23 +86,10 @@ class GrowingBatch:
         self.step, self.tell, self.since = step, tell, time.perf_counter()
         self.prompts, requests = prompts, prompts.requests
         _, prompt_of = requests.distinct()
-        keys, exact = requests.keys.tolist(), requests.exact.tolist()
+        begun = unfinished(requests, sampler, first)
         self.growing = [
-            Growing(
-                self,
-                row,
-                Unfinished(
-                    number=first + row,
-                    prompt=prompt,
-                    response=np.zeros(0, dtype=np.int32),
-                    key=tuple(keys[row]),
-                    max_tokens=int(requests.max_tokens[row]),
-                    exact=exact[row],
-                    sampler=sampler,
-                ),
-                (first, int(prompt_of[row])),
-            )
-            for row, prompt in enumerate(requests.prompts())
+            Growing(self, row, sequence, (first, int(prompt_of[row])))
+            for row, sequence in enumerate(begun)
         ]
         self.left = len(self.growing)
 
