@@ -162,6 +162,29 @@ def test_a_shape_in_the_workload_hides_no_obstacle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("key", "size", "told"),
+    [
+        ("num_hidden_layers", 10**7, "layers: Input should be less than or equal to 10000"),
+        ("hidden_size", 10**7, "hidden: Input should be less than or equal to 1048576"),
+        ("vocab_size", 10**10, "its vocab_size is 10,000,000,000, and no model has more than"),
+        ("head_dim", 10**9, "its head_dim is 1,000,000,000, and no model has more than"),
+        ("num_labels", 10**9, "its num_labels is 1,000,000,000, and no model has more than 10,000"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused(
+    tmp_path: Path, key: str, size: int, told: str
+) -> None:
+    """Whatever makes something of such a size would be ended without a word."""
+    file = write_workload(tmp_path, {**LLAMA, key: size})
+    with pytest.raises(UserError, match=told):
+        load_workload(file)
+    sizes = "hidden = 64, layers = 2, heads = 4, kv_heads = 2, intermediate = 128, vocab = 96"
+    file.write_text(file.read_text().replace('"actor" }', f'"actor", shape = {{ {sizes} }} }}'))
+    with pytest.raises(UserError, match=told):
+        load_workload(file)
+
+
+@pytest.mark.parametrize(
     ("rope", "limit"),
     [
         ({}, 64),

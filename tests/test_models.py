@@ -22,7 +22,7 @@ from executor.training.packing import pack
 from planner.spec.architectures import MODEL_TYPES
 from planner.spec.data import Sampler
 from planner.spec.errors import UserError
-from planner.spec.workload import Model
+from planner.spec.workload import Model, Shape
 from planner.spec.workload_file import shape_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -305,6 +305,20 @@ def test_what_cannot_be_computed_is_told_in_one_line(
 ) -> None:
     monkeypatch.setattr(packing, "_dense_attention", None)
     assert "cannot be computed here (TypeError: " in refused("llama", tmp_path)
+
+
+def test_the_small_model_is_small_whatever_the_model() -> None:
+    wide = Shape(
+        hidden=2**20,
+        layers=2,
+        heads=1,
+        kv_heads=1,
+        intermediate=64,
+        vocab=2**24,
+        tied_embeddings=True,
+    )
+    found = self_check.small(models.config_of(wide))
+    assert (found.hidden_size, found.vocab_size) == (512, 128)
 
 
 def test_random_weights_are_checked_too() -> None:

@@ -31,6 +31,7 @@ from planner.spec.workload_file import shape_of
 CPU, DTYPES = torch.device("cpu"), (torch.float32, torch.bfloat16)
 PROMPTS, RESPONSES = (2, 3), (7, 3)  # tokens; longer than the window
 FEW_TOKENS, WINDOW, MOST_HEADS = 128, 4, 4
+WIDEST_HEAD = 512  # of any model that exists; wider ones would take gigabytes
 TEMPERATURE = 0.7
 EXACT = 2e-4  # most that outputs may differ in fp32; they are of the order of 1
 ROUNDED = 4.0  # in bf16, most times that transformers' own pass may differ
@@ -95,7 +96,7 @@ def small(config: PreTrainedConfig) -> PreTrainedConfig:
     heads, layers = config.num_attention_heads, config.num_hidden_layers
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    few = min(heads, MOST_HEADS)
+    few, head_dim = min(heads, MOST_HEADS), min(head_dim, WIDEST_HEAD)
     by_layer = {
         key: value
         for key, value in settings.items()
@@ -114,6 +115,8 @@ def small(config: PreTrainedConfig) -> PreTrainedConfig:
         "eos_token_id": 2,
         "num_labels": 1,
     }
+    if settings.get("head_dim"):
+        settings["head_dim"] = head_dim
     if getattr(config, "num_key_value_heads", None):
         settings["num_key_value_heads"] = few if key_heads == heads else max(1, few // 2)
     if isinstance(settings.get("sliding_window"), int):

@@ -1,6 +1,7 @@
 """What a Hugging Face `config.json` says of a model, and whether splitplan computes models of that
 kind right. `docs/models.md` lists the model types; `tests/test_models.py` tries each of them."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,10 @@ from planner.spec.files import read_data
 
 Config = Mapping[str, Any]
 
+# Keys whose numbers say how large something is that a library then makes.
+SIZES = re.compile(r"^(num|n)_|_(size|dim|rank)$")
+MOST = 2**24  # of anything, as of the tokens of a vocabulary
+MOST_LABELS = 10_000  # each gets a name
 SOFTMAX = {"full_attention", "sliding_attention"}  # kinds of layers
 FIXED_ROPE = {"default", "linear", "llama3", "yarn"}
 ROPE_BY_LENGTH = {"dynamic", "longrope"}  # another scaling from some length on
@@ -101,6 +106,10 @@ def obstacle(config: Config) -> str | None:
         return "it names no model_type; save the model again with save_pretrained"
     if config["model_type"] not in MODEL_TYPES:
         return f"model_type {config.get('model_type')!r} is not supported; {_use_another()}"
+    for key, value in config.items():
+        most = MOST_LABELS if key == "num_labels" else MOST
+        if SIZES.search(key) and isinstance(value, int | float) and value > most:
+            return f"its {key} is {value:,}, and no model has more than {most:,}; correct it there"
     window = config.get("sliding_window")
     if not _is_size(window) or isinstance(window, float):
         return (

@@ -74,7 +74,7 @@ def _find_files_of(model: dict[str, Any], base: Path, named_by: str) -> None:
         if "shape" not in model:
             model["shape"] = shape_of(directory, named_by).model_dump()
         elif (directory / "config.json").is_file():
-            read_config(directory, named_by)
+            shape_of(directory, named_by)
 
 
 def _resolve_data(data: dict[str, Any], base: Path) -> None:
