@@ -43,6 +43,12 @@ def one_line(result: Result) -> str:
     return line
 
 
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path) -> None:
+    line = one_line(plan("task", "digits", "--out", tmp_path / "task", "--seed", 2**63))
+    assert "'--seed': 9223372036854775808 is not in the range" in line
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_this_user_may_not_read_is_one_line() -> None:
     @click.group(cls=Commands)
     def group() -> None: ...

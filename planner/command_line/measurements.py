@@ -6,7 +6,7 @@ import click
 
 from planner.commands.options import (
     COUNT,
-    COUNT_OR_NONE,
+    SEED,
     JobOptions,
     command_line,
     file_path,
@@ -131,7 +131,14 @@ def study(
     required=True,
     help="Directory for the models, prompts and workload file.",
 )
-@click.option("--seed", type=COUNT_OR_NONE, default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=SEED,
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="Another seed makes other prompts and models.",
+)
 def task(name: str, out: Path, seed: int) -> None:
     """Make the small task that is shipped.
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import click
 
-from planner.spec.limits import MOST_GPUS_ASKED, MOST_STALENESS, MOST_STEPS
+from planner.spec.limits import MOST_GPUS_ASKED, MOST_SEED, MOST_STALENESS, MOST_STEPS
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 Option = Callable[[Any], Any]  # what click.option makes: it takes a command and returns one
@@ -67,6 +67,7 @@ def gpu_counts(
 
 COUNT = click.IntRange(min=1)
 COUNT_OR_NONE = click.IntRange(min=0)
+SEED = click.IntRange(0, MOST_SEED)
 STALENESS = click.IntRange(0, MOST_STALENESS)
 STEP_COUNT = click.IntRange(1, MOST_STEPS)
 

@@ -14,14 +14,14 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationErro
 from pydantic_core import ErrorDetails
 
 from planner.spec.errors import UserError
-from planner.spec.limits import MOST_STEPS
+from planner.spec.limits import MOST_SEED, MOST_STEPS
 
 # Larger numbers than any job has would only fill the memory or overflow.
 Count = Annotated[int, Field(gt=0, le=2**20)]  # of sequences, GPUs, heads, ...
 Tokens = Annotated[int, Field(gt=0, le=2**24)]
 Steps = Annotated[int, Field(gt=0, le=MOST_STEPS)]
 Bytes = Annotated[int, Field(ge=0, le=2**56)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, le=MOST_SEED)]
 
 
 class Spec(BaseModel):

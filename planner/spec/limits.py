@@ -2,6 +2,7 @@
 
 from planner.spec.errors import UserError
 
+MOST_SEED = 2**63 - 1
 MOST_STEPS = 100_000
 MOST_STALENESS = 1000
 MOST_GPUS = 65_536  # of a cluster
