@@ -161,6 +161,8 @@ def without(text: str, pattern: str, put: str = "") -> str:
         (without(TEXT, r"timing_s/gen:", "timing_s/gen:9"), "are both in seconds"),
         (without(TEXT, r"timing_s/step:\d+\.", "timing_s/step:-1."), "damaged"),
         (without(TEXT, "response_length/mean", "resp/mean"), "no response_length/mean"),
+        (without(TEXT, "response_length/mean:", "response_length/mean:99999"), "no step has such"),
+        (without(TEXT, r"response_length/max:[\d.]+", "response_length/max:-5"), "of -5 tokens"),
         (without(TEXT, "'train_batch_size': 128", "'batch': 128"), "no data.train_batch_size"),
         (without(TEXT, "'train_batch_size': 128", "'train_batch_size': '128'"), "is no int"),
         (without(TEXT, "'train_batch_size': 128", "'train_batch_size': 0"), "must be 1 at least"),
@@ -187,7 +189,7 @@ def test_what_the_log_does_not_say_can_be_told(tmp_path: Path) -> None:
 def test_a_step_that_is_cut_or_missing_is_left_out(tmp_path: Path) -> None:
     cut = TEXT.replace(STEPS[3] + "\n", "")[:-900]
     shown = imported(cut, tmp_path)
-    assert "1 steps are not whole" in shown
+    assert "1 step is not whole, and left out" in shown
     timeline = Timeline.read(tmp_path / "out" / "timeline.json")
     assert timeline.steps == 5
 
@@ -284,6 +286,7 @@ def test_lengths_are_fitted(true: Lognormal) -> None:
     drawn = [sample(true, 512, 0, step) for step in range(10)]
     found = fitted(
         SeenLengths(
+            named="response_length",
             means=[lengths.mean() for lengths in drawn],
             least=[lengths.min() for lengths in drawn],
             most=[lengths.max() for lengths in drawn],

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner.cli import main
+from planner.exchange.metric_tables import read_metrics
 from planner.predict.forecast import predict
 from planner.predict.profile import Profile
 from planner.predict.schedule import load_plan
@@ -121,6 +122,13 @@ def test_the_log_of_openrlhf(folder: Path) -> None:
 def test_what_cannot_be_imported_is_one_line(folder, source, text, given, said) -> None:
     assert said in imported(folder, source, text, *columns(*given))
     assert not (folder / "out").exists()
+
+
+def test_figures_that_no_clock_says_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    lines = [f"Global step 1: {{'a': {figure}, 'b': 2.0}}" for figure in ("1e999", 10**400, True)]
+    path.write_text("\n".join([*lines, f"Global step {'9' * 5000}: {{'a': 1.0}}"]))
+    assert read_metrics(path) == {1: {"b": 2.0}}
 
 
 def test_pools_are_asked_for(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from conftest import small_workload, tiny_cluster
 
 from executor.running.run_directory import lock
 from planner.cli import main
-from planner.exchange.own_run import read_own_run
+from planner.exchange.own_run import lines_of, read_own_run
 from planner.predict.forecast import forecast, predict
 from planner.predict.schedule import load_plan
 from planner.search import baseline
@@ -133,3 +134,19 @@ def test_a_run_that_was_killed_says_what_its_last_checkpoint_has(tmp_path: Path)
     for name in ("timeline.json", "metrics.jsonl"):
         (run / name).rename(kept / name)
     assert read_own_run(run, 4) == whole
+
+
+@pytest.mark.parametrize("figure", ["NaN", "Infinity", "-5", "1" + "0" * 400])
+def test_lengths_that_cannot_be_are_one_line(tmp_path: Path, figure: str) -> None:
+    run = made(tmp_path)
+    path = run / "metrics.jsonl"
+    path.write_text(re.sub(r'("response_tokens_max": )[\d.]+', rf"\g<1>{figure}", path.read_text()))
+    with pytest.raises(UserError, match=r"response_tokens of .* tokens: no step has such lengths"):
+        read_own_run(run, last=5)
+
+
+def test_lines_that_say_nothing_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    deep = "[" * 100_000
+    path.write_text(f'{{"step": 0}}\n{deep}\n[1]\n{{"step": 1}}\n{{"st')
+    assert lines_of(path) == [{"step": 0}, {"step": 1}]

@@ -14,7 +14,7 @@ from planner.predict.schedule import load_plan, tasks_of
 from planner.predict.simulate import simulate
 from planner.spec.cluster import Cluster, load_device, make_cluster
 from planner.spec.errors import UserError
-from planner.spec.files import profiles_dir, read_data, write_atomic
+from planner.spec.files import MOST_BYTES, profiles_dir, read_data, write_atomic
 from planner.spec.lengths import Empirical, Fixed, Lognormal, sample
 from planner.spec.plan import Plan
 from planner.spec.timeline import Timeline
@@ -150,6 +150,39 @@ def test_layouts_that_do_not_fit_their_pool(tmp_path):
     data = plan_json()
     data["roles"]["critic"]["tp"] = 2
     assert_refused(tmp_path, data, "tp = 2 is not supported yet")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"{\xff}", "is no text \\(byte 1 is no UTF-8\\)"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"9" * 5000, "not valid JSON"),
+        (b"[1]", "holds a list, not a mapping"),
+        (b"", "not valid JSON"),
+    ],
+)
+def test_what_is_no_mapping_is_told_in_one_line(tmp_path, content, says):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}: {says}"):
+        read_data(path)
+
+
+def test_what_is_no_file_of_a_size_to_read(tmp_path):
+    with pytest.raises(UserError, match="cannot be read \\(Is a directory\\); check the path"):
+        read_data(tmp_path)
+    huge = tmp_path / "huge.json"
+    with huge.open("wb") as file:
+        file.truncate(MOST_BYTES + 1)  # takes no room
+    with pytest.raises(UserError, match="larger than 512 MiB"):
+        read_data(huge)
+
+
+def test_a_mark_of_the_byte_order_is_no_content(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_data(path) == {"a": 1}
 
 
 def test_a_key_that_is_there_twice(tmp_path):

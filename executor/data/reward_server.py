@@ -92,7 +92,7 @@ def _answer(server: RewardServer, request: urllib.request.Request) -> bytes:
 def _rewards_in(server: RewardServer, content: bytes) -> list[Any]:
     try:
         found = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _nonsense(server, content) from None
     if isinstance(found, dict):
         found = found.get("rewards", found.get("scores"))

@@ -120,6 +120,6 @@ def kept(content: str, steps: int, trained: Collection[int], evaluated: Collecti
             later = trained if said["evaluation"] is None else evaluated
             if said["step"] < steps or said["step"] in later:
                 found.append(line)
-        except (ValueError, KeyError, TypeError):  # of a run that was killed
+        except (ValueError, RecursionError, KeyError, TypeError):  # of a run that was killed
             continue
     return "".join(found)

@@ -15,6 +15,7 @@ from planner.search.questions.given_split import best_in, parse_pools, with_layo
 from planner.search.solver.problem import problem_of
 from planner.search.solver.write_plan import assemble
 from planner.spec.errors import UserError
+from planner.spec.files import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +76,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises UserError."""
     import yaml
 
+    text = read_text(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); check the path") from None
+        found = yaml.safe_load(text)
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML (nested too deeply)") from None
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(found, dict):

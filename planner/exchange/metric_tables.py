@@ -10,8 +10,9 @@ from math import isfinite
 from pathlib import Path
 
 from planner.spec.errors import UserError
+from planner.spec.files import read_text
 
-STEP_MAPPING = re.compile(r"Global step (\d+): (\{.*\})")
+STEP_MAPPING = re.compile(r"Global step (\d{1,15}): (\{.*\})")
 EXTREMES = ("__MIN", "__MAX")  # further columns of Weights & Biases
 OF_STEP, OF_TAG = "Step", "Value"  # the columns of one tag's table by TensorBoard
 
@@ -20,19 +21,10 @@ StepMetrics = dict[int, dict[str, float]]
 
 def read_metrics(path: Path) -> StepMetrics:
     """The metrics of each step by their names. Raises UserError."""
-    text = _text(path)
+    text = read_text(path, damaged=True)
     if STEP_MAPPING.search(text):
         return _of_log(text)
     return _of_table(text, path)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig", errors="replace")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
 
 
 def _of_log(text: str) -> StepMetrics:
@@ -45,8 +37,9 @@ def _of_log(text: str) -> StepMetrics:
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue  # cut, or holds what is no number
         if isinstance(metrics, dict):
-            numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-            rows[int(match[1])] = {str(key): value for key, value in numbers.items()}
+            numbers = {str(key): _number(str(value)) for key, value in metrics.items()}
+            known = {key: value for key, value in numbers.items() if value is not None}
+            rows[int(match[1])] = known
     return rows
 
 
@@ -90,7 +83,7 @@ def columns_of(
     for phase, column in columns.items():
         beside = path.parent / column
         if column.endswith(".csv") and beside.is_file():
-            of_tag = _of_table(_text(beside), beside)
+            of_tag = _of_table(read_text(beside, damaged=True), beside)
             values = {step: row[OF_TAG] for step, row in of_tag.items() if OF_TAG in row}
         else:
             values = {step: row[column] for step, row in rows.items() if column in row}

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from math import exp, log
 from statistics import NormalDist, fmean
 
+from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed, Lognormal
 
+MOST_LENGTH = 2**24  # tokens
 NORMAL = NormalDist()
 LEAST_SIGMA, MOST_SIGMA_FITTED = 0.01, 3.0
 HALVINGS = 60  # of the interval in which a figure is sought
@@ -15,9 +17,11 @@ HALVINGS = 60  # of the interval in which a figure is sought
 
 @dataclass(frozen=True, kw_only=True)
 class SeenLengths:
-    """What the steps of a run say of their lengths, in tokens: a figure for each step; `cut` is the
-    share of sequences of the greatest length that is allowed, `limit`."""
+    """What the steps of a run say of their lengths, in tokens, where they are `named` so: a figure
+    for each step; `cut` is the share of sequences of the greatest length that is allowed,
+    `limit`."""
 
+    named: str
     means: Sequence[float]
     least: Sequence[float]
     most: Sequence[float]
@@ -29,7 +33,15 @@ class SeenLengths:
 def fitted(seen: SeenLengths) -> Fixed | Lognormal:
     """A fixed length where all sequences have the same one; else a lognormal one, cut at the limit,
     with the mean that was seen. Its sigma gives as many sequences at the limit as were seen; where
-    there were none, it puts the greatest of them at its place among so many draws."""
+    there were none, it puts the greatest of them at its place among so many draws. Raises UserError
+    for figures that are no lengths."""
+    figures = (*seen.means, *seen.least, *seen.most)
+    wrong = [figure for figure in figures if not 0 <= figure <= MOST_LENGTH]
+    if wrong or not min(seen.means):
+        raise UserError(
+            f"{seen.named} of {(wrong or [0])[0]:g} tokens: no step has such lengths; is the file "
+            "damaged?"
+        )
     mean, most = fmean(seen.means), max(seen.most)
     if min(seen.least) == most:
         return Fixed(tokens=max(1, round(mean)))

@@ -98,12 +98,17 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = json.loads(line, parse_int=_number)
+        except (ValueError, RecursionError):
             continue  # the last line of a run that goes on
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+def _number(digits: str) -> float:
+    """A whole number; as a float where it is larger than any count, so that no sum overflows."""
+    return int(digits) if len(digits) < 16 else float(digits)
 
 
 def _with_lengths(workload: Workload, rows: Sequence[dict[str, Any]]) -> Workload:
@@ -115,6 +120,7 @@ def _with_lengths(workload: Workload, rows: Sequence[dict[str, Any]]) -> Workloa
         return workload
     mean, least, most, cut = ([float(row[key]) for row in known] for key in keys)
     seen = SeenLengths(
+        named="response_tokens",
         means=mean,
         least=least,
         most=most,

@@ -31,8 +31,7 @@ class Settings:
                     f"the configuration has no {path}; is it one of {self.framework}, and whole?"
                 )
             return default  # type: ignore[no-any-return]
-        whole = kind is float and isinstance(section, int) and not isinstance(section, bool)
-        if whole:
+        if kind is float and type(section) is int and abs(section) < 2**63:
             return kind(section)
         if not isinstance(section, kind) or (isinstance(section, bool) and kind is not bool):
             raise UserError(f"{path} = {str(section)[:40]!r}: is no {kind.__name__}")

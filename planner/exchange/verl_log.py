@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from planner.exchange.known_models import CountedModel
-from planner.spec.errors import UserError
+from planner.spec.files import read_text
 
-MOST_BYTES = 2**29
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 STAMP = re.compile(r"^\d{9,}\.\d+ ")
 PROCESS = re.compile(r"^\((\w[\w.]*) pid=\d+(?:, ip=[\d.]+)?\) ?")
-STEP_LINE = re.compile(r"(?:^|\s)step:(\d+) - (.*)")
+STEP_LINE = re.compile(r"(?:^|\s)step:(\d{1,15}) - (.*)")
 NUMBER_VALUE = re.compile(r"^(?:np\.\w+\()?([-+]?[\d.]+(?:e[-+]?\d+)?)\)?$", re.IGNORECASE)
 COUNTED_LINE = re.compile(r"(\w+) contains ([\d.]+)B parameters")
 MEMORY_LINE = re.compile(r"device memory used/total \(GB\): [\d.]+/([\d.]+)")
@@ -38,14 +37,7 @@ class VerlLog:
 def read_verl_log(path: Path) -> VerlLog:
     """Read a log, whether or not each line has a time and the name of its process before it. Raises
     UserError."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: larger than 512 MiB; cut what is not the console's output")
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; check the path") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    text = read_text(path, damaged=True)
     lines = [_bare(line) for line in text.splitlines()]
     steps: dict[int, dict[str, float]] = {}
     models, memory, failure = list[CountedModel](), None, None

@@ -17,6 +17,7 @@ from planner.spec.cluster import Cluster, make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import first_problem, profiles_dir, read_data
 from planner.spec.plan import Issue, Offload, Plan, Pool, RolloutRole, TrainerRole
+from planner.spec.wording import counted
 from planner.spec.workload import Workload
 
 TIMER = "timing_s/"
@@ -107,7 +108,9 @@ def _steps(log: VerlLog, settings: Settings) -> tuple[dict[str, float], ...]:
         if needed <= step.keys():
             whole.append({**step, STEP: step[f"{TIMER}step"] - beside})
     if len(whole) < len(log.steps):
-        settings.note(f"{len(log.steps) - len(whole)} steps are not whole, and left out")
+        cut = len(log.steps) - len(whole)
+        are = "is" if cut == 1 else "are"
+        settings.note(f"{counted(cut, 'step')} {are} not whole, and left out")
     if log.failure:
         settings.note(f"the run ended with an error after these steps: {log.failure}")
     return tuple(whole)

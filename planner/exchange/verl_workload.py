@@ -102,10 +102,9 @@ def _lengths(
 ) -> Fixed | Lognormal:
     cut = [step.get(f"{kind}_length/clip_ratio", 0.0) for step in steps]
     means = [step[f"{kind}_length/mean"] for step in steps]
-    if not all(0 < mean <= 2**24 for mean in means):
-        raise UserError(f"{kind}_length/mean = {min(means):g}: no length in tokens")
     of_steps = list(zip(steps, means, strict=True))
     seen = SeenLengths(
+        named=f"{kind}_length",
         means=means,
         least=[step.get(f"{kind}_length/min", mean) for step, mean in of_steps],
         most=[step.get(f"{kind}_length/max", mean) for step, mean in of_steps],

@@ -118,7 +118,7 @@ def log_prob_gap(metrics: Path) -> float | None:
     with metrics.open(encoding="utf-8") as lines:
         try:
             first = json.loads(next(lines, "{}"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{metrics}: its first line is no JSON ({error}); measure the cell again"
             ) from None

@@ -16,6 +16,8 @@ from pydantic_core import ErrorDetails
 from planner.spec.errors import UserError
 from planner.spec.limits import MOST_SEED, MOST_STEPS
 
+MOST_BYTES = 2**29  # of a file that is read at once
+
 # Larger numbers than any job has would only fill the memory or overflow.
 Count = Annotated[int, Field(gt=0, le=2**20)]  # of sequences, GPUs, heads, ...
 Tokens = Annotated[int, Field(gt=0, le=2**24)]
@@ -176,14 +178,27 @@ def names_a_file(name: str) -> bool:
     return "/" in name or Path(name).suffix in (".toml", ".json")
 
 
-def read_data(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON or TOML file. Raises UserError."""
+def read_text(path: Path, *, damaged: bool = False) -> str:
+    """The text of a file. Where it may be `damaged`, as a log that was cut, bytes that are no UTF-8
+    are replaced. Raises UserError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)  # of a device there is no end
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); check the path") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    if len(content) > MOST_BYTES:
+        raise UserError(f"{path}: larger than {MOST_BYTES // 2**20} MiB; check the path")
+    try:
+        return content.decode("utf-8-sig", errors="replace" if damaged else "strict")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no text (byte {error.start} is no UTF-8)") from None
+
+
+def read_data(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON or TOML file. Raises UserError."""
+    text = read_text(path)
     try:
         data = tomllib.loads(text) if path.suffix == ".toml" else _json(text)
     except (ValueError, RecursionError) as error:
