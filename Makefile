@@ -2,7 +2,7 @@
 # make test-fast: what needs no Ray and no patience, in under a minute · make coverage: make test, and what it did not run
 # make docs: the documentation as a site of its own, in site/
 # make test-vllm: tests of the oldest and the newest vLLM on the CPU, each in an environment of its own
-# make test-peers: our formulas and launch scripts against verl, OpenRLHF and TRL, in a .venv-peers of its own
+# make test-peers: our formulas and launch scripts against verl, OpenRLHF, TRL, AReaL and SkyRL, in a .venv-peers of its own
 #
 # PYTHON      the interpreter that .venv is made from (3.11 or newer)
 # TORCH_ARGS  extra arguments of the `pip install torch`, e.g. an --index-url with CPU wheels. The tests need CPU torch
@@ -72,13 +72,14 @@ test-vllm-%: .venv-vllm/%/.installed
 
 # The peers' wheels come without what they train with; tests/peers/hollow.py has more of that.
 $(PEERS_INSTALLED): pyproject.toml constraints.txt planner/__init__.py
-	@echo "installing into .venv-peers: torch, ray, verl, OpenRLHF, TRL and the rest take a few minutes"
+	@echo "installing into .venv-peers: torch, ray, verl, OpenRLHF, TRL, AReaL, SkyRL and the rest take a few minutes"
 	test -x $(PEERS) || $(PYTHON) -m venv .venv-peers
 	$(PEERS) -m pip --disable-pip-version-check install --quiet -c constraints.txt $(TORCH_ARGS) torch
 	$(PEERS) -m pip --disable-pip-version-check install --quiet -c constraints.txt -e '.[execute]' pytest pytest-timeout pandas
 	$(PEERS) -m pip --disable-pip-version-check install --quiet --no-deps verl==0.9.1 openrlhf==0.11.2 trl==1.16.0 \
-		accelerate antlr4-python3-runtime==4.9.3 cloudpickle codetiming hydra-core==1.3.8 omegaconf orjson peft pyvers \
-		tensordict
+		areal==1.0.4 skyrl==0.3.0 skyrl-gym==0.4.0 \
+		accelerate antlr4-python3-runtime==4.9.3 cloudpickle codetiming colorlog hydra-core==1.3.8 jaxtyping lark llvmlite \
+		loguru numba omegaconf orjson peft pyvers tensordict uvloop
 	@touch $@
 
 test-peers: $(PEERS_INSTALLED)

@@ -106,13 +106,15 @@ def import_(
 @click.command()
 @click.argument("framework", metavar="FRAMEWORK", type=click.Choice(FRAMEWORKS))
 @click.argument("plan", type=file_path("PLAN"))
-@click.option("--out", type=file_path(), required=True, help="The script to write (.sh).")
+@click.option(
+    "--out", type=file_path(), required=True, help="The file to write (.sh; areal: .yaml)."
+)
 @profiles_of_plan
 def export(framework: FrameworkName, plan: Path, out: Path, profiles: tuple[Path, ...]) -> None:
     """Write a plan as a launch script of another framework.
 
-    FRAMEWORK is verl or openrlhf. Options have comments, and what the framework does otherwise is
-    said with what it costs."""
+    FRAMEWORK is verl, openrlhf, areal (whose configuration is written) or skyrl. Options have
+    comments, and what the framework does otherwise is said with what it costs."""
     from planner.commands.export import export
 
     export(framework, plan, out, profiles, command_line())

@@ -36,16 +36,12 @@ class Script:
         return f"${name}"
 
     def text(self) -> str:
-        lines = ["#!/usr/bin/env bash", *_comments(self.head), "set -euo pipefail", ""]
+        lines = ["#!/usr/bin/env bash", *comments(self.head), "set -euo pipefail", ""]
         for name, (default, what) in self.variables.items():
             lines.append(f"# {what}")
             missing, known = f'{name}=${{{name}:?"set it: {what}"}}', _quoted(default)
             lines.append(f"{name}=${{{name}:-{known}}}" if default else missing)
-        if self.unsaid:
-            lines += ["", "# What cannot be expressed:"]
-            for what in self.unsaid:
-                first, *rest = wrap(what, COMMENT_WIDTH)
-                lines += [f"# - {first}", *(f"#   {line}" for line in rest)]
+        lines += unsaid_lines(self.unsaid)
         lines += [
             "",
             "options=(",
@@ -57,13 +53,22 @@ class Script:
         return "\n".join(lines) + "\n"
 
 
-def _comments(lines: Sequence[str]) -> Iterator[str]:
+def comments(lines: Sequence[str]) -> Iterator[str]:
     for line in lines:
         yield from (f"# {part}" for part in wrap(line, COMMENT_WIDTH))
+
+
+def unsaid_lines(unsaid: Sequence[str]) -> Iterator[str]:
+    """Comments on what a framework has no option for."""
+    if unsaid:
+        yield from ("", "# What cannot be expressed:")
+    for what in unsaid:
+        first, *rest = wrap(what, COMMENT_WIDTH)
+        yield from (f"# - {first}", *(f"#   {line}" for line in rest))
 
 
 def _quoted(value: Any) -> str:
     if isinstance(value, bool):
         return str(value)
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    return f'"{text}"' if text.startswith("$") else shlex.quote(text)
+    return f'"{text}"' if text.startswith(("$", "[$")) else shlex.quote(text)

@@ -9,6 +9,7 @@ from planner.spec.rewards import Overlong, RewardFunction, RewardServer
 from planner.spec.wording import counted
 from planner.spec.workload import Workload
 
+NEVER_CLIPPED = 1e9
 LITTLE_SECONDS = 0.005  # of a step, relative: a change that costs less is told without seconds
 
 
@@ -34,7 +35,9 @@ def described(found: Expressed) -> str:
     texts = []
     for pool, (nodes, gpus) in found.grids.items():
         roles = [role for role, layout in found.plan.roles.items() if pool in layout.pools]
-        size = counted(gpus, "GPU") if nodes == 1 else f"{nodes} × {gpus} GPUs"
+        total = len(found.plan.pools[pool].gpus)
+        alike = nodes > 1 and nodes * gpus == total
+        size = f"{nodes} × {gpus} GPUs" if alike else counted(total, "GPU")
         texts.append(f"{', '.join(roles)} on {size}")
     return "; ".join(texts)
 
@@ -42,6 +45,11 @@ def described(found: Expressed) -> str:
 CALLED = {
     "verl": "verl calls compute_score(data_source, solution_str, ground_truth, extra_info)",
     "openrlhf": "OpenRLHF calls reward_func(queries, prompts, labels) of a file",
+    "areal": (
+        "your training script gives AReaL reward_fn(prompt, completions, prompt_ids, "
+        "completion_ids, answer)"
+    ),
+    "skyrl": "SkyRL has the step() of an environment of skyrl-gym score a response",
 }
 
 
@@ -54,12 +62,23 @@ def unsaid_rewards(framework: FrameworkName, workload: Workload) -> Iterator[str
     for reward in workload.all_rewards:
         if isinstance(reward, RewardServer):
             yield f"the reward server {reward.url}: write a function that asks it"
-        elif isinstance(reward, Overlong):
+        elif isinstance(reward, Overlong) and framework != "areal":
             yield "the penalty on length: add it in the reward function"
     if functions and not functions[0].file:
         yield f"the reward {functions[0].function}: name a function of yours"
     elif functions and functions[0].form != framework:
         yield f"how {functions[0].label} is called: {CALLED[framework]}"
+
+
+def reward_server(framework: FrameworkName, found: Expressed) -> Iterator[str]:
+    """What is said of a reward model by a framework that has none."""
+    if "reward" in found.plan.trainers:
+        gpus = counted(found.plan.trainers["reward"].gpus, "GPU")
+        yield (
+            f"the reward model: {framework} has no such role. Serve it yourself on its {gpus}, and "
+            "let the reward function ask it. It is predicted as one forward pass over the batch "
+            "once that is generated; asked for each sample as it ends, it may take less"
+        )
 
 
 def data_file(workload: Workload, *suffixes: str) -> str:

@@ -7,7 +7,13 @@ from collections.abc import Iterator
 
 from planner.exchange.expressing import Expressed
 from planner.exchange.script import Script
-from planner.exchange.sharing import data_file, described, head_of_script, unsaid_rewards
+from planner.exchange.sharing import (
+    NEVER_CLIPPED,
+    data_file,
+    described,
+    head_of_script,
+    unsaid_rewards,
+)
 from planner.spec.lengths import Fixed
 from planner.spec.plan import TrainerRole
 from planner.spec.rewards import RewardFunction
@@ -34,7 +40,6 @@ AGGREGATED = {
     "constant": "seq-mean-token-sum-norm",
 }
 KL_LOSSES = {"k1": "kl", "k2": "mse", "k3": "low_var_kl"}
-NEVER_CLIPPED = 1e9
 
 
 def verl_script(found: Expressed, command: str) -> str:

@@ -13,7 +13,7 @@ from planner import __version__
 from planner.predict.profile import Profile
 from planner.search.options import DEFAULTS, SearchOptions
 from planner.search.questions.baselines import NAMES, best_of
-from planner.search.questions.frameworks import as_executed, splits_of
+from planner.search.questions.frameworks import as_executed, splits_of, workload_for
 from planner.search.questions.why_nothing_fits import nothing_fits
 from planner.search.solver.best_program import SAME
 from planner.search.solver.branch_and_bound import (
@@ -23,7 +23,7 @@ from planner.search.solver.branch_and_bound import (
 )
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem, problem_of
-from planner.search.solver.stream_search import solve_as_allowed
+from planner.search.solver.stream_search import solve_as_allowed, solve_either
 from planner.search.solver.write_plan import assemble, complete, trimmed
 from planner.search.space.pins import Pin, Restrict, parse_pins, restriction
 from planner.search.space.placements import PlacementFamily, placement_count, structures
@@ -96,6 +96,8 @@ def find(
     """
     start = time.perf_counter()
     deadline = inf if options.time_limit is None else start + options.time_limit
+    if options.framework is not None:
+        workload = workload_for(options.framework, workload)
     problem = problem_of(
         workload, cluster, profiles, options.max_staleness, options.objective, options.scenarios
     )
@@ -153,12 +155,16 @@ def _solve_for(
     is_over: IsOver,
 ) -> SolverResult:
     """Solve for the splits alone that a framework can execute."""
-    listed, programs = [], []
-    for family, program in splits_of(framework, problem):
-        if restrict is None or _meets(family, restrict):
-            listed.append(family)
-            programs.append(program)
-    return best_of_families(problem, listed, keep, programs, is_over)
+
+    def solve_once(asked: Problem, count: int) -> SolverResult:
+        listed, programs = [], []
+        for family, program in splits_of(framework, asked):
+            if restrict is None or _meets(family, restrict):
+                listed.append(family)
+                programs.append(program)
+        return best_of_families(asked, listed, count, programs, is_over)
+
+    return solve_either(problem, keep, solve_once)
 
 
 def _meets(family: PlacementFamily, restrict: Restrict) -> bool:
@@ -211,7 +217,7 @@ def write_up(solution: Solved, provenance: Provenance) -> Result:
         name = f"runner-up-{number}" if number else "best"
         plan = assemble(candidate, name, problem)
         if solution.framework:
-            plan = as_executed(plan)
+            plan = as_executed(solution.framework, plan)
         elif not solution.pins:  # a pin says how many GPUs there are, used or not
             plan = trimmed(plan)
         plans.append(complete(plan, provenance, problem, proof, solution.bound, solution.seconds))

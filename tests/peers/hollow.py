@@ -4,7 +4,7 @@ or in `again`."""
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -13,12 +13,21 @@ HOLLOW = {
     "aiohttp",
     "datasets",
     "deepspeed",
+    "einops",
     "flash_attn",
     "pyarrow",
+    "pybase64",
     "pylatexenc",
+    "swanlab",
+    "tabulate",
+    "tensorboardX",
     "torchdata",
+    "trackio",
     "vllm",
+    "wandb",
 }
+# Parts of a peer that are there, and import what starts processes or serves.
+HOLLOW_PARTS = {"areal.experimental", "areal.infra", "skyrl.tinker"}
 
 
 class Hollow(ModuleType):
@@ -42,15 +51,22 @@ class HollowLoader(Loader):
 
 
 class HollowFinder(MetaPathFinder):
+    """Finds hollow modules by their first names, so many as `depth`."""
+
+    def __init__(self, names: Set[str], depth: int) -> None:
+        self.names, self.depth = names, depth
+
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        hollow = name.partition(".")[0] in HOLLOW
-        return ModuleSpec(name, HollowLoader()) if hollow else None
+        first = ".".join(name.split(".")[: self.depth])
+        return ModuleSpec(name, HollowLoader()) if first in self.names else None
 
 
-FINDER = HollowFinder()
+FINDER = HollowFinder(HOLLOW, depth=1)
+FINDER_OF_PARTS = HollowFinder(HOLLOW_PARTS, depth=2)
 sys.meta_path.append(FINDER)
+sys.meta_path.insert(0, FINDER_OF_PARTS)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,13 @@ One layout dominates another if it needs no more of any kind of memory and its c
 in any scenario. A step time only grows with each duration, so dominated layouts are left out.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from planner.predict.columns import Grid
+from planner.predict.columns import OFFLOADS, Grid
 from planner.predict.cost import CostModel, Place
 from planner.predict.layouts import rank_counts, trainer_grid
 from planner.predict.memory import RoleMemory, moved_bytes, pool_peak, trainer_bytes
@@ -18,7 +19,7 @@ from planner.search.space.arrays import Array, Indices
 from planner.search.space.placements import Ranks
 from planner.spec.cluster import Device
 from planner.spec.dataflow import Dataflow
-from planner.spec.plan import TrainerRole
+from planner.spec.plan import Offload, TrainerRole
 
 
 class LayoutTable(NamedTuple):
@@ -77,6 +78,14 @@ class LayoutTable(NamedTuple):
             return self
         count = self.grid.gpus if ranks == "all" else self.grid.shard
         return self.take(np.flatnonzero(count == gpus))
+
+    def of_offloads(self, allowed: Sequence[Offload] | None) -> "LayoutTable":
+        """The layouts that move no other part of a role than is `allowed`; all of them if it is
+        None."""
+        if allowed is None:
+            return self
+        known = [OFFLOADS.index(offload) for offload in allowed]
+        return self.take(np.flatnonzero(np.isin(self.grid.offload, known)))
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from planner.predict.cost import Place
 from planner.search.solver.layout_table import LayoutTable
 from planner.search.solver.problem import Problem, sync_path
 from planner.search.solver.rollout_table import RolloutTable
-from planner.search.space.arrays import Array
+from planner.search.space.arrays import Array, Indices
 from planner.search.space.placements import NodePart, PlacementFamily, pack, sharing_of
 
 
@@ -45,6 +45,7 @@ class Placement:
         pool = self.pool_of[role]
         layouts = self.problem.layouts_at(role, self.kinds[pool], self.places[pool])
         layouts = layouts.of_ranks(self.family.ranks, self.sizes[pool])
+        layouts = layouts.of_offloads(self.family.offloads.get(role))
         if role != "actor":
             return layouts
         path = sync_path(self.family)
@@ -96,6 +97,23 @@ class Placement:
         if self.ideal:
             return [(self.sizes[pool],) for pool in self.generating]
         return [self.places[pool].parts for pool in self.generating]
+
+    @property
+    def rollout_rows(self) -> Indices:
+        """The rows of the rollout table that may be had here. A framework that has all ranks of a
+        pool compute has its engines on all GPUs of theirs."""
+        table, parts = self.rollout_table, self.engine_parts
+        rows = table.rows_on(parts, self.shared)
+        widths = np.array(table.sizes, dtype=np.int64)[table.size[rows]]
+        widest = self.family.widest_engine or max(table.sizes)
+        fits = widths <= widest
+        if self.family.ranks != "any":
+            engines = np.zeros_like(widths)
+            for part in (part for pool in parts for part in pool):
+                engines += part // widths
+                fits &= part % widths == 0
+            fits &= table.count[rows] == np.searchsorted(table.counts, engines, "right") - 1
+        return rows[fits]
 
     @property
     def rollout_table(self) -> RolloutTable:

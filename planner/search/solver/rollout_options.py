@@ -103,7 +103,7 @@ def _rows_below(placement: Placement, threshold: Threshold) -> Indices:
     """The rows of the rollout table with which the least seconds of each other call are below the
     threshold; none if some role has no layout with which all of its calls are."""
     problem, table = placement.problem, placement.rollout_table
-    rows = table.rows_on(placement.engine_parts, placement.shared)
+    rows = placement.rollout_rows
     none = rows[:0]
     # What fits beside an engine that is awake fits beside it asleep too.
     least = least_seconds(placement, np.zeros(3), asleep=True)

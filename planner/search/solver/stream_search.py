@@ -14,6 +14,7 @@ these searches. The fastest one is the result, and what it takes above the bound
 import contextlib
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 from planner.predict.costs.streams import LeastLatencies
@@ -36,6 +37,9 @@ EDGE = 0.1  # of what is left between two periods: the next one is no nearer to 
 AS_FAST = 1.001  # times the seconds of a plan that is staler, or has more slots
 FEWER_BATCHES = (1.0, 0.75)  # for which engines may have slots
 
+# The best plans, so many of them, of a problem that streams or that has boundaries.
+SolveOnce = Callable[[Problem, int], SolverResult]
+
 
 def solve_as_allowed(
     problem: Problem,
@@ -43,21 +47,31 @@ def solve_as_allowed(
     restrict: Restrict | None = None,
     is_over: IsOver = lambda evaluated: False,
 ) -> SolverResult:
-    """The best plans with boundaries or with weights in flight, as the workload says. Where it
-    allows both, the best of either sort is among several that are kept. Arguments as of
-    `branch_and_bound.solve`. Raises UserError for an objective that is not known of streams."""
+    """The best plans with boundaries or with weights in flight, as the workload says, of the whole
+    space. Arguments as of `branch_and_bound.solve`. Raises UserError as `solve_either` does."""
+
+    def solve_once(asked: Problem, count: int) -> SolverResult:
+        return solve(asked, count, _alone(restrict) if asked.streams else restrict, is_over)
+
+    return solve_either(problem, keep, solve_once)
+
+
+def solve_either(problem: Problem, keep: int, solve_once: SolveOnce) -> SolverResult:
+    """The best plans with boundaries or with weights in flight, as the workload says, of the space
+    that `solve_once` searches. Where the workload allows both, the best of either sort is among
+    several that are kept. Raises UserError for an objective that is not known of streams."""
     sync = problem.workload.sync
     if sync == "boundary" or not problem.max_staleness:
-        return solve(problem, keep, restrict, is_over)
+        return solve_once(problem, keep)
     if problem.objective.name == "p95":
         raise UserError(
             f"sync = {sync!r}: a stream has no 95th percentile over the scenarios, which are in it "
             "at once; leave out --objective p95"
         )
-    streams = solve_streams(problem, keep, restrict, is_over)
+    streams = _Searches(problem, keep, solve_once).run()
     if sync == "in_flight":
         return streams
-    boundary = solve(problem, keep, restrict, is_over)
+    boundary = solve_once(problem, keep)
     either = sorted((*boundary.best, *streams.best), key=lambda candidate: candidate.seconds)
     others = [candidate for candidate in either if candidate.streams != either[0].streams]
     best = either[:keep]
@@ -72,24 +86,26 @@ def solve_as_allowed(
     )
 
 
-def solve_streams(
-    problem: Problem, keep: int, restrict: Restrict | None, is_over: IsOver
-) -> SolverResult:
-    """Find the best plan that streams, and good other ones, of a problem whose plans have
-    boundaries; none if nothing fits. Arguments as of `branch_and_bound.solve`."""
-    return _Searches(problem, keep, restrict, is_over).run()
+def _alone(restrict: Restrict | None) -> Restrict:
+    """The placements of a family, as restricted, in which generation is alone on its pool."""
+
+    def met(family: PlacementFamily) -> PlacementFamily | None:
+        if any(family.structure[pool] != {"rollout"} for pool in family.generating):
+            return None
+        return family if restrict is None else restrict(family)
+
+    return met
 
 
 class _Searches:
-    """Searches at several periods. `bound` is what no plan that streams is below, `simulated` are
-    the candidates with the seconds that they take, by what they decide; `below` and `above` are
-    periods with f(p) - p, where that is positive and where it is negative."""
+    """Searches at several periods, for the best plan that streams, and good other ones, of a
+    problem whose plans have boundaries; none if nothing fits. `bound` is what no plan that streams
+    is below, `simulated` are the candidates with the seconds that they take, by what they decide;
+    `below` and `above` are periods with f(p) - p, where that is positive and where it is
+    negative."""
 
-    def __init__(
-        self, problem: Problem, keep: int, restrict: Restrict | None, is_over: IsOver
-    ) -> None:
-        self.problem, self.keep = problem, keep
-        self.restrict, self.is_over = restrict, is_over
+    def __init__(self, problem: Problem, keep: int, solve_once: SolveOnce) -> None:
+        self.problem, self.keep, self.solve_once = problem, keep, solve_once
         self.bound, self.evaluated, self.proven, self.ended = 0.0, 0, 0.0, False
         self.simulated: dict[object, Candidate] = {}
         self.streaming: Problem | None = None  # the last one that was solved
@@ -117,7 +133,7 @@ class _Searches:
     def _search(self, period: float) -> None:
         """Find f(period), and simulate the plan that takes so long."""
         self.streaming = streaming(self.problem, period, self.streaming)
-        found = solve(self.streaming, 1, self._alone, self.is_over)
+        found = self.solve_once(self.streaming, 1)
         self.evaluated += found.evaluated
         self.proven, self.ended = found.proven, found.ended
         if not found.best:
@@ -151,12 +167,6 @@ class _Searches:
         (low, excess), (high, missing) = self.below, self.above
         share = excess / (excess - missing) if excess else 0.0
         return low + (high - low) * min(max(share, EDGE), 1 - EDGE)
-
-    def _alone(self, family: PlacementFamily) -> PlacementFamily | None:
-        """The placements of a family in which generation is alone on its pool."""
-        if any(family.structure[pool] != {"rollout"} for pool in family.generating):
-            return None
-        return family if self.restrict is None else self.restrict(family)
 
     # --- what candidates take ---
 

@@ -12,7 +12,7 @@ import numpy as np
 from planner.search.space.arrays import Sizes
 from planner.spec.cluster import Cluster
 from planner.spec.dataflow import Dataflow
-from planner.spec.plan import Gpu
+from planner.spec.plan import Gpu, Offload
 
 Sharing = tuple[tuple[str, tuple[str, ...]], ...]  # call -> names of the pools that it occupies
 Ranks = Literal["any", "all", "one group"]
@@ -65,7 +65,8 @@ class PlacementFamily(NamedTuple):
     together, if it is not None. `within`: whether the actor's shards lie within a node (None:
     either way); a weight sync is quick if they do, an update often if they do not. `ranks`: whether
     a trained or inference role may compute on some GPUs of its pool, has to on all of them, or has
-    to with its model in one shard group."""
+    to with its model in one shard group. `offloads`: of roles that are not free in it, what may go
+    to the host while they idle. `widest_engine`: the most GPUs of an engine."""
 
     structure: Structure
     kinds: tuple[str, ...]
@@ -74,6 +75,8 @@ class PlacementFamily(NamedTuple):
     rollout: int | None = None
     within: bool | None = None
     ranks: Ranks = "any"
+    offloads: Mapping[str, Sequence[Offload]] = {}
+    widest_engine: int | None = None
 
     @property
     def generating(self) -> tuple[int, ...]:
