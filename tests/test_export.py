@@ -98,9 +98,9 @@ def test_what_cannot_be_exported_is_one_line(
         assert done.exit_code == 2 and done.stderr.count("\n") == 1
         return done.stderr
 
-    assert "exists already, and is no empty directory" in line(checkpoint, tmp_path / "full")
+    assert "is there already, and no empty directory" in line(checkpoint, tmp_path / "full")
     below = tmp_path / "full" / "file" / "below"
-    assert "cannot be written (Not a directory)" in line(checkpoint, below)
+    assert f"cannot be made in {below.parent}" in line(checkpoint, below)
     (checkpoint / "actor-00000.safetensors").write_bytes(b"")
     assert "is missing or cut off" in line(checkpoint, tmp_path / "o")
     assert "no checkpoint in it" in line(tmp_path, tmp_path / "o")

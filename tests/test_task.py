@@ -86,6 +86,6 @@ def test_perturbed_answers_keep_the_prompt_and_are_mostly_wrong():
 
 def test_a_directory_that_holds_something_is_left_alone(made):
     before = sorted(path.name for path in made[0].iterdir())
-    with pytest.raises(UserError, match="not an empty directory"):
+    with pytest.raises(UserError, match="is there already, and no empty directory"):
         make(made[0], 0, QUICK)
     assert sorted(path.name for path in made[0].iterdir()) == before

@@ -6,9 +6,6 @@ it follows from the seed, and takes about a minute of one core.
 """
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +17,7 @@ from executor.digits.prompts import build_tokenizer, encode, make_lines
 from executor.digits.recipe import Recipe, Tell
 from executor.digits.reward_model import reward_accuracy, train_reward_model
 from executor.training import models
-from planner.spec.errors import UserError
+from planner.spec.directories import check_free, whole_directory
 from planner.spec.files import write_atomic
 
 
@@ -40,28 +37,16 @@ def make(
     all or nothing, and `say` how far it is.
 
     Raises UserError if the directory holds something already."""
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UserError(f"{directory} is not an empty directory; remove it or choose another one")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    except OSError as error:
-        raise UserError(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another place"
-        ) from None
+    check_free(directory)
     threads = torch.get_num_threads()
     try:
         # Sums in a fixed order, so that the same models come out on any machine of a kind.
         torch.set_num_threads(1)
-        with torch.random.fork_rng(devices=[]):
+        with whole_directory(directory) as made, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = _make(unfinished, seed, recipe or Recipe(), say)
-        unfinished.chmod(0o755)
-        os.replace(unfinished, directory)
+            return _make(made, seed, recipe or Recipe(), say)
     finally:
         torch.set_num_threads(threads)
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return made
 
 
 def _make(directory: Path, seed: int, recipe: Recipe, say: Tell) -> Made:

@@ -13,6 +13,7 @@ from executor.data.tokenizer import tokenizer_of
 from executor.running.checkpoint import Checkpoint
 from executor.running.export import EXPORTED
 from executor.training import loading, models, shards
+from planner.spec.directories import check_free
 from planner.spec.errors import UserError
 from planner.spec.workload import Model
 
@@ -23,8 +24,7 @@ def export_checkpoint(checkpoint: Checkpoint, out: Path) -> list[Path]:
     """Write the trained models as `out/<role>`, with the actor's tokenizer. Each appears whole or
     not at all. Raises UserError."""
     workload, written = checkpoint.plan.workload, []
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already, and is no empty directory; choose another place")
+    check_free(out)
     for role in EXPORTED:
         if role not in checkpoint.manifest.roles:
             continue

@@ -1,8 +1,5 @@
 """`plan import`."""
 
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,7 @@ from planner.exchange.toml_text import toml_text
 from planner.predict.forecast import durations, predict
 from planner.predict.profile import Profile
 from planner.report.imported import calls_of_run, sentences_of_run
-from planner.spec.errors import UserError
+from planner.spec.directories import check_free, whole_directory
 from planner.spec.files import File
 from planner.spec.plan import Plan, Provenance
 from planner.spec.timeline import Timeline
@@ -40,7 +37,7 @@ class Files:
 
 def import_run(read: Callable[[], ImportedRun], out: Path, version: str, command: str) -> None:
     """Import what `read` returns into the directory `out`, and say where a step goes."""
-    _check_free(out)
+    check_free(out)
     run = read()
     steps = seconds_of_calls(run)
     profile = profile_of(run, steps, command)
@@ -62,15 +59,6 @@ def import_run(read: Callable[[], ImportedRun], out: Path, version: str, command
     for note in run.notes:
         console.print(f"- {note}", markup=False, soft_wrap=True)
     console.print(f"Wrote {out}: {', '.join(_names(files))}.", markup=False, soft_wrap=True)
-
-
-def _check_free(out: Path) -> None:
-    """Raise UserError unless `out` is a new or empty directory that can be made."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is there already; name a new directory with --out")
-    parent = next(parent for parent in out.absolute().parents if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"{out}: cannot be made in {parent}; choose another place")
 
 
 def _named(files: Files) -> Mapping[str, File]:
@@ -97,22 +85,10 @@ def _body(file: File) -> dict[str, Any]:
 
 
 def _write(files: Files, run: ImportedRun, out: Path) -> None:
-    """Write all files into a directory beside `out`, and then give it that name."""
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with whole_directory(out) as made:
         for name, file in _named(files).items():
             path = made / name
             if path.suffix == ".toml":
                 path.write_text(toml_text(_body(file), run.notes))
             else:
                 file.write(path)
-        made.chmod(0o755)
-        if out.exists():
-            out.rmdir()  # it is empty
-        made.rename(out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); choose another") from None
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
