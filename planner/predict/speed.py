@@ -11,10 +11,13 @@ from planner.spec.cluster import Device
 from planner.spec.workload import Shape
 
 # Seconds of a decoding step in addition to the roofline (scheduling, sampling with
-# log-probabilities, launching the graph), and those of each sequence in it. On a GPU as engines of
-# 1.5B and 7B models with 64 to 512 sequences each had it (profiles/h200/README.md).
-STEP_SECONDS = {"cuda": 1.5e-3, "cpu": 4e-3}
-SEQUENCE_SECONDS = {"cuda": 1e-5, "cpu": 1e-4}
+# log-probabilities, launching the graph), those of each layer that is launched by itself, and those
+# of each sequence. On a GPU as engines of 1.5B and 7B models with 64 to 512 sequences each had it
+# (profiles/h200/README.md). On a core as models of 2, 8 and 30 layers (0.3M, 5M and 135M
+# parameters) with 1 to 128 sequences had it.
+STEP_SECONDS = {"cuda": 1.5e-3, "cpu": 1e-4}
+LAYER_SECONDS = {"cuda": 0.0, "cpu": 1e-4}
+SEQUENCE_SECONDS = {"cuda": 1e-5, "cpu": 5e-6}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +61,13 @@ def engine_speed(shape: Shape, tensor_parallel: int, device: Device) -> Speed:
     )  # FLOPs per query and key, both products
     reduced = 2 * shape.layers * 2 * size * shape.hidden * peers / tensor_parallel
     reduce_token = reduced / (device.link_bandwidth * device.efficiency_link)
+    layer = LAYER_SECONDS[device.kind]
+    layer += 2 * LINK_LATENCY_SECONDS if peers else 0.0
     return Speed(
         weights=size * matrices / tensor_parallel / bandwidth,
         arithmetic=2 * matrices / flops,
         attention=max(read, scores / flops),
-        step=STEP_SECONDS[device.kind]
-        + (2 * shape.layers * LINK_LATENCY_SECONDS if peers else 0.0),
+        step=STEP_SECONDS[device.kind] + shape.layers * layer,
         sequence=SEQUENCE_SECONDS[device.kind] + reduce_token,
         prefill_token=2 * shape.layers * shape.block_parameters / flops + reduce_token,
         prefill_square=scores / 2 / flops,
