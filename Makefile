@@ -79,7 +79,7 @@ $(PEERS_INSTALLED): pyproject.toml constraints.txt planner/__init__.py
 	$(PEERS) -m pip --disable-pip-version-check install --quiet --no-deps verl==0.9.1 openrlhf==0.11.2 trl==1.16.0 \
 		areal==1.0.4 skyrl==0.3.0 skyrl-gym==0.4.0 \
 		accelerate antlr4-python3-runtime==4.9.3 cloudpickle codetiming colorlog hydra-core==1.3.8 jaxtyping lark llvmlite \
-		loguru numba omegaconf orjson peft pyvers tensordict uvloop
+		loguru numba omegaconf orjson peft psutil pyvers tensordict uvloop
 	@touch $@
 
 test-peers: $(PEERS_INSTALLED)

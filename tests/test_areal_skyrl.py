@@ -103,12 +103,21 @@ def test_jobs_that_it_would_run_as_others_are_refused(framework, changed, said):
     assert "\n" not in str(found.value)
 
 
+def test_what_it_wants_where_nothing_fits_is_said():
+    with pytest.raises(UserError, match="areal wants 2 GPUs at least"):
+        best_for("areal", JOB, 1)  # one is the reward model's
+    seventy = load_workload(profiles_dir() / "workloads" / "70b.toml")
+    with pytest.raises(UserError, match=r"skyrl 0\.3\.0 can execute fits 70b on 8 GPUs"):
+        best_for("skyrl", seventy, 8)
+
+
 def test_an_advantage_that_skyrl_has_not_is_refused():
     workload = GRPO.changed(algorithm={"advantage": "reinforce++-baseline"})
     with pytest.raises(UserError, match="has no advantage 'reinforce"):
         best_for("skyrl", workload)
 
 
+@pytest.mark.slow
 def test_gpus_among_which_nothing_comes_out_even_are_refused():
     """32 prompts of 8 samples: on three GPUs AReaL would deal 11, 11 and 10."""
     three = baseline("colocated", GRPO, make_cluster(3))
@@ -124,6 +133,7 @@ def test_gpus_among_which_nothing_comes_out_even_are_refused():
 # --- what is written ---
 
 
+@pytest.mark.slow
 def test_a_configuration_for_areal_on_one_pool():
     plan = best_for("areal", GRPO, pins=("actor=8", "actor+reference"))
     text = areal_config(expressed("areal", plan, ()), "plan export")
@@ -166,6 +176,7 @@ def test_engines_on_the_actors_gpus_are_made_narrow_for_areal():
     assert "engines have no more GPUs than it gives them" in [each.what for each in found.changes]
 
 
+@pytest.mark.slow
 def test_what_areal_does_otherwise_has_its_price():
     plan = baseline("one-step-off", GRPO, make_cluster(8))
     pools = {"rollout": 4, "actor+reference": 4}
@@ -222,6 +233,7 @@ def test_a_script_for_skyrl_with_generation_ahead():
     assert tokens == {int(options["trainer.max_tokens_per_microbatch"])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["areal", "skyrl"])
 def test_the_commands(framework, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

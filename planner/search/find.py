@@ -13,7 +13,12 @@ from planner import __version__
 from planner.predict.profile import Profile
 from planner.search.options import DEFAULTS, SearchOptions
 from planner.search.questions.baselines import NAMES, best_of
-from planner.search.questions.frameworks import as_executed, splits_of, workload_for
+from planner.search.questions.frameworks import (
+    as_executed,
+    nothing_for,
+    splits_of,
+    workload_for,
+)
 from planner.search.questions.why_nothing_fits import nothing_fits
 from planner.search.solver.best_program import SAME
 from planner.search.solver.branch_and_bound import (
@@ -124,6 +129,8 @@ def solved(problem: Problem, options: SearchOptions, start: float, is_over: IsOv
             "nothing fits with sync = 'in_flight', for which generation needs GPUs of its own "
             f"beside those of all other roles, here of {gpus}; set sync to 'any' or 'boundary'"
         )
+    if not found.best and options.framework is not None:
+        raise UserError(nothing_for(options.framework, problem, options.pins))
     if not found.best:
         raise UserError(nothing_fits(problem, options.pins))
     best, baselines = found.best, _baselines(problem)

@@ -1,6 +1,6 @@
 """The plans that another framework can execute, and what it makes of a plan."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import product
 
 from planner.predict.memory_check import check_memory
@@ -11,6 +11,7 @@ from planner.search.space.placements import PlacementFamily, families, pack
 from planner.spec.errors import UserError
 from planner.spec.frameworks import VERSIONS, FrameworkName
 from planner.spec.plan import Plan, RolloutRole
+from planner.spec.wording import counted
 from planner.spec.workload import TRAINED, Workload
 
 ONE_FOR_ALL: tuple[FrameworkName, ...] = ("openrlhf", "skyrl")  # micro-batches, recomputation
@@ -85,6 +86,22 @@ def needs_alike_nodes(framework: FrameworkName, roles: Collection[str]) -> bool:
     if framework == "areal":
         return "reward" in roles
     return framework != "skyrl" or set(roles) != {"rollout"}
+
+
+def nothing_for(framework: FrameworkName, problem: Problem, pins: Sequence[str]) -> str:
+    """One line on why a framework can execute no plan of a problem."""
+    modes = modes_of(framework, problem.workload.roles, problem.flow)
+    fewest = min((mode.structure for mode in modes), key=len)
+    gpus = len(problem.cluster.gpus)
+    if len(fewest) > gpus:
+        pools = " | ".join("+".join(sorted(roles)) for roles in fewest)
+        return f"{framework} wants {counted(len(fewest), 'GPU')} at least ({pools}), not {gpus}"
+    under = f" under {', '.join(pins)}" if pins else ""
+    return (
+        f"no plan that {framework} {VERSIONS[framework]} can execute fits {problem.workload.name} "
+        f"on {counted(gpus, 'GPU')}{under}; use more GPUs, smaller models"
+        f"{', other pins' if pins else ''} or no --for"
+    )
 
 
 def dealt_evenly(framework: FrameworkName, workload: Workload) -> int:
