@@ -190,6 +190,7 @@ SERIAL = [
     "sync_weights",
     "evaluate",
 ]
+CALLS = [call for call in SERIAL if call not in ("select", "evaluate")]  # of PPO as it is usual
 
 
 def program_of(

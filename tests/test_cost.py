@@ -3,6 +3,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import CALLS
 
 from planner.predict import roofline
 from planner.predict.cost import CostModel, Place, place_of
@@ -362,17 +363,6 @@ def test_generation_over_pools_is_that_of_all_engines() -> None:
 def test_every_call_of_a_plan_has_an_estimate() -> None:
     layouts = {role: layout(shard=4, micro_batch_tokens=16384) for role in SEVEN_B.models}
     layouts["critic"] = layouts["critic"].model_copy(update={"pools": ("b",)})
-    program = (
-        "generate",
-        "score",
-        "ref_logprobs",
-        "old_logprobs",
-        "values",
-        "advantages",
-        "update_critic",
-        "update_actor",
-        "sync_weights",
-    )
     plan = Plan(
         name="test",
         workload=SEVEN_B,
@@ -385,7 +375,7 @@ def test_every_call_of_a_plan_has_an_estimate() -> None:
             **layouts,
             "rollout": rollout(pools=("a", "b"), tensor_parallel=4, replicas=3, concurrency=256),
         },
-        program=tuple(Issue(call=name) for name in program),
+        program=tuple(Issue(call=name) for name in CALLS),
         staleness=0,
     )
     assert place_of(plan, ("a", "b")).parts == (8, 4)

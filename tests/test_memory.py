@@ -1,4 +1,5 @@
 import pytest
+from conftest import CALLS
 
 from planner.predict.kv_cache import AMPLE
 from planner.predict.memory import (
@@ -203,24 +204,13 @@ def plan(workload: Workload = SEVEN_B, **layouts: TrainerRole | RolloutRole) -> 
         "rollout": engine(replicas=8, concurrency=64, memory_fraction=0.35, offload=True),
         **layouts,
     }
-    names = (
-        "generate",
-        "score",
-        "ref_logprobs",
-        "old_logprobs",
-        "values",
-        "advantages",
-        "update_critic",
-        "update_actor",
-        "sync_weights",
-    )
     return Plan(
         name="test",
         workload=workload,
         cluster=make_cluster(8),
         pools={"a": Pool(gpus=tuple((0, i) for i in range(8)))},
         roles=roles,
-        program=tuple(Issue(call=name) for name in names),
+        program=tuple(Issue(call=name) for name in CALLS),
         staleness=0,
     )
 

@@ -1,23 +1,12 @@
 """The one rule of execution, on programs small enough to work out by hand."""
 
 import pytest
-from conftest import ROLES, colocated, make_plan, make_workload, split
+from conftest import CALLS, ROLES, colocated, make_plan, make_workload, split
 
 from planner.predict.schedule import check, staleness, tasks_of
 from planner.spec.errors import UserError
 
 ONE_STEP_OFF = {"rollout": "r", "actor": "t", "critic": "t", "reference": "t", "reward": "t"}
-AHEAD = [
-    "generate",
-    "score",
-    "ref_logprobs",
-    "old_logprobs",
-    "values",
-    "advantages",
-    "update_critic",
-    "update_actor",
-]
-AHEAD += ["sync_weights"]
 
 
 def by_name(tasks):
@@ -68,7 +57,7 @@ def test_one_step_ahead_generates_with_the_version_before_the_last_update():
         make_workload(),
         {"r": 1, "t": 1},
         ONE_STEP_OFF,
-        order=AHEAD,
+        order=CALLS,
         offsets={"generate": 1},
         staleness=1,
     )
@@ -102,7 +91,7 @@ def test_reading_what_is_written_later_is_a_deadlock():
 
 
 def test_a_generate_that_needs_its_own_update_is_a_deadlock():
-    order = ["score", "generate", *AHEAD[2:]]
+    order = ["score", "generate", *CALLS[2:]]
     plan = make_plan(make_workload(), {"a": 2}, dict.fromkeys(ROLES, "a"), order=order)
     with pytest.raises(UserError, match="deadlocks: score of step 0 reads sequences"):
         check(plan)
@@ -111,12 +100,12 @@ def test_a_generate_that_needs_its_own_update_is_a_deadlock():
 def test_weights_that_are_overwritten_before_they_are_read_are_refused():
     """update_actor of the next step before the sync of this one: the sync would hand over the wrong
     version."""
-    offsets = {name: 1 for name in AHEAD if name not in ("sync_weights",)}
+    offsets = {name: 1 for name in CALLS if name != "sync_weights"}
     plan = make_plan(
         make_workload(),
         {"a": 2},
         dict.fromkeys(ROLES, "a"),
-        order=AHEAD,
+        order=CALLS,
         offsets=offsets,
         staleness=1,
     )
@@ -127,7 +116,7 @@ def test_weights_that_are_overwritten_before_they_are_read_are_refused():
 def test_more_staleness_than_allowed_is_refused():
     workload = make_workload(max_staleness=0)
     plan = make_plan(
-        workload, {"r": 1, "t": 1}, ONE_STEP_OFF, order=AHEAD, offsets={"generate": 1}, staleness=1
+        workload, {"r": 1, "t": 1}, ONE_STEP_OFF, order=CALLS, offsets={"generate": 1}, staleness=1
     )
     with pytest.raises(UserError, match="1 update old, but the workload allows 0"):
         check(plan)
@@ -140,7 +129,7 @@ def test_a_wrong_staleness_is_refused():
 
 
 def test_a_wait_holds_back_everything_later():
-    order = ["generate", "score", ("score",), *AHEAD[2:]]
+    order = ["generate", "score", ("score",), *CALLS[2:]]
     plan = make_plan(make_workload(), {"a": 1, "b": 1}, split_roles(), order=order)
     tasks = by_name(tasks_of(plan, 1))
     score = tasks["score", 0].index
@@ -150,7 +139,7 @@ def test_a_wait_holds_back_everything_later():
 
 
 def test_a_later_wait_on_older_calls_keeps_the_earlier_one():
-    order = ["generate", "score", "ref_logprobs", ("ref_logprobs",), ("score",), *AHEAD[3:]]
+    order = ["generate", "score", "ref_logprobs", ("ref_logprobs",), ("score",), *CALLS[3:]]
     plan = make_plan(make_workload(), {"a": 1, "b": 1}, split_roles(), order=order)
     tasks = by_name(tasks_of(plan, 1))
     assert set(tasks["old_logprobs", 0].waits) == {
@@ -160,7 +149,7 @@ def test_a_later_wait_on_older_calls_keeps_the_earlier_one():
 
 
 def test_a_wait_on_a_call_issued_before_another_wait_does_not_replace_it():
-    order = ["generate", "score", "ref_logprobs", ("score",), ("ref_logprobs",), *AHEAD[3:]]
+    order = ["generate", "score", "ref_logprobs", ("score",), ("ref_logprobs",), *CALLS[3:]]
     plan = make_plan(make_workload(), {"a": 1, "b": 1}, split_roles(), order=order)
     tasks = by_name(tasks_of(plan, 1))
     assert set(tasks["old_logprobs", 0].waits) == {
