@@ -42,16 +42,27 @@ def train_reward_model(
             say(f"The reward model has done {step} of {recipe.reward_steps} steps.")
         chosen = torch.randint(len(train), (quarter,))
         perturbed, originals = _most_liked(model, draw(train, 4 * quarter), quarter, recipe)
-        given = torch.cat([draw(train, 2 * quarter), perturbed, sampled[chosen]])
-        wanted = torch.cat([given[: 2 * quarter], originals, train[chosen]])
-        answer = slice(-recipe.answer_tokens, None)
-        right_so_far = (given == wanted)[:, answer].cumprod(1).float()
-        scores = model.score(model.model(given, use_cache=False).last_hidden_state)[:, answer, 0]
-        (scores - right_so_far)[given[:, answer] != PAD].square().mean().backward()
+        right = draw(train, 2 * quarter)
+        given = torch.cat([right, perturbed, sampled[chosen]])
+        wanted = torch.cat([right, originals, train[chosen]])
+        _squared_error(model, given, wanted, recipe).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     return model
+
+
+def _squared_error(
+    model: LlamaForSequenceClassification, given: Tensor, wanted: Tensor, recipe: Recipe
+) -> Tensor:
+    """The mean squared error of the scores after each token of the given answers: 1 is right as
+    long as all tokens so far are the wanted ones."""
+    answer = slice(-recipe.answer_tokens, None)
+    right_so_far = (given == wanted)[:, answer].cumprod(1).float()
+    hidden = model.model(given, use_cache=False).last_hidden_state
+    errors = model.score(hidden)[:, answer, 0] - right_so_far
+    mean: Tensor = errors[given[:, answer] != PAD].square().mean()
+    return mean
 
 
 @torch.no_grad()

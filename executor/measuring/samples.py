@@ -57,44 +57,58 @@ def samples_of(
 def _key(plan: Plan, span: Span, made: Sequences, batch: BatchSize) -> tuple[Point, dict[str, Any]]:
     """The point that a span belongs to, and the tokens that the span had. Its seconds are left
     open."""
-    workload, call = plan.workload, plan.dataflow[span.call]
-    sequences, tokens = len(made.lengths), _tokens(made)
-    if call.kind == "host":
+    kind, sequences = plan.dataflow[span.call].kind, len(made.lengths)
+    if kind == "host":
         host = HostPoint(call="host", role=span.call, sequences=sequences, seconds=OPEN)
-        return host, tokens
-    shape, rollout = workload.model_of(span.role).shape, plan.rollout
-    model = None if shape == workload.actor.shape else shape
-    if call.kind == "generate":
-        generated = RolloutPoint(
-            call="generate",
-            role=span.role,
-            gpus=plan.gpus_of(span.pools),
-            tensor_parallel=rollout.tensor_parallel,
-            engines=rollout.replicas,
-            concurrency=rollout.concurrency,
-            sequences=sequences,
-            model=model,
-            seconds=OPEN,
-        )
-        return generated, tokens
-    layout = plan.trainers[call.roles[0]]
-    if call.kind == "transfer":
-        shared = rollout.pools == layout.pools
-        moved = TransferPoint(
-            call="transfer",
-            role=span.role,
-            gpus=layout.gpus,
-            shard=layout.shard,
-            tensor_parallel=rollout.tensor_parallel,
-            engines=rollout.replicas,
-            shared=shared,
-            partly=not shared and layout.pools[0] in rollout.pools,
-            model=model,
-            seconds=OPEN,
-        )
-        return moved, {}
-    train = call.kind == "train"
-    trained = TrainerPoint(
+        return host, _tokens(made)
+    shape = plan.workload.model_of(span.role).shape
+    model = None if shape == plan.workload.actor.shape else shape
+    if kind == "generate":
+        return _generated(plan, span, sequences, model), _tokens(made)
+    if kind == "transfer":
+        return _moved(plan, span, model), {}
+    return _trained(plan, span, sequences, batch, model), _tokens(made)
+
+
+def _generated(plan: Plan, span: Span, sequences: int, model: Shape | None) -> RolloutPoint:
+    return RolloutPoint(
+        call="generate",
+        role=span.role,
+        gpus=plan.gpus_of(span.pools),
+        tensor_parallel=plan.rollout.tensor_parallel,
+        engines=plan.rollout.replicas,
+        concurrency=plan.rollout.concurrency,
+        sequences=sequences,
+        model=model,
+        seconds=OPEN,
+    )
+
+
+def _moved(plan: Plan, span: Span, model: Shape | None) -> TransferPoint:
+    """The point of a weight sync."""
+    rollout, layout = plan.rollout, plan.trainers[plan.dataflow[span.call].roles[0]]
+    shared = rollout.pools == layout.pools
+    return TransferPoint(
+        call="transfer",
+        role=span.role,
+        gpus=layout.gpus,
+        shard=layout.shard,
+        tensor_parallel=rollout.tensor_parallel,
+        engines=rollout.replicas,
+        shared=shared,
+        partly=not shared and layout.pools[0] in rollout.pools,
+        model=model,
+        seconds=OPEN,
+    )
+
+
+def _trained(
+    plan: Plan, span: Span, sequences: int, batch: BatchSize, model: Shape | None
+) -> TrainerPoint:
+    """The point of a forward pass over a batch, or of an update."""
+    call, workload = plan.dataflow[span.call], plan.workload
+    layout, train = plan.trainers[call.roles[0]], call.kind == "train"
+    return TrainerPoint(
         call="train" if train else "infer",
         role=span.role,
         gpus=layout.gpus,
@@ -107,7 +121,6 @@ def _key(plan: Plan, span: Span, made: Sequences, batch: BatchSize) -> tuple[Poi
         model=model,
         seconds=OPEN,
     )
-    return trained, tokens
 
 
 def _tokens(made: Sequences) -> dict[str, Any]:
