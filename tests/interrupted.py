@@ -45,7 +45,7 @@ def one_step_off(**more: Any) -> Plan:
     )
 
 
-TIMED = ("seconds", "tokens_per_second", "idle/")
+TIMED = ("seconds", "tokens_per_second", "idle/", "busy/")
 
 
 def metrics_of(run: Path) -> list[dict[str, float]]:

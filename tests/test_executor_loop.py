@@ -29,8 +29,9 @@ from executor.running.execute import rehearse
 from executor.running.generating import check_agreement
 from executor.running.loop import Course, Silent, loop
 from executor.running.options import RunOptions
+from executor.running.recorded import Recorded
 from executor.running.rehearse import Rehearsal
-from executor.running.run import Recorded, Run
+from executor.running.run import Run
 from executor.running.run_directory import RunDirectory, log
 from executor.running.said import Said
 from executor.running.saving import Saver, Snapshot

@@ -101,7 +101,7 @@ def metrics_of(path: Path) -> list[dict[str, Any]]:
         {
             name: value
             for name, value in json.loads(line).items()
-            if name not in timed and not name.startswith("idle/")
+            if name not in timed and not name.startswith(("idle/", "busy/"))
         }
         for line in lines
     ]

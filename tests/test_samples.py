@@ -18,9 +18,8 @@ from executor.data.requests import make_requests
 from executor.running import first_batch
 from executor.running.run_directory import RunDirectory
 from executor.running.said import Listener, kept, lines_of, text_of
-from executor.running.step_figures import idle_shares, spread_of
+from executor.running.step_figures import spread_of
 from planner.cli import main
-from planner.spec.timeline import Span
 
 PLAN = split(make_workload())
 
@@ -168,28 +167,6 @@ def test_the_spread_of_some_values() -> None:
     found = spread_of("score", np.array([1.0, 3.0]))
     assert found == {"score_std": 1.0, "score_min": 1.0, "score_max": 3.0}
     assert spread_of("score", np.zeros(0)) == {}
-
-
-def span(start: float, end: float, *pools: str) -> Span:
-    return Span(
-        call="generate",
-        role="rollout",
-        pools=pools,
-        step=0,
-        issued=start,
-        ready=start,
-        start=start,
-        end=end,
-        tokens=0,
-        parts={"compute": end - start},
-    )
-
-
-def test_a_pool_idles_where_no_call_is_on_it() -> None:
-    """Of 10 seconds: pool a has 1-4 and 3-6, and what began at 8 goes on; pool b 0-2 and 9-."""
-    spans = [span(11, 14, "a"), span(13, 16, "a", "c"), span(2, 12, "b")]
-    found = idle_shares(["a", "b", "c", "d"], spans, [(("a",), 18.0), (("b",), 19.0)], 10, 20)
-    assert found == pytest.approx({"idle/a": 0.3, "idle/b": 0.7, "idle/c": 0.7, "idle/d": 1.0})
 
 
 FINE = {"step": 0, "staleness": 0.0, "score_min": 0.0, "score_max": 1.0, "log_prob_gap": 0.02}

@@ -14,7 +14,7 @@ from executor.fleet.worker import Record
 from executor.running.checkpoint import IN_FLIGHT, Checkpoint, Manifest
 from executor.running.loop import Silent
 from executor.running.run import Run
-from executor.running.run_directory import RunDirectory
+from executor.running.run_directory import RunDirectory, timeline_of
 from executor.running.saving import Saver, Snapshot
 from executor.training.shards import entry_of
 from planner.predict.schedule import Task
@@ -35,7 +35,11 @@ def of_step_2(directory: Path, k: int) -> Checkpoint:
         files={IN_FLIGHT: entry_of(directory / IN_FLIGHT)},
     )
     return Checkpoint(
-        directory=directory, manifest=manifest, plan=streamed(k), spans=(), metrics=b"{}\n" * 2
+        directory=directory,
+        manifest=manifest,
+        plan=streamed(k),
+        timeline=timeline_of(streamed(k), STEPS, ()),
+        metrics=b"{}\n" * 2,
     )
 
 

@@ -3,16 +3,18 @@ anywhere."""
 
 import json
 import math
+import socket
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from click.testing import CliRunner
 from conftest import make_workload, split
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from executor.running import trackers
+from executor.running import prometheus, trackers
 from executor.running.run_directory import RunDirectory
 from planner.cli import main
 from planner.spec.errors import UserError
@@ -193,3 +195,35 @@ def test_a_tracker_that_refuses_ends_the_run_in_one_line(
         UserError, match=r"--track mlflow: .*nonsense.*; mend that, or leave the tracker out"
     ):
         record(tmp_path / "r", range(1), ("mlflow",))
+
+
+def test_prometheus_reads_the_last_step_on_the_loopback(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    prometheus.check(port)
+    directory = RunDirectory(tmp_path / "r", tensorboard=True, prometheus=port)
+    directory.open(PLAN)
+    shares = {"busy/a": 0.25, "idle/a": 0.75, "idle/a/generation": 0.5, "idle/a/host": 0.25}
+    for step in range(2):
+        directory.write_metrics(metrics_of(step) | shares)
+    with pytest.raises(UserError, match=f"--prometheus {port}: .* choose another port"):
+        prometheus.check(port)
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    directory.close()
+    assert {"splitplan_step 1.0", "splitplan_reward 1.5", 'splitplan_busy{pool="a"} 0.25'} <= {
+        *lines
+    }
+    assert 'splitplan_idle{pool="a",waiting_for="generation"} 0.5' in lines
+    assert 'splitplan_idle{pool="a",waiting_for=""} 0.75' in lines
+    prometheus.check(port)  # it is free again
+
+
+def test_names_of_prometheus() -> None:
+    assert prometheus.described("idle/a+b/host") == (
+        "splitplan_idle",
+        {"pool": "a+b", "waiting_for": "host"},
+    )
+    assert prometheus.described("evaluation/x-1/pass@8") == ("splitplan_evaluation_x_1_pass_8", {})

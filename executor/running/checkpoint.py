@@ -88,12 +88,16 @@ class Checkpoint:
     directory: Path
     manifest: Manifest
     plan: Plan
-    spans: tuple[Span, ...]
+    timeline: Timeline
     metrics: bytes  # the lines of metrics.jsonl
 
     @property
     def run(self) -> Path:
         return self.directory.parent.parent
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return self.timeline.spans
 
     @property
     def saved(self) -> Saved:
@@ -327,7 +331,7 @@ def _read(directory: Path) -> Checkpoint:
         directory=directory,
         manifest=manifest,
         plan=Plan.read(directory / PLAN),
-        spans=Timeline.read(directory / TIMELINE).spans,
+        timeline=Timeline.read(directory / TIMELINE),
         metrics=(directory / METRICS).read_bytes(),
     )
 

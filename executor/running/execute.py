@@ -5,6 +5,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from executor.fleet.worker import DiedAgain, OutOfMemory, WorkerError
 from executor.running import hosts
 from executor.running.loop import Backend, Progress, Silent
 from executor.running.options import RunOptions
+from executor.running.pilot import Pilot
 from executor.running.rehearse import Rehearsal
 from executor.running.run import Run, log_end
 from executor.running.run_directory import RunDirectory, claimed, lock
@@ -38,12 +40,14 @@ def execute(
     runs: Path = Path("runs"),
     options: RunOptions = DEFAULT,
     progress: Progress | None = None,
+    pilot: Pilot | None = None,
 ) -> Path:
-    """Run a plan and return the run directory `runs/name`. Raises UserError, before anything is
-    started where that can be known before."""
+    """Run a plan, or where a pilot decides so another one from some step on, and return the run
+    directory `runs/name`. Raises UserError, before anything is started where that can be known
+    before."""
     check(plan)
     with claimed(runs, name) as path:
-        _train(plan, path, options, progress or Silent(), None)
+        _train(plan, path, options, progress or Silent(), None, pilot)
     return path
 
 
@@ -77,10 +81,11 @@ def resume(
     plan: Plan | None = None,
     options: RunOptions = DEFAULT,
     progress: Progress | None = None,
+    pilot: Pilot | None = None,
 ) -> Path:
     """Go on with a run from one of its checkpoints, up to `options.steps` steps in all, under its
-    own plan or another one; later checkpoints and metrics of the run are dropped. A run that has
-    ended is left as it is. Raises UserError."""
+    own plan or another one, or where a pilot decides so several; later checkpoints and metrics of
+    the run are dropped. A run that has ended is left as it is. Raises UserError."""
     plan, progress = plan or resumed.plan, progress or Silent()
     check(plan)
     resumed.check(plan)
@@ -93,7 +98,7 @@ def resume(
         progress.on_note(f"all {steps} steps are done; --steps goes on for longer")
         return resumed.run
     os.close(lock(resumed.run))  # before anything is started
-    _train(plan, resumed.run, options, progress, resumed)
+    _train(plan, resumed.run, options, progress, resumed, pilot)
     return resumed.run
 
 
@@ -103,31 +108,69 @@ def _train(
     options: RunOptions,
     progress: Progress,
     resumed: "Checkpoint | None",
+    pilot: Pilot | None,
 ) -> None:
-    """Attempts to do all steps, each from the last checkpoint of the one before."""
+    """All steps, under one plan after the other if a pilot switches. Where a run does not come up
+    under another plan, it goes back to the one before."""
     # They load torch and transformers: a rehearsal does without.
-    from executor.running import checkpoint, preflight, trackers
+    from executor.running import checkpoint, prometheus, trackers
 
     trackers.check(options.track)
+    prometheus.check(options.prometheus)
+    options = replace(options, steps=options.steps or plan.workload.steps)
+    with contextlib.ExitStack() as ray:  # which stays from plan to plan
+        other = _under(plan, ray, path, options, progress, resumed, pilot)
+        while pilot is not None and other is not None:
+            resumed = checkpoint.latest(path)
+            progress.on_plan(other)
+            try:
+                plan, other = other, _under(other, ray, path, options, progress, resumed, pilot)
+            except UserError as error:
+                latest = checkpoint.latest(path)
+                if resumed is None or latest is None or latest.directory != resumed.directory:
+                    raise
+                pilot.went_back()
+                progress.on_note(f"{error}. The run goes back to the plan before")
+                progress.on_plan(plan)
+                other = _under(plan, ray, path, options, progress, resumed, pilot)
+
+
+def _under(
+    plan: Plan,
+    ray: contextlib.ExitStack,
+    path: Path,
+    options: RunOptions,
+    progress: Progress,
+    resumed: "Checkpoint | None",
+    pilot: Pilot | None,
+) -> Plan | None:
+    """Attempts to do all steps under a plan, each from the last checkpoint of the one before, until
+    they are done or a pilot wants the plan that is returned."""
+    from executor.running import checkpoint, preflight
+
     saves = bool(options.save_every)
     prompts = preflight.check(plan, local=options.address is None, saves=saves)
-    attempts = Attempts(plan, path, options, progress, prompts)
-    cpus = pools.needed(plan) if pools.resource_of(plan) == "CPU" else None
-    with ray_session(cpus=cpus, address=options.address):
-        if options.address is not None:
-            hosts.check_each(plan, pools.memory_of_nodes(plan), saves)
-        for restarts in count():
-            try:
-                attempts.make(resumed)
-                return
-            except UserError as error:
-                if restarts == options.max_restarts or not attempts.may_help(error):
-                    raise
-                resumed = checkpoint.latest(path) or resumed
-                where = f"step {resumed.manifest.step}" if resumed else "the beginning"
-                progress.on_note(
-                    f"{error}. Restart {restarts + 1} of {options.max_restarts}, from {where}"
-                )
+    attempts = Attempts(plan, path, options, progress, prompts, pilot)
+    cpus = pools.needed(plan)
+    if pilot is not None:
+        pilot.starting()
+        cpus = len(plan.cluster.gpus)  # for other plans too
+    on_cores = pools.resource_of(plan) == "CPU"
+    ray.enter_context(ray_session(cpus=cpus if on_cores else None, address=options.address))
+    if options.address is not None:
+        hosts.check_each(plan, pools.memory_of_nodes(plan), saves)
+    for restarts in count():
+        try:
+            return attempts.make(resumed)
+        except UserError as error:
+            if restarts == options.max_restarts or not attempts.may_help(error):
+                raise
+            resumed = checkpoint.latest(path) or resumed
+            where = f"step {resumed.manifest.step}" if resumed else "the beginning"
+            progress.on_note(
+                f"{error}. Restart {restarts + 1} of {options.max_restarts}, from {where}"
+            )
+    raise AssertionError("the last attempt returns or raises")
 
 
 class Attempts:
@@ -140,11 +183,12 @@ class Attempts:
         options: RunOptions,
         progress: Progress,
         prompts: "PromptSource",
+        pilot: Pilot | None = None,
     ) -> None:
         from executor.running import first_batch
 
         self._plan, self._path, self._options = plan, path, options
-        self._progress, self._prompts = progress, prompts
+        self._progress, self._prompts, self._pilot = progress, prompts, pilot
         self._saver = _saver(path / "checkpoints", options)
         self._deadlines = Deadlines(
             plan=plan, floor=options.deadline_floor, held_out=prompts.held_out
@@ -152,24 +196,32 @@ class Attempts:
         self._begun = False
         self._notes = [*prompts.notes, *first_batch.beforehand(plan.workload)]  # said once
 
-    def make(self, resumed: "Checkpoint | None") -> None:
-        """Start processes, and do what is left behind a checkpoint. Raises UserError."""
+    def make(self, resumed: "Checkpoint | None") -> Plan | None:
+        """Start processes, and do what is left behind a checkpoint, up to where the pilot wants
+        another plan, which is returned. Raises UserError."""
         self._begun = self._begun or resumed is not None
         steps = self._options.steps or self._plan.workload.steps
         begin = functools.partial(self._training, resumed)
         with contextlib.closing(started(self._deadlines, self._path, begin)) as backend:
             self._begun = True
             notes, self._notes = self._notes, []
-            Run(
+            return Run(
                 self._plan,
                 steps,
                 backend,
-                RunDirectory(self._path, tensorboard=True, track=self._options.track),
+                self._directory(),
                 self._progress,
                 saver=self._saver,
                 resumed=resumed,
                 notes=notes,
+                pilot=self._pilot,
             ).finish()
+
+    def _directory(self) -> RunDirectory:
+        options = self._options
+        return RunDirectory(
+            self._path, tensorboard=True, track=options.track, prometheus=options.prometheus
+        )
 
     def _training(self, resumed: "Checkpoint | None") -> Backend:
         from executor.running import step

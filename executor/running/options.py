@@ -8,6 +8,7 @@ from planner.spec.limits import check_range
 
 DEADLINE_FLOOR_SECONDS = 60.0
 MOST_FLOOR_SECONDS = 1e6
+LAST_PORT = 65_535
 ADDRESS = r"auto|[^:/]+:\d+"
 
 
@@ -23,7 +24,8 @@ class RunOptions:
 
     A call that takes ten times its predicted seconds, and more than `deadline_floor`, counts as
     failed. `address` is that of a Ray cluster (None: one is started on this machine's loopback);
-    `track` names trackers in addition to TensorBoard (wandb, mlflow).
+    `track` names trackers in addition to TensorBoard (wandb, mlflow), and at the port `prometheus`
+    of the loopback Prometheus may read the metrics.
 
     Raises UserError for a number that is out of its range."""
 
@@ -37,6 +39,7 @@ class RunOptions:
     export_every: int = 0
     address: str | None = None
     track: tuple[str, ...] = ()
+    prometheus: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -46,6 +49,8 @@ class RunOptions:
                 f"--address {self.address}: write host:port, such as 127.0.0.1:6379 (the port that "
                 "`ray start --head` names), or auto for the cluster of this machine"
             )
+        if self.prometheus is not None:
+            check_range("--prometheus", self.prometheus, 1, LAST_PORT)
         check_range("--keep", self.keep, 1)
         check_range("--save-every", self.save_every, 0)
         check_range("--max-restarts", self.max_restarts, 0)

@@ -5,22 +5,22 @@ import contextlib
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from executor.fleet import pools
 from executor.fleet.asking import within
 from executor.fleet.session import last_words
 from executor.fleet.worker import Overdue, WorkerError
-from executor.running import first_batch
 from executor.running.loop import Backend, Course, Progress, end_streams, loop
+from executor.running.pilot import Pilot
+from executor.running.recorded import Recorded
 from executor.running.run_directory import RunDirectory, log, timeline_of
-from executor.running.step_figures import idle_shares
 from executor.running.stops import Stops, in_flight
 from executor.running.supervise import one_line
-from planner.predict.schedule import Task, tasks_of
+from planner.predict.schedule import tasks_of
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
-from planner.spec.timeline import Span, Timeline
+from planner.spec.timeline import Decision, Span, Timeline
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
     from executor.running.checkpoint import Checkpoint
@@ -29,7 +29,8 @@ if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
 
 class Run:
     """The steps of a plan on a backend, from the beginning or from the checkpoint `resumed`.
-    Without a saver there are no checkpoints. `notes` are said when it begins."""
+    Without a saver there are no checkpoints. `notes` are said when it begins. A `pilot` may end it
+    at a checkpoint, to go on under another plan."""
 
     def __init__(
         self,
@@ -42,11 +43,13 @@ class Run:
         saver: "Saver | None" = None,
         resumed: "Checkpoint | None" = None,
         notes: Sequence[str] = (),
+        pilot: Pilot | None = None,
     ) -> None:
         self._plan, self._steps, self._backend = plan, steps, backend
         self._directory, self._saver, self._resumed = directory, saver, resumed
         self._tasks, self._course, stop = tasks_of(plan, steps), Course(), 0
         self._past: Sequence[Span] = ()
+        self._pilot, self._decisions = pilot, list[Decision]()
         self._notes = notes  # to say at the beginning
         self._differs = ""
         if resumed is not None:
@@ -54,6 +57,7 @@ class Run:
             self._tasks, self._course.ended, stop = left.tasks, left.ended, left.stop
             self._differs = left.differs
             self._course.next_step = resumed.written
+            self._decisions += resumed.timeline.decisions
             if resumed.is_of(plan):
                 self._past = resumed.spans
             for span in resumed.spans:
@@ -68,10 +72,11 @@ class Run:
     def timeline(self) -> Timeline:
         """What was done so far."""
         done = [self._spans[index] for index in sorted(self._spans)]
-        return timeline_of(self._plan, self._steps, [*self._past, *done])
+        return timeline_of(self._plan, self._steps, [*self._past, *done], self._decisions)
 
-    def finish(self) -> None:
-        """Do the steps that are left, save on the way, and export the models.
+    def finish(self) -> Plan | None:
+        """Do the steps that are left, save on the way, and export the models; or end at a
+        checkpoint, and return the plan to go on under.
 
         However this ends, the timeline is written and the directory is closed. Raises UserError,
         and KeyboardInterrupt when the run was asked to stop."""
@@ -82,13 +87,17 @@ class Run:
             )
             with self._signals():
                 self._evaluate_first()
-                self._loop()
+                if (other := self._loop()) is not None:
+                    self._directory.write_timeline(self.timeline)
+                    log.info("ends here, to go on under another plan")
+                    return other
                 if self._saver is not None:
                     self._saver.wait()  # its copies go before those for the export come
                 self._export()
                 self._directory.write_timeline(self.timeline)
                 self._check_last()
                 log.info("done")
+                return None
         except BaseException as error:
             log_end(error)
             with contextlib.suppress(UserError):  # on a full disk, which the error is about
@@ -144,8 +153,11 @@ class Run:
             self._recorded.on_note(f"before the first step: {name.replace('_', ' ')} {figure:.3f}")
         self._course.began += time.perf_counter() - began
 
-    def _loop(self) -> None:
-        """All tasks, with a pause at each stop where a checkpoint is taken."""
+    def _loop(self) -> Plan | None:
+        """All tasks, with a pause at each stop where a checkpoint is taken; up to the one where
+        the pilot wants another plan, if it does."""
+        if self._pilot is not None:
+            self._pilot.ready()
         while True:
             loop(
                 self._tasks,
@@ -153,14 +165,38 @@ class Run:
                 self._spans,
                 self._recorded,
                 self._course,
-                until=self._stops,
+                until=self._until,
             )
             arrived = self._stops.arrive(self._course.newest)
             if arrived is None or self._saver is None:
-                return
+                return None
             self._save(self._saver, *arrived)
             if self._stops.asked:
                 self._end(self._saver)
+            if self._pilot is not None:
+                if self._may_switch(self._saver):
+                    return self._pilot.chosen()
+                self._pilot.look(self.timeline, self._directory.path / "metrics.jsonl")
+
+    def _until(self, newest: int) -> float:
+        """The first task that must not start yet, where `newest` is the latest one that did."""
+        if self._pilot is not None:
+            done, seconds = self._course.next_step, time.perf_counter() - self._course.began
+            if (decision := self._pilot.decided(done, seconds)) is not None:
+                self._decisions.append(decision)
+                self._recorded.on_note(decision.why)
+                self._stops.switching = decision.switches
+        return self._stops(newest)
+
+    def _may_switch(self, saver: "Saver") -> bool:
+        """Whether the run is to end here, and can go on from the checkpoint that was just taken."""
+        if not self._stops.switching:
+            return False
+        self._stops.switching = False
+        saver.wait()
+        if saver.error:
+            self._recorded.on_note(f"no switch: no checkpoint could be written ({saver.error})")
+        return not saver.error and self._course.next_step < self._steps
 
     def _save(self, saver: "Saver", stop: int, step: int) -> None:
         saver.wait()
@@ -225,66 +261,6 @@ class Run:
         line = one_line(self._plan, what, everywhere, call, f" ({limit:.3g} s allowed)")
         with line, within(limit):
             yield
-
-
-class Recorded:
-    """Progress that also writes each step's metrics, with its speed and how much pools did nothing
-    in it, and what the model said."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        backend: Backend,
-        course: Course,
-        directory: RunDirectory,
-        progress: Progress,
-        past: Sequence[Span],
-    ) -> None:
-        self._plan, self._backend, self._course = plan, backend, course
-        self._directory, self._progress = directory, progress
-        self._ends_step = plan.dataflow.ends_step.name
-        self._has_steps = bool(past)
-        self._ends = {span.step: span.end for span in past if span.call == self._ends_step}
-        self._spans = list(past)  # that may reach into a step whose metrics are not written
-        self._begun: dict[tuple[str, int], tuple[tuple[str, ...], float]] = {}
-
-    def on_start(self, task: Task) -> None:
-        since = time.perf_counter() - self._course.began
-        self._begun[task.call.name, task.step] = task.pools, since
-        self._progress.on_start(task)
-
-    def on_end(self, span: Span) -> None:
-        self._begun.pop((span.call, span.step), None)
-        self._spans.append(span)
-        if span.call == self._ends_step:
-            self._ends[span.step] = span.end
-        self._directory.write_samples(self._backend.said())
-        self._progress.on_end(span)
-
-    def on_step(self, metrics: dict[str, Any]) -> None:
-        step, began = metrics["step"], self._ends.pop(metrics["step"] - 1, 0.0)
-        if step in self._ends:  # it may have ended under another plan, on another clock
-            seconds = self._ends[step] - began
-            metrics = {**metrics, "seconds": seconds}
-            if "tokens" in metrics:
-                metrics["tokens_per_second"] = metrics["tokens"] / seconds
-            metrics |= self._idle(began, self._ends[step])
-            log.info("step %d ended, %.3g s", step, seconds)
-        self._directory.write_metrics(metrics)
-        self._progress.on_step(metrics)
-        if not self._has_steps:
-            for line in first_batch.warnings(metrics, self._plan.workload):
-                self.on_note(line)
-        self._has_steps = True
-
-    def _idle(self, began: float, end: float) -> dict[str, float]:
-        shares = idle_shares(self._plan.pools, self._spans, self._begun.values(), began, end)
-        self._spans = [span for span in self._spans if span.end > end]
-        return shares
-
-    def on_note(self, text: str) -> None:
-        log.info(text)
-        self._progress.on_note(text)
 
 
 def log_end(error: BaseException) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
 from planner.spec.plan import Plan
-from planner.spec.timeline import Span, Timeline
+from planner.spec.timeline import Decision, Span, Timeline
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
     from executor.running import trackers
@@ -88,15 +88,23 @@ class RunDirectory:
     are written whole or not at all. The directory exists when this is constructed; `open` writes
     the files that a run begins with."""
 
-    def __init__(self, path: Path, *, tensorboard: bool, track: Sequence[str] = ()) -> None:
-        """`track`: trackers in addition to TensorBoard. The directory may be there already."""
+    def __init__(
+        self,
+        path: Path,
+        *,
+        tensorboard: bool,
+        track: Sequence[str] = (),
+        prometheus: int | None = None,
+    ) -> None:
+        """`track`: trackers in addition to TensorBoard; `prometheus`: the port where it may read.
+        The directory may be there already."""
         self.path = path
         self._files = contextlib.ExitStack()
         self._trackers: trackers.Trackers | None = None
         if tensorboard:  # slow to load, and a rehearsal has no torch
             from executor.running.trackers import Trackers
 
-            self._trackers = Trackers(track)
+            self._trackers = Trackers(track, prometheus)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -174,7 +182,9 @@ def _log_thread(raised: threading.ExceptHookArgs) -> None:
     log.error("a thread ended by %s: %s", raised.exc_type.__name__, raised.exc_value)
 
 
-def timeline_of(plan: Plan, steps: int, spans: Iterable[Span]) -> Timeline:
+def timeline_of(
+    plan: Plan, steps: int, spans: Iterable[Span], decisions: Sequence[Decision] = ()
+) -> Timeline:
     """The measured timeline of a run of `steps` steps. The pipeline fills for `staleness` steps,
     and the first calls load libraries."""
     found = tuple(spans)
@@ -187,4 +197,5 @@ def timeline_of(plan: Plan, steps: int, spans: Iterable[Span]) -> Timeline:
         warmup=warmup,
         step_ends_with=plan.dataflow.ends_step.name,
         spans=found,
+        decisions=tuple(decisions),
     )

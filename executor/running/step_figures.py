@@ -1,8 +1,6 @@
-"""Figures of a step besides those of the algorithm: spreads, weights, and how much each pool did
-nothing."""
+"""Figures of a step besides those of the algorithm: spreads, and versions of weights."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -11,9 +9,6 @@ from numpy.typing import NDArray
 
 from executor.data.batch import Sequences
 from executor.running.step_data import StepData
-from planner.spec.timeline import Span
-
-Interval = tuple[float, float]
 
 
 def version_figures(number: int, sequences: Sequences) -> dict[str, Any]:
@@ -57,32 +52,3 @@ def spread_of(name: str, values: NDArray[Any]) -> dict[str, float]:
         return {}
     found = {"std": values.std(), "min": values.min(), "max": values.max()}
     return {f"{name}_{kind}": float(value) for kind, value in found.items()}
-
-
-def idle_shares(
-    pools: Iterable[str],
-    spans: Iterable[Span],
-    open_calls: Iterable[tuple[Sequence[str], float]],
-    begin: float,
-    end: float,
-) -> dict[str, float]:
-    """The share of `[begin, end)` in which no call was on a pool, by `idle/<pool>`. `open_calls`
-    have begun and not ended: their pools, and when they began."""
-    spans, open_calls = list(spans), list(open_calls)
-    found = {}
-    for pool in pools:
-        busy = [(span.start, span.end) for span in spans if pool in span.pools]
-        busy += [(since, end) for of_call, since in open_calls if pool in of_call]
-        found[f"idle/{pool}"] = 1.0 - _covered(busy, begin, end) / max(end - begin, 1e-9)
-    return found
-
-
-def _covered(busy: list[Interval], begin: float, end: float) -> float:
-    """The length of what intervals that may overlap cover of `[begin, end)`."""
-    covered, reached = 0.0, begin
-    for start, stop in sorted(busy):
-        start, stop = max(start, reached), min(stop, end)
-        if stop > start:
-            covered += stop - start
-            reached = stop
-    return covered

@@ -32,8 +32,8 @@ def in_flight(tasks: Sequence[Task], stop: int) -> tuple[EndedCall, ...]:
 
 class Stops:
     """Tells the loop which task must not start yet: the first one behind the next checkpoint, or,
-    once somebody has asked to stop, the first one behind the next stop. Each number in `every`
-    asks for a checkpoint every so many steps (0: never)."""
+    once somebody has asked to stop or a switch to another plan is wanted, the first one behind the
+    next stop. Each number in `every` asks for a checkpoint every so many steps (0: never)."""
 
     def __init__(self, tasks: Sequence[Task], every: Sequence[int], passed: int = 0) -> None:
         synced = [task for task in tasks if task.call.kind == "transfer"]
@@ -44,11 +44,11 @@ class Stops:
             if any(steps and (step + 1) % steps == 0 for steps in every)
         }
         self._passed = passed  # a stop; what was issued before it has ended
-        self.asked = False
+        self.asked = self.switching = False
 
     def __call__(self, newest: int) -> float:
         """The first task not to start, where `newest` is the latest one that did."""
-        stops = self._stops if self.asked else self._saves
+        stops = self._stops if self.asked or self.switching else self._saves
         return next((stop for stop in stops if stop > max(newest, self._passed)), math.inf)
 
     def arrive(self, newest: int) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
+from executor.running.prometheus import Prometheus
 from executor.running.said import Said
 from planner.spec.errors import UserError
 from planner.spec.files import write_atomic
@@ -59,13 +60,16 @@ def check(names: Sequence[str]) -> None:
 class Trackers:
     """Those of one run. A run goes on without a tracker that fails; the log says so."""
 
-    def __init__(self, names: Sequence[str] = ()) -> None:
-        self._names, self._open = names, dict[str, Tracker]()
+    def __init__(self, names: Sequence[str] = (), port: int | None = None) -> None:
+        """`port`: where Prometheus may read the metrics, if anywhere."""
+        self._names, self._port, self._open = names, port, dict[str, Tracker]()
 
     def open(self, path: Path, plan: Plan, step: int) -> None:
         """Open the trackers for the run in this directory, which begins with this step. Raises
         UserError if one refuses."""
         self._open["tensorboard"] = TensorBoard(path, step)
+        if self._port is not None:
+            self._open["prometheus"] = Prometheus(self._port)
         known = path / TRACKING
         ids: dict[str, str] = json.loads(known.read_text()) if known.exists() else {}
         for name in self._names:

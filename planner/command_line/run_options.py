@@ -96,6 +96,12 @@ def _of_records() -> tuple[Option, ...]:
                 "environment variables."
             ),
         ),
+        click.option(
+            "--prometheus",
+            type=int,
+            metavar="PORT",
+            help="Let Prometheus read the metrics at this port of the loopback.",
+        ),
         _number(
             "--samples",
             SAMPLES_OR_NONE,

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from executor.running.options import RunOptions
 
 
+SWITCHES = 2  # of the autopilot
+
+
 @click.command()
 @click.argument("plan", type=file_path("PLAN"))
 @click.option(
@@ -71,6 +74,19 @@ def simulate(
 @click.option(
     "--plan", "other_plan", type=file_path(), help="With --resume: continue under this plan."
 )
+@click.option(
+    "--autopilot",
+    is_flag=True,
+    help="Plan anew at checkpoints where calls or lengths have drifted, and switch where it pays.",
+)
+@click.option(
+    "--switches",
+    type=COUNT,
+    default=SWITCHES,
+    show_default=True,
+    metavar="N",
+    help="With --autopilot: how often it may switch to another plan.",
+)
 @profiles_of_plan
 @settings_of_workload
 def execute(
@@ -81,19 +97,26 @@ def execute(
     options: "RunOptions",
     resume: Path | None,
     other_plan: Path | None,
+    autopilot: bool,
+    switches: int,
     profiles: tuple[Path, ...],
     settings: tuple[str, ...],
 ) -> None:
     """Run the job as the plan says, with live progress."""
     from planner.commands import execute as commands
 
+    if switches != SWITCHES and not autopilot:
+        raise UserError("--switches is for --autopilot; add it, or leave out --switches")
+    if autopilot and rehearse:
+        raise UserError("--autopilot is for real runs; a rehearsal has no checkpoints to switch at")
+    allowed = switches if autopilot else 0
     if resume is not None:
         if plan is not None or rehearse or name:
             raise UserError(
                 "--resume continues a run: leave out PLAN, --name and --rehearse; --plan is "
                 "another plan"
             )
-        commands.resume(resume, other_plan, options, settings)
+        commands.resume(resume, other_plan, options, settings, allowed)
         return
     if plan is None or other_plan is not None:
         raise UserError(
@@ -102,7 +125,7 @@ def execute(
     if rehearse:
         commands.rehearse(plan, options, name=name, runs=runs, profiles=profiles, settings=settings)
     else:
-        commands.execute(plan, options, name=name, runs=runs, settings=settings)
+        commands.execute(plan, options, name=name, runs=runs, settings=settings, switches=allowed)
 
 
 @click.command()

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from executor.fleet.signals import interruptible
 from executor.running.options import RunOptions
+from planner.commands.autopilot import Autopilot
 from planner.commands.inputs import make_console, profiles_of
 from planner.predict.forecast import task_seconds
 from planner.predict.schedule import load_plan, with_settings
@@ -41,17 +42,27 @@ def missing_extra() -> list[str]:
 
 @interruptible()
 def execute(
-    plan: Path, options: RunOptions, *, name: str, runs: Path, settings: Sequence[str] = ()
+    plan: Path,
+    options: RunOptions,
+    *,
+    name: str,
+    runs: Path,
+    settings: Sequence[str] = (),
+    switches: int = 0,
 ) -> None:
-    """Run a plan for real, and write down what happened. `name` may be empty."""
+    """Run a plan for real, and write down what happened. `name` may be empty. An autopilot may
+    switch so many times to another plan."""
     need_extra("plan execute")
     from executor.running.execute import execute  # ray and torch are slow to load
 
     checked, console = load_plan(plan, settings), make_console()
     name = name or free_name(runs, checked.name)
+    pilot = _pilot(checked, plan, options, switches)
     with _progress(checked, options, console) as progress:
-        run = execute(checked, name=name, runs=runs, options=options, progress=progress)
-    _report(run, plan, console, progress)
+        run = execute(
+            checked, name=name, runs=runs, options=options, progress=progress, pilot=pilot
+        )
+    _report(run, plan if progress.plan == checked else run / "plan.json", console, progress)
 
 
 @interruptible()
@@ -80,21 +91,37 @@ def rehearse(
 
 @interruptible()
 def resume(
-    path: Path, other_plan: Path | None, options: RunOptions, settings: Sequence[str] = ()
+    path: Path,
+    other_plan: Path | None,
+    options: RunOptions,
+    settings: Sequence[str] = (),
+    switches: int = 0,
 ) -> None:
-    """Continue a run from its last checkpoint, or from the one that is named."""
+    """Continue a run from its last checkpoint, or from the one that is named. An autopilot may
+    switch so many times to another plan."""
     need_extra("plan execute")
     from executor.running import checkpoint  # torch is slow to load
     from executor.running.execute import resume
 
     found = checkpoint.find(path)
     plan = found.plan if other_plan is None else load_plan(other_plan)
-    plan = with_settings(plan, settings, other_plan or found.run / "plan.json")
+    where = other_plan or found.run / "plan.json"
+    plan = with_settings(plan, settings, where)
+    pilot = _pilot(plan, where, options, switches)
     console = make_console()
     console.print(f"Going on from {found.directory}.", markup=False, soft_wrap=True)
     with _progress(plan, options, console) as progress:
-        run = resume(found, plan=plan, options=options, progress=progress)
+        run = resume(found, plan=plan, options=options, progress=progress, pilot=pilot)
     _report(run, run / "plan.json", console, progress)
+
+
+def _pilot(plan: Plan, path: Path, options: RunOptions, switches: int) -> Autopilot | None:
+    """The autopilot that may switch so many times; None if it may not. Raises UserError."""
+    if not switches:
+        return None
+    if not options.save_every:
+        raise UserError("--autopilot switches at checkpoints; leave out --save-every 0")
+    return Autopilot(plan, profiles_of(plan, path, (), make_console(stderr=True)), switches)
 
 
 def _progress(plan: Plan, options: RunOptions, console: Console) -> LiveProgress:

@@ -86,6 +86,12 @@ class LiveProgress:
         # As Text, since markup=False would also print the table with its markup as it stands.
         self.console.print(Text(text), soft_wrap=True)
 
+    def on_plan(self, plan: Plan) -> None:
+        """The run goes on under another plan."""
+        self.plan = plan
+        self._doing.clear()
+        self._on_host.clear()
+
     def _headline(self) -> str:
         parts = [f"step {self.done}/{self.steps}"]
         parts += [

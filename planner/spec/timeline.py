@@ -37,6 +37,20 @@ class Span:
         return self.end - self.start
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decision:
+    """What the autopilot of a run decided when so many steps were done, `seconds` after the run's
+    start: whether it is to go on under another plan, and why. `saves` are the seconds that a step
+    of that plan is surely shorter, `costs` those of a switch."""
+
+    steps_done: NonNegativeInt
+    seconds: float
+    switches: bool
+    why: str
+    saves: float | None = None
+    costs: float | None = None
+
+
 STEP_ENDS_WITH = "update_actor"  # where a file does not say otherwise
 
 
@@ -61,6 +75,10 @@ class Timeline(File):
     ended_parts: Annotated[
         dict[NonNegativeInt, tuple[float, ...]], Field(exclude_if=lambda parts: not parts)
     ] = Field(default_factory=dict)
+    # Of a run with an autopilot, under earlier plans too.
+    decisions: Annotated[
+        tuple[Decision, ...], Field(exclude_if=lambda decisions: not decisions)
+    ] = ()
 
     @model_validator(mode="after")
     def _forward(self) -> Self:
