@@ -1,7 +1,8 @@
 """The stream of a run, driven by itself: its engines are objects of this process."""
 
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from threading import Event
@@ -68,12 +69,21 @@ class Stream(RolloutStream):
     """Asks engines of this process for one step of decoding at a time. An engine dies of a
     sequence that is `deadly`."""
 
-    def __init__(self, processes: Here, deadly: int | None = None, dies: str = "") -> None:
+    def __init__(
+        self,
+        processes: Here,
+        deadly: int | None = None,
+        dies: str = "",
+        last: Collection[int] = (),
+    ) -> None:
         self.deadly, self.dies, self.asked = deadly, dies, list[str]()
+        self.last = last  # whoever is asked for such a slice dies
         super().__init__(processes)
 
     def _slice(self, rank: Rank[EngineWorker], given: list[Unfinished]) -> Stretches:
         self.asked.append(rank.name)
+        if len(self.asked) in self.last:
+            raise Died(f"{rank.name} died")
         if rank.name == self.dies:
             self.dies = ""
             raise Died(f"{rank.name} died")
@@ -166,6 +176,30 @@ def test_a_sequence_that_engines_die_of_is_named() -> None:
     stream = Stream(Here(plan, engines=2), deadly=5)
     with pytest.raises(DiedAgain, match="so did 2 before it; they were given"):
         waited(stream, begin(stream, plan, 0))
+
+
+def test_engines_that_die_at_random_times_lose_and_double_nothing() -> None:
+    """Tokens are those of engines that live: they follow from the keys and the places."""
+    plan, chance = streamed(k=2), random.Random(0)
+    with streams(plan) as stream:
+        lived = [begin(stream, plan, step) for step in range(3)]
+        for batch in lived:
+            stream.wait(batch)
+    last, at = set[int](), 0
+    for _ in range(5):
+        at += chance.randint(4, 8)  # no sequence is in three deaths in a row
+        last.add(at)
+    processes = Here(plan, engines=2)
+    died = Stream(processes, last=last)
+    batches = [begin(died, plan, step) for step in range(3)]
+    for batch in batches:
+        died.wait(batch)
+    died.close()
+    assert len(died.asked) > max(last) and processes.started >= 4
+    for ours, theirs in zip(batches, lived, strict=True):
+        assert lengths(ours) == lengths(theirs)
+        assert ours.generated().tokens.tolist() == theirs.generated().tokens.tolist()
+    assert died.sampled == sum(batch.tokens for batch in batches)
 
 
 def test_who_waits_for_a_stream_that_is_closed_is_told() -> None:

@@ -120,22 +120,34 @@ class Processes:
         alone: bool = True,
         absent: frozenset[int] = frozenset(),
     ) -> bool:
-        """Put an engine in the place of one that died, with the weights that this one had; whether
-        it has them. They lie in the object store. Those that come from GPU to GPU are sent again,
-        as long as the trainers have no others, where it is `alone`: without it nothing goes on."""
+        """Put an engine in the place of one that died, and give it the weights that this one had;
+        whether it has them now.
+
+        Weights of the object store still lie there. Weights that went from GPU to GPU would have to
+        be sent to all engines again. That is done only if no other engine is left (`alone`), and
+        only as long as the trainers have no newer ones. `absent` are engines that are being started
+        too."""
         self.engines[number] = engine
         with within(self.deadlines.of_start, anew=True):
             if self.sync is None:
-                if self._installed is not None:
-                    ask([engine.order(EngineWorker.install, *self._installed)])
+                self._install_again(engine)
                 return True
             self.sync.replace(number, cast(Rank[VllmWorker], engine))
-            if not alone:
-                return False
-            (held,) = ask(to_each(self.of("actor")[:1], Trainer.version_of, "actor")).results
-            if held == self._version:
-                self.sync(held, absent)
-            return bool(held == self._version)
+            return alone and self._send_again(self.sync, absent)
+
+    def _install_again(self, engine: Rank[EngineWorker]) -> None:
+        """Give an engine the weights that lie in the object store, if any have been installed."""
+        if self._installed is not None:
+            ask([engine.order(EngineWorker.install, *self._installed)])
+
+    def _send_again(self, sync: WeightSync, absent: frozenset[int]) -> bool:
+        """Send all engines that are there the weights that they had; whether the trainers still
+        have them."""
+        (held,) = ask(to_each(self.of("actor")[:1], Trainer.version_of, "actor")).results
+        if held != self._version:
+            return False
+        sync(self._version, absent)
+        return True
 
     def _started_again(
         self, name: str, pool: str, gpus: tuple[Gpu, ...], way: Channel

@@ -4,6 +4,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,6 +23,14 @@ from planner.spec.data import Sampler
 # engines for longer: what they made takes the controller some milliseconds.
 SLICE_SECONDS, SECONDS_OF_ENGINE = 0.05, 0.005
 SLOTS_PER_SPARE = 8  # an engine has one sequence more than slots for each so many slots
+
+
+class _Lost(NamedTuple):
+    """An engine that died, and the sequences that it had."""
+
+    number: int
+    sequences: list[Growing]
+    error: Died
 
 
 class RolloutStream:
@@ -173,31 +182,37 @@ class RolloutStream:
     # --- one engine ---
 
     def _serve(self, number: int) -> None:
-        deaths, early = 0, True
-        while (given := self._next(number)) is not None:
-            rank = self._ranks[number]
-            limit = self._processes.deadlines.floor * (EARLY if early else 1.0)
-            died: Died | None = None
-            try:
-                with within(limit):
-                    made = self._slice(rank, given)
-                self._add(number, made)
-                deaths, early = 0, False
-            except Died as error:
-                deaths, early, died = deaths + 1, True, error
-                lost = self._lose(number)
-            except BaseException as error:
-                self._fail(error)
-            finally:
-                with self._changed:
-                    self._busy -= 1
-                    self._changed.notify_all()
-            if died is not None:
-                try:
-                    self._check_lost(number, lost, deaths, died)
+        """The thread of an engine: ask it for slices until all is over. Whatever goes wrong is told
+        to the calls that wait."""
+        try:
+            deaths, early = 0, True  # in a row; an engine's first slice takes longer
+            while (given := self._next(number)) is not None:
+                died = self._ask_for_slice(number, given, early)
+                deaths, early = (deaths + 1, True) if died else (0, False)
+                if died:
+                    self._check_lost(died, deaths)
                     self._replace(number)
-                except BaseException as failure:  # which the calls that wait are told
-                    self._fail(failure)
+        except BaseException as error:
+            self._fail(error)
+
+    def _ask_for_slice(self, number: int, given: list[Unfinished], early: bool) -> _Lost | None:
+        """Let an engine decode for a while, with what it is given beside what it has, and keep what
+        it made. If it dies, others may go on with its sequences: which it had."""
+        limit = self._processes.deadlines.floor * (EARLY if early else 1.0)
+        try:
+            with within(limit):
+                made = self._slice(self._ranks[number], given)
+            self._add(number, made)
+            return None
+        except Died as error:
+            return _Lost(number, self._lose(number), error)
+        except BaseException as error:
+            self._fail(error)  # before weights come, which wait for this engine
+            raise
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify_all()
 
     def _slice(self, rank: Rank[EngineWorker], given: list[Unfinished]) -> Stretches:
         """Let an engine decode for a while, with what it is given beside what it has."""
@@ -258,36 +273,45 @@ class RolloutStream:
             self._starting.add(number)
             return lost
 
-    def _check_lost(self, number: int, lost: list[Growing], deaths: int, error: Died) -> None:
+    def _check_lost(self, lost: _Lost, deaths: int) -> None:
         """Raise DiedAgain if engines die of some sequences, wherever these go, or if every process
         in the place of an engine does."""
-        guilty = [growing for growing in lost if growing.deaths >= MOST_DEATHS]
+        guilty = [growing for growing in lost.sequences if growing.deaths >= MOST_DEATHS]
         if guilty or deaths == MOST_DEATHS:
-            line = f"{error}, and so did {MOST_DEATHS - 1} before it"
-            given = f"they were given {named(guilty or lost)}"
-            raise DiedAgain(f"{line}; {given}", number) from error
+            line = f"{lost.error}, and so did {MOST_DEATHS - 1} before it"
+            given = f"they were given {named(guilty or lost.sequences)}"
+            raise DiedAgain(f"{line}; {given}", lost.number) from lost.error
 
     def _replace(self, number: int) -> None:
-        """Another engine in the place of one that died. Weights that come from GPU to GPU come with
-        those of the others; they are sent again only if no other engine is left."""
+        """Put another engine in the place of one that died. It takes part once it has weights."""
         with self._changed:
             if self._over:
                 return
-        with self._reviving:
+        with self._reviving:  # engines start one after the other
             fresh = self._processes.start_again(number)
-        with self._syncing:
-            with self._changed:
-                alone = len(self._shares.away) == len(self._ranks)
-            absent = frozenset(self._starting - {number})
-            ready = self._processes.put(number, fresh, alone=alone, absent=absent)
-            with self._changed:
-                self._ranks[number] = fresh
-                self._starting.discard(number)
-                if ready:
-                    self._shares.away &= self._starting
-                self._changed.notify_all()
-        if alone and not ready:
+        with self._syncing:  # so that no weights come while it is put in place
+            alone = self._is_alone()
+            has_weights = self._put(number, fresh, alone=alone)
+        if alone and not has_weights:
             self._await_weights(number)
+
+    def _is_alone(self) -> bool:
+        """Whether no engine has weights: then nothing goes on before one does."""
+        with self._changed:
+            return len(self._shares.away) == len(self._ranks)
+
+    def _put(self, number: int, fresh: Rank[EngineWorker], *, alone: bool) -> bool:
+        """Put a fresh engine in its place; whether it has weights, or gets them with the next ones
+        that all get."""
+        absent = frozenset(self._starting - {number})
+        has_weights = self._processes.put(number, fresh, alone=alone, absent=absent)
+        with self._changed:
+            self._ranks[number] = fresh
+            self._starting.discard(number)
+            if has_weights:  # and so have all others that are there
+                self._shares.away &= self._starting
+            self._changed.notify_all()
+        return has_weights
 
     def _await_weights(self, number: int) -> None:
         """Wait for newer weights, which the trainers have made and are about to send, unless what
