@@ -256,8 +256,9 @@ def rollout_fraction(
 
 def rollout_memory(workload: Workload, layout: RolloutRole, device: Device) -> RoleMemory:
     """One engine on one of its GPUs, its process not counted. An engine that reserves its fraction
-    has it from the start, and its weights even asleep, from a sync on; any other allocates what it
-    needs while it runs."""
+    has it from the start; any other allocates what it needs while it runs. Asleep it has its
+    weights from a sync until it has generated. They count for all calls in between and for all
+    others: which those are is the program's choice, and layouts are chosen before programs."""
     size, slots = layout.tensor_parallel, layout.concurrency
     detail = _engine_detail(workload, layout.engine, size, slots, device)
     weights = detail["weights"]
