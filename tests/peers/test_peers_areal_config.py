@@ -1,11 +1,13 @@
 """Configurations for AReaL, by its own loading and checks: those of the baselines that it knows and
 of the winners of all shipped workloads."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import hollow  # isort: skip  # before the peers
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 
 from planner.exchange.areal_config import AREAL_SECTIONS, areal_config
 from planner.exchange.expressing import expressed
@@ -28,9 +30,11 @@ WORKLOADS = sorted((profiles_dir() / "workloads").glob("*.toml"))
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     for name, value in (("MODEL", "/m"), ("TRAIN", "/t.parquet"), ("FILEROOT", str(tmp_path))):
         monkeypatch.setenv(name, value)
+    yield
+    GlobalHydra.instance().clear()  # AReaL leaves it, and verl wants it anew
 
 
 def loaded(plan: Plan, folder: Path):
