@@ -79,7 +79,8 @@ def test_what_shares_gpus_in_skyrl_takes_turns():
 
 @pytest.mark.slow
 def test_areal_is_ahead_only_where_weights_may_arrive_in_flight():
-    assert best_for("areal", GRPO).staleness == 0
+    held = best_for("areal", GRPO)
+    assert held.staleness == 0 and "no weights in flight" in held.predicted.proof.space
     plan = best_for("areal", GRPO.changed(sync="any"))
     assert plan.sync == "in_flight" and plan.staleness == 1 and plan.workload.kv == "recompute"
     assert plan.rollout.pools == ("rollout",)

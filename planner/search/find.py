@@ -15,6 +15,7 @@ from planner.search.options import DEFAULTS, SearchOptions
 from planner.search.questions.baselines import NAMES, best_of
 from planner.search.questions.frameworks import (
     as_executed,
+    is_held_back,
     nothing_for,
     splits_of,
     workload_for,
@@ -211,6 +212,8 @@ def write_up(solution: Solved, provenance: Provenance) -> Result:
         version = VERSIONS[solution.framework]
         searched = SPACE_OF_FRAMEWORK.format(name=solution.framework, version=version)
     space = [searched, *(pin.text for pin in solution.pins)]
+    if solution.framework and is_held_back(solution.framework, problem):
+        space.append("nothing generated ahead, as sync = 'boundary' has no weights in flight")
     if problem.workload.sync != "boundary":
         space.append(f"sync {problem.workload.sync}")
     proof = Proof(

@@ -88,6 +88,14 @@ def needs_alike_nodes(framework: FrameworkName, roles: Collection[str]) -> bool:
     return framework != "skyrl" or set(roles) != {"rollout"}
 
 
+def is_held_back(framework: FrameworkName, problem: Problem) -> bool:
+    """Whether a framework could generate ahead, were weights allowed to arrive in flight."""
+    if problem.workload.sync != "boundary" or not problem.max_staleness:
+        return False
+    modes = modes_of(framework, problem.workload.roles, problem.flow)
+    return all(mode.streams for mode in modes if mode.ahead)
+
+
 def nothing_for(framework: FrameworkName, problem: Problem, pins: Sequence[str]) -> str:
     """One line on why a framework can execute no plan of a problem."""
     modes = modes_of(framework, problem.workload.roles, problem.flow)
