@@ -1,6 +1,7 @@
 """The command line as a whole, and how a command ends. Each command imports what it needs when it
 runs, so that `plan --help` is instant."""
 
+import errno
 import sys
 from typing import Any, NoReturn
 
@@ -32,6 +33,10 @@ class Commands(click.Group):
             _end(
                 f"{error.filename}: may not be read or written by this user; check the permissions"
             )
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            _end(f"{error.filename}: the name is too long; choose a shorter one")
         except NoArgsIsHelpError as error:
             click.echo(error.format_message(), err=True)
             sys.exit(2)

@@ -28,6 +28,8 @@ from planner.spec.timeline import Timeline
 
 NEEDS_EXECUTOR = pytest.mark.skipif(find_spec("ray") is None, reason="needs splitplan[execute]")
 
+LONG = "x" * 300  # more than a file system takes
+
 
 def plan(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
@@ -59,6 +61,21 @@ def test_what_this_user_may_not_read_is_one_line() -> None:
 
     line = one_line(CliRunner().invoke(group, ["look"]))
     assert line.startswith("plan: /closed/plan.json: may not be read or written by this user; ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("samples", LONG),
+        ("judge", "profile.json", "--out", f"{LONG}.md"),
+        ("baseline", "split", "--gpus", "2", "--out", f"{LONG}.json"),
+        ("search", "--gpus", "2", "--workload", f"{LONG}.toml"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_that_is_too_long_is_one_line(arguments: tuple[str, ...]) -> None:
+    line = one_line(plan(*arguments))
+    assert LONG in line and line.endswith(": the name is too long; choose a shorter one")
 
 
 def files(directory: Path) -> set[str]:

@@ -243,6 +243,13 @@ def test_a_run_has_a_plain_name(tmp_path: Path, name: str) -> None:
         rehearse(split(make_workload()), lambda task: 0.0, name=name, runs=tmp_path)
 
 
+def test_a_run_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    runs = tmp_path / "new" / "runs"
+    with pytest.raises(UserError, match="cannot be made"), claimed(runs, "x" * 300):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
 def test_runs_need_a_directory_before_anything_is_started(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(

@@ -47,6 +47,16 @@ def claimed(runs: Path, name: str) -> Iterator[Path]:
     path = check_free(runs, name)
     made = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
+        _make(path)
+        yield path
+    finally:
+        for directory in made:
+            with contextlib.suppress(OSError):  # what has files stays
+                directory.rmdir()
+
+
+def _make(path: Path) -> None:
+    try:
         path.mkdir(parents=True)
     except FileExistsError:  # since it was looked for
         raise UserError(f"{path} exists already; choose another --name") from None
@@ -54,12 +64,6 @@ def claimed(runs: Path, name: str) -> Iterator[Path]:
         raise UserError(
             f"{path}: cannot be made ({error.strerror}); choose another --name or --runs"
         ) from None
-    try:
-        yield path
-    finally:
-        with contextlib.suppress(OSError):  # what has files stays
-            for directory in made:
-                directory.rmdir()
 
 
 def lock(path: Path) -> int:
