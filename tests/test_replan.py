@@ -9,16 +9,17 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import small_workload, tiny_cluster
+from test_stream_run import streamed
 
 from executor.running.run_directory import lock
 from planner.cli import main
-from planner.exchange.own_run import lines_of, read_own_run
+from planner.exchange.own_run import lines_of, own_run, read_own_run
 from planner.predict.forecast import forecast, predict
 from planner.predict.schedule import load_plan
 from planner.search import baseline
 from planner.spec.errors import UserError
 from planner.spec.lengths import Fixed
-from planner.spec.timeline import Span
+from planner.spec.timeline import Span, Timeline
 
 START = 12.5  # seconds, of the run below
 
@@ -106,6 +107,12 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     shutil.copy(made_other(tmp_path), run / "plan.json")
     assert "its timeline is of another plan" in replan(run)
     assert not (tmp_path / "new.json").exists()
+
+
+def test_a_run_that_streams_does_not_say_what_calls_take() -> None:
+    timeline = Timeline(source="measured", plan="x", steps=4, warmup=0, spans=())
+    with pytest.raises(UserError, match="its generation streams"):
+        own_run(streamed(2), timeline, [], 4, None)
 
 
 def made_other(folder: Path) -> Path:

@@ -121,6 +121,11 @@ def _pilot(plan: Plan, path: Path, options: RunOptions, switches: int) -> Autopi
         return None
     if not options.save_every:
         raise UserError("--autopilot switches at checkpoints; leave out --save-every 0")
+    if plan.streams:
+        raise UserError(
+            "--autopilot: the plan streams its generation, whose seconds say nothing of other "
+            "plans; leave it out, or search again with --set sync=boundary"
+        )
     return Autopilot(plan, profiles_of(plan, path, (), make_console(stderr=True)), switches)
 
 

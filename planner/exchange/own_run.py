@@ -59,6 +59,11 @@ def own_run(
     start_seconds: float | None,
 ) -> OwnRun:
     """The last steps that count of a run whose lines of metrics are `rows`. Raises UserError."""
+    if plan.streams:
+        raise UserError(
+            "its generation streams, and what it takes then does not say what it would take "
+            "otherwise; measure its calls with plan profile, and search with that"
+        )
     ends = timeline.ends
     whole = [step for step in sorted(ends) if timeline.counts(step) and step - 1 in ends]
     taken = whole[-last:]
