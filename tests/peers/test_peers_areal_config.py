@@ -107,3 +107,33 @@ def test_baselines_are_valid(path: Path, name: str, tmp_path: Path) -> None:
     except UserError as error:
         pytest.skip(str(error)[:80])
     assert_valid(loaded(plan, tmp_path), executed)
+
+
+ALGORITHMS = [
+    {"advantage": "dr_grpo", "loss": "gspo", "clip_high": 0.28, "dual_clip": 3.0},
+    {"advantage": "rloo", "importance": "sequence", "importance_cap": 5.0},
+    {"advantage": "reinforce++", "importance": "off", "kl_kind": "k2"},
+    {"advantage": "reinforce++-baseline", "importance_cap": 1.0, "oversampling_factor": 2.0},
+]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm["advantage"])
+def test_algorithms_are_valid(algorithm: dict, tmp_path: Path) -> None:
+    workload = load_workload(profiles_dir() / "workloads" / "h200-1.5b-grpo.toml")
+    rewards = [{"function": "math-verify"}, {"overlong_buffer": 64, "weight": 0.5}]
+    optimizer = {"actor": {"schedule": "cosine", "warmup_steps": 5, "min_lr_ratio": 0.1}}
+    workload = workload.changed(
+        algorithm=algorithm, reward=None, rewards=rewards, optimizer=optimizer
+    )
+    plan = baseline("colocated", workload, make_cluster(4))
+    config = loaded(plan, tmp_path)
+    assert_valid(config, expressed("areal", plan, ()).plan)
+    actor = config.actor
+    assert (actor.reward_norm is None) == (algorithm["advantage"] == "reinforce++")
+    assert (actor.adv_norm is not None) == workload.algorithm.whitens
+    level = "sequence" if algorithm.get("loss") == "gspo" else "token"
+    assert actor.importance_sampling_level == level
+    assert actor.use_decoupled_loss == (workload.algorithm.importance != "off")
+    assert (actor.overlong_tokens, actor.overlong_penalty_factor) == (64, 0.5)
+    assert actor.optimizer.lr_scheduler_type == "cosine"
+    assert actor.optimizer.warmup_steps_proportion == pytest.approx(5 / workload.steps)

@@ -100,3 +100,43 @@ def test_baselines_are_valid(path: Path, name: str, tmp_path: Path) -> None:
     except UserError as error:
         pytest.skip(str(error)[:80])
     assert_valid(parsed(plan, tmp_path), executed)
+
+
+ALGORITHMS = [
+    {"advantage": "dr_grpo", "loss": "gspo", "aggregation": "constant", "ratio_mask": "sequence"},
+    {"advantage": "rloo", "loss": "cispo", "clip_high": 0.28, "ratio_mask": "token"},
+    {"advantage": "reinforce++", "dual_clip": 3.0, "kl_target": 0.1, "ratio_mask": "geometric"},
+    {"advantage": "grpo", "importance": "off", "kl_kind": "k2", "epochs": 2, "entropy_coef": 0.01},
+]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm["advantage"])
+def test_algorithms_are_valid(algorithm: dict, tmp_path: Path) -> None:
+    workload = load_workload(profiles_dir() / "workloads" / "h200-1.5b-grpo.toml")
+    cuts = "importance" not in algorithm  # which importance weights put right
+    sampling = {"top_k": 20, "min_tokens": 4} if cuts else {}
+    workload = workload.changed(
+        algorithm={**algorithm, "oversampling_factor": 1.5, "mask_truncated": True},
+        sampling=sampling,
+        optimizer={"actor": {"schedule": "linear", "warmup_steps": 5}},
+    )
+    plan = baseline("colocated", workload, make_cluster(4))
+    config = parsed(plan, tmp_path)
+    assert_valid(config, expressed("skyrl", plan, ()).plan)
+    theirs, ours = config.trainer.algorithm, workload.algorithm
+    losses = {"ppo": "dual_clip" if ours.dual_clip else "regular"}
+    assert theirs.policy_loss_type == losses.get(ours.loss, ours.loss)
+    assert theirs.grpo_norm_by_std == (ours.advantage != "dr_grpo")
+    correction = theirs.off_policy_correction
+    weighs = None if ours.importance == "off" else ours.importance
+    assert correction.tis_ratio_type == weighs
+    metrics = {"sequence": "product", "geometric": "geometric"}
+    assert correction.sequence_mask_metric == metrics.get(ours.ratio_mask)
+    assert (correction.token_mask_is_threshold_high == 2.0) == (ours.ratio_mask == "token")
+    assert (theirs.kl_ctrl.type == "adaptive") == (ours.kl_target is not None)
+    assert theirs.dynamic_sampling.type == "filter" and config.generator.apply_overlong_filtering
+    more = config.generator.sampling_params.additional_kwargs
+    assert more == ({"min_tokens": 4} if cuts else None)
+    updates = workload.batch // workload.minibatch * ours.epochs
+    assert config.trainer.policy.optimizer_config.num_warmup_steps == 5 * updates
+    assert config.trainer.update_epochs_per_batch == ours.epochs
