@@ -21,6 +21,7 @@ from executor.running.execute import execute, resume
 from executor.running.options import RunOptions
 from executor.running.stream import RolloutStream
 from planner.spec.plan import Plan
+from planner.spec.timeline import Timeline
 
 STEPS = 6
 LENGTHS = {"kind": "lognormal", "mean": 16, "sigma": 1.0, "max": 80}
@@ -140,6 +141,17 @@ def test_tokens_have_the_log_probs_of_the_weights_that_sampled_them(
     assert max(found.max() for found in run.differences) < 1e-5
 
 
+def shrink(run: Path) -> None:
+    """The timeline of a run knows how its batches became fewer."""
+    timeline = Timeline.read(run / "timeline.json")
+    spans = [span for span in timeline.spans if span.call == "generate"]
+    assert {span.step for span in spans} == set(timeline.ended_parts) == set(range(STEPS))
+    for span in spans:
+        parts = timeline.ended_parts[span.step]
+        assert list(parts) == sorted(parts)
+        assert span.start <= parts[0] and parts[-1] <= span.end
+
+
 def test_a_run_goes_on_with_unfinished_sequences(
     two_cores: Fleet, fixed: None, tmp_path: Path
 ) -> None:
@@ -156,7 +168,10 @@ def test_a_run_goes_on_with_unfinished_sequences(
         had = [name for name in found.arrays() if name.endswith("/tokens")]
         assert {f"stream/{step}/tokens" for step in (2, 3)} == set(had)
         assert ("generate", 3) not in {(call, step) for call, step, _ in found.manifest.done}
-        resumed = metrics_of(resume(found, options=options))
+        gone_on = resume(found, options=options)
+        resumed = metrics_of(gone_on)
+        shrink(whole)
+        shrink(gone_on)
         fresher = resume(found, plan=streamed(k=1), options=options)
     closed(resumed)
     assert len(resumed) == len(metrics) == STEPS

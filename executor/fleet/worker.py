@@ -21,12 +21,14 @@ EXHAUSTED = (  # what torch, NCCL and vLLM say when memory does not suffice
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Record:
     """When one process was busy with a call: seconds on its own clock, `parts` (wake, transfer,
-    offload) within it; `memory`: its peak meanwhile, as `gpu_memory.peak` tells it."""
+    offload) within it; `memory`: its peak meanwhile, as `gpu_memory.peak` tells it. `ends`: when
+    each sequence of a batch had ended, if it streamed."""
 
     start: float
     end: float
     parts: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    ends: tuple[float, ...] = ()
 
 
 class Worker:

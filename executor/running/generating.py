@@ -75,7 +75,7 @@ class Generating:
 
     def _of_stream(self, stream: RolloutStream, prompts: Prompts, batch: GrowingBatch) -> Responses:
         stream.wait(batch)
-        record = Record(start=batch.since, end=time.perf_counter())
+        record = Record(start=batch.since, end=time.perf_counter(), ends=tuple(batch.ends))
         rows = np.arange(len(prompts.requests))
         return self._cut(collate(prompts.requests, [rows], [batch.generated()])), [record]
 

@@ -92,6 +92,7 @@ class GrowingBatch:
             for row, sequence in enumerate(begun)
         ]
         self.left = len(self.growing)
+        self.ends: list[float] = []  # of sequences, by the clock of `since`
 
     @property
     def tokens(self) -> int:
@@ -126,6 +127,7 @@ class GrowingBatch:
             each.extend(*(arrays[name][own] for name in ("tokens", "log_probs", "versions")))
             each.ended = bool(arrays["ended"][each.row])
         self.left = sum(not each.ended for each in self.growing)
+        self.ends = [self.since] * (len(self.growing) - self.left)  # at the latest
 
 
 def named(sequences: Sequence[Growing]) -> str:

@@ -18,7 +18,7 @@ from executor.running.supervise import EARLY_CALLS, Deadlines, one_line
 from planner.predict.schedule import Task
 from planner.spec.errors import UserError
 from planner.spec.plan import Plan
-from planner.spec.timeline import Span
+from planner.spec.timeline import Span, ended_parts
 
 if TYPE_CHECKING:  # it loads torch, which a rehearsal does without
     from executor.running.said import Said
@@ -95,7 +95,8 @@ class Begun:
 @dataclass(kw_only=True)
 class Course:
     """How far a run is. `began` is the zero of its spans on our clock, `since` when its processes
-    were ready; `streaming` are the calls that stream and go on during a pause."""
+    were ready; `streaming` are the calls that stream and go on during a pause. `ended_parts` are
+    those of a timeline."""
 
     ended: set[int] = field(default_factory=set)  # tasks
     newest: int = -1  # the latest task that was started
@@ -104,6 +105,7 @@ class Course:
         default_factory=Counter
     )  # how often each call was, since the processes started
     streaming: dict[Future[tuple[list[Record], int]], "Begun"] = field(default_factory=dict)
+    ended_parts: dict[int, tuple[float, ...]] = field(default_factory=dict)
     began: float = field(default_factory=time.perf_counter)
     since: float = 0.0
 
@@ -185,6 +187,9 @@ def _end(
     """Keep the span of a task, which has ended."""
     records, tokens = future.result()
     spans[task.index] = span = _span(task, records, tokens, spans, course)
+    ends = [end - course.began for record in records for end in record.ends]
+    if ends and task.call.streams:
+        course.ended_parts[task.step] = ended_parts(ends)
     backend.deadlines.note(span)
     course.ended.add(task.index)
     progress.on_end(span)

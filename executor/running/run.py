@@ -60,6 +60,7 @@ class Run:
             self._decisions += resumed.timeline.decisions
             if resumed.is_of(plan):
                 self._past = resumed.spans
+                self._course.ended_parts |= resumed.timeline.ended_parts
             for span in resumed.spans:
                 backend.deadlines.note(span)
         self._course.since = max((span.end for span in self._past), default=0.0)
@@ -72,7 +73,8 @@ class Run:
     def timeline(self) -> Timeline:
         """What was done so far."""
         done = [self._spans[index] for index in sorted(self._spans)]
-        return timeline_of(self._plan, self._steps, [*self._past, *done], self._decisions)
+        course, spans = self._course, [*self._past, *done]
+        return timeline_of(self._plan, self._steps, spans, self._decisions, course.ended_parts)
 
     def finish(self) -> Plan | None:
         """Do the steps that are left, save on the way, and export the models; or end at a

@@ -8,8 +8,9 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from planner.spec.errors import UserError
@@ -187,7 +188,11 @@ def _log_thread(raised: threading.ExceptHookArgs) -> None:
 
 
 def timeline_of(
-    plan: Plan, steps: int, spans: Iterable[Span], decisions: Sequence[Decision] = ()
+    plan: Plan,
+    steps: int,
+    spans: Iterable[Span],
+    decisions: Sequence[Decision] = (),
+    ended_parts: Mapping[int, tuple[float, ...]] = MappingProxyType({}),
 ) -> Timeline:
     """The measured timeline of a run of `steps` steps. The pipeline fills for `staleness` steps,
     and the first calls load libraries."""
@@ -202,4 +207,5 @@ def timeline_of(
         step_ends_with=plan.dataflow.ends_step.name,
         spans=found,
         decisions=tuple(decisions),
+        ended_parts=dict(ended_parts),
     )

@@ -261,6 +261,7 @@ class RolloutStream:
         with self._changed:
             for batch, some in finished.items():
                 batch.left -= len(some)
+                batch.ends += [time.perf_counter()] * len(some)
             self._changed.notify_all()
 
     def _lose(self, number: int) -> list[Growing]:

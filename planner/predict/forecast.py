@@ -15,8 +15,6 @@ from planner.predict.streamed import stream_run
 from planner.spec.plan import Plan, Predicted, Proof
 from planner.spec.timeline import Span, Timeline
 
-DRAWN_PARTS = 16  # of a batch that streams, whose ends a timeline has
-
 
 def durations(
     plan: Plan, profiles: Sequence[Profile] = (), model: CostModel | None = None
@@ -49,7 +47,7 @@ def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeli
     tasks, parts = tasks_of(plan, steps), dict[int, tuple[float, ...]]()
     if plan.streams:
         run = stream_run(plan, model, tasks)
-        ends, parts = run.ends.tolist(), run.stream.ended_parts(DRAWN_PARTS)
+        ends, parts = run.ends.tolist(), run.stream.ended_parts()
         spans = tuple(span_of(task, float(run.starts[task.index]), ends) for task in tasks)
     else:
         spans = _spans(plan, tasks, model, estimates)

@@ -20,6 +20,7 @@ from planner.predict.columns import Integers
 from planner.predict.schedule import Task
 from planner.predict.speed import Speed
 from planner.predict.stream import Request, StreamEngine
+from planner.spec.timeline import ended_parts
 
 FOLLOWED_IN_STREAMS = 8  # of equal ones; the others are taken to do as these with their share
 
@@ -81,17 +82,14 @@ class EngineStream:
         for engine in self.engines:
             engine.interrupt(start, end, recompute=self._recompute)
 
-    def ended_parts(self, parts: int) -> dict[int, tuple[float, ...]]:
+    def ended_parts(self) -> dict[int, tuple[float, ...]]:
         """When each of some equal parts of a batch had ended, by its step of the training; of what
         is followed."""
         ends = defaultdict[int, list[float]](list)
         for engine in self.engines:
             for step, end in engine.ended:
                 ends[step].append(end)
-        return {
-            step: tuple(np.quantile(found, np.arange(1, parts + 1) / parts).tolist())
-            for step, found in ends.items()
-        }
+        return {step: ended_parts(found) for step, found in ends.items()}
 
     def end_of(self, step: int) -> float:
         """When the last sequence of a step of the training ends, if no sync comes before that."""

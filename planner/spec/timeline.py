@@ -51,6 +51,7 @@ class Decision:
     costs: float | None = None
 
 
+ENDED_PARTS = 16  # of a batch that streams, whose ends a timeline has
 STEP_ENDS_WITH = "update_actor"  # where a file does not say otherwise
 
 
@@ -100,6 +101,12 @@ class Timeline(File):
     @property
     def makespan(self) -> float:
         return max((span.end for span in self.spans), default=0.0)
+
+
+def ended_parts(ends: Sequence[float]) -> tuple[float, ...]:
+    """When each of some equal parts of a batch had ended, by the ends of its sequences."""
+    shares = np.arange(1, ENDED_PARTS + 1) / ENDED_PARTS
+    return tuple(np.quantile(ends, shares).tolist())
 
 
 def step_seconds(timeline: Timeline) -> float:
