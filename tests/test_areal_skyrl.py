@@ -135,6 +135,18 @@ def test_gpus_among_which_nothing_comes_out_even_are_refused():
 
 
 @pytest.mark.slow
+def test_the_gpus_of_a_reward_model_are_none_of_areals():
+    plan = best_for("areal", JOB, 16)
+    text = areal_config(expressed("areal", plan, ()), "x")
+    config = yaml.safe_load(text)
+    own = {pool for role in plan.roles if role != "reward" for pool in plan.roles[role].pools}
+    nodes = {node for pool in own for node, _ in plan.pools[pool].gpus}
+    assert len(nodes) == 1  # the reward model is on the other
+    assert config["cluster"]["n_nodes"] == len(nodes)
+    assert "areal has no such role" in text.replace("\n#   ", " ")
+
+
+@pytest.mark.slow
 def test_a_configuration_for_areal_on_one_pool():
     plan = best_for("areal", GRPO, pins=("actor=8", "actor+reference"))
     text = areal_config(expressed("areal", plan, ()), "plan export")
@@ -163,6 +175,7 @@ def test_a_reference_on_gpus_of_its_own():
     assert config["ref"]["scheduling_strategy"] == {"type": "separation"}
     assert config["ref"]["backend"] == "fsdp:d1" and config["actor"]["backend"] == "fsdp:d2"
     assert "scheduling_strategy" not in config["rollout"]
+    assert config["scheduler"]["type"] == "local" and config["cluster"]["n_nodes"] == 1
     assert config["enable_offload"] == any(
         layout.offload == "all" for layout in plan.trainers.values()
     )

@@ -66,7 +66,9 @@ def areal_config(found: Expressed, command: str) -> str:
 def _job(config: Configuration, found: Expressed) -> None:
     workload = found.plan.workload
     name = workload.name.replace("_", "-").replace("/", "-")
-    nodes = {node for pool in found.plan.pools.values() for node, _ in pool.gpus}
+    roles = [layout for role, layout in found.plan.roles.items() if role != "reward"]
+    own = {pool for layout in roles for pool in layout.pools}
+    nodes = {node for pool in own for node, _ in found.plan.pools[pool].gpus}
     cluster = found.plan.cluster
     config.add("experiment_name", name)
     config.add("trial_name", "splitplan")
