@@ -13,7 +13,7 @@ from planner.predict.memory import rollout_fraction
 from planner.predict.memory_check import check_memory
 from planner.predict.schedule import tasks_of
 from planner.predict.speed import Speed
-from planner.predict.stream import Request, StreamEngine
+from planner.predict.stream import Request, Requests, StreamEngine
 from planner.predict.streamed import stream_run
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.errors import UserError
@@ -32,6 +32,12 @@ SPEED = Speed(
 A_SECOND_EACH = Speed(
     weights=1.0, arithmetic=0, attention=0, step=0, sequence=0, prefill_token=0, prefill_square=0
 )
+
+
+def together(requests: list[Request]) -> Requests:
+    """Requests of one step, as an engine takes them."""
+    _, prompts, responses, prefills = map(np.array, zip(*requests, strict=True))
+    return Requests(requests[0].step, prompts, responses, prefills.astype(bool))
 
 
 class EveryToken:
@@ -75,8 +81,8 @@ class EveryToken:
 
 def test_the_example_of_the_module():
     engine = StreamEngine(A_SECOND_EACH, slots=8)
-    engine.submit(0.0, [Request(0, 4, 2), Request(0, 4, 5)])
-    engine.submit(2.5, [Request(1, 4, 3)])
+    engine.submit(0.0, together([Request(0, 4, 2), Request(0, 4, 5)]))
+    engine.submit(2.5, together([Request(1, 4, 3)]))
     assert (engine.now, engine.steps) == (3.0, 3)
     engine.interrupt(3.5, 10.0, recompute=False)
     assert (engine.end_of(0), engine.end_of(1)) == (11.0, 12.0)
@@ -91,8 +97,9 @@ def test_an_engine_does_as_every_token_alone(slots, recompute):
         prompts, responses = rng.integers(1, 40, 6), rng.integers(1, 90, 6)
         prefills = rng.integers(0, 2, 6).astype(bool)
         batch = list(map(Request, [step] * 6, prompts.tolist(), responses.tolist(), prefills))
+        engine.submit(at, together(batch))
+        reference.submit(at, batch)
         for each in (engine, reference):
-            each.submit(at, batch)
             each.interrupt(at + 0.4, at + 0.4 + 0.1 * (step % 3), recompute=recompute)
         at += float(rng.uniform(0.5, 2.5))
     reference.run(np.inf)

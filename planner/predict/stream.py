@@ -16,12 +16,14 @@ lets both end 6 s later, at 11 and 12 s.
 import heapq
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.predict.columns import Seconds
+from planner.predict.columns import Integers, Seconds
 from planner.predict.speed import Speed
 
 
@@ -33,6 +35,27 @@ class Request(NamedTuple):
     prompt: int
     response: int
     prefills: bool = True
+
+
+class Requests(NamedTuple):
+    """Sequences of the batch of a step, in the order in which they start: tokens of their prompts
+    and responses [n], and which of the prompts have to be prefilled [n]."""
+
+    step: int
+    prompts: Integers
+    responses: Integers
+    prefills: NDArray[np.bool_]
+
+    def parted(self, count: int) -> tuple["Requests", "Requests"]:
+        """The first so many, and the others."""
+        first = [column[:count] for column in self[1:]]
+        others = [column[count:] for column in self[1:]]
+        return Requests(self.step, *first), Requests(self.step, *others)
+
+    def alone(self) -> Iterator[Request]:
+        """Each of them."""
+        columns = self.prompts.tolist(), self.responses.tolist(), self.prefills.tolist()
+        return map(Request, repeat(self.step), *columns)
 
 
 class StreamEngine:
@@ -59,13 +82,16 @@ class StreamEngine:
         """Sequences that are in flight or wait."""
         return len(self._ends) + len(self._waiting)
 
-    def submit(self, at: float, requests: Sequence[Request]) -> None:
+    def submit(self, at: float, requests: Requests) -> None:
         """Take requests, which start as soon as there are slots."""
         self.run_to(at)
         self.now = max(self.now, at)
-        self._waiting.extend(requests)
-        self._left.update(request.step for request in requests)
-        self._fill_slots()
+        self._left[requests.step] += len(requests.responses)
+        free = 0 if self._waiting else max(self.slots - len(self._ends), 0)
+        started, others = requests.parted(free)
+        self._waiting.extend(others.alone())
+        if len(started.responses):
+            self._start(started)
 
     def interrupt(self, start: float, end: float, *, recompute: bool) -> None:
         """Stop for new weights, and prefill again what is in flight, if it is to be recomputed."""
@@ -173,21 +199,16 @@ class StreamEngine:
         """Tokens that the sequences in flight have together."""
         return int((self._tokens - self._ends).sum()) + self.steps * len(self._ends)
 
-    def _fill_slots(self) -> None:
-        """Let waiting requests start in free slots: all of them prefill first."""
-        count = min(self.slots - len(self._ends), len(self._waiting))
-        if count <= 0:
-            return
-        started = [self._waiting.popleft() for _ in range(count)]
-        self.now += sum(self.speed.prefill(r.prompt) for r in started if r.prefills)
-        ends = np.array([self.steps + r.response for r in started])
-        tokens = np.array([r.prompt + r.response for r in started])
-        of_step = np.array([r.step for r in started])
-        ends = np.concatenate([self._ends, ends])
+    def _start(self, requests: Requests) -> None:
+        """Let requests start in free slots: all of them prefill first."""
+        prefilled = requests.prompts[requests.prefills]
+        square = self.speed.prefill_square * int((prefilled**2).sum())
+        self.now += self.speed.prefill_token * int(prefilled.sum()) + square
+        ends = np.concatenate([self._ends, self.steps + requests.responses])
+        tokens = np.concatenate([self._tokens, requests.prompts + requests.responses])
+        of_step = np.concatenate([self._of_step, np.full(len(requests.responses), requests.step)])
         order = np.argsort(ends, kind="stable")
-        self._ends = ends[order]
-        self._tokens = np.concatenate([self._tokens, tokens])[order]
-        self._of_step = np.concatenate([self._of_step, of_step])[order]
+        self._ends, self._tokens, self._of_step = ends[order], tokens[order], of_step[order]
 
 
 class _Stretch(NamedTuple):

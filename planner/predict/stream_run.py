@@ -8,7 +8,6 @@ run no further than that needs. As a sync ends after all that it comes after, no
 go back.
 """
 
-import heapq
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import numpy as np
 from planner.predict.columns import Integers
 from planner.predict.schedule import Task
 from planner.predict.speed import Speed
-from planner.predict.stream import Request, StreamEngine
+from planner.predict.stream import Requests, StreamEngine
 from planner.spec.timeline import ended_parts
 
 FOLLOWED_IN_STREAMS = 8  # of equal ones; the others are taken to do as these with their share
@@ -55,26 +54,22 @@ class EngineStream:
             followed = engines[:FOLLOWED_IN_STREAMS]
             lengths = lengths.share(FOLLOWED_IN_STREAMS, len(engines))
         self.engines = [StreamEngine(speed, slots) for speed in followed]
-        self._prompts, self._responses = lengths.prompts.tolist(), lengths.responses.tolist()
+        self._prompts, self._responses = lengths.prompts, lengths.responses
         self._group, self._recompute = lengths.group, recompute
 
     def submit(self, at: float, step: int) -> None:
         """Take the batch of a step of the training."""
         for engine in self.engines:
             engine.run_to(at)
-        agenda = [(engine.outstanding, number) for number, engine in enumerate(self.engines)]
-        heapq.heapify(agenda)
-        dealt: list[list[Request]] = [[] for _ in self.engines]
         scenario, group = step % len(self._prompts), self._group
         prompts, responses = self._prompts[scenario], self._responses[scenario]
-        for first in range(0, len(prompts), group):
-            outstanding, number = agenda[0]
-            heapq.heapreplace(agenda, (outstanding + group, number))
-            dealt[number] += [
-                Request(step, prompts[at], responses[at], at == first)
-                for at in range(first, first + group)
-            ]
-        for engine, requests in zip(self.engines, dealt, strict=True):
+        outstanding = np.array([engine.outstanding for engine in self.engines])
+        dealt = dealt_evenly(outstanding, len(prompts) // group, group)
+        for number, engine in enumerate(self.engines):
+            firsts = np.flatnonzero(dealt == number) * group
+            chosen = (firsts[:, None] + np.arange(group)).ravel()
+            prefills = np.tile(np.arange(group) == 0, len(firsts))
+            requests = Requests(step, prompts[chosen], responses[chosen], prefills)
             engine.submit(at, requests)
 
     def interrupt(self, start: float, end: float) -> None:
@@ -94,6 +89,20 @@ class EngineStream:
     def end_of(self, step: int) -> float:
         """When the last sequence of a step of the training ends, if no sync comes before that."""
         return max(engine.end_of(step) for engine in self.engines)
+
+
+def dealt_evenly(outstanding: Integers, groups: int, group: int) -> Integers:
+    """The engine [groups] that each of some groups goes to, one after the other to the one with the
+    fewest outstanding sequences then; the first such on a tie.
+
+    >>> dealt_evenly(np.array([4, 0, 1]), groups=4, group=2)
+    array([1, 2, 1, 2])
+    """
+    spread = int(outstanding.max() - outstanding.min())
+    most = groups // len(outstanding) + spread // group + 2  # that one engine gets
+    before = outstanding[:, None] + group * np.arange(most)  # what it has when it gets each
+    in_turn = np.argsort(before, axis=None, kind="stable") // most
+    return np.asarray(in_turn[:groups])
 
 
 @dataclass(kw_only=True)

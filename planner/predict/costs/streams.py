@@ -1,8 +1,9 @@
 """Engines that stream, at the speed that a profile or the roofline gives them."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, cast
 
 import numpy as np
@@ -131,8 +132,18 @@ class LeastLatencies(RolloutCosts):
     Where a period is too short for a batch, whatever the latency, it is put so that a cycle with it
     through staleness + 1 steps is as long as the shortest period that is not."""
 
-    def __init__(self, streams: StreamCosts, period: float, staleness: int) -> None:
+    def __init__(
+        self,
+        streams: StreamCosts,
+        period: float,
+        staleness: int,
+        pause: float = 0.0,
+        known: "KnownLatencies | None" = None,
+        share: float = ASSURED,
+    ) -> None:
         self._streams, self._period, self._batches = streams, period, staleness + 1
+        self._pause, self._share = pause, share
+        self.known = KnownLatencies() if known is None else known
 
     def floors(
         self,
@@ -143,9 +154,10 @@ class LeastLatencies(RolloutCosts):
         room: Integers,
     ) -> Seconds:
         shares = zip(concurrency.tolist(), engines.tolist(), strict=True)
-        found = [self._latency(tensor_parallel, *share, device) for share in shares]
+        found = np.array([self._latency(tensor_parallel, *share, device) for share in shares])
+        found = np.maximum(found, self.known.least(tensor_parallel, device, engines, self._period))
         scenarios = len(self._streams.lengths.responses)
-        return np.repeat(ASSURED * np.array(found)[:, None], scenarios, axis=1)
+        return np.repeat(self._share * found[:, None], scenarios, axis=1)
 
     def _latency(self, tensor_parallel: int, slots: int, engines: int, device: Device) -> float:
         speed = self._streams.speed(tensor_parallel, slots, engines, device).speed
@@ -156,10 +168,11 @@ class LeastLatencies(RolloutCosts):
         most_active = min(slots, self._batches * load.sequences / engines)
         by_weights = _Period(linear, speed.weights + speed.step, tokens / most_active)
         by_tokens = _Period(linear + speed.arithmetic * tokens, speed.step, tokens / most_active)
-        least = max(by_weights.least, by_tokens.least)
+        least = max(by_weights.least, by_tokens.least) + self._pause
         if self._period < least:
             return self._batches * least
-        steps = min(by_weights.steps(self._period), by_tokens.steps(self._period))
+        at_work = self._period - self._pause
+        steps = min(by_weights.steps(at_work), by_tokens.steps(at_work))
         alone = speed.matrices(1) + speed.attention * load.shortest
         return load.longest * max(self._period / steps, alone) + speed.prefill(load.shortest)
 
@@ -185,7 +198,31 @@ class LeastLatencies(RolloutCosts):
         stream = EngineStream(
             [speed] * count, concurrency, self._streams.lengths, recompute=self._streams.recomputes
         )
-        return SteadyStream(stream, self._period, self._batches, floor)
+        known = partial(self.known.add, tensor_parallel, device, count, self._period)
+        return SteadyStream(stream, self._period, self._batches, floor, self._pause, known, self._share)
+
+
+class KnownLatencies:
+    """What has been simulated: the latency on some engines at a period. Fewer engines are no
+    faster, nor are batches that come faster."""
+
+    def __init__(self) -> None:
+        self._found = defaultdict[tuple[int, Device], list[tuple[int, float, float]]](list)
+
+    def add(
+        self, tensor_parallel: int, device: Device, engines: int, period: float, latency: float
+    ) -> None:
+        self._found[tensor_parallel, device].append((engines, period, latency))
+
+    def least(
+        self, tensor_parallel: int, device: Device, engines: Integers, period: float
+    ) -> Seconds:
+        """Seconds [n] that latencies on so many engines [n] are not below at a period."""
+        least = np.zeros(len(engines))
+        for count, longer, latency in self._found[tensor_parallel, device]:
+            if longer >= period:
+                least[engines <= count] = np.maximum(least[engines <= count], latency)
+        return least
 
 
 class SteadyStream(GenerationRun):
@@ -193,9 +230,19 @@ class SteadyStream(GenerationRun):
     time. Its `seconds` [S] are the mean latency of a batch, the same in all scenarios; a floor,
     until it has been simulated."""
 
-    def __init__(self, stream: EngineStream, period: float, batches: int, floor: Seconds) -> None:
+    def __init__(
+        self,
+        stream: EngineStream,
+        period: float,
+        batches: int,
+        floor: Seconds,
+        pause: float,
+        found: Callable[[float], None],
+        share: float,
+    ) -> None:
         self.seconds, self.known = floor.copy(), 0
         self._stream, self._period, self._batches = stream, period, batches
+        self._pause, self._found, self._share = pause, found, share
 
     def advance(self) -> None:
         """Simulate the stream until it is steady, and then each scenario once."""
@@ -205,11 +252,12 @@ class SteadyStream(GenerationRun):
         if latency >= self._batches * period or latency <= BRIEF * period:
             return  # more batches at a time than there may be, or never two
         for step in range(first + scenarios + self._batches):
-            self._stream.interrupt(step * period, step * period)
+            self._stream.interrupt(step * period - self._pause, step * period)
             self._stream.submit(step * period, step)
         counted = range(first, first + scenarios)
         took = [self._stream.end_of(step) - step * period for step in counted]
-        self.seconds = np.maximum(self.seconds, ASSURED * float(np.mean(took)))
+        self._found(float(np.mean(took)))
+        self.seconds = np.maximum(self.seconds, self._share * float(np.mean(took)))
 
 
 class _Period(NamedTuple):

@@ -4,6 +4,7 @@ looks up again and again."""
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -200,6 +201,17 @@ class Problem:
     def gathers(self, path: SyncPath) -> float:
         """Seconds of a sync per second of gathering the actor's weights by the roofline."""
         return path.times * self._sync_ratio(path)
+
+    @cached_property
+    def least_sync(self) -> float:
+        """The least seconds of a sync to engines that have their pools alone."""
+        found = list[float]()
+        for actor, rollout in product(self.gpus, self.gpus):
+            path = SyncPath(actor, rollout, shared=False, separate=True)
+            handed = min(self.hand_over(path, same_node=same) for same in (True, False))
+            gathered = self.layouts("actor", actor).with_sync(self.gathers(path), handed)
+            found.append(float(gathered.seconds[-1].min(initial=np.inf)))
+        return min(found)
 
     def hand_over(self, path: SyncPath, *, same_node: bool) -> float:
         """The least seconds of handing the gathered weights to the engines; `same_node`: all of

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from planner.predict.costs.streams import LeastLatencies
+from planner.predict.costs.streams import ASSURED, LeastLatencies
 from planner.predict.memory import rollout_fraction
 from planner.search.solver.best_program import Program
 from planner.search.solver.branch_and_bound import IsOver, SolverResult, solve
@@ -216,11 +216,15 @@ class _Searches:
         return candidate
 
 
-def streaming(problem: Problem, period: float, other: Problem | None = None) -> Problem:
+def streaming(
+    problem: Problem, period: float, other: Problem | None = None, share: float = ASSURED
+) -> Problem:
     """The problem of plans that stream and take so many seconds a step, or less. The layouts are
     taken from that of another period, if there is one."""
     model = copy.copy(problem.model)
-    model.rollouts = LeastLatencies(model.streams, period, problem.max_staleness)
+    known = other.model.rollouts.known if other else None
+    pause = problem.least_sync
+    model.rollouts = LeastLatencies(model.streams, period, problem.max_staleness, pause, known, share)
     tables = other.rollout_tables if other else {}
     return replace(
         problem,
