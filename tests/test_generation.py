@@ -3,12 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.predict.generation import (
-    BatchLengths,
-    GenerationRun,
-    deal,
-    generation_seconds,
-)
+from planner.predict.generation import GenerationRun, generation_seconds
+from planner.predict.generation_floors import BatchLengths
+from planner.predict.one_wave import deal
 from planner.predict.speed import Speed, engine_speed
 from planner.spec.cluster import load_device
 from planner.spec.workload import Shape

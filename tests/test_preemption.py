@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generation import FAST, QWEN_1_5B, SLOW
 
-from planner.predict.generation import BatchLengths, GenerationRun
+from planner.predict.generation import GenerationRun
+from planner.predict.generation_floors import BatchLengths
 from planner.predict.preemption import UNUSED, preempting_seconds
 from planner.predict.speed import Speed, engine_speed
 from planner.spec.cluster import load_device

@@ -9,11 +9,12 @@ from conftest import SERIAL, make_plan, small_workload
 
 from planner.predict.cost import CostModel
 from planner.predict.forecast import forecast, predict
+from planner.predict.kv_cache import BLOCK_TOKENS, held_tokens
 from planner.predict.memory import rollout_fraction
 from planner.predict.memory_check import check_memory
 from planner.predict.schedule import tasks_of
 from planner.predict.speed import Speed
-from planner.predict.stream import Request, Requests, StreamEngine
+from planner.predict.stream import Request, StreamEngine, Submitted
 from planner.predict.streamed import stream_run
 from planner.spec.cluster import Cluster, Device, Node
 from planner.spec.errors import UserError
@@ -34,10 +35,10 @@ A_SECOND_EACH = Speed(
 )
 
 
-def together(requests: list[Request]) -> Requests:
-    """Requests of one step, as an engine takes them."""
+def together(requests: list[Request]) -> Submitted:
+    """Submitted of one step, as an engine takes them."""
     _, prompts, responses, prefills = map(np.array, zip(*requests, strict=True))
-    return Requests(requests[0].step, prompts, responses, prefills.astype(bool))
+    return Submitted(requests[0].step, prompts, responses, prefills.astype(bool))
 
 
 class EveryToken:
@@ -243,6 +244,25 @@ def test_all_slots_of_a_stream_need_room():
     check_memory(with_fraction(needed))
     with pytest.raises(UserError, match=f"{needed:.2f} for 400 sequences that stream"):
         check_memory(with_fraction(needed - 0.01))
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_engines_that_stream_have_room_for_what_they_hold(k):
+    """Token by token: an engine whose slots are all busy never holds more than it must have room
+    for, so it sets no sequence aside. It is not far from that either."""
+    plan, slots = streamed_plan(k, slots=48), 48
+    model = CostModel(plan.workload, plan.cluster)
+    engine, most = EveryToken(SPEED, slots), 0
+    for step in range(24):
+        prompts, responses = (of[step % model.scenarios] for of in model.streams.lengths[:2])
+        batch = zip(prompts.tolist(), responses.tolist(), strict=True)
+        engine.submit(engine.now, [Request(step, *lengths) for lengths in batch])
+        while len(engine.waiting) > slots:
+            engine.run(engine.now + 1e-9)  # a step
+            blocks = sum(-(-tokens // BLOCK_TOKENS) for _, tokens, _ in engine.active)
+            most = max(most, blocks * BLOCK_TOKENS)
+    room = held_tokens(plan.workload, slots)
+    assert 0.7 * room < most <= room
 
 
 def test_an_evaluation_is_no_part_of_the_step():

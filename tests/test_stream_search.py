@@ -12,7 +12,8 @@ from conftest import SHAPE, cpu_cluster, make_workload, small_workload, tiny_clu
 import planner.predict.layouts as layouts
 from planner.cli import main
 from planner.predict.cost import CostModel
-from planner.predict.costs.streams import LeastLatencies
+from planner.predict.costs.latencies import Arrivals, LeastLatencies
+from planner.predict.cycle import plan_cycles
 from planner.predict.forecast import predict
 from planner.predict.kv_cache import AMPLE
 from planner.predict.layouts import rank_counts, stream_size, trainer_layouts
@@ -165,6 +166,17 @@ def test_staleness_buys_more_where_weights_arrive_in_flight(result):
     assert result.best.predicted.step_seconds < 0.85 * seconds[1]
 
 
+def period_with(plan: Plan, model: CostModel, generation: Any) -> float:
+    """Seconds of a step by the plan's cycles, if generation takes so long."""
+    seconds = {
+        call.name: generation if call.streams else model.call(call, plan).seconds
+        for call in plan.dataflow.steady.calls
+    }
+    cycles = plan_cycles(plan)
+    means = np.array([np.mean(seconds[call]) for call in cycles.calls])
+    return float(cycles.periods(means))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", [1, 3])
 @pytest.mark.parametrize("size", [1, 2])
@@ -194,13 +206,16 @@ def test_no_latency_is_below_the_floor(result, staleness, size, kv):
     )
     model = CostModel(workload, plan.cluster)
     found = model.streamed(plan)
-    least = LeastLatencies(model.streams, float(found.steps.mean()), staleness)
+    least = LeastLatencies(model.streams, Arrivals(float(found.steps.mean()), staleness + 1))
     device, engines = plan.device_of("rollout"), gpus // size
     floors = least.floors(size, np.array([slots]), np.array([engines]), device, np.array([AMPLE]))
     run = least.run(size, slots, ((device, engines),))
     run.advance()
     latency = found.generate.seconds.mean()
     assert floors.mean() <= run.seconds.mean() <= latency
+    while not run.done:
+        run.advance()
+    assert period_with(plan, model, run.seconds) <= found.steps.mean()
     if kv == "keep":  # of the other the floor leaves something out
         assert floors.mean() > 0.73 * latency
 
@@ -214,7 +229,8 @@ def test_the_floor_counts_no_prefill_that_a_sync_may_not_cause():
     assert found.predicted.lower_bound_seconds <= found.predicted.step_seconds
     model, rollout = CostModel(workload, found.cluster), found.rollout
     streamed = model.streamed(found)
-    least = LeastLatencies(model.streams, float(streamed.steps.mean()), found.staleness)
+    arrivals = Arrivals(float(streamed.steps.mean()), found.staleness + 1)
+    least = LeastLatencies(model.streams, arrivals)
     slots, engines = np.array([rollout.concurrency]), np.array([rollout.replicas])
     device = found.device_of("rollout")
     floors = least.floors(rollout.tensor_parallel, slots, engines, device, np.array([AMPLE]))

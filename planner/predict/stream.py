@@ -37,7 +37,7 @@ class Request(NamedTuple):
     prefills: bool = True
 
 
-class Requests(NamedTuple):
+class Submitted(NamedTuple):
     """Sequences of the batch of a step, in the order in which they start: tokens of their prompts
     and responses [n], and which of the prompts have to be prefilled [n]."""
 
@@ -46,11 +46,13 @@ class Requests(NamedTuple):
     responses: Integers
     prefills: NDArray[np.bool_]
 
-    def parted(self, count: int) -> tuple["Requests", "Requests"]:
+    def parted(self, count: int) -> tuple["Submitted", "Submitted"]:
         """The first so many, and the others."""
-        first = [column[:count] for column in self[1:]]
-        others = [column[count:] for column in self[1:]]
-        return Requests(self.step, *first), Requests(self.step, *others)
+        return self._part(slice(count)), self._part(slice(count, None))
+
+    def _part(self, which: slice) -> "Submitted":
+        prompts, responses = self.prompts[which], self.responses[which]
+        return Submitted(self.step, prompts, responses, self.prefills[which])
 
     def alone(self) -> Iterator[Request]:
         """Each of them."""
@@ -82,7 +84,7 @@ class StreamEngine:
         """Sequences that are in flight or wait."""
         return len(self._ends) + len(self._waiting)
 
-    def submit(self, at: float, requests: Requests) -> None:
+    def submit(self, at: float, requests: Submitted) -> None:
         """Take requests, which start as soon as there are slots."""
         self.run_to(at)
         self.now = max(self.now, at)
@@ -199,7 +201,7 @@ class StreamEngine:
         """Tokens that the sequences in flight have together."""
         return int((self._tokens - self._ends).sum()) + self.steps * len(self._ends)
 
-    def _start(self, requests: Requests) -> None:
+    def _start(self, requests: Submitted) -> None:
         """Let requests start in free slots: all of them prefill first."""
         prefilled = requests.prompts[requests.prefills]
         square = self.speed.prefill_square * int((prefilled**2).sum())

@@ -18,7 +18,7 @@ import numpy as np
 from planner.predict.columns import Integers
 from planner.predict.schedule import Task
 from planner.predict.speed import Speed
-from planner.predict.stream import Requests, StreamEngine
+from planner.predict.stream import StreamEngine, Submitted
 from planner.spec.timeline import ended_parts
 
 FOLLOWED_IN_STREAMS = 8  # of equal ones; the others are taken to do as these with their share
@@ -69,7 +69,7 @@ class EngineStream:
             firsts = np.flatnonzero(dealt == number) * group
             chosen = (firsts[:, None] + np.arange(group)).ravel()
             prefills = np.tile(np.arange(group) == 0, len(firsts))
-            requests = Requests(step, prompts[chosen], responses[chosen], prefills)
+            requests = Submitted(step, prompts[chosen], responses[chosen], prefills)
             engine.submit(at, requests)
 
     def interrupt(self, start: float, end: float) -> None:

@@ -164,13 +164,13 @@ def _solve_for(
 ) -> SolverResult:
     """Solve for the splits alone that a framework can execute."""
 
-    def solve_once(asked: Problem, count: int) -> SolverResult:
+    def solve_once(asked: Problem, count: int, known: Candidate | None) -> SolverResult:
         listed, programs = [], []
         for family, program in splits_of(framework, asked):
             if restrict is None or _meets(family, restrict):
                 listed.append(family)
                 programs.append(program)
-        return best_of_families(asked, listed, count, programs, is_over)
+        return best_of_families(asked, listed, count, programs, is_over, known)
 
     return solve_either(problem, keep, solve_once)
 

@@ -7,7 +7,8 @@ prefilling what they have again. Lending: engines on the trainers' GPUs generate
 
 Both sides of the comparison are floors of the same kind (`LeastLatencies`): an engine has N steps
 in a period beside what tokens, contexts and prompts take, and a token takes period / N. Lending
-can buy no more than the share of all GPU time in which trainers idle.
+can buy no more than the share of all GPU time in which trainers idle. What it buys is estimated in
+its favour (`lent`): idle time comes in one piece a step, and all that engines make in it counts.
 """
 
 from itertools import product
@@ -86,9 +87,10 @@ def main() -> None:
     print("| staleness | one lane | two lanes | bought | engines | age | trainers idle |")
     print("|---:|---:|---:|---:|---|---:|---:|")
     for staleness in STALENESS:
-        one, two = [], []
+        one, two, lending = [], [], []
         for gpus in ROLLOUT_GPUS:
             job = Job(best(staleness, gpus))
+            lending.append((seconds_a_step(job.plan), lent(job)))
             lanes = [(size, gpus // size) for size in SIZES if gpus // size]
             one += [(job.fixed_point(lane, None, 0), idle(job.plan)) for lane in lanes]
             for size, fast in product(SIZES, SIZES):
@@ -101,7 +103,7 @@ def main() -> None:
         told = f"{bulk[1]} × {bulk[0]} and {quick[1]} × {quick[0]} GPUs"
         bought = f"{1 - parted / alone:.1%}"
         cells = f"{staleness} | {alone:.1f} | {parted:.1f} | {bought} | {told} | {age:,}"
-        print(f"| {cells} | {idles:.1%} |")
+        print(f"| {cells} | {idles:.1%} | {min(lending)[1]:.1%} |")
 
 
 def best(staleness: int, gpus: int) -> Plan:
@@ -111,6 +113,36 @@ def best(staleness: int, gpus: int) -> Plan:
     workload = load_workload(profiles_dir() / "workloads" / "7b.toml", settings)
     options = SearchOptions(runners_up=0, pins=(f"rollout={gpus}",))
     return find(workload, make_cluster(GPUS), options).best
+
+
+def lent(job: Job) -> float:
+    """The share of a batch's tokens that engines on the trainers' GPUs take from the others.
+
+    Each of these GPUs wakes an engine when its trainer idles. Some sequences of mean context move
+    there, are prefilled, get tokens until the trainer goes on, and are prefilled again where they
+    came from, which has so much less time to decode. Of all numbers of sequences the best counts.
+    They cannot stay parked: in a step they would get the tokens of the idle time alone."""
+    plan, model, tokens = job.plan, job.model, float(job.responses.sum(axis=1).mean())
+    device, period = plan.device_of("rollout"), seconds_a_step(plan)
+    generating = len(plan.pools["rollout"].gpus)
+    gpus = GPUS - generating
+    window = idle(plan) * GPUS * period / gpus - float(model.rollouts.moves(1, device).both.item())
+    speed = engine_speed(plan.workload.actor.shape, 1, device)
+    contexts = job.responses * (job.prompt + job.responses / 2)
+    context = float(contexts.sum() / job.responses.sum())
+    made_elsewhere = tokens / period / generating  # by a GPU in a second
+    best = 0.0
+    for sequences in range(1, 513):
+        prefill = sequences * speed.prefill(int(context))
+        step = speed.matrices(sequences) + speed.attention * sequences * context
+        made = sequences * max(window - prefill, 0.0) / step
+        best = max(best, gpus * (made - made_elsewhere * prefill) / tokens)
+    return best
+
+
+def seconds_a_step(plan: Plan) -> float:
+    assert plan.predicted
+    return plan.predicted.step_seconds
 
 
 def idle(plan: Plan) -> float:

@@ -9,7 +9,8 @@ from planner.predict.columns import Integers, Seconds
 from planner.predict.correction import Corrections
 from planner.predict.costs.estimates import Estimates, Moves, moves_of
 from planner.predict.costs.lengths import SampledLengths
-from planner.predict.generation import BatchLengths, GenerationRun
+from planner.predict.generation import GenerationRun
+from planner.predict.generation_floors import BatchLengths
 from planner.predict.kv_cache import AMPLE
 from planner.predict.layouts import tensor_parallels
 from planner.predict.likeness import Likeness, MoveCall, like_engine_move, like_generate

@@ -61,10 +61,12 @@ def solve(
     keep: int,
     restrict: Restrict | None = None,
     is_over: IsOver = lambda evaluated: False,
+    known: Candidate | None = None,
 ) -> SolverResult:
     """Find the best plan, and good ones of other structures, `keep` in all; none if nothing fits.
-    `restrict` adds limits to the sizes of a family, or refuses it. The search ends with what it has
-    when it `is_over`, which is asked before each step, or on Ctrl-C."""
+    `restrict` adds limits to the sizes of a family, or refuses it. A plan that is `known` already
+    has to be beaten. The search ends with what it has when it `is_over`, which is asked before each
+    step, or on Ctrl-C."""
     several_nodes = len(problem.cluster.nodes) > 1
     listed = [
         family._replace(within=within)
@@ -74,7 +76,7 @@ def solve(
     ]
     if restrict is not None:
         listed = [met for family in listed if (met := restrict(family)) is not None]
-    return best_of_families(problem, listed, keep, is_over=is_over)
+    return best_of_families(problem, listed, keep, is_over=is_over, known=known)
 
 
 def best_of_families(
@@ -83,12 +85,14 @@ def best_of_families(
     keep: int,
     programs: Sequence[Program] | None = None,
     is_over: IsOver = lambda evaluated: False,
+    known: Candidate | None = None,
 ) -> SolverResult:
     """Solve for these families only. If there are `programs`, each family has only its own, and the
     best is found to within a thousandth."""
     if not listed:
         return SolverResult((), 0.0, 0)
     solver = Solver(problem, listed, programs, is_over)
+    solver.incumbents.insert(known)
     ended = False
     try:
         solver.branch()

@@ -206,7 +206,8 @@ class _Evaluator:
             least = bound.min()
             near = _lowest(bound)
             bound[near] = self.threshold.bound(durations[near])
-            n = int(near[bound[near].argmin()])
+            ties = near[bound[near] <= bound[near].min() * (1 + SAME)]
+            n = combinations.simplest(ties)
             if bound[n] > least * (1 + SAME):
                 continue  # the cuts have raised it: another combination may be lower now
             found = best_program(

@@ -41,6 +41,16 @@ class LayoutCombinations(NamedTuple):
         rows = {role: rows[which] for role, rows in self.rows.items()}
         return LayoutCombinations(self.rollout, self.layouts, rows)
 
+    def simplest(self, among: Indices) -> int:
+        """One of some combinations: with the least that is offloaded, and of these with the least
+        load. The first on a tie."""
+        offloaded, load = np.zeros((2, len(among)))
+        for role, rows in self.rows.items():
+            layouts, own = self.layouts[role], rows[among]
+            offloaded += layouts.grid.offload[own]
+            load += layouts.means.sum(axis=0)[own]
+        return int(among[np.lexsort((load, offloaded))[0]])
+
     def trainers(self, which: int, pool_of: dict[str, int]) -> dict[str, TrainerRole]:
         """The layouts of one combination, without the rollout's."""
         trainers = {}

@@ -182,6 +182,19 @@ class RolloutTable:
 
     # --- what generation takes ---
 
+    def row_of(self, layout: RolloutRole) -> int:
+        """The row of a layout."""
+        gpus = self.sizes.index(layout.tensor_parallel)
+        engines = int(np.searchsorted(self.counts, layout.replicas))
+        own = (self.size == gpus) & (self.count == engines) & (self.slots == layout.concurrency)
+        return int(np.flatnonzero(own)[0])
+
+    def simulated(self, row: int) -> Array:
+        """The seconds [S] of a row, all of them simulated."""
+        while not self.done(row):
+            self.advance(row)
+        return np.asarray(self.seconds[row])
+
     def done(self, row: int) -> bool:
         """Whether a row's seconds are those of the simulation, in every scenario."""
         return bool(self._done[row])

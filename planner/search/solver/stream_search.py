@@ -17,28 +17,33 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from planner.predict.costs.streams import ASSURED, LeastLatencies
+import numpy as np
+
+from planner.predict.costs.latencies import ASSURED, Arrivals, LeastLatencies
 from planner.predict.memory import rollout_fraction
-from planner.search.solver.best_program import Program
+from planner.predict.objective import with_mean
+from planner.search.solver.best_program import Program, cycles_of
 from planner.search.solver.branch_and_bound import IsOver, SolverResult, solve
 from planner.search.solver.evaluate import Candidate
 from planner.search.solver.problem import Problem
 from planner.search.solver.write_plan import assemble
 from planner.search.space.pins import Restrict
-from planner.search.space.placements import PlacementFamily
+from planner.search.space.placements import PlacementFamily, sharing_of
 from planner.spec.dataflow import Dataflow
 from planner.spec.errors import UserError
 from planner.spec.plan import Issue
 
 LONG = 1e9  # seconds of a period: no step is as long
-NEAR_ENOUGH = 0.002  # how near to where f(p) and p meet is near enough
+NEAR_ENOUGH = 0.005  # how near to where f(p) and p meet is near enough
 MOST_SEARCHES = 10
-EDGE = 0.1  # of what is left between two periods: the next one is no nearer to either
+EDGE = 0.02  # of what is left between two periods: the next one is no nearer to either
+DRAWN_OUT = (1.05, 1.1, 1.2)  # times what is simulated: what generation is taken to take
 AS_FAST = 1.001  # times the seconds of a plan that is staler, or has more slots
 FEWER_BATCHES = (1.0, 0.75)  # for which engines may have slots
 
-# The best plans, so many of them, of a problem that streams or that has boundaries.
-SolveOnce = Callable[[Problem, int], SolverResult]
+# The best plans, so many of them, of a problem that streams or that has boundaries. A plan that is
+# known already has to be beaten.
+SolveOnce = Callable[[Problem, int, Candidate | None], SolverResult]
 
 
 def solve_as_allowed(
@@ -50,8 +55,9 @@ def solve_as_allowed(
     """The best plans with boundaries or with weights in flight, as the workload says, of the whole
     space. Arguments as of `branch_and_bound.solve`. Raises UserError as `solve_either` does."""
 
-    def solve_once(asked: Problem, count: int) -> SolverResult:
-        return solve(asked, count, _alone(restrict) if asked.streams else restrict, is_over)
+    def solve_once(asked: Problem, count: int, known: Candidate | None) -> SolverResult:
+        allowed = _alone(restrict) if asked.streams else restrict
+        return solve(asked, count, allowed, is_over, known)
 
     return solve_either(problem, keep, solve_once)
 
@@ -62,7 +68,7 @@ def solve_either(problem: Problem, keep: int, solve_once: SolveOnce) -> SolverRe
     several that are kept. Raises UserError for an objective that is not known of streams."""
     sync = problem.workload.sync
     if sync == "boundary" or not problem.max_staleness:
-        return solve_once(problem, keep)
+        return solve_once(problem, keep, None)
     if problem.objective.name == "p95":
         raise UserError(
             f"sync = {sync!r}: a stream has no 95th percentile over the scenarios, which are in it "
@@ -71,7 +77,7 @@ def solve_either(problem: Problem, keep: int, solve_once: SolveOnce) -> SolverRe
     streams = _Searches(problem, keep, solve_once).run()
     if sync == "in_flight":
         return streams
-    boundary = solve_once(problem, keep)
+    boundary = solve_once(problem, keep, None)
     either = sorted((*boundary.best, *streams.best), key=lambda candidate: candidate.seconds)
     others = [candidate for candidate in either if candidate.streams != either[0].streams]
     best = either[:keep]
@@ -108,6 +114,7 @@ class _Searches:
         self.problem, self.keep, self.solve_once = problem, keep, solve_once
         self.bound, self.evaluated, self.proven, self.ended = 0.0, 0, 0.0, False
         self.simulated: dict[object, Candidate] = {}
+        self.found: list[Candidate] = []  # the best of each search
         self.streaming: Problem | None = None  # the last one that was solved
         self.below: tuple[float, float] | None = None
         self.above: tuple[float, float] | None = None
@@ -115,6 +122,7 @@ class _Searches:
     def run(self) -> SolverResult:
         try:
             self._raise_bound()
+            self._look_for_plans()
         except KeyboardInterrupt:
             self.ended = True
         fastest = sorted(self.simulated.values(), key=lambda candidate: candidate.seconds)
@@ -130,12 +138,29 @@ class _Searches:
                 return
             period = self._next()
 
-    def _search(self, period: float) -> None:
-        """Find f(period), and simulate the plan that takes so long."""
-        self.streaming = streaming(self.problem, period, self.streaming)
-        found = self.solve_once(self.streaming, 1)
+    def _look_for_plans(self) -> None:
+        """Search for plans that leave generation more time than it takes at least: their trainers
+        seldom wait for a batch that takes longer than others."""
+        for share in DRAWN_OUT:
+            if self.ended or not self.simulated or self._least <= self.bound * (1 + NEAR_ENOUGH):
+                return
+            found = self._solve(self.bound, share)
+            if not found.best or found.best[0].seconds > self._least:
+                return
+            self._simulate(found.best[0])
+
+    def _solve(self, period: float, share: float) -> SolverResult:
+        """The best plan if generation takes this share of what it would at a period."""
+        self.streaming = streaming(self.problem, period, self.streaming, share)
+        found = self.solve_once(self.streaming, 1, self._known())
         self.evaluated += found.evaluated
         self.proven, self.ended = found.proven, found.ended
+        self.found += found.best
+        return found
+
+    def _search(self, period: float) -> None:
+        """Find f(period), and simulate the plan that takes so long."""
+        found = self._solve(period, ASSURED)
         if not found.best:
             return
         self.bound = max(self.bound, min(period, found.bound))
@@ -145,6 +170,31 @@ class _Searches:
             self.above = period, found.bound - period
         if period < LONG:
             self._simulate(found.best[0])
+
+    def _known(self) -> Candidate | None:
+        """The fastest of what other searches have found, at the costs of this one."""
+        at_its_costs = [self._at_its_costs(candidate) for candidate in self.found]
+        return min(at_its_costs, key=lambda candidate: candidate.seconds, default=None)
+
+    def _at_its_costs(self, candidate: Candidate) -> Candidate:
+        """A candidate with the seconds that it takes by the costs of the search."""
+        problem = self.streaming
+        assert problem
+        plan = assemble(candidate, "candidate", problem)
+        durations = np.zeros((len(problem.calls), problem.model.scenarios))
+        for row, seconds in problem.host_seconds.items():
+            durations[row] = seconds
+        for call in problem.flow.calls:
+            if call.roles and not call.streams:
+                durations[problem.row[call.name]] = problem.model.call(call, plan).seconds
+        node, _ = plan.pools[plan.rollout.pools[0]].gpus[0]
+        table = problem.rollout_table(problem.cluster.nodes[node].device)
+        generation = table.simulated(table.row_of(candidate.rollout))
+        problem.fill_in_generation(durations, generation)
+        sharing = sharing_of(problem.flow, candidate.structure)
+        cycles = cycles_of(problem.flow, sharing, candidate.program.items)
+        periods = cycles.periods(with_mean(durations))
+        return candidate._replace(seconds=float(problem.objective.of_bounds(periods)))
 
     @property
     def _least(self) -> float:
@@ -217,21 +267,27 @@ class _Searches:
 
 
 def streaming(
-    problem: Problem, period: float, other: Problem | None = None, share: float = ASSURED
+    problem: Problem, period: float, other: Problem | None = None, counted: float = ASSURED
 ) -> Problem:
-    """The problem of plans that stream and take so many seconds a step, or less. The layouts are
-    taken from that of another period, if there is one."""
+    """The problem of plans that stream and take so many seconds a step, or less. Of simulated
+    latencies a share is `counted`. Layouts, and latencies that are known, are taken from that of
+    another period, if there is one."""
     model = copy.copy(problem.model)
-    known = other.model.rollouts.known if other else None
-    pause = problem.least_sync
-    model.rollouts = LeastLatencies(model.streams, period, problem.max_staleness, pause, known, share)
-    tables = other.rollout_tables if other else {}
+    arrivals = Arrivals(period, problem.max_staleness + 1, problem.least_sync, counted)
+    known = None
+    if other is not None:
+        assert isinstance(other.model.rollouts, LeastLatencies)
+        known = other.model.rollouts.known
+    model.rollouts = LeastLatencies(model.streams, arrivals, known)
     return replace(
         problem,
         model=model,
         flow=problem.flow.streamed,
         streams=True,
-        rollout_tables={kind: table.with_model(model) for kind, table in tables.items()},
+        rollout_tables={
+            kind: table.with_model(model)
+            for kind, table in (other.rollout_tables if other else {}).items()
+        },
     )
 
 
