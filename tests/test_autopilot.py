@@ -15,6 +15,7 @@ from executor.running import checkpoint
 from executor.running.execute import execute
 from planner.commands.autopilot import TIMES_THE_COST, Autopilot, decision_of
 from planner.predict.schedule import load_plan
+from planner.spec.lengths import Fixed
 from planner.spec.plan import Plan
 from planner.spec.timeline import Decision, Timeline
 
@@ -57,16 +58,17 @@ def test_a_call_that_has_drifted_leads_to_a_switch_and_no_more_than_allowed(
     assert looked(run, pilot) is None  # it may switch once
 
 
-def test_lengths_that_have_drifted_are_looked_at_and_the_best_plan_is_kept(tmp_path: Path) -> None:
-    """Calls take what is predicted for the longer responses, but for the lengths that it was
-    planned for they take as long, too."""
+def test_lengths_that_have_drifted_are_planned_for_once(tmp_path: Path) -> None:
+    """No step is left for a switch to pay; what has been looked at is expected from then on."""
     run = made(tmp_path, tokens=256)
-    pilot = Autopilot(load_plan(run / "plan.json"), (), 1)
+    Timeline.read(run / "timeline.json").changed(steps=8).write(run / "timeline.json")
+    pilot = pilot_of(run)
     decision = looked(run, pilot)
-    assert decision is not None and "responses have 256 tokens instead of 512" in decision.why
-    if not decision.switches:
-        assert "the plan is kept" in decision.why
-        assert looked(run, pilot) is None  # nothing is new
+    assert decision is not None and not decision.switches
+    assert "responses have 256 tokens instead of 512; the plan is kept" in decision.why
+    assert pilot.latest is not None
+    assert pilot.latest.run.observed.workload.response == Fixed(tokens=256)
+    assert looked(run, pilot) is None
 
 
 def test_a_switch_that_does_not_pay_is_not_made(tmp_path: Path) -> None:

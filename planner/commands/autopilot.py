@@ -21,9 +21,7 @@ from planner.spec.plan import Plan
 from planner.spec.timeline import Decision, Timeline
 from planner.spec.wording import counted
 
-DRIFT = (
-    0.1  # of a step's seconds, or of a mean length: what is nearer to what was expected is noise
-)
+DRIFT = 0.1  # of a step's seconds, or of a mean length; what differs by less is noise
 TIMES_THE_COST = 1.5  # times what a switch costs, which it has to save over the steps that are left
 FEWEST_STEPS = 4  # that are looked at, if there are as many
 SEARCH_SECONDS = 60.0
