@@ -248,6 +248,28 @@ def test_workloads_that_cannot_be(changes, text):
         make_workload(**changes)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("hidden", "'x'", "must be a valid integer, .*, not 'x'"),
+        ("hidden", "1979-05-27", "must be a valid integer"),
+        ("hidden", "nan", "must be a finite number"),
+        ("hidden", "0x" + "f" * 5000, "not a number of thousands of digits"),
+        ("heads", "0", "must be greater than 0, not 0"),
+    ],
+)
+def test_a_size_that_cannot_be_is_one_line(key, value, says):
+    path = profiles_dir() / "workloads" / "1.5b.toml"
+    with pytest.raises(UserError, match=f"actor.shape.{key}: .*{says}"):
+        load_workload(path, [f"actor.shape.{key}={value}"])
+
+
+def test_heads_share_the_hidden_size_where_nothing_else_is_said():
+    sizes = {"layers": 1, "heads": 4, "kv_heads": 2, "intermediate": 8, "vocab": 8}
+    assert Shape(hidden=32.0, **sizes).head_dim == Shape(hidden=32, **sizes).head_dim == 8
+    assert Shape(hidden=32, head_dim=16, **sizes).head_dim == 16
+
+
 def test_value_clipping_can_be_turned_off():
     assert make_workload(ppo={"value_clip": "off"}).algorithm.value_clip == "off"
 

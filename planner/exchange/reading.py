@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from planner.spec.errors import UserError
+from planner.spec.files import shown
 
 Kind = TypeVar("Kind", int, float, bool, str)
 REQUIRED = object()
@@ -34,7 +35,7 @@ class Settings:
         if kind is float and type(section) is int and abs(section) < 2**63:
             return kind(section)
         if not isinstance(section, kind) or (isinstance(section, bool) and kind is not bool):
-            raise UserError(f"{path} = {str(section)[:40]!r}: is no {kind.__name__}")
+            raise UserError(f"{path} = {shown(section)}: is no {kind.__name__}")
         return section
 
     def counted(self, path: str, default: Any = REQUIRED) -> int:

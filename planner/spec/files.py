@@ -52,7 +52,8 @@ class File(Spec):
             return data
         if data["schema"] != cls.SCHEMA:
             raise ValueError(
-                f"schema is {data['schema']!r}, but this version of splitplan reads {cls.SCHEMA!r}"
+                f"schema is {shown(data['schema'])}, but this version of splitplan reads "
+                f"{cls.SCHEMA!r}"
             )
         return {key: value for key, value in data.items() if key != "schema"}
 
@@ -88,12 +89,12 @@ class File(Spec):
                 f'{path}: no "schema" key; a file of this kind starts with "schema": "{cls.SCHEMA}"'
             )
         if schema != cls.SCHEMA:
-            same_kind = str(schema).startswith(cls.SCHEMA.rpartition("/")[0] + "/")
+            kind = cls.SCHEMA.rpartition("/")[0] + "/"
             what = "name a file of that kind"
-            if same_kind:
+            if isinstance(schema, str) and schema.startswith(kind):
                 what = "regenerate it, or use the splitplan version that wrote it"
             raise UserError(
-                f"{path}: schema is {schema!r}, but {cls.SCHEMA!r} is needed here; {what}"
+                f"{path}: schema is {shown(schema)}, but {cls.SCHEMA!r} is needed here; {what}"
             )
 
     @classmethod
@@ -134,9 +135,18 @@ def _what(problem: ErrorDetails) -> str:
                 f"{told['discriminator']} is {told['tag']!r}; choose one of {told['expected_tags']}"
             )
         case "model_type":
-            return f"needs a mapping of keys, not {repr(given)[:60]}"
+            return f"needs a mapping of keys, not {shown(given)}"
     needed = said.replace("Input should be", "must be")
-    return f"{needed}, not {given!r}" if isinstance(given, str | int | float) else needed
+    return f"{needed}, not {shown(given)}" if isinstance(given, str | int | float) else needed
+
+
+def shown(value: Any) -> str:
+    """A value of a file, in one line of 60 characters at most."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def _keys(path: Sequence[int | str], data: Any, *, missing: bool) -> Iterator[str]:

@@ -49,14 +49,13 @@ class Shape(Spec):
     @model_validator(mode="before")
     @classmethod
     def _default_head_dim(cls, data: Any) -> Any:
-        if (
-            isinstance(data, dict)
-            and not data.get("head_dim")
-            and data.get("heads")
-            and data.get("hidden")
-        ):
-            return {**data, "head_dim": data["hidden"] // data["heads"]}
-        return data
+        if not isinstance(data, dict) or data.get("head_dim"):
+            return data
+        try:
+            head_dim = int(data["hidden"]) // int(data["heads"])
+        except (KeyError, TypeError, ValueError, ArithmeticError):
+            return data  # no such numbers, as the error of these keys says
+        return {**data, "head_dim": head_dim}
 
     @model_validator(mode="after")
     def _heads_divide(self) -> Self:
