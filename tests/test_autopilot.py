@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from conftest import colocated, nearly, runs_on
 from interrupted import OPTIONS, STEPS, WORKLOAD, metrics_of
 from processes import PATIENCE
@@ -58,6 +59,7 @@ def test_a_call_that_has_drifted_leads_to_a_switch_and_no_more_than_allowed(
     assert looked(run, pilot) is None  # it may switch once
 
 
+@pytest.mark.slow
 def test_lengths_that_have_drifted_are_planned_for_once(tmp_path: Path) -> None:
     """No step is left for a switch to pay; what has been looked at is expected from then on."""
     run = made(tmp_path, tokens=256)
@@ -71,6 +73,7 @@ def test_lengths_that_have_drifted_are_planned_for_once(tmp_path: Path) -> None:
     assert looked(run, pilot) is None
 
 
+@pytest.mark.slow
 def test_a_switch_that_does_not_pay_is_not_made(tmp_path: Path) -> None:
     run = made(tmp_path, "standalone", slower={"generate": 1.5})
     pilot = pilot_of(run)
@@ -127,3 +130,18 @@ def test_a_run_that_switches_loses_no_step_and_no_prompt(two_cores: Fleet, tmp_p
     assert kept.plan == after and kept.timeline.decisions == (decision,)
     assert "INFO a test" in (run / "log.txt").read_text()
     assert Plan.read(run / "plan-until-000003.json") == before
+
+
+def test_a_run_that_does_not_come_up_under_a_plan_goes_back(
+    two_cores: Fleet, tmp_path: Path
+) -> None:
+    """The plan wants an engine that is not installed here."""
+    before = colocated(WORKLOAD)
+    pilot = Once(colocated(WORKLOAD, layouts={"rollout": {"engine": "vllm"}}))
+    with runs_on(two_cores):
+        run = execute(before, name="r", runs=tmp_path, options=OPTIONS, pilot=pilot)
+    assert (pilot.starts, pilot.backs) == (2, 1)
+    assert [line["step"] for line in metrics_of(run)] == list(range(STEPS))
+    assert "The run goes back to the plan before" in (run / "log.txt").read_text()
+    assert Plan.read(run / "plan.json") == before
+    assert len(Timeline.read(run / "timeline.json").ends) == STEPS

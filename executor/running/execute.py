@@ -4,7 +4,7 @@ again after a failure."""
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -130,9 +130,9 @@ def _train(
                 if resumed is None or latest is None or latest.directory != resumed.directory:
                     raise
                 pilot.went_back()
-                progress.on_note(f"{error}. The run goes back to the plan before")
                 progress.on_plan(plan)
-                other = _under(plan, ray, path, options, progress, resumed, pilot)
+                said = f"{error}. The run goes back to the plan before"
+                other = _under(plan, ray, path, options, progress, resumed, pilot, said)
 
 
 def _under(
@@ -143,14 +143,15 @@ def _under(
     progress: Progress,
     resumed: "Checkpoint | None",
     pilot: Pilot | None,
+    *said: str,
 ) -> Plan | None:
     """Attempts to do all steps under a plan, each from the last checkpoint of the one before, until
-    they are done or a pilot wants the plan that is returned."""
+    they are done or a pilot wants the plan that is returned. `said` is told when it begins."""
     from executor.running import checkpoint, preflight
 
     saves = bool(options.save_every)
     prompts = preflight.check(plan, local=options.address is None, saves=saves)
-    attempts = Attempts(plan, path, options, progress, prompts, pilot)
+    attempts = Attempts(plan, path, options, progress, prompts, pilot, said)
     cpus = pools.needed(plan)
     if pilot is not None:
         pilot.starting()
@@ -183,7 +184,8 @@ class Attempts:
         options: RunOptions,
         progress: Progress,
         prompts: "PromptSource",
-        pilot: Pilot | None = None,
+        pilot: Pilot | None,
+        said: Sequence[str],
     ) -> None:
         from executor.running import first_batch
 
@@ -194,7 +196,7 @@ class Attempts:
             plan=plan, floor=options.deadline_floor, held_out=prompts.held_out
         )
         self._begun = False
-        self._notes = [*prompts.notes, *first_batch.beforehand(plan.workload)]  # said once
+        self._notes = [*said, *prompts.notes, *first_batch.beforehand(plan.workload)]  # said once
 
     def make(self, resumed: "Checkpoint | None") -> Plan | None:
         """Start processes, and do what is left behind a checkpoint, up to where the pilot wants
