@@ -27,6 +27,7 @@ ATTENTION = "packed"  # the name under which transformers finds it
 # Rows of queries whose scores are held at a time where they are capped: about 0.5 GB for 18k tokens
 # and 8 heads.
 CAPPED_ROWS = 256
+SHORT = 64  # sequences of no more tokens are padded together
 
 # Until torch 2.11 the kernel took fewer heads of keys than of queries without being told.
 _GROUPED: dict[str, Any] = (
@@ -158,9 +159,27 @@ class _Scores(NamedTuple):
 def _padded_attention(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scores: _Scores
 ) -> Tensor:
-    """The same attention on `[T, heads, D]`, through a batch that is padded to its longest
-    sequence."""
-    real = torch.arange(longest, device=q.device) < starts.diff()[:, None]
+    """The same attention on `[T, heads, D]`, through batches of sequences of like length, each
+    padded to the longest."""
+    lengths = starts.diff()
+    if q.is_cuda:
+        return _of_padded(q, k, v, lengths, longest, scores)
+    out = torch.zeros_like(q)
+    sizes = lengths.clamp(min=SHORT).log2().ceil().long()
+    for size in sizes.unique():
+        alike = sizes == size
+        tokens = alike.repeat_interleave(lengths).nonzero()[:, 0]
+        own = lengths[alike]
+        found = _of_padded(q[tokens], k[tokens], v[tokens], own, int(own.max()), scores)
+        out = out.index_copy(0, tokens, found)
+    return out
+
+
+def _of_padded(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, scores: _Scores
+) -> Tensor:
+    """The same for sequences of these lengths."""
+    real = torch.arange(longest, device=q.device) < lengths[:, None]
 
     def padded(x: Tensor) -> Tensor:
         return x.new_zeros(*real.shape, *x.shape[1:]).index_put((real,), x).transpose(1, 2)
