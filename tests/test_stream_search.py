@@ -153,7 +153,7 @@ def test_the_best_stream_is_sound(result):
     check(plan)
     check_memory(plan)
     assert plan.streams
-    assert plan.predicted.gap <= 0.04  # of which 2% are an allowance
+    assert plan.predicted.gap <= 0.04  # of which up to 3% are an allowance
     assert plan.predicted.step_seconds == predict(plan).step_seconds
     assert Plan.model_validate_json(plan.to_json()) == plan
 
@@ -284,7 +284,7 @@ def test_engines_have_the_slots_with_which_a_stream_is_the_fastest():
         seed=0,
     )
     cluster = cpu_cluster(2)
-    core = cluster.devices["core"].changed(flops=1e11, overhead_seconds=5e-3)
+    core = cluster.devices["core"].changed(flops=4e11, overhead_seconds=5e-3)
     cluster = cluster.changed(devices={"core": core})
     plan = find(workload, cluster, SearchOptions(runners_up=0)).best
     assert plan.rollout.concurrency <= 96

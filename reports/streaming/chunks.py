@@ -3,9 +3,9 @@
 python reports/streaming/chunks.py      # a table, in some minutes
 
 Of the seconds of inference only the last minibatch's then come after generation; the others run
-beside it. The pools still have all of it to do. So a step takes no less than its longest pool, nor
-than a simulation in which inference takes the last minibatch's seconds: the larger of the two is
-what the best plan with each number of GPUs for generation is taken to reach.
+beside it. The pools still have all of it to do. So a step of a plan takes no less than its longest
+pool has to do. The larger of that and of a simulation in which inference takes the last minibatch's
+seconds is what a plan is taken to reach: the best one, and those with fewer GPUs for generation.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
-from planner.spec.workload import load_workload
+from planner.spec.workload_file import load_workload
 
 LONG_TAIL = ("response.mean=4000", "response.sigma=1.0", "response.max=16384", "batch=512")
 JOBS = (
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def best_plans(name: str, gpus: int, staleness: int, settings: tuple[str, ...]) -> Iterator[Plan]:
-    """The best plan that streams, and the best with some more or fewer GPUs for generation."""
+    """The best plan that streams, and the best with fewer GPUs for generation."""
     asked = [*settings, "sync=in_flight", f"max_staleness={staleness}"]
     workload = load_workload(profiles_dir() / "workloads" / f"{name}.toml", asked)
     cluster = make_cluster(gpus)

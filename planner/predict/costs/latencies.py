@@ -17,7 +17,7 @@ from planner.predict.stream_run import EngineStream
 from planner.spec.cluster import Device
 
 BRIEF = 0.1  # of a period: a latency at which batches are taken to be alone
-ASSURED = 0.98  # of a simulated latency, which a plan is taken not to be below
+ASSURED = 0.97  # of a simulated latency, which a plan is taken not to be below
 APART = (0.92, 0.96, 1.0)  # of a period: how far apart simulated syncs are at least
 FILLING_STEPS = 4  # and some for each batch in flight, until a stream is steady
 
