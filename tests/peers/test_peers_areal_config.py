@@ -7,14 +7,14 @@ from pathlib import Path
 import hollow  # isort: skip  # before the peers
 
 import pytest
+from exports import WORKLOADS, expressed_baseline, winner
 from hydra.core.global_hydra import GlobalHydra
 
 from planner.exchange.areal_config import AREAL_SECTIONS, areal_config
 from planner.exchange.expressing import expressed
-from planner.search import SearchOptions, baseline, find
+from planner.search import baseline
 from planner.search.questions.baselines import NAMES
 from planner.spec.cluster import make_cluster
-from planner.spec.errors import UserError
 from planner.spec.files import profiles_dir
 from planner.spec.plan import Plan
 from planner.spec.workload_file import load_workload
@@ -25,8 +25,6 @@ with hollow.again():
     from areal.trainer.rl_trainer import PPOTrainer
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
-
-WORKLOADS = sorted((profiles_dir() / "workloads").glob("*.toml"))
 
 
 @pytest.fixture(autouse=True)
@@ -89,23 +87,14 @@ def assert_valid(config, plan: Plan) -> None:
 @pytest.mark.parametrize("path", WORKLOADS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("sync", ["boundary", "any"])
 def test_winners_are_valid(path: Path, sync: str, tmp_path: Path) -> None:
-    options = SearchOptions(framework="areal", scenarios=2, runners_up=0)
-    workload = load_workload(path)
-    gpus = 32 if path.stem == "70b" else 16
-    plan = find(workload.changed(sync=sync), make_cluster(gpus), options).best
+    plan = winner("areal", path, 32 if path.stem == "70b" else 16, sync=sync)
     assert_valid(loaded(plan, tmp_path), plan)
 
 
 @pytest.mark.parametrize("path", WORKLOADS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("name", NAMES)
 def test_baselines_are_valid(path: Path, name: str, tmp_path: Path) -> None:
-    workload = load_workload(path)
-    try:
-        pins = ("actor=8",) if name == "one-step-off" else ()
-        plan = baseline(name, workload, make_cluster(16), pins=pins)
-        executed = expressed("areal", plan, ()).plan
-    except UserError as error:
-        pytest.skip(str(error)[:80])
+    plan, executed = expressed_baseline("areal", path, name)
     assert_valid(loaded(plan, tmp_path), executed)
 
 
