@@ -81,6 +81,13 @@ def test_a_switch_that_does_not_pay_is_not_made(tmp_path: Path) -> None:
     dear = replace(pilot.latest, run=replace(pilot.latest.run, start_seconds=1e6))
     decision = decision_of(dear, 8, 5.0)
     assert not decision.switches and "a switch costs 1,000,000 s" in decision.why
+    over = replace(pilot.latest, over=3.0)
+    best = over.anew.best.predicted
+    unmeasured = 1 - best.sources.get("measured", 0.0)
+    assert pilot.latest.saves == over.anew.low
+    assert over.saves == pytest.approx(over.anew.low - 2 * unmeasured * best.step_seconds)
+    disappointed = decision_of(over, 8, 5.0)
+    assert not disappointed.switches and "took 3 times what is promised" in disappointed.why
     failed = decision_of(replace(dear, anew=None, problem="no plan fits"), 8, 5.0)
     assert not failed.switches and "(no plan fits)" in failed.why
 

@@ -31,13 +31,23 @@ COMMAND, SINCE = "plan execute --autopilot", "-since-"  # how its plans are made
 @dataclass(frozen=True, kw_only=True)
 class Found:
     """What a search in the background has found for the steps of a run; `problem` says why
-    nothing."""
+    nothing. The plan that was switched to before took `over` times what it promised."""
 
     run: OwnRun
     drift: str
+    over: float = 1.0
     anew: PlannedAnew | None = None
     plan: Plan | None = None
     problem: str = ""
+
+    @property
+    def saves(self) -> float:
+        """The seconds that a step of the best plan is surely shorter, where seconds that were not
+        measured in its layout turn out as much longer as those of the plan before did."""
+        assert self.anew is not None and self.anew.best.predicted is not None
+        predicted = self.anew.best.predicted
+        unmeasured = 1.0 - predicted.sources.get("measured", 0.0)
+        return self.anew.low - (self.over - 1.0) * unmeasured * predicted.step_seconds
 
 
 class Autopilot:
@@ -52,6 +62,8 @@ class Autopilot:
         self._began: float | None = None  # a start, or the end under the plan before
         self._cost: float | None = None
         self._looked_at = 0  # steps
+        self._promised: float | None = None  # seconds of a step, by a switch, until it has run
+        self._over = 1.0  # times what was promised
         self.is_searching = False
         self._answers: SimpleQueue[Found] = SimpleQueue()
         self.latest: Found | None = None
@@ -76,6 +88,10 @@ class Autopilot:
             found = own_run(self._plan, timeline, lines_of(metrics), last, self._cost)
         except UserError:  # too few steps have been made
             return
+        if self._promised is not None:
+            if abs(_tokens(found.observed) / (self._tokens or 1.0) - 1) <= DRIFT:
+                self._over = max(1.0, fmean(found.step_seconds) / self._promised)
+            self._promised = None
         if drift := self._drift(found):
             self.is_searching = True
             Thread(target=self._search, args=(found, drift), daemon=True).start()
@@ -97,7 +113,9 @@ class Autopilot:
         self._profiles = (own_profile(found, found.steps, COMMAND), *self._profiles)
         self._plan, self._left = plan, self._left - 1
         assert self.latest.anew is not None and self.latest.anew.best.predicted is not None
-        self._expect(self.latest.anew.best.predicted.call_seconds, found)
+        promised = self.latest.anew.best.predicted
+        self._promised = promised.step_seconds
+        self._expect(promised.call_seconds, found)
         self._began = time.perf_counter()
         return plan
 
@@ -136,7 +154,8 @@ class Autopilot:
         try:
             anew = plan_anew(found, options, self._profiles, COMMAND)
             plan = plan_to_go_on_with(found, anew.best, self._profiles, name, COMMAND)
-            self._answers.put(Found(run=found, drift=drift, anew=anew, plan=plan))
+            over = self._over
+            self._answers.put(Found(run=found, drift=drift, over=over, anew=anew, plan=plan))
         except Exception as error:  # the run goes on without
             self._answers.put(Found(run=found, drift=drift, problem=str(error)))
 
@@ -171,10 +190,17 @@ def decision_of(found: Found, steps_done: int, since: float) -> Decision:
     if not anew.is_surely_faster:
         return keeps("no other one is surely faster by more than a hundredth")
     left, cost = counted(run.asked - steps_done, "step"), run.start_seconds or 0.0
-    at_least = f"at least {seconds(anew.low)} s a step, with {left} left"
-    if anew.low * (run.asked - steps_done) <= TIMES_THE_COST * cost:
+    saves = found.saves
+    if saves <= 0:
+        return keeps(
+            f"the best one would save nothing if it took {found.over:.2g} times what is promised, "
+            "as the last one did",
+            saves,
+        )
+    at_least = f"at least {seconds(saves)} s a step, with {left} left"
+    if saves * (run.asked - steps_done) <= TIMES_THE_COST * cost:
         why = f"the best one would save {at_least}, and a switch costs {seconds(cost)} s"
-        return keeps(why, anew.low)
+        return keeps(why, saves)
     return Decision(
         steps_done=steps_done,
         seconds=since,
@@ -183,6 +209,6 @@ def decision_of(found: Found, steps_done: int, since: float) -> Decision:
             f"autopilot: {found.drift}; a switch to {pools_text(plan)} saves {at_least}, and costs "
             f"{seconds(cost)} s: it comes at the next stop"
         ),
-        saves=anew.low,
+        saves=saves,
         costs=cost,
     )
