@@ -229,7 +229,7 @@ def test_what_is_generated_has_the_log_probs_that_training_computes(
     requests = Requests(
         tokens=batch.tokens[np.arange(14) < batch.prompt_lengths[:, None]],
         lengths=batch.prompt_lengths,
-        keys=np.arange(4),
+        keys=np.arange(4)[:, None],
         max_tokens=batch.response_lengths,
         exact=np.ones(4, dtype=bool),
     )
