@@ -12,6 +12,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from executor.data.requests import Requests, make_requests
+from executor.rollout.by_length import Part, parts_of
 from executor.rollout.engine import Engine
 from executor.rollout.sampling import cut, invert
 from executor.rollout.stop_strings import StopStrings
@@ -153,6 +154,16 @@ def test_rows_of_ended_sequences_are_dropped(model: torch.nn.Module) -> None:
     responses(TransformersEngine(model, [], 6), asked, 1.0)
     hook.remove()
     assert computed == [6, 6, 2, *[5] * 7, 2]
+
+
+def test_attention_is_over_rows_of_like_length() -> None:
+    """Within a factor of 3, or short."""
+    found = parts_of([1000, 400, 333, 150, 100, 30, 2])
+    assert found == [
+        Part(slice(0, 2), 1000),
+        Part(slice(2, 4), 333),
+        Part(slice(4, 7), 100),
+    ]
 
 
 def test_exact_requests_ignore_end_of_sequence(model: torch.nn.Module) -> None:

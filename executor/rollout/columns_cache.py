@@ -38,16 +38,18 @@ class Columns(DynamicLayer):
         return self._show(width)
 
 
-def gathered(parts: Sequence[tuple[DynamicCache, Tensor]], longest: int) -> DynamicCache:
-    """Rows of some caches, each with the numbers of its own, beneath each other. Their last
-    `longest` columns are kept, or filled with zeros on the left."""
+def gathered(
+    parts: Sequence[tuple[DynamicCache, Tensor]], longest: int, order: Tensor
+) -> DynamicCache:
+    """Rows of some caches, each with the numbers of its own, beneath each other and then in an
+    order. Their last `longest` columns are kept, or filled with zeros on the left."""
     found = DynamicCache()
     rows = [own for _, own in parts]
     for layers in zip(*(cache.layers for cache, _ in parts), strict=True):
         together = list(zip(layers, rows, strict=True))
         keys = _beneath([layer.keys[own] for layer, own in together], longest)
         values = _beneath([layer.values[own] for layer, own in together], longest)
-        found.layers.append(Columns(keys, values))
+        found.layers.append(Columns(keys[order], values[order]))
     return found
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from executor.rollout import by_length
 from executor.rollout.columns_cache import gathered
 from executor.rollout.sampling import draw, uniform_at, without
 from executor.rollout.stop_strings import StopStrings
@@ -17,7 +18,7 @@ from executor.rollout.streaming import Drawn, Unfinished
 from planner.spec.data import Sampler
 
 JOINING = 8  # a step takes new sequences in when one in so many slots is free
-ENDED = 4  # and drops the rows of those that have ended when they are one in so many
+ENDED = 2  # and drops the rows of those that have ended when they are one in so many
 
 
 @dataclass(kw_only=True)
@@ -57,11 +58,11 @@ class Decoding:
     A step either takes in sequences that wait, by computing all that they have, or decodes those
     that were taken in. Both draw one token of each. The row of a sequence that has ended is kept
     until others are taken in or there are some of them: to drop it is to copy the whole cache. The
-    cache is padded on the left, so that all sequences end in one column:
+    cache is padded on the left, so that all sequences end in one column, and the longest are first:
 
         slot    cached                 then drawn
-        0       .  .  a  b  c          d
-        1       k  l  m  n  o          p
+        0       k  l  m  n  o          p
+        1       .  .  a  b  c          d
     """
 
     def __init__(
@@ -126,7 +127,12 @@ class Decoding:
         last = self._tensor([[slot.tokens[-1]] for slot in self._slots])
         positions = self._mask.sum(1, keepdim=True)
         self._mask = torch.cat([self._mask, torch.ones_like(last)], dim=1)
-        return self._logits(last, self._mask, positions, self._cache)
+        lengths = [n + 1 for n in positions[:, 0].tolist()]
+        token = by_length.parts.set(by_length.parts_of(lengths))
+        try:
+            return self._logits(last, self._mask, positions, self._cache)
+        finally:
+            by_length.parts.reset(token)
 
     def _take_in(self, joining: list[_Slot]) -> Tensor:
         """Compute all that the sequences have, once for those that have the same; logits of the
@@ -155,9 +161,12 @@ class Decoding:
             parts.insert(0, _Rows(kept, self._cache, self._mask, self._tensor(live)))
         masks = [part.mask[part.rows] for part in parts]
         longest = max(int(mask.sum(1).max()) for mask in masks)
-        self._slots = [slot for part in parts for slot in part.slots]
-        self._cache = gathered([(part.cache, part.rows) for part in parts], longest)
-        self._mask = torch.cat([_columns(mask, longest) for mask in masks])
+        mask = torch.cat([_columns(mask, longest) for mask in masks])
+        slots = [slot for part in parts for slot in part.slots]
+        order = mask.sum(1).argsort(descending=True, stable=True)
+        self._slots = [slots[row] for row in order.tolist()]
+        self._cache = gathered([(part.cache, part.rows) for part in parts], longest, order)
+        self._mask = mask[order]
 
     def _logits(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Tensor:
         """`[n, V]`, of the token behind the last one."""

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from executor.data.requests import Ints, Requests
+from executor.rollout import by_length
 from executor.rollout.decoding import Decoding
 from executor.rollout.engine import Channel, EngineWorker, OnFinished
 from executor.rollout.stop_strings import StopStrings, stops_of
@@ -59,6 +60,8 @@ class TransformersEngine:
         self.stops = stops
         self.device = next(model.parameters()).device
         self.eos = torch.tensor(list(eos), dtype=torch.long, device=self.device)
+        if self.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+            model.set_attn_implementation(by_length.NAME)
         self._decoding = Decoding(model, self.eos, concurrency, stops)
 
     def install(self, arrays: weights.Arrays) -> None:
