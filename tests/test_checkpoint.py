@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from interrupted import names, one_step_off
 from test_fuzz import documents
@@ -19,6 +20,7 @@ from executor.running.checkpoint import Manifest
 from executor.running.execute import resume
 from executor.running.options import RunOptions
 from executor.running.run_directory import lock
+from planner.cli import main
 from planner.spec.errors import UserError
 
 
@@ -138,6 +140,8 @@ def test_a_run_that_goes_on_is_not_gone_on_with_twice(two: Path) -> None:
     held = lock(two)
     with pytest.raises(UserError, match="the run goes on in another process"):
         resume(checkpoint.find(two), options=RunOptions(steps=9))
+    said = CliRunner().invoke(main, ["execute", "--resume", str(two)])
+    assert (said.exit_code, said.stdout) == (2, "")
     os.close(held)
     os.close(lock(two))
 

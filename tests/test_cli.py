@@ -281,6 +281,15 @@ def test_a_truncated_plan_is_refused_by_every_command_and_nothing_is_written(
 
 
 @NEEDS_EXECUTOR
+def test_a_rehearsal_refuses_what_only_a_real_run_does(tmp_path: Path, written: Path) -> None:
+    runs = tmp_path / "runs"
+    for wanted in (["--track", "wandb"], ["--prometheus", "9400"], ["--autopilot"]):
+        line = one_line(plan("execute", written, "--rehearse", "--runs", runs, *wanted))
+        assert wanted[0] in line and "for real runs" in line
+    assert not runs.exists()
+
+
+@NEEDS_EXECUTOR
 def test_check_shows_the_memory_of_each_pool(written: Path) -> None:
     result = plan("check", written)
     assert result.exit_code == 0, result.output

@@ -102,7 +102,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     assert "no such run directory" in replan(tmp_path / "nowhere")
     short = tmp_path / "short"
     short.mkdir()
-    with pytest.raises(UserError, match="let it run for some more"):
+    with pytest.raises(UserError, match="has 1 of the 2 steps that must count"):
         read_own_run(made(short, steps=2), 10)
     shutil.copy(made_other(tmp_path), run / "plan.json")
     assert "its timeline is of another plan" in replan(run)

@@ -248,8 +248,10 @@ class Run:
                 f"interrupted, and the last checkpoint could not be written ({saver.error}); see "
                 f"{path}/log.txt"
             )
+        anew = "" if self._pilot is None else " --autopilot"
         raise KeyboardInterrupt(
             f"interrupted and saved; go on with: plan execute --resume {path} --steps {self._steps}"
+            f"{anew}"
         )
 
     def _export(self) -> None:

@@ -44,7 +44,8 @@ def _of_course() -> tuple[Option, ...]:
             "--steps",
             type=STEP_COUNT,
             metavar="N",
-            help="Steps to run (default: the workload's; 3 for a rehearsal).",
+            help="Steps to run (default: the workload's; for a rehearsal 3, and those that fill "
+            "its pipeline).",
         ),
         click.option(
             "--address",

@@ -109,6 +109,10 @@ def execute(
         raise UserError("--switches is for --autopilot; add it, or leave out --switches")
     if autopilot and rehearse:
         raise UserError("--autopilot is for real runs; a rehearsal has no checkpoints to switch at")
+    if rehearse and (options.track or options.prometheus is not None):
+        raise UserError(
+            "--track and --prometheus are for real runs; leave them out, or leave out --rehearse"
+        )
     allowed = switches if autopilot else 0
     if resume is not None:
         if plan is not None or rehearse or name:

@@ -68,7 +68,9 @@ def own_run(
     whole = [step for step in sorted(ends) if timeline.counts(step) and step - 1 in ends]
     taken = whole[-last:]
     if len(taken) < FEWEST:
-        raise UserError(f"has {len(whole)} steps that count; let it run for some more")
+        raise UserError(
+            f"has {len(whole)} of the {FEWEST} steps that must count; let it run for some more"
+        )
     steps = _calls(plan, timeline, taken)
     known = [row for row in rows if row.get("step") in taken]
     observed = plan.changed(workload=_with_lengths(plan.workload, known), predicted=None)
