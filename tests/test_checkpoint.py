@@ -3,7 +3,6 @@ for whole."""
 
 import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,10 +15,11 @@ from interrupted import names, one_step_off
 from test_fuzz import documents
 
 from executor.running import checkpoint
+from executor.running import execute as executing
 from executor.running.checkpoint import Manifest
 from executor.running.execute import resume
 from executor.running.options import RunOptions
-from executor.running.run_directory import lock
+from executor.running.run_directory import check_ended, held
 from planner.cli import main
 from planner.spec.errors import UserError
 
@@ -137,13 +137,21 @@ print(saver.error)
 
 
 def test_a_run_that_goes_on_is_not_gone_on_with_twice(two: Path) -> None:
-    held = lock(two)
+    with held(two):
+        with pytest.raises(UserError, match="the run goes on in another process"):
+            resume(checkpoint.find(two), options=RunOptions(steps=9))
+        said = CliRunner().invoke(main, ["execute", "--resume", str(two)])
+        assert (said.exit_code, said.stdout) == (2, "")
+    check_ended(two)
+
+
+def test_a_run_is_held_before_anything_of_it_starts(
+    two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executing, "_train", lambda plan, path, *more: check_ended(path))
     with pytest.raises(UserError, match="the run goes on in another process"):
         resume(checkpoint.find(two), options=RunOptions(steps=9))
-    said = CliRunner().invoke(main, ["execute", "--resume", str(two)])
-    assert (said.exit_code, said.stdout) == (2, "")
-    os.close(held)
-    os.close(lock(two))
+    check_ended(two)
 
 
 @pytest.mark.slow

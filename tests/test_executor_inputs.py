@@ -19,7 +19,7 @@ from executor.fleet.pools import Fleet
 from executor.running import preflight
 from executor.running.execute import execute, rehearse
 from executor.running.options import RunOptions
-from executor.running.run_directory import claimed
+from executor.running.run_directory import check_ended, claimed
 from planner.commands.execute import free_name
 from planner.spec.cluster import make_cluster
 from planner.spec.errors import UserError
@@ -153,6 +153,8 @@ def test_files_that_may_not_be_read_are_named(
 def test_a_run_claims_its_directory_before_it_starts(tmp_path: Path) -> None:
     with claimed(tmp_path / "runs", "r") as path:
         assert path.is_dir() and free_name(tmp_path / "runs", "r") == "r-2"
+        with pytest.raises(UserError, match="goes on in another process"):
+            check_ended(path)
         with pytest.raises(UserError, match="exists already"), claimed(tmp_path / "runs", "r"):
             pass
     assert not list(tmp_path.iterdir())

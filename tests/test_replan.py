@@ -1,7 +1,6 @@
 """A run planned anew from its own steps: what is saved, how surely, and what a switch costs."""
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from click.testing import CliRunner
 from conftest import small_workload, tiny_cluster
 from test_stream_run import streamed
 
-from executor.running.run_directory import lock
+from executor.running.run_directory import held
 from planner.cli import main
 from planner.exchange.own_run import lines_of, own_run, read_own_run
 from planner.predict.forecast import forecast, predict
@@ -125,9 +124,8 @@ def made_other(folder: Path) -> Path:
 
 def test_what_cannot_go_on_is_not_planned_anew(tmp_path: Path) -> None:
     run = made(tmp_path, "standalone")
-    held = lock(run)
-    assert "the run goes on in another process" in replan(run, "--apply")
-    os.close(held)
+    with held(run):
+        assert "the run goes on in another process" in replan(run, "--apply")
     assert "there is no checkpoint in it" in replan(run, "--apply")
     assert "are for --apply" in replan(run, "--keep", "5")
     assert "no such run directory" in replan(tmp_path / "nowhere", "--apply")

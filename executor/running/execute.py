@@ -3,7 +3,6 @@ again after a failure."""
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
@@ -19,7 +18,7 @@ from executor.running.options import RunOptions
 from executor.running.pilot import Pilot
 from executor.running.rehearse import Rehearsal
 from executor.running.run import Run, log_end
-from executor.running.run_directory import RunDirectory, claimed, lock
+from executor.running.run_directory import RunDirectory, claimed, held
 from executor.running.supervise import Deadlines, one_line
 from planner.predict.schedule import Task, check
 from planner.spec.errors import UserError
@@ -97,8 +96,8 @@ def resume(
     if done == steps and not resumed.manifest.done and resumed.has_ended(plan):
         progress.on_note(f"all {steps} steps are done; --steps goes on for longer")
         return resumed.run
-    os.close(lock(resumed.run))  # before anything is started
-    _train(plan, resumed.run, options, progress, resumed, pilot)
+    with held(resumed.run):
+        _train(plan, resumed.run, options, progress, resumed, pilot)
     return resumed.run
 
 

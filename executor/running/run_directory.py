@@ -43,13 +43,15 @@ def check_free(runs: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def claimed(runs: Path, name: str) -> Iterator[Path]:
-    """The run's directory, which is made at once, so that a run that starts meanwhile takes another
-    name. It goes again if nothing was written into it. Raises UserError as `check_free` does."""
+    """The run's directory, which is made at once and `held`, so that a run that starts meanwhile
+    takes another name. It goes again if nothing was written into it. Raises UserError as
+    `check_free` does."""
     path = check_free(runs, name)
     made = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
         _make(path)
-        yield path
+        with held(path):
+            yield path
     finally:
         for directory in made:
             with contextlib.suppress(OSError):  # what has files stays
@@ -67,20 +69,31 @@ def _make(path: Path) -> None:
         ) from None
 
 
-def lock(path: Path) -> int:
-    """A descriptor of a run's directory that keeps other processes from going on with the run; it
-    is free when this process ends, however. Raises UserError."""
-    held = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Keep other processes from going on with a run, from before anything of it is started until
+    all has ended. Its directory is free when this process ends, however. Raises UserError where
+    another one goes on with it."""
+    directory = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(held)
+        os.close(directory)
         raise UserError(
             f"{path}: the run goes on in another process; wait for its end, or end it"
         ) from None
     except OSError:  # a file system without locks
         pass
-    return held
+    try:
+        yield
+    finally:
+        os.close(directory)
+
+
+def check_ended(run: Path) -> None:
+    """Raise UserError for a run with which another process goes on."""
+    with held(run):
+        pass
 
 
 class _Log(logging.FileHandler):
@@ -116,7 +129,6 @@ class RunDirectory:
             raise UserError(
                 f"{path}: cannot be made ({error.strerror}); choose another --name or --runs"
             ) from None
-        self._files.callback(os.close, lock(path))
 
     def open(self, plan: Plan, *, metrics: bytes = b"", samples: str = "", step: int = 0) -> None:
         """Begin with the `metrics` and `samples` of the steps before `step`."""

@@ -1,6 +1,5 @@
 """`plan execute` and `plan task`."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -103,10 +102,10 @@ def resume(
     need_extra("plan execute")
     from executor.running import checkpoint  # torch is slow to load
     from executor.running.execute import resume
-    from executor.running.run_directory import lock
+    from executor.running.run_directory import check_ended
 
     found = checkpoint.find(path)
-    os.close(lock(found.run))  # before a line says that it goes on
+    check_ended(found.run)  # before a line says that it goes on
     plan = found.plan if other_plan is None else load_plan(other_plan)
     where = other_plan or found.run / "plan.json"
     plan = with_settings(plan, settings, where)

@@ -1,6 +1,5 @@
 """`plan replan`."""
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,9 +66,9 @@ def _check_can_go_on(run: Path) -> None:
     if not run.is_dir():
         raise UserError(f"{run}: no such run directory; give the one that `plan execute` named")
     from executor.running import checkpoint  # torch is slow to load
-    from executor.running.run_directory import lock
+    from executor.running.run_directory import check_ended
 
-    os.close(lock(run))
+    check_ended(run)
     checkpoint.find(run)
 
 
