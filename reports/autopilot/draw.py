@@ -24,7 +24,7 @@ def draw(results: Path, out: Path) -> None:
             axes.axvline(decision["steps_done"], color="tab:red", label="a switch")
     handles, names = axes.get_legend_handles_labels()
     once = dict(zip(names, handles, strict=True))
-    axes.legend(once.values(), once.keys(), fontsize=8, loc="upper left")
+    axes.legend(once.values(), once.keys(), fontsize=9, loc="lower right")
     axes.set(xlabel="step", ylabel="seconds", ylim=(0, None))
     figure.savefig(out, dpi=110)
 
