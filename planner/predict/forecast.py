@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from planner.predict.cost import CostModel, Estimate
+from planner.predict.cost import SCENARIOS, CostModel, Estimate
 from planner.predict.cycle import plan_cycles
 from planner.predict.memory import plan_memory
 from planner.predict.objective import Objective
@@ -39,10 +39,11 @@ def _seconds_by_step(estimates: Mapping[str, Estimate]) -> Callable[[Task], floa
 
 
 def forecast(plan: Plan, steps: int, profiles: Sequence[Profile] = ()) -> Timeline:
-    """The simulated timeline of `steps` steps. The warm-up is the filling of the pipeline and one
-    step more. What is left counts but for the steps in which the pipeline drains: nothing is
-    generated beside them, so they are shorter."""
-    model = CostModel(plan.workload, plan.cluster, profiles)
+    """The simulated timeline of `steps` steps, each with lengths of its own, unless there are very
+    many: those that a run of synthetic prompts has at this step. The warm-up is the filling of the
+    pipeline and one step more. What is left counts but for the steps in which the pipeline drains:
+    nothing is generated beside them, so they are shorter."""
+    model = CostModel(plan.workload, plan.cluster, profiles, scenarios=max(SCENARIOS, steps))
     estimates = durations(plan, model=model)
     tasks, parts = tasks_of(plan, steps), dict[int, tuple[float, ...]]()
     if plan.streams:
