@@ -187,14 +187,6 @@ def test_a_first_batch_shows_mistakes(metrics: dict[str, float], what: str | Non
     assert len(found) == (what is not None) and all(what in line for line in found)
 
 
-def test_evaluations_that_no_reward_scores_are_said_beforehand() -> None:
-    data = {"train": "t.jsonl", "evaluation": "e.jsonl", "evaluate_every": 2}
-    (line,) = first_batch.beforehand(make_workload(data=data))
-    assert "the reward model scores none of them" in line
-    scored = make_workload(data=data, reward={"function": "r.py:f"})
-    assert first_batch.beforehand(scored) == []
-
-
 def test_cuts_of_sampling_are_said_beforehand() -> None:
     assert first_batch.beforehand(make_workload()) == []
     (line,) = first_batch.beforehand(make_workload(sampling={"top_p": 0.9, "min_tokens": 2}))

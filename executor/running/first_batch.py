@@ -13,21 +13,13 @@ MOST_GAP = 0.1
 
 
 def beforehand(workload: Workload) -> list[str]:
-    """A line about what makes the engine's log-probs other ones than the trainers', and one about
-    evaluations that no reward scores."""
-    lines = []
-    if cuts := workload.sampling.cuts:
-        lines.append(
-            f"sampling with {', '.join(cuts)} draws from other probabilities than the model's: "
-            "importance weights put that right, and log_prob_gap holds what is cut off"
-        )
-    if workload.data and workload.data.evaluate_every and not workload.host_rewards:
-        lines.append(
-            "evaluations tell how many responses equal their answers: the reward model scores "
-            "none of them, because its GPUs have calls of their own meanwhile; a reward of the "
-            "host would"
-        )
-    return lines
+    """A line about what makes the engine's log-probs other ones than the trainers'."""
+    if not (cuts := workload.sampling.cuts):
+        return []
+    return [
+        f"sampling with {', '.join(cuts)} draws from other probabilities than the model's: "
+        "importance weights put that right, and log_prob_gap holds what is cut off"
+    ]
 
 
 def warnings(metrics: dict[str, Any], workload: Workload) -> Iterator[str]:
