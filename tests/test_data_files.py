@@ -409,3 +409,17 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(count: int) -> None:
                 assert text_of([{"answer": answer} for answer in prompts.answers])
 
     check()
+
+
+def test_a_damaged_arrow_file_does_not_end_the_process(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"prompt": ["abc", "def"], "answer": ["1", "2"]})
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    written, ends = sink.getvalue().to_pybytes(), np.array([0, 3, 6], np.int32).tobytes()
+    assert written.count(ends) == 1
+    far = np.array([0, 3, 2**31 - 1], np.int32).tobytes()
+    (tmp_path / "train.arrow").write_bytes(written.replace(ends, far))
+    with pytest.raises(UserError, match=r"train\.arrow"):
+        read_rows(DataFile(path=tmp_path / "train.arrow"))

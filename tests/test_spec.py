@@ -474,3 +474,8 @@ def test_what_data_names_starts_at_the_workload_file(tmp_path):
 def test_a_workload_that_says_nothing_of_sampling_is_written_as_before():
     written = json.loads(make_workload().to_json())
     assert not {"sampling", "evaluation"} & written.keys()
+
+
+def test_a_message_is_one_line_whatever_names_are_in_it() -> None:
+    error = UserError("no column 'a,\nb\t\x1b[31m' in données.csv")
+    assert str(error) == r"no column 'a,\nb\t\x1b[31m' in données.csv"

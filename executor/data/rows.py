@@ -165,6 +165,7 @@ def _of_arrow(path: Path) -> Iterator[Row]:
 def _of_batches(path: Path, batches: Iterable[Any]) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # a damaged one may end the process
         for columns in batch.to_pylist():
             number += 1
             yield Row(columns=columns, where=f"{path}: row {number}")
