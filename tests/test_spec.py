@@ -478,4 +478,4 @@ def test_a_workload_that_says_nothing_of_sampling_is_written_as_before():
 
 def test_a_message_is_one_line_whatever_names_are_in_it() -> None:
     error = UserError("no column 'a,\nb\t\x1b[31m' in données.csv")
-    assert str(error) == r"no column 'a,\nb\t\x1b[31m' in données.csv"
+    assert str(error) == r"no column 'a, b\t\x1b[31m' in données.csv"

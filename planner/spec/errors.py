@@ -6,5 +6,7 @@ class UserError(Exception):
     exits with 2."""
 
     def __init__(self, message: str) -> None:
-        """Names from files may hold line breaks and the like, which are shown as escapes."""
-        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message))
+        """Names from files may hold line breaks, which become spaces, and other characters that
+        are not to be seen, which become escapes."""
+        line = " ".join(message.splitlines())
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line))
