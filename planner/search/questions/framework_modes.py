@@ -42,6 +42,7 @@ RANKS: dict[FrameworkName, Ranks] = {
 AS_A_WHOLE: tuple[Offload, ...] = ("none", "all")  # a role goes to the host as a whole, or stays
 ASLEEP: tuple[Offload, ...] = ("all",)
 RESIDENT: tuple[Offload, ...] = ("none",)
+REWARD, ROLLOUT = frozenset({"reward"}), frozenset({"rollout"})
 
 
 class Mode(NamedTuple):
@@ -70,65 +71,73 @@ def modes_of(framework: FrameworkName, roles: Sequence[str], flow: Dataflow) -> 
 
 
 def _of_verl(roles: Sequence[str], flow: Dataflow) -> Iterator[Mode]:
-    every = frozenset(roles)
-    reward, rollout = frozenset({"reward"}) & every, frozenset({"rollout"})
+    every, reward = frozenset(roles), REWARD & frozenset(roles)
     serial = serial_program(flow, ahead=False)
-    yield Mode((every,), serial, False)
+    yield Mode((every,), serial, ahead=False)
     if reward:
-        yield Mode((every - reward, reward), serial, False)
-    yield Mode(_pools(every - rollout - reward, rollout, reward), serial_program(flow, True), True)
+        yield Mode((every - reward, reward), serial, ahead=False)
+    apart = _pools(every - ROLLOUT - reward, ROLLOUT, reward)
+    yield Mode(apart, serial_program(flow, ahead=True), ahead=True)
 
 
 def _of_openrlhf(roles: Sequence[str], flow: Dataflow) -> Iterator[Mode]:
     every = frozenset(roles)
-    rollout = frozenset({"rollout"})
-    yield Mode((every,), serial_program(flow, ahead=False), False)
-    actor, critic = frozenset({"actor", "reference"}), frozenset({"critic", "reward"})
-    alone = [frozenset({role}) for role in roles if role != "rollout"]
-    both = (actor & every, critic & every)
-    splits = {
-        (every - rollout,),
-        _pools(*both),
-        (both[0], *(frozenset({role}) for role in roles if role in critic)),
-        (*(frozenset({role}) for role in roles if role in actor), *_pools(*both[1:])),
-        tuple(alone),
-    }
-    for pools in sorted(splits, key=lambda pools: (len(pools), str(sorted(map(sorted, pools))))):
+    yield Mode((every,), serial_program(flow, ahead=False), ahead=False)
+    for pools in _openrlhf_splits(every):
+        apart = (*pools, ROLLOUT)
         if len(pools) == 1:  # engines are apart from all others only if they are ahead
-            yield Mode((*pools, rollout), serial_program(flow, ahead=True), True)
+            yield Mode(apart, serial_program(flow, ahead=True), ahead=True)
             continue
         for ahead in (False, True):
-            yield Mode((*pools, rollout), _grouped_program(flow, ahead), ahead)
+            yield Mode(apart, _grouped_program(flow, ahead), ahead)
+
+
+def _openrlhf_splits(every: frozenset[str]) -> list[Structure]:
+    """The pools of the roles that train or infer, where engines have their own: few pools first."""
+    acting = every & {"actor", "reference"}
+    judging = every & {"critic", "reward"}
+    each_acting, each_judging = _each_alone(acting), _each_alone(judging)
+    splits = {
+        (every - ROLLOUT,),
+        _pools(acting, judging),
+        (acting, *each_judging),
+        (*each_acting, *_pools(judging)),
+        (*each_acting, *each_judging),
+    }
+    return sorted(splits, key=lambda pools: (len(pools), str(sorted(map(sorted, pools)))))
+
+
+def _each_alone(roles: frozenset[str]) -> Structure:
+    return tuple(frozenset({role}) for role in sorted(roles))
 
 
 def _of_areal(roles: Sequence[str], flow: Dataflow) -> Iterator[Mode]:
-    every = frozenset(roles)
-    reward, rollout = frozenset({"reward"}) & every, frozenset({"rollout"})
+    every, reward = frozenset(roles), REWARD & frozenset(roles)
     serial = serial_program(flow, ahead=False)
-    free: dict[str, Sequence[Offload]] = dict.fromkeys(every - rollout, AS_A_WHOLE)
+    free: dict[str, Sequence[Offload]] = dict.fromkeys(every - ROLLOUT, AS_A_WHOLE)
     free |= dict.fromkeys(reward, RESIDENT)
     asleep = {**free, "actor": ASLEEP}
-    for pools in _partitions([role for role in roles if role not in rollout | reward]):
-        with_engines = [pool | rollout if "actor" in pool else pool for pool in pools]
-        yield Mode(_pools(*with_engines, reward), serial, False, False, asleep, 1)
-        yield Mode(_pools(*pools, rollout, reward), serial, False, offloads=free)
-    apart = _pools(every - rollout - reward, rollout, reward)
-    yield Mode(apart, streaming_program(flow), True, True, offloads=free)
+    for pools in _partitions([role for role in roles if role not in ROLLOUT | reward]):
+        with_engines = [pool | ROLLOUT if "actor" in pool else pool for pool in pools]
+        beside_actor = _pools(*with_engines, reward)
+        yield Mode(beside_actor, serial, ahead=False, offloads=asleep, widest_engine=1)
+        yield Mode(_pools(*pools, ROLLOUT, reward), serial, ahead=False, offloads=free)
+    apart = _pools(every - ROLLOUT - reward, ROLLOUT, reward)
+    yield Mode(apart, streaming_program(flow), ahead=True, streams=True, offloads=free)
 
 
 def _of_skyrl(roles: Sequence[str], flow: Dataflow) -> Iterator[Mode]:
-    every = frozenset(roles)
-    reward, rollout = frozenset({"reward"}) & every, frozenset({"rollout"})
-    reference, critic = frozenset({"reference"}) & every, frozenset({"critic"}) & every
-    actor, serial = frozenset({"actor"}), serial_program(flow, ahead=False)
+    every, reward = frozenset(roles), REWARD & frozenset(roles)
+    actor, critic, reference = (every & {role} for role in ("actor", "critic", "reference"))
+    serial = serial_program(flow, ahead=False)
     together = _pools(every - reward, reward)
-    yield Mode(together, serial, False, offloads=_taking_turns(together))
+    yield Mode(together, serial, ahead=False, offloads=_taking_turns(together))
     splits = {_pools(actor | reference, critic), _pools(actor, reference, critic)}
     for pools in sorted(splits, key=len):
-        apart = _pools(*pools, rollout, reward)
+        apart = _pools(*pools, ROLLOUT, reward)
         turns = _taking_turns(apart)
-        yield Mode(apart, serial, False, offloads=turns)
-        yield Mode(apart, serial_program(flow, ahead=True), True, offloads=turns)
+        yield Mode(apart, serial, ahead=False, offloads=turns)
+        yield Mode(apart, serial_program(flow, ahead=True), ahead=True, offloads=turns)
 
 
 def _pools(*pools: frozenset[str]) -> Structure:
@@ -162,32 +171,43 @@ def _taking_turns(pools: Structure) -> dict[str, Sequence[Offload]]:
 def serial_program(flow: Dataflow, ahead: bool) -> Program:
     """Every call waits for the one before it; `ahead`: but generation, which is of the next step
     and ends before new weights come."""
-    generates, installs = flow.generates.name, flow.installs.name
-    between = [name for name in flow.names if name not in (generates, installs)]
-    items: list[Issue | Wait] = [Issue(call=generates, offset=int(ahead), blocking=not ahead)]
-    items += [Issue(call=name, blocking=True) for name in between]
-    items += [Wait(wait=(generates,))] if ahead else []
-    return Program((*items, Issue(call=installs, blocking=True)), int(ahead))
+    between = [Issue(call=name, blocking=True) for name in _between(flow)]
+    return _with_generation(flow, between, ahead)
 
 
 def _grouped_program(flow: Dataflow, ahead: bool) -> Program:
     """All forward passes are asked for at once, and all updates; the controller waits for both."""
-    generates, installs = flow.generates.name, flow.installs.name
     infer = tuple(call.name for call in flow.calls if call.kind == "infer" or call.scores)
     updates = tuple(call.name for call in flow.calls if call.kind == "train")
-    rest = set(flow.names) - {generates, installs, *infer, *updates}
-    items: list[Issue | Wait] = [Issue(call=generates, offset=int(ahead), blocking=not ahead)]
-    items += [*(Issue(call=name) for name in infer), Wait(wait=infer)]
-    items += [Issue(call=name, blocking=True) for name in flow.names if name in rest]
-    items += [*(Issue(call=name) for name in updates), Wait(wait=updates)]
-    items += [Wait(wait=(generates,))] if ahead else []
-    return Program((*items, Issue(call=installs, blocking=True)), int(ahead))
+    rest = [name for name in _between(flow) if name not in (*infer, *updates)]
+    between: list[Issue | Wait] = [
+        *(Issue(call=name) for name in infer),
+        Wait(wait=infer),
+        *(Issue(call=name, blocking=True) for name in rest),
+        *(Issue(call=name) for name in updates),
+        Wait(wait=updates),
+    ]
+    return _with_generation(flow, between, ahead)
+
+
+def _with_generation(flow: Dataflow, between: Sequence[Issue | Wait], ahead: bool) -> Program:
+    """Generation before what is between, or beside it, and new weights at the end."""
+    generates = flow.generates.name
+    first = Issue(call=generates, offset=int(ahead), blocking=not ahead)
+    waits = [Wait(wait=(generates,))] if ahead else []
+    last = Issue(call=flow.installs.name, blocking=True)
+    return Program((first, *between, *waits, last), int(ahead))
+
+
+def _between(flow: Dataflow) -> list[str]:
+    """The calls between generation and new weights."""
+    ends = flow.generates.name, flow.installs.name
+    return [name for name in flow.names if name not in ends]
 
 
 def streaming_program(flow: Dataflow) -> Program:
     """Generation of the next step streams beside the other calls, which take turns on their GPUs
     in their order."""
-    generates, installs = flow.generates.name, flow.installs.name
-    between = [name for name in flow.names if name not in (generates, installs)]
-    items = [Issue(call=generates, offset=1), *(Issue(call=name) for name in (*between, installs))]
-    return Program(tuple(items), 1)
+    rest = [*_between(flow), flow.installs.name]
+    first = Issue(call=flow.generates.name, offset=1)
+    return Program((first, *(Issue(call=name) for name in rest)), 1)
