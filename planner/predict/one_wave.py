@@ -59,12 +59,15 @@ def one_wave_seconds(
         lengths = np.zeros((count, width), dtype=np.int64)
         lengths[engine, place] = response
         lengths.sort(axis=1)  # an engine with free slots starts with zeros, which take no steps
-        decoding = (np.diff(lengths, axis=1, prepend=0) * matrices).sum(axis=1)
-        contexts = np.bincount(engine, prompt * response + response * (response - 1) // 2, count)
+        steps = np.diff(lengths, axis=1, prepend=0)  # from the end of one to that of the next
+        decoding = (steps * matrices).sum(axis=1)
+        contexts = prompt * response + response * (response - 1) // 2
+        context_sums = np.bincount(engine, contexts, count)
         prefilled = np.where(np.arange(len(prompt)) < first, prompt, 0)
         prompt_sums = np.bincount(engine, prefilled, count)
-        prefill = token * prompt_sums + square * np.bincount(engine, prefilled**2, count)
-        seconds[scenario] = (decoding + attention * contexts + prefill).max()
+        prompt_squares = np.bincount(engine, prefilled**2, count)
+        prefill = token * prompt_sums + square * prompt_squares
+        seconds[scenario] = (decoding + attention * context_sums + prefill).max()
     return seconds
 
 
@@ -84,10 +87,13 @@ def _even_wave(prompt: int, responses: Integers, speed: Speed, engines: int, fir
         rising = np.diff(np.sort(lengths, axis=1), axis=1, prepend=0)
         of_active = np.maximum(speed.weights, speed.arithmetic * np.arange(width, 0, -1))
         matrices = np.einsum("swe,w->se", rising, of_active)
-    contexts = prompt * total + ((lengths**2).sum(axis=1) - total) // 2
-    count = (np.arange(width * engines) < first).reshape(width, engines).sum(axis=0)
-    decoding = matrices + speed.step * longest + speed.sequence * total + speed.attention * contexts
-    return np.asarray((decoding + speed.prefill(prompt) * count).max(axis=1))
+    squares = (lengths**2).sum(axis=1)
+    contexts = prompt * total + (squares - total) // 2
+    is_first = (np.arange(width * engines) < first).reshape(width, engines)
+    prefill = speed.prefill(prompt) * is_first.sum(axis=0)
+    decoding = matrices + speed.step * longest + speed.sequence * total
+    decoding = decoding + speed.attention * contexts
+    return np.asarray((decoding + prefill).max(axis=1))
 
 
 def alike(engines: Sequence[Speed]) -> bool:

@@ -11,7 +11,9 @@ can buy no more than the share of all GPU time in which trainers idle. What it b
 its favour (`lent`): idle time comes in one piece a step, and all that engines make in it counts.
 """
 
+from collections.abc import Iterator
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -83,27 +85,49 @@ class Job:
         return high
 
 
+class Parted(NamedTuple):
+    """Seconds of a step with two lanes, and the age at which sequences move."""
+
+    seconds: float
+    bulk: Lane
+    fast: Lane
+    age: int
+
+
 def main() -> None:
-    print("| staleness | one lane | two lanes | bought | engines | age | trainers idle |")
-    print("|---:|---:|---:|---:|---|---:|---:|")
+    print("| staleness | one lane | two lanes | bought | engines | age | trainers idle | lent |")
+    print("|---:|---:|---:|---:|---|---:|---:|---:|")
     for staleness in STALENESS:
-        one, two, lending = [], [], []
-        for gpus in ROLLOUT_GPUS:
-            job = Job(best(staleness, gpus))
-            lending.append((seconds_a_step(job.plan), lent(job)))
-            lanes = [(size, gpus // size) for size in SIZES if gpus // size]
-            one += [(job.fixed_point(lane, None, 0), idle(job.plan)) for lane in lanes]
-            for size, fast in product(SIZES, SIZES):
-                for engines in range(1, (gpus - size) // fast + 1):
-                    bulk = size, (gpus - engines * fast) // size
-                    for age in AGES:
-                        found = job.fixed_point(bulk, (fast, engines), age)
-                        two.append((found, bulk, (fast, engines), age))
-        (alone, idles), (parted, bulk, quick, age) = min(one), min(two)
-        told = f"{bulk[1]} × {bulk[0]} and {quick[1]} × {quick[0]} GPUs"
-        bought = f"{1 - parted / alone:.1%}"
-        cells = f"{staleness} | {alone:.1f} | {parted:.1f} | {bought} | {told} | {age:,}"
-        print(f"| {cells} | {idles:.1%} | {min(lending)[1]:.1%} |")
+        jobs = [Job(best(staleness, gpus)) for gpus in ROLLOUT_GPUS]
+        sizes = list(zip(jobs, ROLLOUT_GPUS, strict=True))
+        alone, idles = min(each for job, gpus in sizes for each in with_one_lane(job, gpus))
+        parted = min(each for job, gpus in sizes for each in with_two_lanes(job, gpus))
+        _, lending = min((seconds_a_step(job.plan), lent(job)) for job in jobs)
+        print(row(staleness, alone, idles, parted, lending))
+
+
+def row(staleness: int, alone: float, idles: float, parted: Parted, lending: float) -> str:
+    lanes = [f"{engines} × {size}" for size, engines in (parted.bulk, parted.fast)]
+    bought = 1 - parted.seconds / alone
+    cells = [str(staleness), f"{alone:.1f}", f"{parted.seconds:.1f}", f"{bought:.1%}"]
+    cells += [f"{' and '.join(lanes)} GPUs", f"{parted.age:,}", f"{idles:.1%}", f"{lending:.1%}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def with_one_lane(job: Job, gpus: int) -> Iterator[tuple[float, float]]:
+    """Seconds of a step, and the share of all GPU time in which trainers idle."""
+    for size in SIZES:
+        if gpus >= size:
+            yield job.fixed_point((size, gpus // size), None, 0), idle(job.plan)
+
+
+def with_two_lanes(job: Job, gpus: int) -> Iterator[Parted]:
+    for slow_size, fast_size in product(SIZES, SIZES):
+        for engines in range(1, (gpus - slow_size) // fast_size + 1):
+            bulk = slow_size, (gpus - engines * fast_size) // slow_size
+            fast = fast_size, engines
+            for age in AGES:
+                yield Parted(job.fixed_point(bulk, fast, age), bulk, fast, age)
 
 
 def best(staleness: int, gpus: int) -> Plan:
