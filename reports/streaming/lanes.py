@@ -109,7 +109,12 @@ def main() -> None:
 def row(staleness: int, alone: float, idles: float, parted: Parted, lending: float) -> str:
     lanes = [f"{engines} × {size}" for size, engines in (parted.bulk, parted.fast)]
     bought = 1 - parted.seconds / alone
-    cells = [str(staleness), f"{alone:.1f}", f"{parted.seconds:.1f}", f"{bought:.1%}"]
+    cells = [
+        str(staleness),
+        f"{alone:.1f}",
+        f"{parted.seconds:.1f}",
+        f"{bought:.1%}".replace("-", "−"),
+    ]
     cells += [f"{' and '.join(lanes)} GPUs", f"{parted.age:,}", f"{idles:.1%}", f"{lending:.1%}"]
     return f"| {' | '.join(cells)} |"
 
