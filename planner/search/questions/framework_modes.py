@@ -42,7 +42,7 @@ RANKS: dict[FrameworkName, Ranks] = {
 AS_A_WHOLE: tuple[Offload, ...] = ("none", "all")  # a role goes to the host as a whole, or stays
 ASLEEP: tuple[Offload, ...] = ("all",)
 RESIDENT: tuple[Offload, ...] = ("none",)
-REWARD, ROLLOUT = frozenset({"reward"}), frozenset({"rollout"})
+JUST_REWARD, JUST_ROLLOUT = frozenset({"reward"}), frozenset({"rollout"})
 
 
 class Mode(NamedTuple):
@@ -71,12 +71,12 @@ def modes_of(framework: FrameworkName, roles: Sequence[str], flow: Dataflow) -> 
 
 
 def _of_verl(roles: Sequence[str], flow: Dataflow) -> Iterator[Mode]:
-    every, reward = frozenset(roles), REWARD & frozenset(roles)
+    every, reward = frozenset(roles), JUST_REWARD & frozenset(roles)
     serial = serial_program(flow, ahead=False)
     yield Mode((every,), serial, ahead=False)
     if reward:
         yield Mode((every - reward, reward), serial, ahead=False)
-    apart = _pools(every - ROLLOUT - reward, ROLLOUT, reward)
+    apart = _pools(every - JUST_ROLLOUT - reward, JUST_ROLLOUT, reward)
     yield Mode(apart, serial_program(flow, ahead=True), ahead=True)
 
 
@@ -84,7 +84,7 @@ def _of_openrlhf(roles: Sequence[str], flow: Dataflow) -> Iterator[Mode]:
     every = frozenset(roles)
     yield Mode((every,), serial_program(flow, ahead=False), ahead=False)
     for pools in _openrlhf_splits(every):
-        apart = (*pools, ROLLOUT)
+        apart = (*pools, JUST_ROLLOUT)
         if len(pools) == 1:  # engines are apart from all others only if they are ahead
             yield Mode(apart, serial_program(flow, ahead=True), ahead=True)
             continue
@@ -98,7 +98,7 @@ def _openrlhf_splits(every: frozenset[str]) -> list[Structure]:
     judging = every & {"critic", "reward"}
     each_acting, each_judging = _each_alone(acting), _each_alone(judging)
     splits = {
-        (every - ROLLOUT,),
+        (every - JUST_ROLLOUT,),
         _pools(acting, judging),
         (acting, *each_judging),
         (*each_acting, *_pools(judging)),
@@ -112,29 +112,29 @@ def _each_alone(roles: frozenset[str]) -> Structure:
 
 
 def _of_areal(roles: Sequence[str], flow: Dataflow) -> Iterator[Mode]:
-    every, reward = frozenset(roles), REWARD & frozenset(roles)
+    every, reward = frozenset(roles), JUST_REWARD & frozenset(roles)
     serial = serial_program(flow, ahead=False)
-    free: dict[str, Sequence[Offload]] = dict.fromkeys(every - ROLLOUT, AS_A_WHOLE)
+    free: dict[str, Sequence[Offload]] = dict.fromkeys(every - JUST_ROLLOUT, AS_A_WHOLE)
     free |= dict.fromkeys(reward, RESIDENT)
     asleep = {**free, "actor": ASLEEP}
-    for pools in _partitions([role for role in roles if role not in ROLLOUT | reward]):
-        with_engines = [pool | ROLLOUT if "actor" in pool else pool for pool in pools]
+    for pools in _partitions([role for role in roles if role not in JUST_ROLLOUT | reward]):
+        with_engines = [pool | JUST_ROLLOUT if "actor" in pool else pool for pool in pools]
         beside_actor = _pools(*with_engines, reward)
         yield Mode(beside_actor, serial, ahead=False, offloads=asleep, widest_engine=1)
-        yield Mode(_pools(*pools, ROLLOUT, reward), serial, ahead=False, offloads=free)
-    apart = _pools(every - ROLLOUT - reward, ROLLOUT, reward)
+        yield Mode(_pools(*pools, JUST_ROLLOUT, reward), serial, ahead=False, offloads=free)
+    apart = _pools(every - JUST_ROLLOUT - reward, JUST_ROLLOUT, reward)
     yield Mode(apart, streaming_program(flow), ahead=True, streams=True, offloads=free)
 
 
 def _of_skyrl(roles: Sequence[str], flow: Dataflow) -> Iterator[Mode]:
-    every, reward = frozenset(roles), REWARD & frozenset(roles)
+    every, reward = frozenset(roles), JUST_REWARD & frozenset(roles)
     actor, critic, reference = (every & {role} for role in ("actor", "critic", "reference"))
     serial = serial_program(flow, ahead=False)
     together = _pools(every - reward, reward)
     yield Mode(together, serial, ahead=False, offloads=_taking_turns(together))
     splits = {_pools(actor | reference, critic), _pools(actor, reference, critic)}
     for pools in sorted(splits, key=len):
-        apart = _pools(*pools, ROLLOUT, reward)
+        apart = _pools(*pools, JUST_ROLLOUT, reward)
         turns = _taking_turns(apart)
         yield Mode(apart, serial, ahead=False, offloads=turns)
         yield Mode(apart, serial_program(flow, ahead=True), ahead=True, offloads=turns)
