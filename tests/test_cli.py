@@ -332,7 +332,7 @@ def test_check_says_why_a_plan_cannot_be_run_here(tmp_path: Path) -> None:
         "It cannot be run on this machine:\n- plan 'test' needs 8 GPUs of kind h200"
         in result.stdout
     )
-    newer = software.newer_than_tried()
+    newer = software.newer_than_tried(over_nccl=False)
     said = f"Newer than what was tried on GPUs: {', '.join(newer)}; see docs/run.md."
     assert (said in result.stdout) == bool(newer)
     assert "needs 8 GPUs of kind h200" in one_line(plan("check", "--here", tmp_path / "large.json"))
@@ -341,10 +341,13 @@ def test_check_says_why_a_plan_cannot_be_run_here(tmp_path: Path) -> None:
 def test_a_version_is_compared_by_its_first_two_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"torch": "2.11.0+cu130", "ray": "2.9", "vllm": "0.27rc1", "transformers": "5.100.0"}
     monkeypatch.setattr(software, "versions", lambda: found)
-    assert software.newer_than_tried() == [
+    assert software.newer_than_tried(over_nccl=False) == [
         "transformers 5.100.0 (tried: 5.17)",
         "vllm 0.27rc1 (tried: 0.26)",
     ]
+    found |= {"vllm": "0.26.0", "transformers": "5.17.1"}
+    assert software.newer_than_tried(over_nccl=False) == []
+    assert software.newer_than_tried(over_nccl=True) == ["vllm 0.26.0 (tried: 0.25)"]
 
 
 # --- simulate and compare ---

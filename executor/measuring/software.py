@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 # The newest versions that our tests ran with on GPUs; docs/run.md says what ran where.
 NEWEST_ON_GPUS = {"torch": "2.11", "transformers": "5.17", "ray": "2.60", "vllm": "0.26"}
+# Those with which weights also went over NCCL, to engines on GPUs of their own.
+NEWEST_OVER_NCCL = {**NEWEST_ON_GPUS, "vllm": "0.25"}
 
 
 def versions() -> dict[str, str]:
@@ -19,12 +21,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def newer_than_tried() -> list[str]:
-    """The packages that are newer than any that was tried on GPUs, with both versions."""
-    installed = versions()
+def newer_than_tried(*, over_nccl: bool) -> list[str]:
+    """The packages that are newer than any that was tried on GPUs, where weights go over NCCL or
+    not, with both versions."""
+    installed, tried = versions(), NEWEST_OVER_NCCL if over_nccl else NEWEST_ON_GPUS
     return [
         f"{name} {installed[name]} (tried: {newest})"
-        for name, newest in NEWEST_ON_GPUS.items()
+        for name, newest in tried.items()
         if name in installed and _minor(installed[name]) > _minor(newest)
     ]
 

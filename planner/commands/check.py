@@ -77,8 +77,10 @@ def _newer_than_tried(plan: Plan) -> list[str]:
     """The packages here that a plan for GPUs would be the first to try on some."""
     from executor.measuring import software
 
-    on_gpus = any(plan.device_of(pool).kind == "cuda" for pool in plan.pools)
-    return software.newer_than_tried() if on_gpus else []
+    if all(plan.device_of(pool).kind != "cuda" for pool in plan.pools):
+        return []
+    elsewhere = set(plan.rollout.pools) - set(plan.roles["actor"].pools)
+    return software.newer_than_tried(over_nccl=bool(elsewhere))
 
 
 def schema(kind: str) -> None:
