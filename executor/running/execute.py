@@ -97,6 +97,7 @@ def resume(
         progress.on_note(f"all {steps} steps are done; --steps goes on for longer")
         return resumed.run
     with held(resumed.run):
+        progress.on_note(f"going on from {resumed.directory}")
         _train(plan, resumed.run, options, progress, resumed, pilot)
     return resumed.run
 

@@ -102,16 +102,13 @@ def resume(
     need_extra("plan execute")
     from executor.running import checkpoint  # torch is slow to load
     from executor.running.execute import resume
-    from executor.running.run_directory import check_ended
 
     found = checkpoint.find(path)
-    check_ended(found.run)  # before a line says that it goes on
     plan = found.plan if other_plan is None else load_plan(other_plan)
     where = other_plan or found.run / "plan.json"
     plan = with_settings(plan, settings, where)
     pilot = _pilot(plan, where, options, switches)
     console = make_console()
-    console.print(f"Going on from {found.directory}.", markup=False, soft_wrap=True)
     with _progress(plan, options, console) as progress:
         run = resume(found, plan=plan, options=options, progress=progress, pilot=pilot)
     _report(run, run / "plan.json", console, progress)
